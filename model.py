@@ -1,0 +1,719 @@
+"""What lives on the device: the GPT, its log-probabilities, the sampler, the optimizer, checkpoints.
+
+The model is GPT-2 with Hugging Face's names and shapes, so its weights map one to one. The same trunk carries
+either the language-model head (tied to the embedding) or `n_scores` numbers per token, which is all a reward model
+or a value function is. No algorithm lives here: those are sft.py, reward.py, ppo.py and their siblings.
+
+    python model.py out/ppo                        talk to a checkpoint
+    echo "What is 7 + 8?" | python model.py out/ppo    answer every line of standard input
+
+One layout for every sequence, in training and in sampling: prompt, response, end token, then padding on the right.
+With causal attention a real token never sees padding on its right, so no attention mask is needed, and position ids
+are always 0, 1, 2, ... `tokens` is (B, T). The log-probability at index t belongs to token t+1, so `logp` and
+`mask` are (B, T-1).
+
+Letters in shape comments: B rows, T tokens, C width, H heads, D = C/H, V vocabulary, S cache slots, N chosen tokens.
+"""
+import contextlib
+import errno
+import json
+import math
+import os
+import struct
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
+
+from data import UserError, micro_batches, parse_rewards, round_up, verifier
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 512  # ids of the tokenizer, special tokens included
+    block_size: int = 256  # longest sequence
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    dropout: float = 0.0   # on the embedding and on both residual branches, in training mode only
+    n_scores: int = 0      # 0: language model; k > 0: k scalars per token instead (reward model, value function)
+
+    def __post_init__(self):
+        for name, unit in (("n_embd", self.n_head), ("block_size", 16)):  # 16: batches are padded to a multiple of it
+            if getattr(self, name) % unit:
+                raise UserError(f"--{name} {getattr(self, name)} is not a multiple of {unit}")
+
+
+def attend(q, k, v, mask):
+    """Scaled dot-product attention: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
+
+    mask is None for causal self-attention, or a boolean (B, 1, T, S), True where a query may look.
+    """
+    if q.is_cuda or (q.dtype != torch.bfloat16 and q.shape[2] > 1):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    # On a CPU the fused kernel is slow in two places, the bf16 backward (5x) and the single query of decoding
+    # (1.3x); three plain operators are not.
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3) + bias                        # (B, H, T, S)
+    return torch.softmax(scores, -1, dtype=scores.dtype) @ v
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.n_head, self.layer = config.n_head, layer
+
+    def forward(self, x, mask, cache):
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)                                                          # (B, H, T, D) each
+        if cache is not None:
+            k, v = cache.write(self.layer, k, v)                                         # (B, H, S, D)
+        return self.c_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config, layer)
+        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, mask=None, cache=None):
+        x = x + self.drop(self.attn(self.ln_1(x), mask, cache))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class GPT(nn.Module):
+    """GPT-2. Calling it gives hidden states; `logits` and `scores` are the two things one can read off them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        # Rows up to the next multiple of 64 keep the matmul of the head fast; `logits` cuts them off again, so
+        # an id without a token has no probability and cannot be sampled.
+        rows = math.ceil(config.vocab_size / 64) * 64
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(rows, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd)))
+        self.score = nn.Linear(config.n_embd, config.n_scores) if config.n_scores else None
+        self.grad_checkpoint = False  # recompute each block in the backward pass: less memory, 4/3 of the time
+        self.apply(self._init)
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # GPT-2: keeps the residual stream's variance at depth 2 n_layer
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+        if self.score is not None:
+            nn.init.zeros_(self.score.weight)
+
+    @staticmethod
+    def _init(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    @property
+    def device(self):
+        return self.transformer.wte.weight.device
+
+    def forward(self, tokens, pos=None, mask=None, cache=None):
+        """tokens (B, T) -> hidden states (B, T, C).
+
+        pos (B, T) or (T,): position ids, 0..T-1 when absent. mask (B, 1, T, T): what may see what, causal when
+        absent. cache: keys and values of earlier positions, which this call extends at `pos`.
+        """
+        if pos is None:
+            pos = torch.arange(tokens.shape[1], device=tokens.device)
+        if cache is not None:
+            mask = cache.at(pos.expand(tokens.shape))
+        t = self.transformer
+        x = t.drop(t.wte(tokens) + t.wpe(pos))                                           # (B, T, C)
+        for block in t.h:
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                x = recompute(block, x, mask, use_reentrant=False)
+            else:
+                x = block(x, mask, cache)
+        return t.ln_f(x)
+
+    def logits(self, hidden):
+        """(..., C) -> (..., V), in the precision of the matmul."""
+        return F.linear(hidden, self.transformer.wte.weight)[..., :self.config.vocab_size]
+
+    def scores(self, hidden):
+        """(..., C) -> (..., n_scores), at least fp32."""
+        return full(self.score(hidden))
+
+
+class Cache:
+    """Keys and values of every layer. Slot s of row b holds position s of row b, so rows of any length share it.
+
+    A slot a row has not reached yet may hold another row's padding; `at` hides it until the row overwrites it.
+    """
+
+    def __init__(self, config, rows, slots, device, dtype):
+        shape = (config.n_layer, rows, config.n_head, slots, config.n_embd // config.n_head)
+        # Zeros, not empty: a hidden slot has weight 0, and 0 * NaN would still be NaN.
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
+        self.used = 0  # slots that any row has reached; a Python number, so slicing by it needs no synchronisation
+
+    def at(self, pos):
+        """Prepare to write at pos (B, T); returns the mask (B, 1, T, used): a token sees slots up to its own."""
+        self.index = (torch.arange(len(pos), device=pos.device)[:, None, None],
+                      torch.arange(self.k.shape[2], device=pos.device)[None, :, None], pos[:, None, :])
+        return (torch.arange(self.used, device=pos.device) <= pos[:, :, None])[:, None]
+
+    def write(self, layer, k, v):
+        """Store k and v (B, H, T, D) of the tokens being processed; returns all (B, H, used, D)."""
+        self.k[layer][self.index] = k.to(self.k.dtype)
+        self.v[layer][self.index] = v.to(self.v.dtype)
+        return self.k[layer][:, :, :self.used], self.v[layer][:, :, :self.used]
+
+    def select(self, rows):
+        """Keep (or repeat) these rows, an index (B',)."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+
+
+# ------------------------------------------------------------------------------------------------ log-probabilities
+
+
+def full(x):
+    """At least fp32: losses, log-probabilities and values are never computed in half precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, chunk=8192, pos=None, see=None):
+    """log π(token t+1 | tokens 0..t) where mask is 1, and exactly 0 elsewhere.
+
+    tokens (B, T), mask (B, T-1) -> logp (B, T-1), at least fp32; with entropy=True also the entropy of each of
+    those next-token distributions, in nats. The head runs on masked positions only and in chunks that the backward
+    pass recomputes, so no (B, T, V) tensor ever exists. Both are at the sampling temperature: a policy sampled at
+    T != 1 *is* softmax(logits / T), and ratios of anything else are not importance weights.
+    """
+    def head(hidden, target):                                                            # (N, C), (N,)
+        logits = full(model.logits(hidden)) / temperature                                # (N, V)
+        logz = logits.logsumexp(-1)
+        logp = logits.gather(-1, target[:, None])[:, 0] - logz
+        return logp, logz - ((logits - logz[:, None]).exp() * logits).sum(-1) if entropy else logp.detach()
+
+    where = mask.bool()
+    if see is not None:  # packed rows: data.pack's positions and mask
+        pos, see = pos[:, :-1], see[:, :, :-1, :-1]
+    hidden, target = model(tokens[:, :-1], pos, see)[where], tokens[:, 1:][where]
+    if len(target) > chunk and torch.is_grad_enabled():
+        parts = [recompute(head, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), target.split(chunk))]
+    else:
+        parts = [head(h, t) for h, t in zip(hidden.split(chunk), target.split(chunk))]
+    # masked_scatter rather than multiplication by the mask: what is not a response token cannot leak, NaN included.
+    out = [torch.zeros(mask.shape, device=mask.device, dtype=x[0].dtype).masked_scatter(where, torch.cat(x))
+           for x in zip(*parts)]
+    return tuple(out) if entropy else out[0]
+
+
+def token_scores(model, tokens, mask):
+    """The first score of the state before each masked token, 0 elsewhere: (B, T), (B, T-1) -> (B, T-1).
+
+    At index t it has seen tokens 0..t: for a value function, V of the state in which token t+1 was chosen.
+    """
+    return torch.where(mask.bool(), model.scores(model(tokens[:, :-1]))[..., 0], 0.0)
+
+
+def response_scores(model, tokens, mask):
+    """The scores read at each row's last response token: (B, T), (B, T-1) -> (B, n_scores).
+
+    Neither the amount of padding nor an end token inside the prompt moves the place.
+    """
+    last = (mask.bool() * torch.arange(1, tokens.shape[1], device=mask.device)).amax(1)  # (B,)
+    return model.scores(model(tokens)[torch.arange(len(tokens), device=mask.device), last])
+
+
+# ------------------------------------------------------------------------------------------------ the sampler
+
+
+@dataclass
+class Rollout:
+    """What the sampler drew: the very tensors a trainer uses, never decoded and encoded again."""
+    tokens: torch.Tensor    # (B, T) prompt, response, end token, padding
+    mask: torch.Tensor      # (B, T-1) 1 where the log-probability at t belongs to a response token, the end included
+    logp: torch.Tensor      # (B, T-1) log-probability under the sampling distribution, 0 outside the mask
+    finished: torch.Tensor  # (B,) whether the end token was drawn (False: cut off at max_new or block_size)
+    prompt_len: list        # (B,) tokens in the prompt
+
+    @property
+    def lengths(self):
+        """Tokens of each row without padding."""
+        return [p + int(n) for p, n in zip(self.prompt_len, self.mask.sum(1).tolist())]
+
+    def responses(self, tok):
+        """The B responses as text, without the end token."""
+        lengths = (self.mask.sum(1).long() - self.finished.long()).tolist()
+        return [tok.decode(row[p:p + n]) for row, p, n in zip(self.tokens.tolist(), self.prompt_len, lengths)]
+
+
+def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+    """One draw per row by inverting the cumulative distribution: logits (B, V), u (B,) uniform -> token, logp (B,).
+
+    One random number a row rather than one a vocabulary entry, as multinomial and Gumbel need: 15x faster on a CPU.
+    Temperature 0 is greedy. The log-probability is that of the distribution drawn from.
+    """
+    logits = full(logits)
+    if temperature == 0:
+        token = logits.argmax(-1)
+        return token, torch.zeros_like(u)
+    logits = logits / temperature
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[1])).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.softmax(-1).sort(descending=True)
+        outside = (ordered.cumsum(-1) - ordered >= top_p).scatter(1, order, ordered.cumsum(-1) - ordered >= top_p)
+        logits = logits.masked_fill(outside, -torch.inf)
+    logp = logits.log_softmax(-1)                                                        # (B, V)
+    cdf = logp.exp().cumsum(-1)
+    # `right=True` finds the first entry whose cdf exceeds the draw, which always has probability > 0, provided the
+    # draw stays below the last cdf value; rounding could lift it there, hence the minimum.
+    draw = torch.minimum(u[:, None] * cdf[:, -1:], cdf[:, -1:].nextafter(torch.zeros_like(cdf[:, -1:])))
+    token = torch.searchsorted(cdf, draw, right=True)                                    # (B, 1)
+    return token[:, 0], logp.gather(1, token)[:, 0]
+
+
+@torch.no_grad()
+def generate(model, prompts, tok, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0, stream=None, drop_finished=True):
+    """Sample n responses to each prompt (a list of id lists) -> Rollout of len(prompts) * n rows, prompt-major.
+
+    Prompts of any length are padded on the right; each is prefilled once for its n samples, and from there every row
+    keeps its own position in a static key-value cache. A row stops at `tok.end`, after max_new tokens, or when the
+    context is full; finished rows leave the batch. top_k and top_p are for chatting: a policy gradient needs the
+    samples to come from the distribution it differentiates, so no trainer offers them. stream(token) is called with
+    each new id of the first row. Raises UserError for a prompt that leaves no room in the context.
+    """
+    config, device = model.config, model.device
+    length = torch.tensor([len(p) for p in prompts], device=device)                      # (P,)
+    longest = max(len(p) for p in prompts)
+    if min(len(p) for p in prompts) == 0:
+        raise UserError("cannot sample from an empty prompt")
+    if longest >= config.block_size:
+        raise UserError(f"a prompt of {longest} tokens leaves no room in the context of {config.block_size}")
+    width = min(round_up(longest + max_new), config.block_size)
+    rows = torch.arange(len(prompts), device=device).repeat_interleave(n)                # (B,) prompt of each row
+    tokens = torch.full((len(prompts), width), tok.pad, dtype=torch.long)
+    for row, ids in zip(tokens, prompts):
+        row[:len(ids)] = torch.tensor(ids)
+    tokens = tokens.to(device)
+    half = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    cache = Cache(config, len(prompts), width, device, half or model.transformer.wte.weight.dtype)
+    was_training = model.training
+    model.eval()
+
+    cache.used = longest
+    hidden = model(tokens[:, :longest], cache=cache)                                     # (P, longest, C)
+    last = hidden[torch.arange(len(prompts), device=device), length - 1][rows]           # (B, C)
+    cache.select(rows)
+    tokens, start = tokens[rows], length[rows]
+    stop = (start + max_new).clamp(max=config.block_size)  # first position a row may not write
+    logp = torch.zeros(tokens.shape, device=device, dtype=full(last).dtype)
+    end_at, finished = start.clone(), torch.zeros(len(rows), dtype=torch.bool, device=device)
+    # All uniforms at once: what a row draws does not depend on which other rows have left the batch.
+    uniform = torch.rand(max_new, len(rows), device=device, dtype=logp.dtype)
+
+    active, pos = torch.arange(len(rows), device=device), start.clone()  # rows in the batch, their next position
+    for step in range(max_new):
+        token, lp = sample(model.logits(last), uniform[step, active], temperature, top_k, top_p)
+        live = ~finished[active] & (pos < stop[active])
+        at = pos.clamp(max=width - 1)
+        tokens[active, at] = torch.where(live, token, tokens[active, at])
+        logp[active, at] = torch.where(live, lp, logp[active, at])
+        finished[active] |= live & (token == tok.end)
+        pos = pos + live
+        end_at[active] = pos
+        if stream is not None:
+            stream(int(token[0]))
+        # Asking "how many are left?" makes a GPU wait, so it is asked only now and then there.
+        if drop_finished and (device.type == "cpu" or step % 8 == 7):
+            live = ~finished[active] & (pos < stop[active])
+            left = int(live.sum())
+            if left == 0:
+                break
+            if left <= 0.75 * len(active):  # copying the cache costs about as much as one step of the rows dropped
+                keep = live.nonzero()[:, 0]
+                active, pos, token = active[keep], pos[keep], token[keep]
+                cache.select(keep)
+        if step + 1 < max_new and longest + step < width:
+            cache.used = min(round_up(longest + step + 1), width)  # few shapes, see data.pad
+            last = model(token[:, None], pos=(pos - 1).clamp(max=width - 1)[:, None], cache=cache)[:, 0]
+
+    model.train(was_training)
+    width = min(round_up(int(end_at.max())), width)
+    place = torch.arange(1, width, device=device)
+    mask = ((place >= start[:, None]) & (place < end_at[:, None])).float()               # (B, T-1)
+    return Rollout(tokens[:, :width], mask, logp[:, 1:width], finished, start.tolist())
+
+
+def slices(roll, budget, rows=None):
+    """Micro-batches of a rollout's rows, trimmed to their own longest: (rows, tokens (b, t), mask (b, t-1)) each."""
+    lengths = roll.lengths
+    rows = list(range(len(lengths))) if rows is None else rows
+    for part in micro_batches([lengths[i] for i in rows], budget):
+        part = [rows[i] for i in part]
+        t = min(round_up(max(lengths[i] for i in part)), roll.tokens.shape[1])
+        yield part, roll.tokens[part, :t], roll.mask[part, :t - 1]
+
+
+def per_token(roll, budget, fn):
+    """Run fn(tokens, mask) over a rollout in micro-batches; each (b, t-1) result comes back as (B, T-1)."""
+    out = None
+    for rows, tokens, mask in slices(roll, budget):
+        got = fn(tokens, mask)
+        got = got if isinstance(got, tuple) else (got,)
+        out = out or [torch.zeros(roll.mask.shape, device=mask.device, dtype=x.dtype) for x in got]
+        for whole, part in zip(out, got):
+            whole[rows, :part.shape[1]] = part
+    return out
+
+
+class Reward:
+    """A weighted sum of reward models (run folders) and verifiers (data.VERIFIERS, or module:function).
+
+    `Reward("0.5*out/reward + exact", ...)(records, roll)` -> total (B,), {name: its unweighted part (B,)}.
+    """
+
+    def __init__(self, spec, tok, device, amp, budget):
+        self.terms, self.models = [], []
+        for weight, name in parse_rewards(spec):
+            judge = verifier(name)
+            if judge is None:
+                judge = load_model(name, tok, device, maker="python reward.py train")
+                if not judge.config.n_scores:
+                    raise UserError(f"--reward {name}: a language model, not a reward model")
+                self.models.append(name)
+            self.terms.append((weight, name, judge))
+        self.tok, self.amp, self.budget = tok, amp, budget
+
+    @torch.no_grad()
+    def __call__(self, records, roll):
+        parts, device = {}, roll.tokens.device
+        for _, name, judge in self.terms:
+            if isinstance(judge, GPT):
+                parts[name] = torch.zeros(len(records), device=device)
+                for rows, tokens, mask in slices(roll, self.budget):
+                    with self.amp():
+                        parts[name][rows] = response_scores(judge, tokens, mask)[:, 0]
+            else:
+                judged = zip(records, roll.responses(self.tok), roll.finished.tolist())
+                parts[name] = torch.tensor([float(judge(*j)) for j in judged], device=device)
+        return sum(weight * parts[name] for weight, name, _ in self.terms), parts
+
+
+# ------------------------------------------------------------------------------------------------ devices
+
+
+def setup(device="auto", dtype="auto", threads=0):
+    """(torch.device, autocast context factory). dtype: auto, fp32 or bf16; auto is bf16 wherever it is faster.
+
+    Weights, optimizer and every log-softmax stay in fp32; bf16 is for the matmuls. On CPUs it pays only where there
+    are matrix units for it (AMX); elsewhere it is emulated and slow.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: this machine has no CUDA device")
+    if threads:
+        torch.set_num_threads(threads)
+    device = torch.device(device)
+    if dtype == "auto":
+        amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        dtype = "bf16" if (torch.cuda.is_bf16_supported() if device.type == "cuda" else amx()) else "fp32"
+    torch.set_float32_matmul_precision("high")
+    return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
+
+
+# ------------------------------------------------------------------------------------------------ the optimizer
+
+
+class Optimizer:
+    """AdamW, or Muon for the hidden matrices with AdamW for the rest; linear warm-up, then cosine to `floor` · lr.
+
+    Decay applies to matrices only, never to biases, norms or embeddings' scale. Muon (Jordan et al. 2024) steps along
+    the orthogonalised momentum of each matrix; on the toy world it decides whether the base learns arithmetic in
+    time. Gradients are clipped to a global norm before either sees them.
+    """
+
+    def __init__(self, model, lr, total, kind="adamw", muon_lr=0.02, weight_decay=0.1, betas=(0.9, 0.95), warmup=0,
+                 floor=0.1, clip=1.0):
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.total, self.warmup, self.floor, self.clip = total, warmup, floor, clip
+        hidden = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and ".h." in n]
+        muon = hidden if kind == "muon" else []
+        ids = {id(p) for p in muon}
+        decay = [p for p in self.params if p.ndim == 2 and id(p) not in ids]
+        plain = [p for p in self.params if p.ndim < 2]
+        self.optims = [torch.optim.AdamW([dict(params=decay, weight_decay=weight_decay),
+                                          dict(params=plain, weight_decay=0.0)], lr=lr, betas=betas, fused=True)]
+        if muon:
+            self.optims.append(torch.optim.Muon(muon, lr=muon_lr, weight_decay=weight_decay * lr / muon_lr))
+        for group in self.groups():
+            group["base_lr"] = group["lr"]
+
+    def groups(self):
+        return [group for optim in self.optims for group in optim.param_groups]
+
+    def scale(self, step):
+        """The schedule: learning rate of `step` (from 0) as a share of the peak."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.total - self.warmup)
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    def step(self, step):
+        """Clip, update, clear the gradients; returns (gradient norm before clipping, learning rate)."""
+        norm = float(nn.utils.clip_grad_norm_(self.params, self.clip if self.clip else float("inf")))
+        if not math.isfinite(norm):
+            raise UserError(f"step {step}: the gradient is {norm}; nothing was updated, the last checkpoint is intact. "
+                            "A lower --lr, or --dtype fp32, usually helps")
+        for group in self.groups():
+            group["lr"] = group["base_lr"] * self.scale(step)
+        for optim in self.optims:
+            optim.step()
+        self.clear()
+        return norm, self.optims[0].param_groups[0]["lr"]
+
+    def clear(self):
+        for optim in self.optims:
+            optim.zero_grad(set_to_none=True)
+
+    def tensors(self):
+        """Its state as a flat dict of tensors, for the checkpoint."""
+        return {f"{i}.{p}.{key}": value for i, optim in enumerate(self.optims)
+                for p, state in optim.state_dict()["state"].items() for key, value in state.items()}
+
+    def load_tensors(self, flat):
+        for i, optim in enumerate(self.optims):
+            state = {}
+            for name, value in flat.items():
+                which, p, key = name.split(".", 2)
+                if int(which) == i:
+                    state.setdefault(int(p), {})[key] = value
+            optim.load_state_dict(dict(state=state, param_groups=optim.state_dict()["param_groups"]))
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
+              I32=torch.int32, U8=torch.uint8, BOOL=torch.bool)
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def save_tensors(path, tensors, meta):
+    """Write one safetensors file: a JSON header, then raw bytes. Nothing in it can be executed on loading.
+
+    The file appears under its name only once it is complete and on the disk, so a crash, a kill or a full disk at
+    any moment leaves the previous one as it was. meta (JSON) rides in the header: weights and facts cannot part.
+    """
+    path, header, offset = Path(path), {"__metadata__": {"plainalign": json.dumps(meta)}}, 0
+    for name, t in tensors.items():
+        size = t.numel() * t.element_size()
+        header[name] = dict(dtype=NAMES[t.dtype], shape=list(t.shape), data_offsets=[offset, offset + size])
+        offset += size
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)  # tensors start at a multiple of 8 bytes
+    part = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as f:
+            f.write(struct.pack("<Q", len(head)) + head)
+            for t in tensors.values():
+                f.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        why = "the disk is full" if e.errno == errno.ENOSPC else e.strerror
+        raise UserError(f"{path}: not saved, {why}; an earlier checkpoint there is intact") from None
+
+
+def load_tensors(path):
+    """Read a safetensors file -> (dict of tensors, meta). Raises UserError for anything that is not one."""
+    try:
+        raw = np.memmap(path, dtype=np.uint8, mode="c")  # copy on write: the tensors are ours, the file is not
+        size = struct.unpack("<Q", raw[:8].tobytes())[0]
+        if size > len(raw) - 8:
+            raise ValueError("it is cut short")
+        header = json.loads(raw[8:8 + size].tobytes())
+        meta, tensors, end = header.pop("__metadata__", {}), {}, 0
+        for name, info in header.items():
+            a, b = info["data_offsets"]
+            dtype = DTYPES[info["dtype"]]
+            if not 0 <= a <= b <= len(raw) - 8 - size or b - a != math.prod(info["shape"]) * dtype.itemsize:
+                raise ValueError(f"the bytes of {name} are not where the header says")
+            data = torch.from_numpy(raw[8 + size + a:8 + size + b]) if b > a else torch.empty(0, dtype=torch.uint8)
+            tensors[name], end = data.view(dtype).reshape(info["shape"]), max(end, b)
+        if end != len(raw) - 8 - size:
+            raise ValueError("it is longer than its header says")
+        return tensors, json.loads(meta.get("plainalign", "{}"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error, OSError, RecursionError) as e:
+        raise UserError(f"{path}: not a checkpoint of ours ({type(e).__name__}: {e})") from None
+
+
+def save_checkpoint(folder, modules, optimizers, meta):
+    """modules and optimizers: dicts by name. Everything in one file, `checkpoint.safetensors`, replaced atomically."""
+    tensors = {f"{name}/{key}": value for name, m in modules.items() for key, value in m.state_dict().items()}
+    tensors |= {f"{name}/{key}": value for name, o in optimizers.items() for key, value in o.tensors().items()}
+    meta = meta | {"config": {name: asdict(m.config) for name, m in modules.items()}}
+    save_tensors(Path(folder) / "checkpoint.safetensors", tensors, meta)
+
+
+def fill(module, tensors, name, path):
+    """Load the tensors `name/...` into module; every missing, surplus or misshapen one is named in one error."""
+    got = {key[len(name) + 1:]: t for key, t in tensors.items() if key.startswith(name + "/")}
+    want = {key: t.shape for key, t in module.state_dict().items()}
+    wrong = [f"{key} is missing" for key in want.keys() - got.keys()]
+    wrong += [f"{key} does not belong" for key in got.keys() - want.keys()]
+    wrong += [f"{key} is {tuple(got[key].shape)}, not {tuple(want[key])}"
+              for key in want.keys() & got.keys() if got[key].shape != want[key]]
+    if wrong:
+        raise UserError(f"{path}: {'; '.join(sorted(wrong)[:3])}")
+    module.load_state_dict(got)
+
+
+def load_model(folder, tok=None, device="cpu", n_scores=None, maker=""):
+    """The model of a run folder, in eval mode. A tokenizer other than the one it was trained with is an error.
+
+    n_scores: make it a reward or value model of that many scores; the head is kept where the checkpoint has it and
+    starts at zero where it has not. maker: the command that makes this checkpoint, for the error message.
+    """
+    path = Path(folder) / "checkpoint.safetensors"
+    if not path.exists():
+        raise UserError(f"{folder}: no checkpoint there" + (f"; make it with: {maker}" if maker else ""))
+    tensors, meta = load_tensors(path)
+    if tok is not None and meta.get("tokenizer") != tok.fingerprint:
+        raise UserError(f"{folder} was trained with another tokenizer ({meta.get('tokenizer')}, not {tok.fingerprint})")
+    try:
+        config = GPTConfig(**meta["config"]["model"])
+    except (KeyError, TypeError) as e:
+        raise UserError(f"{path}: it does not say what model it holds ({e})") from None
+    if n_scores is not None and n_scores != config.n_scores:
+        config.n_scores = n_scores
+        tensors = {k: t for k, t in tensors.items() if not k.startswith("model/score.")}
+        blank = GPT(config)
+        tensors |= {f"model/{k}": t for k, t in blank.state_dict().items() if k.startswith("score.")}
+    model = GPT(config)
+    fill(model, tensors, "model", path)
+    return model.to(device).eval()
+
+
+def clone(model):
+    """A frozen copy that shares no memory with the original: a reference that training cannot move."""
+    copy = GPT(GPTConfig(**asdict(model.config)))
+    copy.load_state_dict(model.state_dict())
+    return copy.to(model.device).eval().requires_grad_(False)
+
+
+def steps(run, total, modules, optimizers, state, save_every):
+    """Yield the steps still to do, and save after every `save_every`, so that the loop itself reads as the paper's.
+
+    run: the data.Run whose folder holds the checkpoint. state: a JSON-able dict of whatever else the loop carries
+    from step to step (a KL coefficient, running means); it is saved and restored in place.
+
+    Each step starts by seeding every generator from (seed, step). That is all the random state there is: resuming
+    needs no generator's state, and evaluation or sampling inside one step cannot change the next.
+    """
+    start, folder = 0, run.folder
+    if (folder / "checkpoint.safetensors").exists():
+        tensors, meta = load_tensors(folder / "checkpoint.safetensors")
+        for name, module in modules.items():
+            fill(module, tensors, name, folder)
+        for name, optimizer in optimizers.items():
+            optimizer.load_tensors({k[len(name) + 1:]: t for k, t in tensors.items() if k.startswith(name + "/")})
+        state.update(meta["state"])
+        start = meta["step"]
+    for step in run.progress(start, total):
+        torch.manual_seed(run.seed * 1_000_003 + step)
+        yield step
+        if (step + 1) % save_every == 0 or step + 1 == total:
+            done = step + 1 == total
+            save_checkpoint(folder, modules, {} if done else optimizers,
+                            dict(step=step + 1, done=done, state=state, tokenizer=run.fingerprint))
+
+
+# ------------------------------------------------------------------------------------------------ chat
+
+
+def main():
+    from data import Tokenizer, parse
+
+    @dataclass
+    class Config:
+        """Talk to a checkpoint, or answer every line of standard input."""
+        tokenizer: str = "toy"      # toy, a tiktoken encoding's name, or a vocabulary file
+        system: str = ""            # system message
+        temperature: float = 0.7    # 0 is greedy
+        top_k: int = 0              # keep the k likeliest tokens; 0 keeps all
+        top_p: float = 1.0          # keep the likeliest tokens that make up this share
+        max_new: int = 128          # longest answer, tokens
+        seed: int = 0               # of the sampling
+        device: str = "auto"        # auto, cpu, cuda
+
+    cfg, (folder,) = parse(Config, positional=["checkpoint"])
+    tok, (device, _) = Tokenizer.load(cfg.tokenizer), setup(cfg.device, "fp32")
+    model = load_model(folder, tok, device)
+    torch.manual_seed(cfg.seed)
+    history = [dict(role="system", content=cfg.system)] if cfg.system else []
+    tty = sys.stdin.isatty()
+
+    def answer(messages):
+        """Print the answer as it comes; bytes wait until they make up whole characters."""
+        ids, shown = [], 0
+
+        def show(token):
+            nonlocal shown
+            ids.append(token)
+            text = tok.decode(ids)
+            if not text.endswith("\ufffd"):
+                print(text[shown:], end="", flush=True)
+                shown = len(text)
+        prompt = tok.prompt(messages)[-(model.config.block_size - 1):]
+        generate(model, [prompt], tok, cfg.max_new, 1, cfg.temperature, cfg.top_k, cfg.top_p, show)
+        print()
+        return tok.decode(ids)
+
+    while True:
+        if tty:
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            break
+        if line.strip():
+            said = history + [dict(role="user", content=line.strip())]
+            reply = answer(said)
+            if tty:  # a conversation remembers; piped lines are separate questions
+                history = said + [dict(role="assistant", content=reply)]
+
+
+if __name__ == "__main__":
+    from data import guard
+    guard(main)

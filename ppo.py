@@ -1,0 +1,261 @@
+"""RLHF with PPO: sample from the policy, score with a learned reward, step towards what scored above expectation.
+
+    maximise  E_{x, y ~ π} [ r(x, y) ] - β KL(π || π_ref)
+
+Each step: (1) roll out the policy; (2) give every response token the reward -β (log π - log π_ref), and the last one
+the score of the response on top; (3) turn rewards into advantages with a learned value function, A = GAE(γ, λ);
+(4) for a few epochs minimise  -min(ρ A, clip(ρ, 1±ε) A)  over tokens, ρ = π / π_old, and regress the value function
+on the returns.
+
+Papers: PPO, Schulman et al. 1707.06347; GAE 1506.02438; KL in the reward, Ziegler et al. 1909.08593; InstructGPT,
+Ouyang et al. 2203.02155. Departures: the critic is a model of its own, started from the reward model (as
+InstructGPT) rather than a second head on the policy; old log-probabilities are recomputed by the trainer, because
+the sampler's differ in the last bits of bf16; the end token is part of the response, and the score sits on it.
+
+    python ppo.py                       out/sft + out/reward -> out/ppo
+    python ppo.py --reward exact --families arith     a verifier instead of a reward model
+
+Four models are in memory (policy, reference, critic, reward). README, "What the numbers mean", explains each metric.
+"""
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from data import (OptionError, Run, RunConfig, Tokenizer, check, encode, gold, guard, open_stream, parse, parse_rewards,
+                  collate)
+from model import (Optimizer, clone, generate, load_model, load_reward, per_token, setup, slices, steps,
+                   token_logprobs, token_scores)
+
+
+@dataclass
+class Config(RunConfig):
+    """RLHF with PPO."""
+    out: str = "out/ppo"        # folder of the run; the same command continues an interrupted one
+    # what is optimised
+    init: str = "out/sft"       # policy to start from; it is also the reference
+    reward: str = "out/reward"  # weighted sum of reward models and verifiers, as 0.5*out/reward + exact
+    critic: str = ""            # value function to start from; none: the first reward model, else the policy's trunk
+    data: str = "toy"           # prompts: toy, or a file
+    families: str = "write"     # of the toy world, comma-separated
+    # rollouts
+    steps: int = 40             # rollout-and-update steps
+    prompts: int = 128          # prompts a step, one response each
+    max_new: int = 80           # longest response, tokens
+    temperature: float = 1.0    # of sampling; every log-probability is at this temperature too
+    # the reward of a response
+    missing_end: float = 1.0    # taken off the score of a response cut off before its end token
+    reward_shift: float = 0.0   # added to the score of a finished response (Starling's length control)
+    normalize_reward: bool = False  # divide scores by their running standard deviation, after taking off the mean
+    clip_reward: float = 10.0   # scores are clipped to ± this; 0 never clips
+    # the KL penalty
+    kl: Literal["k1", "k2", "k3"] = "k1"  # estimator: k1 sits in the reward, k2 and k3 in the loss
+    kl_coef: float = 0.05       # β
+    target_kl_coef: float = 0.0  # KL per response, nats, that β adapts to; 0 keeps β fixed
+    kl_horizon: float = 2000.0  # responses over which β adapts
+    # advantages
+    gamma: float = 1.0          # discount per token
+    lam: float = 0.95           # GAE: 0 trusts the critic, 1 the sampled return
+    whiten: bool = True         # advantages to mean 0 and variance 1 over the response tokens of a step
+    # the update
+    epochs: int = 2             # passes over each rollout
+    minibatches: int = 1        # updates per pass
+    clip: float = 0.2           # ε of the policy ratio
+    value_clip: float = 0.2     # ε of the value function; 0 never clips
+    entropy_coef: float = 0.0   # weight of the entropy bonus
+    stop_kl: float = 0.0        # end a step's epochs once KL(π_old || π) per token exceeds this; 0 never
+    ptx_coef: float = 0.0       # γ of PPO-ptx: weight of the pretraining loss in the same update (InstructGPT: 27.8)
+    ptx_batch: int = 32         # documents of it an update
+    critic_warmup: int = 0      # first steps that train the critic only
+    lr: float = 1e-4            # of the policy
+    critic_lr: float = 1e-3     # of the critic
+    weight_decay: float = 0.0   # on matrices
+    warmup: int = 0             # steps of linear warm-up; the rate then stays
+    clip_grad: float = 1.0      # global gradient norm; 0 never clips
+    # evaluation
+    eval_every: int = 10        # steps between evaluations on held-out prompts
+
+
+# ---------------------------------------------------------------- the mathematics
+# logp, ref_logp, old_logp, values, mask: (B, T-1). Index t is about response token t+1: its log-probability, and the
+# value of the state before it. Everything outside the mask is ignored, whatever it holds.
+
+def kl_estimate(logp, ref_logp, kind):
+    """Estimators of KL(π || π_ref) from samples of π, per token (Schulman 2020, "Approximating KL divergence").
+
+    k1 is unbiased but, differentiated as a loss, has expected gradient 0, so it belongs in the reward. k2's gradient
+    is the KL's. k3 is unbiased with less variance, but its gradient is that of KL(π_ref || π): as a loss it does not
+    lead to the KL-regularised optimum.
+    """
+    d = logp - ref_logp
+    return {"k1": d, "k2": d * d / 2, "k3": (-d).exp() - 1 + d}[kind]
+
+
+def token_rewards(score, kl, mask, beta):
+    """score (B,) on the last response token, -β · kl on every one -> (B, T-1)."""
+    last = mask.cumsum(1).eq(mask.sum(1, keepdim=True)) & mask.bool()
+    return torch.where(mask.bool(), -beta * kl, 0.0) + torch.where(last, score[:, None], 0.0)
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalised advantage estimation (1506.02438, eq. 16) -> advantages, returns, both (B, T-1).
+
+    δ_t = r_t + γ V_{t+1} - V_t and A_t = δ_t + γλ A_{t+1}, with V = A = 0 after the last token: a response cut off at
+    max_new ends there like any other. returns = A + V, the critic's target.
+    """
+    rewards, values = (torch.where(mask.bool(), x, 0.0) for x in (rewards, values))
+    adv, running, following = torch.zeros_like(values), 0.0, 0.0
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * following - values[:, t]
+        running = (delta + gamma * lam * running) * mask[:, t]
+        adv[:, t], following = running, values[:, t]
+    return adv, (adv + values) * mask
+
+
+def masked_sum(x, mask):
+    return torch.where(mask.bool(), x, 0.0).sum()
+
+
+def masked_var(x, mask):
+    mean = masked_sum(x, mask) / mask.sum()
+    return masked_sum((x - mean) ** 2, mask) / mask.sum()
+
+
+def whiten(x, mask):
+    """Mean 0 and variance 1 over the masked entries, 0 elsewhere."""
+    mean = masked_sum(x, mask) / mask.sum()
+    return torch.where(mask.bool(), (x - mean) * (masked_var(x, mask) + 1e-8).rsqrt(), 0.0)
+
+
+def policy_loss(logp, old_logp, adv, clip):
+    """-min(ρ A, clip(ρ, 1-ε, 1+ε) A) per token (1707.06347, eq. 7) -> loss, ratio, where the clip decided."""
+    ratio = (logp - old_logp).exp()
+    plain, clipped = -ratio * adv, -ratio.clamp(1 - clip, 1 + clip) * adv
+    return torch.maximum(plain, clipped), ratio, clipped > plain
+
+
+def value_loss(values, old_values, returns, clip):
+    """½ max((V - R)², (clip(V, V_old ± ε) - R)²) per token; the larger, so that clipping can only hold back."""
+    loss = (values - returns) ** 2
+    if clip:
+        near = old_values + (values - old_values).clamp(-clip, clip)
+        loss = torch.maximum(loss, (near - returns) ** 2)
+    return loss / 2
+
+
+def adapt(beta, kl, target, n, horizon):
+    """β after n more responses whose KL was `kl` (Ziegler et al. 1909.08593, eq. 8)."""
+    return beta * (1 + max(-0.2, min(0.2, kl / target - 1)) * n / horizon)
+
+
+def normalize(score, state):
+    """Scores (B,) by the mean and standard deviation of all scores so far, which `state` carries between steps."""
+    state["seen"] += len(score)
+    state["sum"] += float(score.sum())
+    state["square"] += float((score ** 2).sum())
+    mean = state["sum"] / state["seen"]
+    return (score - mean) / (state["square"] / state["seen"] - mean ** 2 + 1e-8) ** 0.5
+
+
+# ---------------------------------------------------------------- the loop
+
+def train(cfg):
+    check(cfg, positive="steps prompts max_new temperature epochs minibatches lr critic_lr clip micro_tokens save_every",
+          share="gamma lam")
+    tok = Tokenizer.load(cfg.tokenizer)
+    run = Run(cfg, tok)
+    if run.finished:
+        return
+    device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
+    policy = load_model(cfg.init, tok, device, maker="python sft.py")
+    ref = clone(policy)
+    reward = load_reward(cfg.reward, tok, device, amp, cfg.micro_tokens)
+    critic = load_model(cfg.critic or reward.models[0] if reward.models else cfg.init, tok, device, n_scores=1)
+    for model in (policy, critic):
+        model.grad_checkpoint = cfg.grad_checkpoint
+        if cfg.compile:
+            model.compile(dynamic=True)
+    stream, held = open_stream(cfg, "prompt", cfg.families, n_held=64)
+    documents, _ = open_stream(cfg, "text", n_held=0, prepare=lambda doc: encode(
+        doc, tok, policy.config.block_size, "all")) if cfg.ptx_coef else (None, None)
+    shared = dict(total=1, weight_decay=cfg.weight_decay, warmup=cfg.warmup, floor=1.0, clip=cfg.clip_grad)
+    policy_opt, critic_opt = Optimizer(policy, cfg.lr, **shared), Optimizer(critic, cfg.critic_lr, **shared)
+    state = dict(beta=cfg.kl_coef, seen=0, sum=0.0, square=0.0)
+
+    def sample(records):
+        with amp():
+            return generate(policy, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new,
+                            temperature=cfg.temperature)
+
+    for step in steps(run, cfg.steps, dict(model=policy, critic=critic),
+                      dict(policy_opt=policy_opt, critic_opt=critic_opt), state, cfg.save_every):
+        # 1. Roll out.
+        records = stream.batch(step, cfg.prompts)
+        roll = sample(records)
+        mask, lengths = roll.mask, roll.lengths                                          # (B, T-1)
+
+        # 2. Score: what the reward says of the response, and what every model says of every token.
+        raw, parts = reward(records, roll)                                               # (B,)
+        score = raw + torch.where(roll.finished, cfg.reward_shift, -cfg.missing_end)
+        if cfg.normalize_reward:
+            score = normalize(score, state)
+        if cfg.clip_reward:
+            score = score.clamp(-cfg.clip_reward, cfg.clip_reward)
+        with torch.no_grad(), amp():
+            old_logp, entropy = per_token(roll, cfg.micro_tokens, lambda tokens, mask: token_logprobs(
+                policy, tokens, mask, cfg.temperature, entropy=True))                    # (B, T-1)
+            ref_logp = per_token(roll, cfg.micro_tokens, lambda tokens, mask: token_logprobs(
+                ref, tokens, mask, cfg.temperature))[0]                                  # (B, T-1)
+            values = per_token(roll, cfg.micro_tokens, lambda tokens, mask: token_scores(critic, tokens, mask))[0]
+
+        # 3. Rewards and advantages.
+        beta = state["beta"]
+        kl = kl_estimate(old_logp, ref_logp, "k1") * mask
+        rewards = token_rewards(score, kl, mask, beta if cfg.kl == "k1" else 0.0)        # (B, T-1)
+        adv, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)                    # (B, T-1)
+        explained = 1 - float(masked_var(returns - values, mask) / masked_var(returns, mask).clamp(min=1e-8))
+        if cfg.whiten:
+            adv = whiten(adv, mask)
+
+        # 4. Update. Every loss is a mean over the response tokens of its minibatch, however that is split up. Policy
+        # and critic share no weights, so their losses need no relative weight and one backward serves both.
+        tally, seen = torch.zeros(5, device=device), 0.0
+        for batch in [rows for _ in range(cfg.epochs) for rows in torch.randperm(len(records)).chunk(cfg.minibatches)]:
+            count, sums = float(mask[batch].sum()), torch.zeros(5, device=device)
+            for rows, tokens, m in slices(roll, cfg.micro_tokens, batch.tolist()):
+                cut = rows, slice(0, m.shape[1])                                         # their corner of (B, T-1)
+                with amp():
+                    v = token_scores(critic, tokens, m)                                  # (b, t-1)
+                    logp, ent = token_logprobs(policy, tokens, m, cfg.temperature, entropy=True)
+                p_loss, ratio, clipped = policy_loss(logp, old_logp[cut], adv[cut], cfg.clip)
+                v_loss = value_loss(v, values[cut], returns[cut], cfg.value_clip)
+                loss = p_loss + v_loss - cfg.entropy_coef * ent
+                if cfg.kl != "k1":  # exact at the first update of a step; later ones see slightly stale samples
+                    loss = loss + beta * kl_estimate(logp, ref_logp[cut], cfg.kl)
+                (masked_sum(loss, m) / count).backward()
+                drift = kl_estimate(old_logp[cut], logp, "k3")
+                sums += torch.stack([masked_sum(x.detach(), m) for x in (p_loss, v_loss, clipped, drift, ratio)])
+            if cfg.ptx_coef:
+                pretraining_loss(policy, documents.batch(step, cfg.ptx_batch), cfg, tok, amp)
+            critic_norm, _ = critic_opt.step(step)
+            if step < cfg.critic_warmup:
+                policy_opt.clear()
+            else:
+                grad_norm, lr = policy_opt.step(step)
+            tally, seen = tally + sums, seen + count
+            if cfg.stop_kl and sums[3] / count > cfg.stop_kl:
+                break
+
+        # 5. Report.
+        kl_response = float(kl.sum(1).mean())
+        if cfg.target_kl_coef:
+            state["beta"] = adapt(beta, kl_response, cfg.target_kl_coef, len(records), cfg.kl_horizon)
+        p_loss, v_loss, clip_frac, approx_kl, ratio = (tally / seen).tolist()
+        texts = roll.responses(tok)
+        truth = [gold(r, text, done) for r, text, done in zip(records, texts, roll.finished.tolist()) if "family" in r]
+        run.log(step, ("reward", "gold", "kl"), reward=raw.mean(), gold=mean(truth), kl=kl_response, beta=beta,
+                entropy=masked_sum(entropy, mask) / mask.sum(), response_length=mask.sum(1).mean(),
+                finished=roll.finished.float().mean(), policy_loss=p_loss, value_loss=v_loss, clip_frac=clip_frac,
+                approx_kl=approx_kl, ratio=ratio, explained_variance=explained, advantage_std=masked_var(adv, mask) ** .5,
+                grad_norm=grad_norm, lr=lr, sampler_gap=masked_sum((roll.logp - old_logp).abs(), mask) / mask.sum(),
+                **{f"reward/{name}": part.mean() for name, part in parts.items()})

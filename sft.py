@@ -1,0 +1,124 @@
+"""Pretraining and supervised fine-tuning: raise the likelihood of text someone wrote.
+
+    minimise  L = - Σ_t w_t log π(y_t | y_<t) / Σ_t w_t                     (sums over the whole batch of a step)
+
+Pretraining counts every token (w = 1); fine-tuning counts what the assistant says, its end token included, and
+nothing else (InstructGPT, 2203.02155, step 1). The mean is over the tokens of the whole batch however it is split
+into micro-batches: a mean of their means would weigh a short answer's tokens more.
+
+    python sft.py --loss_on all --init new --out out/base        pretrain the toy base
+    python sft.py                                                fine-tune it on demonstrations: out/base -> out/sft
+    python sft.py --data my.jsonl --out out/mine                 on your file (README, "Your data")
+"""
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from data import (Run, RunConfig, Tokenizer, check, collate, encode, guard, micro_batches, open_stream, pack, parse)
+from model import GPT, GPTConfig, Optimizer, load_model, setup, steps, token_logprobs
+
+
+@dataclass
+class Config(RunConfig):
+    """Pretraining and supervised fine-tuning."""
+    out: str = "out/sft"        # folder of the run; the same command continues an interrupted one
+    # data
+    data: str = "toy"           # toy, or a file (.txt, .json, .jsonl, .gz)
+    loss_on: Literal["assistant", "all"] = "assistant"  # all: pretraining, on documents
+    prompt_weight: float = 0.0  # weight of the other tokens beside the assistant's
+    packing: bool = False       # several sequences in one row, kept apart by a mask
+    # model
+    init: str = "out/base"      # checkpoint to start from, or new: random weights of this size
+    n_layer: int = 4            # of a new model
+    n_head: int = 4             # of a new model
+    n_embd: int = 128           # of a new model
+    block_size: int = 256       # of a new model
+    dropout: float = 0.0        # of a new model
+    # optimisation
+    steps: int = 600            # updates; 0: one epoch of the file
+    batch: int = 64             # sequences an update
+    lr: float = 3e-3            # peak learning rate of AdamW
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the hidden matrices, AdamW for the rest
+    muon_lr: float = 0.02       # peak learning rate of Muon
+    weight_decay: float = 0.1   # on matrices
+    beta2: float = 0.98         # of AdamW
+    warmup: int = 20            # updates of linear warm-up, before the cosine
+    clip_grad: float = 1.0      # global gradient norm; 0 never clips
+    # evaluation
+    eval_every: int = 100       # updates between evaluations on held-out records
+
+
+def sft_loss(model, tokens, mask, **layout):
+    """Σ_t w_t · -log π(token t+1), a sum: the caller divides by the weight of the whole batch.
+
+    tokens (B, T), mask (B, T-1) of weights w -> scalar. layout: pos and see of packed rows.
+    """
+    return -(token_logprobs(model, tokens, mask, **layout) * mask).sum()
+
+
+def batches(rows, cfg, tok, device):
+    """Split rows [(ids, weights), ...] into micro-batches: (tokens, mask, layout) each."""
+    for part in micro_batches([len(ids) for ids, _ in rows], cfg.micro_tokens):
+        part = [rows[i] for i in part]
+        if cfg.packing:
+            tokens, mask, pos, see = pack(part, tok, cfg.block_size, device)
+            yield tokens, mask, dict(pos=pos, see=see)
+        else:
+            yield *collate(part, tok, device), {}
+
+
+@torch.no_grad()
+def evaluate(model, rows, cfg, tok, amp):
+    """Mean -log π per target token on held-out rows, in eval mode."""
+    model.eval()
+    with amp():
+        loss = sum(float(sft_loss(model, tokens, mask, **layout))
+                   for tokens, mask, layout in batches(rows, cfg, tok, model.device))
+    return loss / sum(sum(weights) for _, weights in rows)
+
+
+def train(cfg):
+    check(cfg, positive="batch lr micro_tokens save_every eval_every", share="prompt_weight beta2 dropout")
+    tok = Tokenizer.load(cfg.tokenizer)
+    run = Run(cfg, tok)
+    if run.finished:
+        return
+    device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
+    torch.manual_seed(cfg.seed)
+    if cfg.init == "new":
+        size = {k: getattr(cfg, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "dropout")}
+        model = GPT(GPTConfig(vocab_size=tok.n_vocab, **size)).to(device)
+    else:
+        model = load_model(cfg.init, tok, device, maker="python sft.py --loss_on all --init new --out out/base")
+    model.grad_checkpoint = cfg.grad_checkpoint
+    if cfg.compile:
+        model.compile(dynamic=True)
+    cfg.block_size = model.config.block_size
+    stream, held = open_stream(cfg, "text" if cfg.loss_on == "all" else "messages", prepare=lambda record:
+                               encode(record, tok, cfg.block_size, cfg.loss_on, cfg.prompt_weight))
+    total = cfg.steps or math.ceil(len(stream.items) / cfg.batch)
+    optimizer = Optimizer(model, cfg.lr, total, cfg.optimizer, cfg.muon_lr, cfg.weight_decay, (0.9, cfg.beta2),
+                          cfg.warmup, clip=cfg.clip_grad)
+
+    for step in steps(run, total, dict(model=model), dict(optimizer=optimizer), {}, cfg.save_every):
+        rows = stream.batch(step, cfg.batch)
+        weight = sum(sum(weights) for _, weights in rows)
+        model.train()
+        loss = 0.0
+        for tokens, mask, layout in batches(rows, cfg, tok, device):
+            with amp():
+                part = sft_loss(model, tokens, mask, **layout) / weight
+            part.backward()
+            loss += part.detach()
+        grad_norm, lr = optimizer.step(step)
+        last = step + 1 == total
+        val = evaluate(model, held, cfg, tok, amp) if last or (step + 1) % cfg.eval_every == 0 else None
+        run.log(step, ("loss", "val_loss"), loss=loss, val_loss=val, grad_norm=grad_norm, lr=lr,
+                tokens=sum(len(ids) for ids, _ in rows))
+    run.finish(("loss", "val_loss"), then=f"python model.py {cfg.out}    # talk to it")
+
+
+if __name__ == "__main__":
+    guard(lambda: train(parse(Config)))
