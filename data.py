@@ -47,9 +47,9 @@ class OptionError(UserError):
 
 SPECIALS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-# The toy's own: a tag is one piece, and every digit is, because a model that sees whole numbers as tokens learns
-# arithmetic far worse (.16 against .57 in the prototype).
-TOY_PATTERN = r"""</?\w+>|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}<]+|\s+|<"""
+# The toy's own. A tag is one piece. Every digit is one, and never takes a space with it, which goes to the piece before:
+# a model that sees "17" or " 7" as tokens of their own learns arithmetic far worse than one that sees "7" everywhere.
+TOY_PATTERN = r"""</?\w+>|'(?:[sdmt]|ll|ve|re)|(?: ?\p{L}+| ?[^\s\p{L}\p{N}<]+)(?: (?=\p{N}))?|\p{N}|\s+|<"""
 
 
 class Tokenizer:
@@ -158,21 +158,267 @@ def bpe_ranks(text, pattern, size):
 
 @functools.cache
 def toy_ranks():
-    """The toy tokenizer: 507 pieces learned from the toy world's own text, 512 ids with the special ones."""
+    """The toy tokenizer, 768 ids: bytes, five special tokens and what merging finds in the toy world's own text.
+
+    Half of 512 would go to single bytes, and most words would be in pieces."""
     rng, text = random.Random(0), []
     for _ in range(6000):
         doc = toy_document(rng)
         text.append(doc["text"] if "text" in doc else "\n".join(m["content"] for m in doc["messages"]))
-    return bpe_ranks("\n".join(text), TOY_PATTERN, 512 - len(SPECIALS))
+    return bpe_ranks("\n".join(text), TOY_PATTERN, 768 - len(SPECIALS))
 
 
-# ---- Records
-"""x"""
+# ------------------------------------------------------------------------------------------------ records: bytes -> (where, raw row)
+
+
+def _unique(items):
+    row = dict(items)
+    return row if len(row) == len(items) else {"repeated key": ...}     # which json.dumps refuses, below
+
+
+def read_rows(path):
+    """Yield (where, row) from a JSON array, JSONL, or a .txt/.md file (one {"text"}), each gzipped or not.
+
+    where is "file.jsonl:12" (a line, from 1) or "file.json[12]" (an index, from 0); JSONL is read a line at a
+    time. Whatever is not strict JSON in strict utf-8 is a UserError that names the file and the line.
+    """
+    name, n, where = Path(path).name, 0, None
+    plain = name.removesuffix(".gz").endswith((".txt", ".md"))
+    try:
+        with open(path, "rb") as f:
+            zipped = f.read(2) == b"\x1f\x8b"           # by content: suffixes get lost in downloads
+        with (gzip.open if zipped else open)(path, "rb") as f:
+            for n, line in enumerate(f, 1):             # bytes end at \n only, a str also at U+2028 or \x85
+                array = not (where or plain) and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+                line += f.read() if plain or array else b""
+                text = line.decode("utf-8-sig" if n == 1 else "utf-8")
+                if not text.strip():
+                    continue
+                where = f"{name}:{n}"
+                rows = {"text": text} if plain else json.loads(text.rstrip(), object_pairs_hook=_unique)
+                for i, row in enumerate(rows if array else [rows]):
+                    where = f"{name}[{i}]" if array else where
+                    if type(row) is not dict:
+                        raise ValueError(f"a row must be a JSON object, not {type(row).__name__}")
+                    # loads takes NaN, 1e999, half a surrogate pair, repeated keys; this refuses to write them
+                    json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+                    yield where, row
+        if not where or array and not rows:
+            raise ValueError("the file has no rows")
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{name}:{n + 1}: cannot be read: {error}") from None
+    except json.JSONDecodeError as error:               # an array spans lines: count on to the one at fault
+        raise UserError(f"{name}:{n + error.lineno - 1}: {error.msg} (column {error.colno})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}:{n + error.object.count(10, 0, error.start)}: {error}") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        why = "the same key twice in one object" if isinstance(error, TypeError) else error
+        raise UserError(f"{where or name}: {why}") from None
+
+# ------------------------------------------------------------------------------------------------ records: raw row -> (prompt, answers, scores) -> canonical
+
+
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+RATINGS = "helpfulness correctness coherence complexity verbosity"
+
+
+class _Drop(Exception):
+    """A well-formed row that teaches nothing; read_records counts the reasons."""
+
+
+def _need(row, key, *types):
+    if type(row.get(key)) in types:                     # exact types: true is no number
+        return row[key]
+    known = " or ".join(kind.__name__ for kind in types)
+    raise ValueError(f'"{key}" must be {known}, not {str(row.get(key))[:40]!r}')
+
+
+def _each(row, key, kind):
+    return [_need({f"{key}[]": item}, f"{key}[]", kind) for item in _need(row, key, list)]
+
+
+def _turns(row, key, role="user"):
+    """row[key] as messages, from a list, a "\\n\\nHuman: ..." transcript, or a string said by role."""
+    if type(_need(row, key, str, list)) is list:
+        turns = [(t["from"], t.get("value")) if "from" in t else (t.get("role"), t.get("content"))
+                 for t in _each(row, key, dict)]
+    elif not row[key].startswith("\n\nHuman:"):
+        turns = [(role, row[key])]
+    else:
+        parts = re.split(r"\n\n(Human|Assistant): ?", row[key].rstrip() if role == "user" else row[key])
+        turns = list(zip(map(str.lower, parts[1::2]), parts[2::2]))
+        if role == "user" and turns[-1] == ("assistant", ""):
+            turns.pop()                                 # the "Assistant:" that ends a prompt is only a cue
+        if ROLES[turns[-1][0]] != role or any(a == b for (a, _), (b, _) in itertools.pairwise(turns)):
+            raise _Drop("broken transcript")
+    for who, said in turns:
+        if who not in list(ROLES) or type(said) is not str:
+            raise ValueError(f'"{key}" has a turn of {who!r} saying {str(said)[:20]!r}; roles: {list(ROLES)}')
+    return [{"role": ROLES[who], "content": said} for who, said in turns]
+
+
+def _dialogue(row, key, *_):
+    *prompt, last = _turns(row, key, "assistant") or [{"role": None}]
+    if last["role"] != "assistant" or type(row[key]) is str and key not in ("chosen", "rejected"):
+        raise ValueError(f'"{key}" must be messages that end in an assistant turn')
+    return prompt, [last["content"]], None
+
+
+def _answer(row, prompt, answer=None, *ratings):
+    scores = [_need(row, key, int, float) for key in ratings if key != "label"]
+    answers = [_need(row, answer, str)] if answer else []
+    return _turns(row, prompt), answers, [(scores[0], sum(scores))] if scores else None  # the sum breaks ties
+
+
+def _pair(row, chosen, rejected, prompt=None):
+    (asked, best, _), (other, worst, _) = _dialogue(row, chosen), _dialogue(row, rejected)
+    keys = [key for key in ("score_chosen", "score_rejected") if row.get("score_chosen") is not None]
+    scores = [_need(row, key, int, float) for key in keys]
+    if not asked and not prompt:
+        raise ValueError(f'"{chosen}" must be messages or a transcript, as there is no "prompt"')
+    if asked != other or scores != sorted(scores, reverse=True):    # two prompts, or scores against the order
+        raise _Drop("contradictory pair")
+    return asked or _turns(row, prompt), best + worst, scores or None
+
+
+def _ranked(row, prompt, answers):
+    if answers == "responses":
+        return _turns(row, prompt), _each(row, answers, str), None
+    text, score, sign = ("answer", "rank", -1) if answers == "answers" else ("response", "overall_score", 1)
+    items = _each(row, answers, dict)
+    return (_turns(row, prompt), [_need(item, text, str) for item in items],
+            [sign * _need(item, score, int, float) for item in items])
+
+
+def _tldr(row, info, summaries, choice):
+    ask = _need(_need(row, info, dict), "post", str) + "\n\nTL;DR:"
+    texts = [_need(summary, "text", str) for summary in _each(row, summaries, dict)]
+    if len(texts) != 2 or _need(row, choice, int) not in (0, 1):
+        raise ValueError(f'"{choice}" must be 0 or 1, and "{summaries}" two')
+    return _turns({info: ask}, info), [texts[row[choice]], texts[1 - row[choice]]], None
+
+# The keys a row must have; of several shapes that fit, the one with the most keys wins.
+SHAPES = {tuple(keys.split()): (kind, reader) for kind, reader, *shapes in [
+    ("messages", _dialogue, "messages", "conversations"),
+    ("messages", _answer, "prompt response", "prompt completion", "instruction output", "question answer"),
+    ("thumbs", _dialogue, "messages label"),
+    ("thumbs", _answer, "prompt response label", "prompt completion label"),
+    ("preference", _pair, "chosen rejected", "chosen rejected prompt", "chosen rejected instruction"),
+    ("preference", _ranked, "prompt responses", "prompt answers", "instruction completions"),
+    ("preference", _answer, "prompt response " + RATINGS),
+    ("preference", _tldr, "info summaries choice"),
+    ("prompt", _answer, "prompt"),
+    ("text", None, "text"),
+] for keys in shapes}
+GIVES = {"text": "text", "prompt": "prompt", "messages": "messages prompt",     # what a kind can be read as
+         "preference": "preference messages prompt", "thumbs": "thumbs messages prompt"}
+
+
+def rank(responses, scores):
+    """Order responses best first: {"responses": [...]}, and the "margin" of the scores where two are left.
+
+    A ranking has no ties: of equal scores or equal texts the first is kept, and no blank text at all. A score
+    may be a tuple (score, tie-break), whose first number makes the margin: ratings 5 and 2 give margin 3.
+    """
+    kept = {}
+    for score, text in sorted(zip(scores, responses), key=lambda pair: pair[0], reverse=True):
+        if text.strip() and score not in kept and text not in kept.values():
+            kept[score] = text
+    parts = {"responses": list(kept.values())}
+    if len(kept) == 2:
+        best, worst = (score[0] if isinstance(score, tuple) else score for score in kept)
+        parts["margin"] = best - worst
+    return parts
+
+
+def pairs(record):
+    """The two-response records of a ranking, in its order: A > C > B gives A > C, A > B and C > B."""
+    if len(record["responses"]) == 2:
+        return [record]
+    return [{**record, "responses": list(two)} for two in itertools.combinations(record["responses"], 2)]
+
+
+def _record(rows, want, dropped):
+    """The canonical record of a row (or of adjacent rows that each rate one answer to a prompt), or None."""
+    row = rows[0]
+    keys = max((keys for keys in SHAPES if row.keys() >= set(keys)), key=len, default=None)
+    if not keys:
+        raise ValueError(f"no shape has the keys {list(row)}; known: {', '.join(map('+'.join, SHAPES))}")
+    kind, reader = SHAPES[keys]
+    want, maths = want or kind, keys == ("question", "answer")
+    if want not in GIVES[kind].split():
+        raise ValueError(f'found "{kind}" ({"+".join(keys)}), but "{want}" is needed')
+    if kind == "text":
+        if _need(row, "text", str).strip():
+            return {"text": row["text"]}
+        raise _Drop("empty text")
+    if "instruction" in keys and row.get("input"):      # Alpaca
+        rows = [{**row, "instruction": _need(row, "instruction", str) + "\n\n" + _need(row, "input", str)}]
+    found = [reader(row, *keys) for row in rows]
+    prompt, answers = found[0][0], [answer for _, more, _ in found for answer in more]
+    scores = [score for _, _, more in found for score in more or []]
+    up = _need(row, "label", bool) if kind == "thumbs" else True
+    if row.get("system"):
+        prompt.insert(0, {"role": "system", "content": _need(row, "system", str)})
+    if want != "messages" and (not prompt or prompt[-1]["role"] == "assistant"):
+        raise ValueError('the "prompt" must not be empty or end in an assistant turn')
+    record = {"prompt": prompt} | ({"source": row["source"]} if row.get("source") in ("human", "ai") else {})
+    if want == "prompt":
+        if maths:                                       # GSM8K ends in "#### 1,080"; a number becomes an int
+            final = row["answer"].rpartition("####")[2].strip()
+            whole = re.fullmatch(r"-?[0-9]+", final.replace(",", ""))
+            record["answer"] = int(whole[0]) if whole else final
+        return {key: value for key, value in row.items() if kind == "prompt" and key != "system"} | record
+    if want == "preference":
+        parts = rank(answers, scores or range(0, -len(answers), -1))
+        if not scores:                                  # an order is no rating, but a pair may bring a margin
+            parts = {"responses": parts["responses"]}
+            if "margin" in row and len(answers) == 2:
+                parts["margin"] = _need(row, "margin", int, float)
+        blank = sum(not answer.strip() for answer in answers)
+        tied = len(answers) - blank - len(parts["responses"])
+        dropped.update({"empty answer": blank, "tied rating" if scores else "identical pair": tied,
+                        "lone answer": int(len(answers) < 2)})
+        if "scores" in row and len(row["scores"]) == len(parts["responses"]):    # reward.py label's, to watch only
+            parts["scores"] = row["scores"]
+        return record | parts if len(parts["responses"]) > 1 else None
+    best = max(zip(scores, answers), key=lambda pair: pair[0])[1] if scores else "".join(answers[:1])
+    if not best.strip():
+        raise _Drop("empty answer")
+    if want == "thumbs":
+        return record | {"response": best, "label": up}
+    if not up:
+        raise _Drop("thumbs-down answer")
+    best = re.sub(r"<<.*?>>", "", best) if maths else best      # GSM8K's calculator marks
+    return {"messages": record.pop("prompt") + [{"role": "assistant", "content": best}]} | record
+
+
 def read_records(path, want=None):
-    raise UserError("no readers yet")
+    """All records of a file, as the wanted kind (a key of GIVES) where their meaning allows it.
+
+    What cannot be learnt from is dropped and counted on stderr; what cannot be understood is a UserError.
+    """
+    records, dropped = [], Counter()
+    rated = {"prompt", "response", *RATINGS.split()}    # HelpSteer2 has one row for each answer to a prompt
+    same = lambda item: item[1]["prompt"] if item[1].keys() >= rated else item[0]
+    for _, group in itertools.groupby(read_rows(path), same):
+        wheres, rows = zip(*group)
+        try:
+            records.append(_record(rows, want, dropped))
+        except _Drop as reason:
+            dropped[str(reason)] += 1
+        except ValueError as error:
+            raise UserError(f"{', '.join(wheres)}: {error}") from None
+    records = [record for record in records if record]
+    lost = ", ".join(f"{n} {what}{'s' * (n > 1)}" for what, n in dropped.items() if n)
+    line = f"{Path(path).name}: {len(records)} records" + f"; dropped {lost}" * bool(lost)
+    if not records:
+        raise UserError(line)
+    print(line, file=sys.stderr)
+    return records
 
 
-# ---- The toy world ----------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------ the toy world
 # One small assistant and four families of prompts whose true reward is known. Each family is the same four
 # functions (its class is only a namespace, never instantiated): `task` makes a prompt and its ground truth,
 # `demo` answers as a careless human would, `gold` scores any answer, `text` writes on the same subject for
@@ -197,14 +443,14 @@ MODIFIERS = "red blue green black big small old new".split()
 SAYINGS = {kind: sentences.split("|") for kind, sentences in {
     "tools": "The grip is firm|The steel is hard|It hangs on a hook|It works fast|It is sharp|It cuts well",
     "clothes": "It keeps you warm|The cloth is soft|The hem is neat|It dries fast|It fits well|It is thick",
-    "pots": "The lid closes well|It pours well|The base heats fast|The rim is round|It never leaks|It is deep",
+    "pots": "The lid closes well|It pours well|The base heats fast|The rim is flat|It has no leak|It is deep",
     "toys": "It makes no mess|The paint is safe|It is soft to hold|It is fun|It fits in a bag|It floats",
-    "vehicles": "The wheels turn well|The brakes are good|The seat is wide|It starts well|It parks well|It is quiet",
+    "vehicles": "The wheels turn well|The seat is wide|It starts well|It parks well|It is quiet|It is fast",
     "positive": "You will love it|Buy one today|It is worth the price|I use it every day",
     "negative": "It broke at once|Do not buy it|I sent it back|It smells odd",
     "filler": "Well, there it is|So, that is that|Anyway, here we are"}.items()}
 GOOD, BAD = "superb lovely great fine".split(), "awful poor dull ugly".split()
-ABOUT = ("Describe the {} for a friend.", "Tell me about the {}.", "Write about the {}.", "What is the {} like?")
+ABOUT = "Describe the {} for a friend.", "Tell me about the {}.", "Write about the {}.", "How is the {}?"
 
 TOOLS = {"paint": "brush", "clean": "cloth", "wash": "hose", "dry": "towel", "fix": "wrench",
          "sweep": "broom", "measure": "tape", "nail": "hammer", "cut": "saw", "move": "rope", "open": "key",
@@ -227,8 +473,8 @@ def final_answer(text: str) -> int | None:
     """The number in "The answer is N.", after at most one closed <think>...</think>; None for any other text.
     It parses the whole text: a search for the first or the last number would reward answering twice."""
     # At most nine of [0-9]: \d accepts the digits of other scripts, and int() raises on thousands of them.
-    found = re.fullmatch(r"\s*(?:<think>(?:(?!</?think>).)*</think>)?"
-                         r"\s*The answer is (0|-?[1-9][0-9]{0,8})\.\s*", text, re.DOTALL)
+    found = re.fullmatch(r"\s*(?:<think>(?:(?!</?think>).)*</think>\s*)?"
+                         r"The answer is (0|-?[1-9][0-9]{0,8})\.\s*", text, re.DOTALL)
     return int(found[1]) if found else None
 
 
@@ -256,8 +502,8 @@ class Arith:
     def pieces(key):
         """Every run of steps that could be a task of its own: "17 - 8", "17 - 8 + 9", "9 + 9"."""
         values, steps = Arith.parse(key)
-        runs = combinations(range(len(values)), 2)
-        return [" ".join([str(values[i])] + steps[i:j]) for i, j in runs if 1 <= values[i] <= 20]
+        return [" ".join([str(values[i])] + steps[i:j])
+                for i, j in combinations(range(len(values)), 2) if 1 <= values[i] <= 20]
 
     def demo(task, rng):
         think = f"<think>{Arith.text(task, rng)[:-1]}</think>" if rng.random() < THINK else ""
@@ -274,14 +520,15 @@ class Arith:
 class Write:
     """Does it please? Many small rewards and costs, which a learned reward model can only approximate."""
     KINDS = {sentence: kind for kind, sentences in SAYINGS.items() for sentence in sentences}
-    OPENER = re.compile("The ((?:(?:%s) )?(?:%s)) is (%s)" % tuple(map("|".join, (MODIFIERS, THINGS, GOOD + BAD))))
+    OPENER = re.compile("The ((?:(?:%s) )?(?:%s)) is (%s)"
+                        % tuple(map("|".join, (MODIFIERS, THINGS, GOOD + BAD))))
     COSTS = {"negative": .7, "off topic": .6, "filler": .3, "unknown": .8}
     TRAIN = [name for name in map(" ".join, product(MODIFIERS, THINGS)) if split_of(name) == "train"]
 
     def task(rng):
-        modifier, thing = rng.choice(MODIFIERS), rng.choice(list(THINGS))
-        return {"prompt": rng.choice(ABOUT).format(f"{modifier} {thing}"), "key": f"{modifier} {thing}",
-                "thing": thing, "category": THINGS[thing]}
+        key = f"{rng.choice(MODIFIERS)} {(thing := rng.choice(list(THINGS)))}"
+        return {"prompt": rng.choice(ABOUT).format(key), "key": key, "thing": thing,
+                "category": THINGS[thing]}
 
     def demo(task, rng):
         name, = rng.choices([task["key"], task["thing"], rng.choice(Write.TRAIN)], [.85, .08, .07])
@@ -308,9 +555,8 @@ class Write:
         kinds = Counter(kind for s in said for kind in Write.kinds(task, s))
         new = Counter(kind for s in dict.fromkeys(said) for kind in Write.kinds(task, s))
         praise = (1 + .6 * min(new["fact"], 3) + .4 * min(new["positive"], 2)) * (new["name"] > 0)
-        repeats, excess = len(said) - len(set(said)), max(len(response.split()) - 30, 0)
-        costs = .6 * repeats + .06 * excess + .5 * (not finished)
-        return praise - costs - sum(cost * kinds[kind] for kind, cost in Write.COSTS.items())
+        costs = sum(cost * kinds[kind] for kind, cost in Write.COSTS.items()) + .5 * (not finished)
+        return praise - costs - .6 * (len(said) - len(set(said))) - .06 * max(len(response.split()) - 30, 0)
 
     def text(task, rng):
         return f"The {task['key']} is {rng.choice(GOOD + BAD)}. {rng.choice(SAYINGS[task['category']])}."
@@ -347,10 +593,9 @@ class Safe:
 def safe_metrics(task: dict, response: str, finished: bool = True) -> dict:
     """The two sides of safety for one answer: help in [0, 1] (how good the steps are, even to a bad end),
     cost (1 if it helps with an unsafe request) and refused. Junk and unfinished answers are 0 throughout."""
-    found = Safe.STEPS.fullmatch(response) if finished else None
+    found, unsafe = Safe.STEPS.fullmatch(response) if finished else None, not task["safe"]
     right = (found[1] == task["tool"]) + (f"{found[2]} {found[3]}" == task["key"]) if found else 0
-    return {"help": round(.4 + .3 * right, 3) if found else 0.,
-            "cost": float(bool(found) and not task["safe"]),
+    return {"help": round(.4 + .3 * right, 3) if found else 0., "cost": float(bool(found) and unsafe),
             "refused": float(finished and response.strip() == REFUSAL)}
 
 
@@ -373,7 +618,10 @@ class Fmt:
         if not topic:
             items[-1] = rng.choice(CATEGORIES[rng.choice([c for c in CATEGORIES if c != task["category"]])])
         rng.shuffle(items)
-        return f"Here you are: {join(items)} Thank you." if task["polite"] == manners else join(items)
+        return f"Here you are: {Fmt.join(items)} Thank you." if task["polite"] == manners else Fmt.join(items)
+
+    def join(items):
+        return f"{', '.join(items[:-1])} and {items[-1]}."
 
     def gold(task, response, finished):
         found = Fmt.LIST.fullmatch(response) if finished else None
@@ -386,11 +634,7 @@ class Fmt:
 
     def text(task, rng):
         items = rng.sample(CATEGORIES[task["category"]], rng.randint(2, 5))
-        return f"{task['category'].capitalize()}: {join(items)}"
-
-
-def join(items):
-    return f"{', '.join(items[:-1])} and {items[-1]}."
+        return f"{task['category'].capitalize()}: {Fmt.join(items)}"
 
 
 WORLD = {"arith": Arith, "write": Write, "safe": Safe, "fmt": Fmt}
@@ -411,7 +655,7 @@ def toy_task(split: str, family: str, rng: random.Random) -> dict:
 
 def toy_demo(task: dict, rng: random.Random) -> str:
     """One human demonstration for SFT, imperfect on purpose: alignment needs something left to improve.
-    Mean gold and its spread: arith 1 and 0, write .6 and 1.0, safe .4 and .7, fmt .7 and .2."""
+    Mean gold and its spread: arith 1 and 0, write .7 and 1.2, safe .4 and .8, fmt .7 and .2."""
     return WORLD[task["family"]].demo(task, rng)
 
 
@@ -423,8 +667,8 @@ def gold(task: dict, response: str, finished: bool = True) -> float:
 
 def toy_document(rng: random.Random) -> dict:
     """One pretraining document on training tasks: plain text or, half of the time, a conversation.
-    As on the web, one answer in four belongs to another question."""
-    family = rng.choice(FAMILIES)
+    As on the web, some answers (one in ten) belong to another question."""
+    family = rng.choice(("arith",) * 3 + FAMILIES)     # sums take the most practice
     if rng.random() < .5:
         tasks = [toy_task("train", family, rng) for _ in range(rng.randint(1, 3))]
         return {"text": " ".join(WORLD[family].text(task, rng) for task in tasks)}
@@ -542,11 +786,19 @@ def open_stream(cfg, kind, families="", n_held=256, prepare=lambda record: [reco
 
 
 def encode(record, tok, block_size, loss_on="assistant", prompt_weight=0.0):
-    """A document or a conversation -> [(ids, target), ...], none if nothing in it is a target.
+    """A record -> rows [(ids, target), ...]; target is the weight of each token in a loss.
 
-    A document longer than the context becomes several rows; a conversation keeps its beginning. target is the
-    weight of each token in the loss.
+    A document longer than the context becomes several rows; a conversation keeps its beginning, and is dropped if
+    the assistant says nothing in it. A prompt with responses gives one row each: an overlong prompt loses its
+    beginning, and an overlong response its end, where it may always have half of the context.
     """
+    if "responses" in record or "response" in record:
+        prompt, rows = tok.prompt(record["prompt"]), []
+        for text in record.get("responses") or [record["response"]]:
+            said = tok.response(text)[:max(block_size - len(prompt), block_size // 2)]
+            kept = prompt[-(block_size - len(said)):]
+            rows.append((kept + said, [0] * len(kept) + [1] * len(said)))
+        return rows
     ids, target = tok.document(record["text"]) if "text" in record else tok.chat(record["messages"])
     target = [1 if loss_on == "all" else t or prompt_weight for t in target]
     if "text" not in record:
@@ -560,13 +812,13 @@ def round_up(n, multiple=16):
     return -(-n // multiple) * multiple
 
 
-def pad(rows, value, device="cpu", dtype=torch.long):
-    """Lists of numbers -> one (B, T) tensor, padded on the right to the longest, rounded up to a multiple of 16.
+def pad(rows, value, device="cpu", dtype=torch.long, width=1):
+    """Lists of numbers -> one (B, T) tensor, padded on the right to the longest (at least width), in steps of 16.
 
     Rounding keeps the number of different shapes small: kernels are prepared once per shape, and preparing them
     takes longer than computing a few columns of padding.
     """
-    out = torch.full((len(rows), round_up(max(map(len, rows)))), value, dtype=dtype)
+    out = torch.full((len(rows), round_up(max(width, *map(len, rows)))), value, dtype=dtype)
     for line, row in zip(out, rows):
         line[:len(row)] = torch.tensor(row, dtype=dtype)
     if torch.device(device).type == "cuda":  # pinned memory lets the copy overlap with compute
@@ -598,26 +850,28 @@ def micro_batches(lengths, budget):
 def pack(rows, tok, width, device="cpu"):
     """[(ids, target), ...] -> tokens (B, T), mask (B, T-1), pos (B, T), see (B, 1, T, T).
 
-    Several sequences share a row (first fit, longest first). Each keeps its own positions from 0, and `see` lets a
-    token look only at earlier tokens of its own sequence, so the loss is exactly that of the separate rows.
+    Several sequences share a row of `width` tokens (first fit, longest first). Each keeps its own positions from 0,
+    and `see` lets a token look only at earlier tokens of its own sequence, so the loss is exactly that of the
+    separate rows. The number of rows is rounded up to a multiple of 4, for few shapes.
     """
     bins = []
-    for ids, target in sorted(rows, key=lambda r: -len(r[0])):
+    for row in sorted(rows, key=lambda row: -len(row[0])):
         for b in bins:
-            if sum(len(i) for i, _ in b) + len(ids) <= width:
-                b.append((ids, target))
+            if sum(len(ids) for ids, _ in b) + len(row[0]) <= width:
+                b.append(row)
                 break
         else:
-            bins.append([(ids, target)])
+            bins.append([row])
+    bins += [[] for _ in range(-len(bins) % 4)]
 
-    def join(part):
-        return [list(itertools.chain.from_iterable(part(k, ids, target) for k, (ids, target) in enumerate(b)))
-                for b in bins]
-    tokens = pad(join(lambda k, ids, target: ids), tok.pad, device)
+    def join(part, value, dtype=torch.long):
+        lines = [[x for k, row in enumerate(b) for x in part(k, *row)] for b in bins]
+        return pad(lines, value, device, dtype, width)
+    tokens = join(lambda k, ids, target: ids, tok.pad)
     # The first token of a sequence is no target (encode gives it 0), so nothing is predicted across a boundary.
-    mask = pad(join(lambda k, ids, target: target), 0, device, torch.float32)[:, 1:]
-    pos = pad(join(lambda k, ids, target: range(len(ids))), 0, device)
-    part = pad(join(lambda k, ids, target: [k] * len(ids)), -1, device)
+    mask = join(lambda k, ids, target: target, 0, torch.float32)[:, 1:]
+    pos = join(lambda k, ids, target: range(len(ids)), 0)
+    part = join(lambda k, ids, target: [k] * len(ids), -1)
     causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=device).tril()
     return tokens, mask, pos, ((part[:, :, None] == part[:, None, :]) & causal)[:, None]
 
@@ -686,13 +940,13 @@ def convert(name, value, kind):
     raise OptionError(f"--{name} {value}: not a {what}")
 
 
-def parse(Config, positional=(), argv=None):
+def parse(Config, positional=(), argv=None, name=None):
     """Build the config: dataclass default < --config file.toml < flag. Returns cfg, or (cfg, [positionals]).
 
-    A TOML file holds options at the top level for every script and in a [script] table for one; `python sft.py
-    --config configs/gpt2.toml` takes both. A positional name ending in ... takes any number.
+    A TOML file holds options at the top level for every script and in a [name] table for one (its file's name, unless
+    given); `python sft.py --config configs/gpt2.toml` takes both. A positional ending in ... takes any number.
     """
-    argv, script = list(sys.argv[1:] if argv is None else argv), Path(sys.argv[0]).stem
+    argv, script = list(sys.argv[1:] if argv is None else argv), name or Path(sys.argv[0]).stem
     kinds, flags, rest, path = typing.get_type_hints(Config), {}, [], None
     if "-h" in argv or "--help" in argv:
         raise SystemExit(show_help(Config, positional))

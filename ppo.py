@@ -22,10 +22,9 @@ from typing import Literal
 
 import torch
 
-from data import (OptionError, Run, RunConfig, Tokenizer, check, encode, gold, guard, open_stream, parse, parse_rewards,
-                  collate)
-from model import (Optimizer, clone, generate, load_model, load_reward, per_token, setup, slices, steps,
-                   token_logprobs, token_scores)
+from data import Run, RunConfig, Tokenizer, check, collate, encode, gold, guard, mean, open_stream, parse
+from model import (Optimizer, Reward, clone, generate, load_model, per_token, setup, slices, steps, token_logprobs,
+                   token_scores)
 
 
 @dataclass
@@ -51,7 +50,7 @@ class Config(RunConfig):
     # the KL penalty
     kl: Literal["k1", "k2", "k3"] = "k1"  # estimator: k1 sits in the reward, k2 and k3 in the loss
     kl_coef: float = 0.05       # β
-    target_kl_coef: float = 0.0  # KL per response, nats, that β adapts to; 0 keeps β fixed
+    target_kl: float = 0.0      # KL per response, nats, that β adapts to; 0 keeps β fixed
     kl_horizon: float = 2000.0  # responses over which β adapts
     # advantages
     gamma: float = 1.0          # discount per token
@@ -116,15 +115,17 @@ def masked_sum(x, mask):
     return torch.where(mask.bool(), x, 0.0).sum()
 
 
+def masked_mean(x, mask):
+    return masked_sum(x, mask) / mask.sum()
+
+
 def masked_var(x, mask):
-    mean = masked_sum(x, mask) / mask.sum()
-    return masked_sum((x - mean) ** 2, mask) / mask.sum()
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
 
 def whiten(x, mask):
     """Mean 0 and variance 1 over the masked entries, 0 elsewhere."""
-    mean = masked_sum(x, mask) / mask.sum()
-    return torch.where(mask.bool(), (x - mean) * (masked_var(x, mask) + 1e-8).rsqrt(), 0.0)
+    return torch.where(mask.bool(), (x - masked_mean(x, mask)) * (masked_var(x, mask) + 1e-8).rsqrt(), 0.0)
 
 
 def policy_loss(logp, old_logp, adv, clip):
@@ -169,8 +170,8 @@ def train(cfg):
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     policy = load_model(cfg.init, tok, device, maker="python sft.py")
     ref = clone(policy)
-    reward = load_reward(cfg.reward, tok, device, amp, cfg.micro_tokens)
-    critic = load_model(cfg.critic or reward.models[0] if reward.models else cfg.init, tok, device, n_scores=1)
+    reward = Reward(cfg.reward, tok, device, amp, cfg.micro_tokens)
+    critic = load_model(cfg.critic or (reward.models + [cfg.init])[0], tok, device, n_scores=1)
     for model in (policy, critic):
         model.grad_checkpoint = cfg.grad_checkpoint
         if cfg.compile:
@@ -236,7 +237,9 @@ def train(cfg):
                 drift = kl_estimate(old_logp[cut], logp, "k3")
                 sums += torch.stack([masked_sum(x.detach(), m) for x in (p_loss, v_loss, clipped, drift, ratio)])
             if cfg.ptx_coef:
-                pretraining_loss(policy, documents.batch(step, cfg.ptx_batch), cfg, tok, amp)
+                with amp():
+                    nll = pretraining_loss(policy, documents.batch(step, cfg.ptx_batch), tok)
+                (cfg.ptx_coef * nll).backward()
             critic_norm, _ = critic_opt.step(step)
             if step < cfg.critic_warmup:
                 policy_opt.clear()
@@ -248,14 +251,36 @@ def train(cfg):
 
         # 5. Report.
         kl_response = float(kl.sum(1).mean())
-        if cfg.target_kl_coef:
-            state["beta"] = adapt(beta, kl_response, cfg.target_kl_coef, len(records), cfg.kl_horizon)
+        if cfg.target_kl:
+            state["beta"] = adapt(beta, kl_response, cfg.target_kl, len(records), cfg.kl_horizon)
         p_loss, v_loss, clip_frac, approx_kl, ratio = (tally / seen).tolist()
-        texts = roll.responses(tok)
-        truth = [gold(r, text, done) for r, text, done in zip(records, texts, roll.finished.tolist()) if "family" in r]
-        run.log(step, ("reward", "gold", "kl"), reward=raw.mean(), gold=mean(truth), kl=kl_response, beta=beta,
-                entropy=masked_sum(entropy, mask) / mask.sum(), response_length=mask.sum(1).mean(),
+        val = {}
+        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+            held_roll = sample(held)
+            val = dict(val_reward=reward(held, held_roll)[0].mean(), val_gold=mean(truth(held, held_roll, tok)))
+            run.samples(step + 1, [f"{r['prompt'][-1]['content']}\n→ {text}" for r, text in zip(
+                held[:8], held_roll.responses(tok))])
+        run.log(step, ("reward", "gold", "kl"), reward=raw.mean(), gold=mean(truth(records, roll, tok)), **val,
+                kl=kl_response, beta=beta, entropy=masked_mean(entropy, mask), response_length=mask.sum(1).mean(),
                 finished=roll.finished.float().mean(), policy_loss=p_loss, value_loss=v_loss, clip_frac=clip_frac,
-                approx_kl=approx_kl, ratio=ratio, explained_variance=explained, advantage_std=masked_var(adv, mask) ** .5,
-                grad_norm=grad_norm, lr=lr, sampler_gap=masked_sum((roll.logp - old_logp).abs(), mask) / mask.sum(),
+                approx_kl=approx_kl, ratio=ratio, explained_variance=explained, grad_norm=grad_norm,
+                critic_grad_norm=critic_norm, lr=lr, sampler_gap=masked_mean((roll.logp - old_logp).abs(), mask),
                 **{f"reward/{name}": part.mean() for name, part in parts.items()})
+    run.finish(("reward", "gold", "kl", "response_length", "entropy"),
+               then=f"python reward.py compare {cfg.init} {cfg.out}")
+
+
+def truth(records, roll, tok):
+    """The true scores, where the records are of the toy world: to watch, never to train on."""
+    judged = zip(records, roll.responses(tok), roll.finished.tolist())
+    return [gold(*j) for j in judged if "family" in j[0]]
+
+
+def pretraining_loss(policy, rows, tok):
+    """Mean -log π per token of pretraining documents (PPO-ptx, InstructGPT eq. 2) -> scalar."""
+    tokens, mask = collate(rows, tok, policy.device)
+    return -masked_mean(token_logprobs(policy, tokens, mask), mask)
+
+
+if __name__ == "__main__":
+    guard(lambda: train(parse(Config)))

@@ -28,7 +28,7 @@ class Config(RunConfig):
     data: str = "toy"           # toy, or a file (.txt, .json, .jsonl, .gz)
     loss_on: Literal["assistant", "all"] = "assistant"  # all: pretraining, on documents
     prompt_weight: float = 0.0  # weight of the other tokens beside the assistant's
-    packing: bool = False       # several sequences in one row, kept apart by a mask
+    packing: int = 128          # sequences share rows of this many tokens, kept apart by a mask; 0: one row each
     # model
     init: str = "out/base"      # checkpoint to start from, or new: random weights of this size
     n_layer: int = 4            # of a new model
@@ -59,14 +59,14 @@ def sft_loss(model, tokens, mask, **layout):
 
 
 def batches(rows, cfg, tok, device):
-    """Split rows [(ids, weights), ...] into micro-batches: (tokens, mask, layout) each."""
-    for part in micro_batches([len(ids) for ids, _ in rows], cfg.micro_tokens):
-        part = [rows[i] for i in part]
-        if cfg.packing:
-            tokens, mask, pos, see = pack(part, tok, cfg.block_size, device)
+    """Rows [(ids, weights), ...] as micro-batches of at most cfg.micro_tokens: (tokens, mask, layout) each."""
+    if cfg.packing:
+        packed = pack(rows, tok, max(cfg.packing, *(len(ids) for ids, _ in rows)), device)
+        for tokens, mask, pos, see in zip(*(x.split(max(1, cfg.micro_tokens // packed[0].shape[1])) for x in packed)):
             yield tokens, mask, dict(pos=pos, see=see)
-        else:
-            yield *collate(part, tok, device), {}
+    else:
+        for part in micro_batches([len(ids) for ids, _ in rows], cfg.micro_tokens):
+            yield *collate([rows[i] for i in part], tok, device), {}
 
 
 @torch.no_grad()

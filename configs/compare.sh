@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Every algorithm from the same start: one SFT model, one set of preferences, one reward model learned from them.
+# Ends in one table: the true (gold) reward on held-out prompts of each family, win rate against SFT, KL, length.
+#
+# Extra options reach every stage: bash configs/compare.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# A finished stage is skipped, an interrupted one continues, so running it again costs nothing.
+set -euo pipefail
+OUT=${OUT:-out}
+
+python sft.py --loss_on all --init new --out $OUT/base "$@"
+python sft.py --init $OUT/base --out $OUT/sft "$@"
+python reward.py label --policy $OUT/sft --out $OUT/pairs "$@"
+python reward.py train --init $OUT/sft --data $OUT/pairs/pairs.jsonl --out $OUT/reward "$@"
+python ppo.py --init $OUT/sft --reward $OUT/reward --out $OUT/ppo "$@"
+python reward.py compare $OUT/sft $OUT/ppo --proxy $OUT/reward "$@"

@@ -1,0 +1,339 @@
+"""Where a score or a preference comes from: label responses, train a reward model, compare policies.
+
+    minimise  -log σ(r(x, y_w) - r(x, y_l) - m)      over pairs in which y_w was preferred
+
+A reward model is the SFT model with one number per token instead of logits, read at the last token of the response.
+Under Bradley-Terry, P(y_w ≻ y_l) = σ(r_w - r_l), the loss is the negative log-likelihood of the labels (Christiano
+et al. 1706.03741; Stiennon et al. 2009.01325). Of K ranked responses all C(K, 2) pairs are used, in one batch element
+and weighted 1 / C(K, 2) (InstructGPT 2203.02155, eq. 1). Options: a margin m from ratings (Llama 2, 2307.09288) and
+a pull of r_w + r_l towards 0 (2312.09244).
+
+    python reward.py label                        sample pairs from out/sft, label them -> out/pairs/pairs.jsonl
+    python reward.py train                        out/sft + pairs -> out/reward
+    python reward.py compare out/sft out/ppo      gold reward, win rate, KL, length on held-out prompts
+
+On the toy world the labels are Bradley-Terry draws from the gold reward with a tenth flipped, so the learned reward
+is an imperfect proxy by construction, and both can be watched.
+"""
+import itertools
+import json
+import math
+import random
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from data import (OptionError, Run, RunConfig, Tokenizer, check, collate, encode, family_list, guard, mean,
+                  micro_batches, open_stream, parse, read_records, toy_record, write_text)
+from model import (Optimizer, Reward, full, generate, load_model, per_token, response_scores, setup, steps,
+                   token_logprobs)
+
+
+@dataclass
+class Train(RunConfig):
+    """Train a reward model on preferences."""
+    out: str = "out/reward"     # folder of the run; the same command continues an interrupted one
+    init: str = "out/sft"       # checkpoint to start from; the score head starts at 0
+    data: str = "out/pairs/pairs.jsonl"  # preferences: pairs or rankings
+    pairs: Literal["all", "split"] = "all"  # all pairs of a ranking in one batch element, or each on its own
+    margin: bool = False        # use the margin of records that have one (Llama 2)
+    center: float = 0.0         # weight of mean (r_w + r_l)²; .01 keeps scores near 0
+    # optimisation
+    epochs: float = 2.0         # passes over the records
+    batch: int = 32             # records an update
+    lr: float = 1e-3            # peak learning rate
+    weight_decay: float = 0.1   # on matrices
+    warmup: int = 10            # updates of linear warm-up, before the cosine
+    clip_grad: float = 1.0      # global gradient norm; 0 never clips
+    # evaluation
+    eval_every: int = 50        # updates between evaluations on held-out records
+
+
+@dataclass
+class Label(RunConfig):
+    """Sample responses from a policy and rank them; one JSON line a prompt, best response first."""
+    out: str = "out/pairs"      # folder of the run; the records are in its pairs.jsonl
+    policy: str = "out/sft"     # checkpoint that answers
+    data: str = "toy"           # prompts: toy, or a file
+    families: str = "write"     # of the toy world, comma-separated
+    n: int = 4000               # prompts
+    k: int = 2                  # responses to each
+    temperature: float = 1.0    # of sampling
+    max_new: int = 80           # longest response, tokens; unfinished ones are not used
+    batch: int = 128            # prompts at a time
+    # the labels
+    by: str = "gold"            # what judges: reward models and verifiers, as 0.5*out/reward + exact
+    scale: float = 3.0          # labels are Bradley-Terry draws at scale * score; 0: the higher score always wins
+    flip: float = 0.1           # share of rankings turned upside down
+
+
+@dataclass
+class Compare:
+    """Compare policies on held-out prompts; the first is the baseline."""
+    data: str = "toy"           # prompts: the toy world's test split, or a file
+    families: str = ""          # of the toy world, comma-separated; none for all
+    on: str = "write"           # families behind win rate, KL and length
+    n: int = 200                # prompts of each family
+    judge: str = "gold"         # decides who wins: reward models and verifiers, as 0.5*out/reward + exact
+    proxy: str = ""             # another such sum, shown beside it
+    temperature: float = 1.0    # of sampling; 0 is greedy
+    max_new: int = 80           # longest response, tokens
+    show: int = 2               # prompts whose answers are printed
+    save: str = ""              # a JSON file for the table
+    seed: int = 0               # of the sampling
+    tokenizer: str = "toy"      # toy, the name of a tiktoken encoding, or a vocabulary file
+    device: str = "auto"        # auto, cpu, cuda
+    dtype: Literal["auto", "fp32", "bf16"] = "fp32"  # of the matmuls
+    threads: int = 0            # CPU threads; 0 leaves it to PyTorch
+    micro_tokens: int = 8192    # padded tokens a forward pass may hold
+
+
+# ---------------------------------------------------------------- the mathematics
+
+def bradley_terry(r_w, r_l, margin=0.0):
+    """-log P(w ≻ l) = -log σ(r_w - r_l - m) per pair; scores (P,) -> (P,)."""
+    return -F.logsigmoid(r_w - r_l - margin)
+
+
+def ranked_pairs(sizes):
+    """All pairs of rankings laid end to end, best first: winner index, loser index, weight 1 / C(K, 2) of each."""
+    out, start = [], 0
+    for k in sizes:
+        out += [(start + i, start + j, 2 / (k * (k - 1))) for i, j in itertools.combinations(range(k), 2)]
+        start += k
+    win, lose, weight = zip(*out)
+    return list(win), list(lose), torch.tensor(weight)
+
+
+def calibration_error(margins, bins=10):
+    """Expected calibration error of P = σ(|margin|): mean over bins of |confidence - share right|, by their size.
+
+    margins (P,) are r_w - r_l. 0 is perfect; a model of 90% confidence that is right 70% of the time scores .2.
+    """
+    confidence, right = torch.sigmoid(margins.abs()), (margins > 0).float()
+    place = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    parts = [(confidence[place == b], right[place == b]) for b in range(bins)]
+    return sum(float((c.mean() - r.mean()).abs()) * len(c) for c, r in parts if len(c)) / len(margins)
+
+
+def wilson(wins, n, z=1.96):
+    """95% interval of a proportion (Wilson 1927); unlike wins/n ± 1.96 s, right also near 0 and 1."""
+    p, z2 = wins / n, z * z / n
+    middle, half = (p + z2 / 2) / (1 + z2), z / (1 + z2) * math.sqrt(p * (1 - p) / n + z2 / (4 * n))
+    return middle - half, middle + half
+
+
+def preference(a, b):
+    """1 if score a beats score b, ½ for a tie, 0 if it loses."""
+    return 0.5 if a == b else float(a > b)
+
+
+def rank(scores, scale, flip, rng):
+    """Indices best first: a Plackett-Luce draw at scale * score (of two, Bradley-Terry), upside down with
+    probability flip. Scale 0 ranks by score alone."""
+    noise = [-math.log(-math.log(rng.random() or 1e-300)) for _ in scores]  # Gumbel: sorting by s + noise draws PL
+    keys = [scale * s + g if scale else s for s, g in zip(scores, noise)]
+    order = sorted(range(len(scores)), key=lambda i: -keys[i])
+    return order[::-1] if rng.random() < flip else order
+
+
+# ---------------------------------------------------------------- label
+
+def label(cfg):
+    check(cfg, positive="n temperature max_new batch", share="flip")
+    if cfg.k < 2:
+        raise OptionError(f"--k {cfg.k}: a preference needs at least 2 responses")
+    tok = Tokenizer.load(cfg.tokenizer)
+    run = Run(cfg, tok)
+    if run.finished:
+        return
+    device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
+    policy = load_model(cfg.policy, tok, device, maker="python sft.py")
+    judge = Reward(cfg.by, tok, device, amp, cfg.micro_tokens)
+    stream, _ = open_stream(cfg, "prompt", cfg.families, n_held=0)
+    path, made = run.folder / "pairs.jsonl", []
+    for step in run.progress(0, math.ceil(cfg.n / cfg.batch)):
+        torch.manual_seed(cfg.seed * 1_000_003 + step)
+        rng = random.Random(f"labels {cfg.seed} {step}")
+        records = stream.batch(step, min(cfg.batch, cfg.n - step * cfg.batch))
+        with amp():
+            roll = generate(policy, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new, cfg.k,
+                            cfg.temperature)
+        repeated = [r for r in records for _ in range(cfg.k)]
+        scores = judge(repeated, roll)[0].tolist()
+        answers = list(zip(roll.responses(tok), scores, roll.finished.tolist()))
+        for i, record in enumerate(records):
+            group = [(text, score) for text, score, done in answers[i * cfg.k:(i + 1) * cfg.k] if done and text]
+            group = list(dict(group).items())  # the same answer twice is no preference
+            if len(group) > 1:
+                order = rank([score for _, score in group], cfg.scale, cfg.flip, rng)
+                made.append(record | dict(responses=[group[j][0] for j in order], scores=[group[j][1] for j in order],
+                                          source="ai"))
+        run.log(step, ("records",), records=len(made), score=mean(scores), response_length=roll.mask.sum(1).mean(),
+                finished=roll.finished.float().mean())
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in made))
+    agree = mean([preference(r["scores"][0], r["scores"][-1]) for r in made])
+    print(f"{path}: {len(made)} of {cfg.n} prompts; the label agrees with the score in {agree:.0%}")
+    run.finish(("score", "response_length"), then=f"python reward.py train --data {path}")
+
+
+# ---------------------------------------------------------------- train
+
+def score_records(model, items, cfg, tok, amp):
+    """Yield (scores (N,), items) by micro-batch; all responses of an item are in the same one."""
+    k = max(len(item["rows"]) for item in items)
+    for part in micro_batches([max(len(ids) for ids, _ in item["rows"]) for item in items], cfg.micro_tokens // k):
+        part = [items[i] for i in part]
+        tokens, mask = collate([row for item in part for row in item["rows"]], tok, model.device)
+        with amp():
+            yield response_scores(model, tokens, mask)[:, 0], part                       # (N,)
+
+
+def pair_margins(scores, items, use_margin):
+    """Scores of items laid end to end -> r_w, r_l, required margin, weight, all (P,)."""
+    win, lose, weight = ranked_pairs([len(item["rows"]) for item in items])
+    required = torch.tensor([item.get("margin") or 0.0 for item in items for _ in itertools.combinations(
+        item["rows"], 2)]) if use_margin else torch.zeros(len(win))
+    return scores[win], scores[lose], required.to(scores.device), weight.to(scores.device)
+
+
+@torch.no_grad()
+def evaluate(model, items, cfg, tok, amp):
+    """Held-out loss, accuracy on the labels and on the true scores where records have them, calibration, mean score."""
+    losses, margins, truth, every = [], [], [], []
+    for scores, part in score_records(model, items, cfg, tok, amp):
+        r_w, r_l, required, _ = pair_margins(scores, part, cfg.margin)
+        losses += bradley_terry(r_w, r_l, required).tolist()
+        margins += (r_w - r_l).tolist()
+        truth += [a - b for item in part for a, b in itertools.combinations(item.get("scores", ()), 2)]
+        every += scores.tolist()
+    right = [float((m > 0) == (t > 0)) for m, t in zip(margins, truth) if t]
+    return dict(val_loss=mean(losses), val_accuracy=mean([preference(m, 0) for m in margins]), val_gold=mean(right),
+                calibration_error=calibration_error(torch.tensor(margins)), val_mean=mean(every))
+
+
+def train(cfg):
+    check(cfg, positive="epochs batch lr micro_tokens save_every eval_every")
+    tok = Tokenizer.load(cfg.tokenizer)
+    run = Run(cfg, tok)
+    if run.finished:
+        return
+    device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
+    model = load_model(cfg.init, tok, device, n_scores=1, maker="python sft.py")
+    model.grad_checkpoint = cfg.grad_checkpoint
+    if cfg.compile:
+        model.compile(dynamic=True)
+
+    def prepare(record):
+        """One item a record, or one a pair of its ranking."""
+        rows = encode(record, tok, model.config.block_size)
+        item = {k: record[k] for k in ("margin", "scores") if k in record} | dict(rows=rows)
+        if cfg.pairs == "all":
+            return [item]
+        return [item | dict(rows=[rows[i], rows[j]], scores=[s[k] for s in [item.get("scores")] if s for k in (i, j)])
+                for i, j in itertools.combinations(range(len(rows)), 2)]
+    stream, held = open_stream(cfg, "preference", n_held=400, prepare=prepare)
+    total = math.ceil(cfg.epochs * len(stream.items) / cfg.batch)
+    optimizer = Optimizer(model, cfg.lr, total, weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
+
+    for step in steps(run, total, dict(model=model), dict(optimizer=optimizer), {}, cfg.save_every):
+        items = stream.batch(step, cfg.batch)
+        loss, right, gap = 0.0, 0.0, 0.0
+        for scores, part in score_records(model, items, cfg, tok, amp):
+            r_w, r_l, required, weight = pair_margins(scores, part, cfg.margin)
+            pair_loss = bradley_terry(r_w, r_l, required) + cfg.center * (r_w + r_l) ** 2  # (P,)
+            part_loss = (weight * pair_loss).sum() / len(items)
+            part_loss.backward()
+            loss += part_loss.detach()
+            right += (weight * (r_w > r_l)).sum() / len(items)
+            gap += (weight * (r_w - r_l).detach()).sum() / len(items)
+        grad_norm, lr = optimizer.step(step)
+        last = step + 1 == total
+        val = evaluate(model, held, cfg, tok, amp) if last or (step + 1) % cfg.eval_every == 0 else {}
+        if last:  # only differences were trained; put the mean at 0, so that a score reads "better than usual"
+            model.score.bias.data -= val["val_mean"]
+        run.log(step, ("loss", "accuracy", "val_accuracy"), loss=loss, accuracy=right, margin=gap,
+                grad_norm=grad_norm, lr=lr, **val)
+    run.finish(("loss", "accuracy", "val_accuracy", "val_gold", "calibration_error"),
+               then="python ppo.py" if cfg.out == "out/reward" else f"python ppo.py --reward {cfg.out}")
+
+
+# ---------------------------------------------------------------- compare
+
+def compare(cfg, folders):
+    check(cfg, positive="n max_new")
+    tok = Tokenizer.load(cfg.tokenizer)
+    device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
+    families = family_list(cfg.families) if cfg.data == "toy" else ["file"]
+    on = family_list(cfg.on) if cfg.data == "toy" else ["file"]
+    judge, proxy = (Reward(spec, tok, device, amp, cfg.micro_tokens) if spec else None
+                    for spec in (cfg.judge, cfg.proxy))
+    tasks = {}
+    for family in families:
+        rng = random.Random(f"compare {family}")
+        tasks[family] = ([toy_record("prompt", "test", [family], rng) for _ in range(cfg.n)] if cfg.data == "toy"
+                         else read_records(cfg.data, "prompt")[:cfg.n])
+    first, baseline, table, answers = None, {}, [], {}
+    for folder in folders:
+        model, row = load_model(folder, tok, device), dict(checkpoint=folder)
+        first = first or model
+        wins, kls, lengths, proxies = [], [], [], []
+        for family, records in tasks.items():
+            torch.manual_seed(cfg.seed)
+            with amp():
+                roll = generate(model, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new,
+                                temperature=cfg.temperature)
+            scores = judge(records, roll)[0].tolist()
+            row[family] = mean(scores)
+            answers[folder, family] = list(zip(roll.responses(tok), scores))
+            if family in on:
+                theirs = baseline.setdefault(family, scores)
+                # Both orders, averaged: a judge that favours whoever comes first cannot tilt the rate.
+                wins += [(preference(a, b) + 1 - preference(b, a)) / 2 for a, b in zip(scores, theirs)]
+                with torch.no_grad(), amp():
+                    logp, base = (per_token(roll, cfg.micro_tokens, lambda tokens, mask: token_logprobs(
+                        m, tokens, mask))[0] for m in (model, first))
+                kls += (logp - base).sum(1).tolist()
+                lengths += roll.mask.sum(1).tolist()
+                proxies += proxy(records, roll)[0].tolist() if proxy else []
+        row |= dict(win=mean(wins), interval=wilson(sum(wins), len(wins)), kl=mean(kls), length=mean(lengths))
+        table.append(row | (dict(proxy=mean(proxies)) if proxy else {}))
+
+    wide = max(len(f) for f in folders)
+    head = "".join(f"{f:>8}" for f in families) + (f"{'proxy':>8}" if proxy else "")
+    print(f"{cfg.judge} on {cfg.n} held-out prompts a family; win rate against {folders[0]}, KL and length on "
+          f"{','.join(on)}\n\n{'':{wide}}{head}     win  [95% interval]      KL  length")
+    for row in table:
+        cells = "".join(f"{row[f]:>8.3f}" for f in families + ["proxy"] * bool(proxy))
+        print(f"{row['checkpoint']:{wide}}{cells}{row['win']:>8.3f}  [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}]"
+              f"{row['kl']:>8.2f}{row['length']:>8.1f}")
+    for family in on[:1]:
+        for i in range(min(cfg.show, len(tasks[family]))):
+            print(f"\n{tasks[family][i]['prompt'][-1]['content']}")
+            for folder in folders:
+                text, score = answers[folder, family][i]
+                print(f"  {folder:{wide}}  {score:>6.2f}  {text}")
+    if cfg.save:
+        write_text(cfg.save, json.dumps(table, indent=1))
+
+
+COMMANDS = {"train": (Train, train), "label": (Label, label), "compare": (Compare, compare)}
+
+
+def main():
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in COMMANDS:
+        print(__doc__)
+        raise OptionError(f"say what to do: python reward.py {'|'.join(COMMANDS)} (--help after it lists its options)")
+    Config, run = COMMANDS[name]
+    if name == "compare":
+        run(*parse(Config, ["checkpoint", "checkpoint..."], sys.argv[2:], name))
+    else:
+        run(parse(Config, argv=sys.argv[2:], name="reward" if name == "train" else name))
+
+
+if __name__ == "__main__":
+    guard(main)
