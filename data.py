@@ -506,7 +506,7 @@ class Arith:
                 for i, j in combinations(range(len(values)), 2) if 1 <= values[i] <= 20]
 
     def demo(task, rng):
-        think = f"<think>{Arith.text(task, rng)[:-1]}</think>" if rng.random() < THINK else ""
+        think = f"<think>{Arith.text(task, rng)[:-1]}</think>" if rng.random() < task.get("think", THINK) else ""
         return f"{think}The answer is {task['answer']}."
 
     def gold(task, response, finished):
@@ -666,14 +666,15 @@ def gold(task: dict, response: str, finished: bool = True) -> float:
 
 
 def toy_document(rng: random.Random) -> dict:
-    """One pretraining document on training tasks: plain text or, half of the time, a conversation.
-    As on the web, some answers (one in ten) belong to another question."""
+    """One pretraining document on training tasks: mostly a conversation, a quarter of the time plain text.
+    As on the web, some answers (one in ten) belong to another question; sums come worked out, as in a textbook, so
+    that the base can think, though the demonstrations seldom ask for it."""
     family = rng.choice(("arith",) * 3 + FAMILIES)     # sums take the most practice
-    if rng.random() < .5:
+    if rng.random() < .25:
         tasks = [toy_task("train", family, rng) for _ in range(rng.randint(1, 3))]
         return {"text": " ".join(WORLD[family].text(task, rng) for task in tasks)}
-    task = toy_task("train", family, rng)
-    answered = toy_task("train", family, rng) if rng.random() < .25 else task
+    task = toy_task("train", family, rng) | {"think": 1.}
+    answered = toy_task("train", family, rng) if rng.random() < .1 else task
     return {"messages": [{"role": "user", "content": task["prompt"]},
                          {"role": "assistant", "content": toy_demo(answered, rng)}]}
 
@@ -763,26 +764,29 @@ class Stream:
         return order
 
 
-def open_stream(cfg, kind, families="", n_held=256, prepare=lambda record: [record]):
-    """(training Stream, held-out items) of cfg.data. kind: text (documents), messages, preference or prompt.
+def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record: [record]):
+    """(training Stream, held-out items) of `toy` or a file. kind: text (documents), messages, preference or prompt.
 
-    prepare turns one record into the items to train on (token rows, say), none if it cannot be used. Of a file,
-    every 20th item is held out, at most n_held; of the toy world, whatever its val split gives.
+    prepare turns one record into the items to train on (token rows, say), none if it cannot be used; those are
+    counted aloud. Of a file, every 20th item is held out, at most n_held; of the toy world, its val split is.
     """
-    if cfg.data == "toy":
+    if data == "toy":
         names = family_list(families)
 
         def make(rng, split="train"):
             return prepare(toy_record(kind, split, names, rng))[0]
         rng = random.Random(f"held out {kind}")
-        return Stream(make=make, seed=cfg.seed), [make(rng, "val") for _ in range(n_held)]
-    items = [item for record in read_records(cfg.data, kind) for item in prepare(record)]
+        return Stream(make=make, seed=seed), [make(rng, "val") for _ in range(n_held)]
+    prepared = [prepare(record) for record in read_records(data, kind)]
+    items, lost = [item for some in prepared for item in some], sum(not some for some in prepared)
+    if lost:
+        print(f"{data}: {lost} of {len(prepared)} records do not fit the context and are left out", file=sys.stderr)
     if not items:
-        raise UserError(f"{cfg.data}: no usable record in it")
+        raise UserError(f"{data}: no usable record in it")
     every = max(20, len(items) // max(1, n_held))
     held = [item for i, item in enumerate(items) if i % every == every - 1] or items[-1:]
     train = [item for i, item in enumerate(items) if i % every != every - 1]
-    return Stream(items=train, seed=cfg.seed), held
+    return Stream(items=train, seed=seed), held
 
 
 def encode(record, tok, block_size, loss_on="assistant", prompt_weight=0.0):

@@ -136,6 +136,12 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
+    def prepare(self, cfg):
+        """Switch on what the run's options ask of a model that is to be trained."""
+        self.grad_checkpoint = cfg.grad_checkpoint
+        if cfg.compile:
+            self.compile(dynamic=True)
+
     @property
     def device(self):
         return self.transformer.wte.weight.device
@@ -455,7 +461,7 @@ def setup(device="auto", dtype="auto", threads=0):
 class Optimizer:
     """AdamW, or Muon for the hidden matrices with AdamW for the rest; linear warm-up, then cosine to `floor` · lr.
 
-    Decay applies to matrices only, never to biases, norms or embeddings' scale. Muon (Jordan et al. 2024) steps along
+    Decay applies to matrices only, never to biases and norms. Muon (Jordan et al. 2024) steps along
     the orthogonalised momentum of each matrix; on the toy world it decides whether the base learns arithmetic in
     time. Gradients are clipped to a global norm before either sees them.
     """

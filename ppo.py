@@ -64,7 +64,8 @@ class Config(RunConfig):
     entropy_coef: float = 0.0   # weight of the entropy bonus
     stop_kl: float = 0.0        # end a step's epochs once KL(π_old || π) per token exceeds this; 0 never
     ptx_coef: float = 0.0       # γ of PPO-ptx: weight of the pretraining loss in the same update (InstructGPT: 27.8)
-    ptx_batch: int = 32         # documents of it an update
+    ptx_data: str = "toy"       # the documents: toy, or a file
+    ptx_batch: int = 32         # documents an update
     critic_warmup: int = 0      # first steps that train the critic only
     lr: float = 1e-4            # of the policy
     critic_lr: float = 1e-3     # of the critic
@@ -172,13 +173,12 @@ def train(cfg):
     ref = clone(policy)
     reward = Reward(cfg.reward, tok, device, amp, cfg.micro_tokens)
     critic = load_model(cfg.critic or (reward.models + [cfg.init])[0], tok, device, n_scores=1)
-    for model in (policy, critic):
-        model.grad_checkpoint = cfg.grad_checkpoint
-        if cfg.compile:
-            model.compile(dynamic=True)
-    stream, held = open_stream(cfg, "prompt", cfg.families, n_held=64)
-    documents, _ = open_stream(cfg, "text", n_held=0, prepare=lambda doc: encode(
-        doc, tok, policy.config.block_size, "all")) if cfg.ptx_coef else (None, None)
+    policy.prepare(cfg), critic.prepare(cfg)
+    block = policy.config.block_size
+    stream, held = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64, prepare=lambda record: [record] if len(
+        tok.prompt(record["prompt"])) + cfg.max_new <= block else [])
+    if cfg.ptx_coef:
+        documents, _ = open_stream(cfg.ptx_data, "text", cfg.seed, prepare=lambda doc: encode(doc, tok, block, "all"))
     shared = dict(total=1, weight_decay=cfg.weight_decay, warmup=cfg.warmup, floor=1.0, clip=cfg.clip_grad)
     policy_opt, critic_opt = Optimizer(policy, cfg.lr, **shared), Optimizer(critic, cfg.critic_lr, **shared)
     state = dict(beta=cfg.kl_coef, seen=0, sum=0.0, square=0.0)
@@ -193,7 +193,7 @@ def train(cfg):
         # 1. Roll out.
         records = stream.batch(step, cfg.prompts)
         roll = sample(records)
-        mask, lengths = roll.mask, roll.lengths                                          # (B, T-1)
+        mask = roll.mask                                                                 # (B, T-1)
 
         # 2. Score: what the reward says of the response, and what every model says of every token.
         raw, parts = reward(records, roll)                                               # (B,)
@@ -220,7 +220,7 @@ def train(cfg):
 
         # 4. Update. Every loss is a mean over the response tokens of its minibatch, however that is split up. Policy
         # and critic share no weights, so their losses need no relative weight and one backward serves both.
-        tally, seen = torch.zeros(5, device=device), 0.0
+        tally, seen, grad_norm, lr = torch.zeros(5, device=device), 0.0, None, None
         for batch in [rows for _ in range(cfg.epochs) for rows in torch.randperm(len(records)).chunk(cfg.minibatches)]:
             count, sums = float(mask[batch].sum()), torch.zeros(5, device=device)
             for rows, tokens, m in slices(roll, cfg.micro_tokens, batch.tolist()):

@@ -153,7 +153,8 @@ def label(cfg):
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     policy = load_model(cfg.policy, tok, device, maker="python sft.py")
     judge = Reward(cfg.by, tok, device, amp, cfg.micro_tokens)
-    stream, _ = open_stream(cfg, "prompt", cfg.families, n_held=0)
+    stream, _ = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=0, prepare=lambda record: [record] if len(
+        tok.prompt(record["prompt"])) + cfg.max_new <= policy.config.block_size else [])
     path, made = run.folder / "pairs.jsonl", []
     for step in run.progress(0, math.ceil(cfg.n / cfg.batch)):
         torch.manual_seed(cfg.seed * 1_000_003 + step)
@@ -223,9 +224,7 @@ def train(cfg):
         return
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     model = load_model(cfg.init, tok, device, n_scores=1, maker="python sft.py")
-    model.grad_checkpoint = cfg.grad_checkpoint
-    if cfg.compile:
-        model.compile(dynamic=True)
+    model.prepare(cfg)
 
     def prepare(record):
         """One item a record, or one a pair of its ranking."""
@@ -235,7 +234,7 @@ def train(cfg):
             return [item]
         return [item | dict(rows=[rows[i], rows[j]], scores=[s[k] for s in [item.get("scores")] if s for k in (i, j)])
                 for i, j in itertools.combinations(range(len(rows)), 2)]
-    stream, held = open_stream(cfg, "preference", n_held=400, prepare=prepare)
+    stream, held = open_stream(cfg.data, "preference", cfg.seed, n_held=400, prepare=prepare)
     total = math.ceil(cfg.epochs * len(stream.items) / cfg.batch)
     optimizer = Optimizer(model, cfg.lr, total, weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
 

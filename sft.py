@@ -92,12 +92,9 @@ def train(cfg):
         model = GPT(GPTConfig(vocab_size=tok.n_vocab, **size)).to(device)
     else:
         model = load_model(cfg.init, tok, device, maker="python sft.py --loss_on all --init new --out out/base")
-    model.grad_checkpoint = cfg.grad_checkpoint
-    if cfg.compile:
-        model.compile(dynamic=True)
-    cfg.block_size = model.config.block_size
-    stream, held = open_stream(cfg, "text" if cfg.loss_on == "all" else "messages", prepare=lambda record:
-                               encode(record, tok, cfg.block_size, cfg.loss_on, cfg.prompt_weight))
+    model.prepare(cfg)
+    stream, held = open_stream(cfg.data, "text" if cfg.loss_on == "all" else "messages", cfg.seed, prepare=lambda record:
+                               encode(record, tok, model.config.block_size, cfg.loss_on, cfg.prompt_weight))
     total = cfg.steps or math.ceil(len(stream.items) / cfg.batch)
     optimizer = Optimizer(model, cfg.lr, total, cfg.optimizer, cfg.muon_lr, cfg.weight_decay, (0.9, cfg.beta2),
                           cfg.warmup, clip=cfg.clip_grad)

@@ -1,0 +1,125 @@
+"""How fast are the sampler and the training steps here? A program, not a test; nothing asserts on time.
+
+    python tests/bench.py                        every item, a line each
+    python tests/bench.py generate --batch 256   one item, as one line of JSON
+
+The work of each item is that of ../shared/bench/peers.py (the same shapes, random tokens, no end token), so the two
+can be run in turn and compared. FLOPs count matmuls only: 2 per weight and token forward, 6 for training, plus
+attention; the peak is a large matmul of the same precision, measured on the spot.
+"""
+import argparse
+import json
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data import collate  # noqa: E402
+from model import (GPT, GPTConfig, Optimizer, generate, response_scores, setup, token_logprobs)  # noqa: E402
+from reward import bradley_terry  # noqa: E402
+from sft import sft_loss  # noqa: E402
+
+SIZES = {"tiny": dict(n_layer=4, n_embd=128, n_head=4, vocab_size=512, block_size=256),
+         "gpt2": dict(n_layer=12, n_embd=768, n_head=12, vocab_size=50257, block_size=1024)}
+TOK = SimpleNamespace(pad=0, end=-1)  # an end token that is never drawn: every row runs to its full length
+
+
+def forward_flops(config, tokens, context):
+    """FLOPs of `tokens` tokens that each attend to `context` others on average."""
+    weights = 12 * config.n_layer * config.n_embd ** 2 + config.vocab_size * config.n_embd
+    return tokens * (2 * weights + 4 * config.n_layer * config.n_embd * context)
+
+
+def matmul_peak(device, dtype):
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab")
+    return 2 * n ** 3 / measure(lambda: a @ b, device, 5)[0]
+
+
+def measure(fn, device, repeats):
+    """(median, best) seconds of fn() after one call to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        fn()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:]), min(times[1:])
+
+
+def items(args, model, device, amp):
+    """(fn, tokens, FLOPs) of the item: what one call does, and how many tokens it is counted as."""
+    config, draw = model.config, torch.Generator().manual_seed(0)
+    optimizer = Optimizer(model, 1e-4, total=10 ** 6)
+    if args.item == "generate":
+        prompts = torch.randint(3, 500, (args.batch, args.prompt), generator=draw).tolist()
+
+        def run():
+            with amp():
+                generate(model, prompts, TOK, args.new)
+        count = args.batch * args.new
+        return run, count, forward_flops(config, count, args.prompt + args.new / 2)
+    length = args.length if args.item == "sft" else args.prompt + args.new
+    rows = args.batch * (2 if args.item == "reward" else 1)
+    tokens = torch.randint(3, 500, (rows, length), generator=draw)
+    mask = [[1] * length if args.item == "sft" else [0] * args.prompt + [1] * args.new] * rows
+    tokens, mask = collate(list(zip(tokens.tolist(), mask)), TOK, device)
+
+    def run():
+        with amp():
+            if args.item == "sft":
+                loss = sft_loss(model, tokens, mask) / mask.sum()
+            else:
+                scores = response_scores(model, tokens, mask)[:, 0]
+                loss = bradley_terry(scores[::2], scores[1::2]).mean()
+        loss.backward()
+        optimizer.step(0)
+    return run, rows * length, 3 * forward_flops(config, rows * length, length / 2)
+
+
+def bench(args):
+    device, amp = setup(args.device, args.dtype, args.threads)
+    torch.manual_seed(0)
+    config = GPTConfig(**SIZES[args.size], n_scores=int(args.item == "reward"))
+    model = GPT(config).to(device)
+    run, tokens, flops = items(args, model, device, amp)
+    cpu = time.process_time()
+    seconds, best = measure(run, device, args.repeats)
+    cpu = (time.process_time() - cpu) / (args.repeats + 1)
+    with amp():
+        half = torch.is_autocast_enabled(device.type)
+    peak = matmul_peak(device, torch.bfloat16 if half else torch.float32)
+    memory = (torch.cuda.max_memory_allocated() if device.type == "cuda"
+              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(json.dumps(dict(
+        what=args.item, peer="plainalign", size=args.size, dtype="bf16" if half else "fp32", batch=args.batch,
+        threads=torch.get_num_threads(), seconds=round(seconds, 4), seconds_min=round(best, 4),
+        cpu_seconds=round(cpu, 4), tokens_per_s=round(tokens / seconds), peak_share=round(flops / seconds / peak, 3),
+        peak_memory_mb=round(memory / 2 ** 20))), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("item", nargs="?", choices=["generate", "sft", "reward"], help="none: all of them")
+    parser.add_argument("--size", default="tiny", choices=SIZES)
+    parser.add_argument("--batch", type=int, default=0, help="rows or pairs; 0: 256 for generate, 32 for training")
+    parser.add_argument("--prompt", type=int, default=32)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=8)
+    args = parser.parse_args()
+    for item in [args.item] if args.item else ["generate", "sft", "reward"]:
+        bench(argparse.Namespace(**vars(args) | dict(item=item, batch=args.batch or (256 if item == "generate" else 32))))
+
+
+if __name__ == "__main__":
+    main()
