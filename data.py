@@ -641,6 +641,11 @@ WORLD = {"arith": Arith, "write": Write, "safe": Safe, "fmt": Fmt}
 FAMILIES = tuple(WORLD)
 
 
+def draw_family(families, rng):
+    """One of the families; sums, which take the most practice, come twice as often."""
+    return rng.choices(families, [2 if family == "arith" else 1 for family in families])[0]
+
+
 def toy_task(split: str, family: str, rng: random.Random) -> dict:
     """A task whose key is in the split (train, val or test): its prompt, key and what its gold reward needs.
     A training sum, moreover, contains no held-out sum, because thinking aloud would print it."""
@@ -669,7 +674,7 @@ def toy_document(rng: random.Random) -> dict:
     """One pretraining document on training tasks: mostly a conversation, a quarter of the time plain text.
     As on the web, some answers (one in ten) belong to another question; sums come worked out, as in a textbook, so
     that the base can think, though the demonstrations seldom ask for it."""
-    family = rng.choice(("arith",) * 3 + FAMILIES)     # sums take the most practice
+    family = draw_family(FAMILIES, rng)
     if rng.random() < .25:
         tasks = [toy_task("train", family, rng) for _ in range(rng.randint(1, 3))]
         return {"text": " ".join(WORLD[family].text(task, rng) for task in tasks)}
@@ -683,8 +688,14 @@ def toy_document(rng: random.Random) -> dict:
 
 # A verifier scores one response: (record, text, finished) -> number. `gold` is the toy world's truth, which a real
 # project never has: train on it to see the ceiling, or only measure with it.
+def known_gold(record, text, finished):
+    if "family" not in record:
+        raise UserError("the gold reward is known in the toy world only; name a reward model or another verifier")
+    return gold(record, text, finished)
+
+
 VERIFIERS = {
-    "gold": gold,
+    "gold": known_gold,
     "exact": lambda record, text, finished: finished and final_answer(text) == record.get("answer"),
     "format": lambda record, text, finished: finished and bool(re.fullmatch(r"<think>[^<>]+</think>[^<>]+", text)),
 }
@@ -723,7 +734,7 @@ def toy_record(kind, split, families, rng):
     """One record of the toy world. kind: text (a document to pretrain on), messages (a demonstration) or prompt."""
     if kind == "text":
         return toy_document(rng)
-    task = toy_task(split, rng.choice(families), rng)
+    task = toy_task(split, draw_family(families, rng), rng)
     task["prompt"] = [dict(role="user", content=task["prompt"])]
     if kind == "prompt":
         return task

@@ -184,23 +184,28 @@ class Cache:
         shape = (config.n_layer, rows, config.n_head, slots, config.n_embd // config.n_head)
         # Zeros, not empty: a hidden slot has weight 0, and 0 * NaN would still be NaN.
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
-        self.used = 0  # slots that any row has reached; a Python number, so slicing by it needs no synchronisation
+
+    def reserve(self, slots):
+        """Make room for positions below `slots`."""
+        more = slots - self.k.shape[3]
+        if more > 0:
+            self.k, self.v = F.pad(self.k, (0, 0, 0, more)), F.pad(self.v, (0, 0, 0, more))
 
     def at(self, pos):
-        """Prepare to write at pos (B, T); returns the mask (B, 1, T, used): a token sees slots up to its own."""
+        """Prepare to write at pos (B, T); returns the mask (B, 1, T, S): a token sees slots up to its own."""
         self.index = (torch.arange(len(pos), device=pos.device)[:, None, None],
                       torch.arange(self.k.shape[2], device=pos.device)[None, :, None], pos[:, None, :])
-        return (torch.arange(self.used, device=pos.device) <= pos[:, :, None])[:, None]
+        return (torch.arange(self.k.shape[3], device=pos.device) <= pos[:, :, None])[:, None]
 
     def write(self, layer, k, v):
-        """Store k and v (B, H, T, D) of the tokens being processed; returns all (B, H, used, D)."""
+        """Store k and v (B, H, T, D) of the tokens being processed; returns all (B, H, S, D)."""
         self.k[layer][self.index] = k.to(self.k.dtype)
         self.v[layer][self.index] = v.to(self.v.dtype)
-        return self.k[layer][:, :, :self.used], self.v[layer][:, :, :self.used]
+        return self.k[layer], self.v[layer]
 
     def select(self, rows):
         """Keep (or repeat) these rows, an index (B',)."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.k, self.v = self.k.index_select(1, rows), self.v.index_select(1, rows)
 
 
 # ------------------------------------------------------------------------------------------------ log-probabilities
@@ -329,14 +334,14 @@ def generate(model, prompts, tok, max_new, n=1, temperature=1.0, top_k=0, top_p=
         row[:len(ids)] = torch.tensor(ids)
     tokens = tokens.to(device)
     half = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    cache = Cache(config, len(prompts), width, device, half or model.transformer.wte.weight.dtype)
+    cache = Cache(config, len(prompts), longest, device, half or model.transformer.wte.weight.dtype)
     was_training = model.training
     model.eval()
 
-    cache.used = longest
     hidden = model(tokens[:, :longest], cache=cache)                                     # (P, longest, C)
     last = hidden[torch.arange(len(prompts), device=device), length - 1][rows]           # (B, C)
-    cache.select(rows)
+    if n > 1:
+        cache.select(rows)
     tokens, start = tokens[rows], length[rows]
     stop = (start + max_new).clamp(max=config.block_size)  # first position a row may not write
     logp = torch.zeros(tokens.shape, device=device, dtype=full(last).dtype)
@@ -367,7 +372,8 @@ def generate(model, prompts, tok, max_new, n=1, temperature=1.0, top_k=0, top_p=
                 active, pos, token = active[keep], pos[keep], token[keep]
                 cache.select(keep)
         if step + 1 < max_new and longest + step < width:
-            cache.used = min(round_up(longest + step + 1), width)  # few shapes, see data.pad
+            # A GPU gets all its slots at once. A CPU reads them all at every step, so it gets them as they are needed.
+            cache.reserve(width if device.type != "cpu" else min(round_up(longest + step + 1, 32), width))
             last = model(token[:, None], pos=(pos - 1).clamp(max=width - 1)[:, None], cache=cache)[:, 0]
 
     model.train(was_training)

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import gzip
 import importlib
+import inspect
 import itertools
 import json
 import math
@@ -33,6 +34,7 @@ from data import (BAD, CATEGORIES, COUNTS, FAMILIES, GOOD, MODIFIERS, OBJECTS, S
                   pairs, parse, parse_rewards, rank, read_records, read_rows, round_up, safe_metrics, sparkline,
                   split_of, toy_demo, toy_document, toy_task, verifier, write_text)
 
+ROOT = Path(__file__).resolve().parents[1]
 
 SHARED = Path(os.environ.get("PLAINALIGN_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 RATINGS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -641,7 +643,7 @@ def test_same_seed_same_world_and_tokenizer_in_another_process():
     there = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": "7"}, check=True,
                            cwd=ROOT, capture_output=True, text=True).stdout
     with redirect_stdout(StringIO()) as here:
-        exec(code)
+        exec(code, {})
     assert there == here.getvalue() and len(there) > 10000
     assert tasks("train", "fmt", 20, seed=0) != tasks("train", "fmt", 20, seed=1)
 
@@ -681,7 +683,7 @@ def test_documents_are_conversations_and_a_quarter_text_of_one_to_six_sentences(
                 sums_asked += 1
                 wrong += final_answer(assistant["content"]) != eval(asked)
                 thinking += "<think>" in assistant["content"]
-    assert .06 < wrong / sums_asked < .14 and abs(thinking / sums_asked - THINK) < .05
+    assert .06 < wrong / sums_asked < .14 and thinking / sums_asked > .85
 
 
 # ---- gold rewards
@@ -814,4 +816,638 @@ def test_junk_never_raises_and_never_pays(family):
             assert isinstance(gold(task, junk, finished), float) and gold(task, junk, finished) <= 0
 
 
+# ==== the tokenizer
 
+TOK = Tokenizer.load("toy")
+GPT2 = pytest.fixture(params=["gpt2_bpe/r50k_base.tiktoken", "gpt2_bpe"])(
+    lambda request: Tokenizer.load(str(real(request.param))))
+
+
+def random_texts(n=300):
+    """Text of every kind a user may paste: all of unicode, control characters, emoji, what looks special."""
+    rng = random.Random(0)
+    anything = lambda: chr(rng.choice([rng.randrange(128), rng.randrange(0x3000), rng.randrange(0xE000, 0x110000)]))
+    awkward = [*SPECIALS, "<|endoftext|>", "👩‍👩‍👧‍👦", "e\u0301", "\x00\x1b[0m\r\n", " \t \u00a0\u2028", "１２ ٣", " 7 8", "<think>",
+               "</", "I'll", "\ufeff", "\ufffd", "日本語 "]
+    return awkward + ["".join(rng.choice([anything(), rng.choice(awkward), rng.choice("ab 1<\n")])
+                              for _ in range(rng.randint(0, 40))) for _ in range(n)]
+
+
+def test_toy_bpe_merges_the_commonest_pair_and_breaks_ties_by_bytes():
+    ranks = bpe_ranks("aaabdaaabac", "[a-z]+", 259)
+    assert [piece for piece, rank in sorted(ranks.items(), key=lambda item: item[1])][256:] == [b"aa", b"ab", b"aaab"]
+    assert [ranks[bytes([i])] for i in range(256)] == list(range(256))
+    assert len(bpe_ranks("ab ab", "[a-z]+", 300)) == 257                 # nothing is left to merge
+
+
+def test_toy_tokenizer_is_small_and_knows_its_world():
+    assert TOK.n_vocab == 768 and sorted([TOK.pad, TOK.end, *TOK.role.values()]) == list(range(763, 768))
+    words = [f" {word}" for word in [*THINGS, *MODIFIERS, *GOOD, *BAD]]
+    assert sum(len(TOK.encode(word)) == 1 for word in words) > .8 * len(words)
+
+
+def test_any_text_round_trips_bytewise():
+    for text in random_texts():
+        assert TOK.decode(TOK.encode(text)) == text
+        assert b"".join(map(TOK.enc.decode_single_token_bytes, TOK.encode(text))) == text.encode()
+
+
+def test_any_text_round_trips_with_gpt2s_vocabulary(GPT2):
+    assert all(GPT2.decode(GPT2.encode(text)) == text for text in random_texts(100))
+
+
+def test_gpt2s_vocabulary_gives_gpt2s_ids(GPT2):
+    assert GPT2.encode("hello world") == [31373, 995]
+    golden = [row for _, row in read_rows(real("gpt2_bpe/golden_ids_tiktoken.jsonl"))]
+    assert len(golden) == 20 and all(GPT2.encode(row["text"]) == row["ids"] for row in golden)
+    assert GPT2.n_vocab >= 50257 + 4 and GPT2.pad != GPT2.end
+
+
+def test_48_special_token_text_stays_plain_text():
+    for text in [*SPECIALS, "a<|end|>b", "<|end|><|assistant|>", "<|endoftext|>"]:
+        assert max(TOK.encode(text)) < TOK.base and TOK.decode(TOK.encode(text)) == text
+        ids, _ = TOK.chat([user(text), assistant(text)])
+        assert [i for i in ids if i >= TOK.base] == [TOK.role["user"], TOK.role["assistant"], TOK.end]
+        assert sum(i >= TOK.base for i in TOK.document(text)[0]) == 1
+
+
+def test_decode_leaves_special_tokens_out():
+    assert TOK.decode([TOK.role["user"], *TOK.encode("hi"), TOK.end, TOK.pad]) == "hi"
+
+
+def test_digits_are_single_tokens_that_never_carry_a_space():
+    pieces = [TOK.enc.decode_single_token_bytes(i) for i in range(TOK.base)]
+    assert {piece for piece in pieces if re.search(rb"\d", piece)} == {b"%d" % i for i in range(10)}
+    for text in ("What is 17 - 8 + 9?", "<think>17 - 8 = 9, 9 + 9 = 18</think>The answer is 18.", " 7", "a1b22"):
+        alone = [TOK.decode([i]) for i in TOK.encode(text) if any(c.isdigit() for c in TOK.decode([i]))]
+        assert alone == re.findall(r"\d", text)
+        assert "".join(c for c in text if not c.isdigit()) == TOK.decode(i for i in TOK.encode(text) if not TOK.decode([i]).isdigit())
+
+
+def test_fingerprints_tell_tokenizers_apart(tmp_path):
+    ranks = data.toy_ranks()
+    swapped = ranks | {b"a": ranks[b"b"], b"b": ranks[b"a"]}
+    some = [TOK, Tokenizer("toy", data.GPT2_PATTERN, ranks), Tokenizer("toy", data.TOY_PATTERN, swapped),
+            Tokenizer("toy", data.TOY_PATTERN, {k: v for k, v in ranks.items() if v < 700})]
+    assert len({tok.fingerprint for tok in some}) == len(some)
+    assert Tokenizer("toy", data.TOY_PATTERN, ranks).fingerprint == TOK.fingerprint
+
+
+def test_one_vocabulary_has_one_fingerprint_whatever_its_file():
+    kinds = [Tokenizer.load(str(real(name))) for name in ("gpt2_bpe", "gpt2_bpe/r50k_base.tiktoken")]
+    assert kinds[0].fingerprint == kinds[1].fingerprint != TOK.fingerprint
+
+
+def test_a_vocabulary_file_of_ones_own(tmp_path):
+    path = tmp_path / "bytes.tiktoken"
+    path.write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
+    assert Tokenizer.load(str(path)).encode("é!") == list("é!".encode())
+
+
+@pytest.mark.parametrize("content", [b"", b"hello world\n", b"YQ== 1 2\n", b"\x89PNG", None])
+def test_unreadable_tokenizers_are_one_line(tmp_path, content):
+    path = tmp_path / "vocab.tiktoken"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=f"^--tokenizer {re.escape(str(path))}: [^\n]*$"):
+        Tokenizer.load(str(path))
+
+
+def test_unknown_tokenizer_lists_the_known_ones():
+    with pytest.raises(UserError, match="^--tokenizer gpt3: .*toy.*cl100k_base[^\n]*$"):
+        Tokenizer.load("gpt3")
+
+
+def test_a_tokenizer_that_cannot_be_fetched_is_one_line(monkeypatch):
+    def offline(name):
+        raise ConnectionError("no route\nto host")
+    monkeypatch.setattr(data.tiktoken, "get_encoding", offline)
+    with pytest.raises(UserError, match="^--tokenizer o200k_base: [^\n]*$"):
+        Tokenizer.load("o200k_base")
+
+
+# ---- the chat template
+
+THREE_TURNS = [system("Be brief."), user("Hi"), assistant("Hello."), user("2 + 3?"), assistant("5 "), user("Bye"),
+               assistant(" Bye.")]
+
+
+def by_hand(tok, messages):
+    """(ids, target) written as the docstring describes the template."""
+    ids, target = [], []
+    for m in messages:
+        ids += [tok.role[m["role"]]] + tok.encode(m["content"])
+        target += [0] + [int(m["role"] == "assistant")] * len(tok.encode(m["content"]))
+        if m["role"] == "assistant":
+            ids, target = ids + [tok.end], target + [1]
+    return ids, target
+
+
+def test_the_mask_covers_every_assistant_turn_and_nothing_else():
+    ids, target = TOK.chat(THREE_TURNS)
+    assert (ids, target) == by_hand(TOK, THREE_TURNS)
+    runs = [[i for i, _ in group] for t, group in itertools.groupby(zip(ids, target), lambda x: x[1]) if t]
+    assert [TOK.decode(run) for run in runs] == ["Hello.", "5 ", " Bye."]
+    assert all(run.count(TOK.end) == 1 and run[-1] == TOK.end for run in runs)
+    (row_ids, weights), = encode({"messages": THREE_TURNS}, TOK, 256)
+    assert (row_ids, weights) == (ids, target)
+    (_, weights), = encode({"messages": THREE_TURNS}, TOK, 256, "all")
+    assert weights == [0] + [1] * (len(ids) - 1)
+    (_, weights), = encode({"messages": THREE_TURNS}, TOK, 256, prompt_weight=.25)
+    assert weights == [0] + [1 if t else .25 for t in target[1:]]
+
+
+def test_50_special_tokens_are_neither_doubled_nor_missing():
+    ids, _ = TOK.chat(THREE_TURNS)
+    specials = Counter(i for i in ids if i >= TOK.base)
+    assert specials == {TOK.role["system"]: 1, TOK.role["user"]: 3, TOK.role["assistant"]: 3, TOK.end: 3}
+    assert TOK.prompt(THREE_TURNS[:-1]) == ids[:len(TOK.prompt(THREE_TURNS[:-1]))]
+    assert TOK.document("a b")[0] == [*TOK.encode("a b"), TOK.end]
+    assert TOK.response("a", finished=False) == TOK.encode("a")
+
+
+def test_8_prompt_and_response_are_encoded_apart():
+    for ask, says in [("Hi ", (" a", "a", "  ", "\na")), ("It is 1", ("2", " 2", "")), ("re", ("d kettle", "ally"))]:
+        rows = encode({"prompt": [user(ask)], "responses": list(says)}, TOK, 256)
+        prompt = [TOK.role["user"], *TOK.encode(ask), TOK.role["assistant"]]
+        assert TOK.prompt([user(ask)]) == prompt
+        for (ids, target), text in zip(rows, says, strict=True):
+            assert ids == prompt + TOK.encode(text) + [TOK.end]
+            assert target == [0] * len(prompt) + [1] * (len(TOK.encode(text)) + 1)
+            assert encode({"prompt": [user(ask)], "response": text}, TOK, 256) == [(ids, target)]
+            assert encode({"messages": [user(ask), assistant(text)]}, TOK, 256) == [(ids, target)]
+
+
+# ==== records to rows
+
+def digits(n): return "1234567890123456789012345"[:n]               # n tokens
+
+
+def test_documents_are_cut_into_windows_and_nothing_is_lost():
+    for n, block in itertools.product(range(1, 20), (2, 5, 16)):
+        rows = encode({"text": digits(n)}, TOK, block, "all")
+        whole = TOK.encode(digits(n)) + [TOK.end]
+        kept = whole if len(whole) % block != 1 else whole[:-1]     # a lone last token has nothing before it
+        assert [i for ids, _ in rows for i in ids] == kept
+        assert all(len(ids) <= block and target == [0] + [1] * (len(ids) - 1) for ids, target in rows)
+
+
+def test_25_rows_with_nothing_to_learn_are_dropped():
+    long_ago = {"messages": [user(digits(20)), assistant("Yes.")]}
+    assert encode(long_ago, TOK, 16) == [] != encode(long_ago, TOK, 32)
+    assert encode({"messages": [user("Hi")]}, TOK, 16) == []
+    assert encode({"text": ""}, TOK, 16, "all") == []
+
+
+def test_conversations_keep_their_beginning():
+    ids, target = TOK.chat(THREE_TURNS)
+    for block in range(2, len(ids) + 2):
+        rows = encode({"messages": THREE_TURNS}, TOK, block)
+        assert rows == [(ids[:block], target[:block])] * any(target[:block])
+
+
+def test_26_pairs_are_truncated_without_losing_a_response():
+    for n, m, k, block in itertools.product(range(13), range(13), (0, 4), range(2, 30)):
+        ask, texts = [user(digits(n))], [digits(m), digits(k)]
+        for (ids, target), text in zip(encode({"prompt": ask, "responses": texts}, TOK, block), texts, strict=True):
+            prompt, said = TOK.prompt(ask), TOK.encode(text) + [TOK.end]
+            learn = sum(target)
+            assert len(ids) <= block and target == [0] * (len(ids) - learn) + [1] * learn and 0 < learn < len(ids)
+            assert ids[-learn:] == said[:learn] and ids[:-learn] == prompt[-(len(ids) - learn):]
+            assert learn >= min(len(said), max(1, block // 2))       # a response may have half of the context
+            if len(prompt) + len(said) <= block:
+                assert ids == prompt + said
+            else:
+                assert len(ids) == block
+
+
+# ---- batches
+
+def ragged(n, top, seed=0):
+    """Rows of random lengths, each recognisable by its tokens, with random weights; the first of a row is 0."""
+    rng = random.Random(seed)
+    sizes = [rng.randint(1, top) for _ in range(n)]
+    return [([rng.randrange(TOK.base) for _ in range(size)], [0] + [rng.choice([0, .5, 1]) for _ in range(size - 1)])
+            for size in sizes]
+
+
+@pytest.mark.parametrize("budget", [1, 64, 200, 1000, 10 ** 6])
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 50])
+def test_micro_batches_hold_every_row_once_within_the_budget(n, budget):
+    lengths = [len(ids) for ids, _ in ragged(n, 60)]
+    parts = micro_batches(lengths, budget)
+    assert sorted(i for part in parts for i in part) == list(range(n))
+    for part in parts:
+        assert len(part) <= 8 or len(part) * round_up(max(lengths[i] for i in part)) <= budget
+    assert len(parts) == 1 or budget < 10 ** 6
+    shuffled = random.Random(1).sample(range(n), n)                 # the order rows come in decides nothing
+    again = micro_batches([lengths[i] for i in shuffled], budget)
+    size = lambda parts, lengths: [sorted(lengths[i] for i in part) for part in parts]
+    assert size(again, [lengths[i] for i in shuffled]) == size(parts, lengths)
+    assert sum(len(p) * max(lengths[i] for i in p) for p in parts) <= 8 * 60 + 1.5 * sum(lengths) or budget > 1000
+
+
+def test_pad_and_collate():
+    tokens, mask = collate([([5, 6, 7], [0, .5, 1]), ([8], [0])], TOK)
+    assert tokens.tolist() == [[5, 6, 7] + [TOK.pad] * 13, [8] + [TOK.pad] * 15]
+    assert mask.tolist() == [[.5, 1] + [0] * 13, [0] * 15] and mask.dtype == torch.float32
+    assert pad([[1] * 17], 0).shape == (1, 32) and pad([[1]], 0, width=33).shape == (1, 48)
+
+
+@pytest.mark.parametrize("width", [40, 41, 128])
+def test_52_packing_keeps_every_row_once_and_apart(width):
+    rows = ragged(30, 40)
+    tokens, mask, pos, see = pack(rows, TOK, width)
+    T = tokens.shape[1]
+    assert T == round_up(width) and mask.shape == (len(tokens), T - 1) and see.shape == (len(tokens), 1, T, T)
+    total = sum(len(ids) for ids, _ in rows)                        # first fit leaves one row less than half full
+    assert len(tokens) % 4 == 0 and len(tokens) <= 2 * total / width + 4
+    found = []
+    for b in range(len(tokens)):
+        starts = [t for t in range(T) if pos[b, t] == 0 and tokens[b, t] != TOK.pad]
+        real_end = int((tokens[b] != TOK.pad).sum())
+        part = [-1] * T
+        for start, end in zip(starts, starts[1:] + [real_end]):
+            assert pos[b, start:end].tolist() == list(range(end - start))
+            part[start:end] = [start] * (end - start)
+            weights = ([0.] + mask[b].tolist())[start:end]
+            assert start == 0 or weights[0] == 0                     # nothing is predicted across a boundary
+            found.append((tokens[b, start:end].tolist(), [0.] + weights[1:]))
+        assert (tokens[b, real_end:] == TOK.pad).all() and not mask[b, max(real_end - 1, 0):].any()
+        for t in range(real_end):
+            assert see[b, 0, t].tolist() == [s <= t and part[s] == part[t] for s in range(T)]
+    assert see.any(-1).all()                                        # a query that sees nothing would be NaN
+    assert sorted(found) == sorted(rows)
+
+
+# ---- streams
+
+def test_44_every_item_comes_once_an_epoch_the_last_partial_batch_included():
+    for size, n in [(10, 4), (7, 7), (5, 8), (1, 3), (12, 5)]:
+        stream = Stream(items=list(range(size)), seed=3)
+        seen = [item for step in range(size) for item in stream.batch(step, n)]     # size * n items: n epochs
+        epochs = [seen[i:i + size] for i in range(0, len(seen), size)]
+        assert all(sorted(epoch) == list(range(size)) for epoch in epochs) and len(epochs) == n
+    assert len({tuple(Stream(items=list(range(50)), seed=0).batch(epoch, 50)) for epoch in range(5)}) == 5
+
+
+@pytest.mark.parametrize("source", [dict(items=list(range(23))), dict(make=lambda rng: rng.random())])
+def test_a_batch_depends_on_seed_and_step_alone(source):
+    forward = [Stream(**source, seed=1).batch(step, 5) for step in range(12)]
+    one = Stream(**source, seed=1)
+    assert [one.batch(step, 5) for step in reversed(range(12))] == forward[::-1]
+    random.seed(9), torch.manual_seed(9)
+    assert Stream(**source, seed=1).batch(7, 5) == forward[7] != Stream(**source, seed=2).batch(7, 5)
+
+
+def opened(path, kind="text", **options):
+    """open_stream of a file, whose options other than the path may be keywords of their own."""
+    return open_stream(str(path), kind, 0, **options)
+
+
+@pytest.mark.parametrize("size, n_held, held", [(45, 256, 2), (20, 256, 1), (400, 256, 20), (400, 5, 5), (2, 256, 1)])
+def test_held_out_items_are_not_trained_on(tmp_path, size, n_held, held):
+    path = write(tmp_path, [{"text": f"document {i}"} for i in range(size)])
+    stream, kept = opened(path, n_held=n_held)
+    train, kept = [r["text"] for r in stream.items], [r["text"] for r in kept]
+    assert len(kept) == held and not set(train) & set(kept)
+    assert sorted(train + kept) == sorted(f"document {i}" for i in range(size))
+
+
+def test_held_out_toy_records_are_of_the_val_split_and_the_same_for_every_seed():
+    (stream, held), (_, other) = (open_stream("toy", "prompt", seed, "arith", n_held=50) for seed in (0, 1))
+    assert held == other and {split_of(r["key"]) for r in held} == {"val"}
+    assert {split_of(r["key"]) for r in stream.batch(0, 50)} == {"train"} and stream.batch(0, 4) != held[:4]
+
+
+def test_a_file_without_a_usable_record_is_one_line(tmp_path):
+    path = write(tmp_path, [{"messages": [user(digits(20)), assistant("a")]}])
+    with pytest.raises(UserError, match="no usable record"):
+        opened(path, "messages", prepare=lambda r: encode(r, TOK, 16))
+
+
+# ==== options
+
+@dataclass
+class Options(RunConfig):
+    """What this does."""
+    steps: int = 5              # how many
+    lr: float = 0.5             # how fast
+    # a group
+    kind: Literal["one", "two"] = "one"  # which
+    loud: bool = False          # how loud
+
+
+def read(*argv): return parse(Options, argv=list(argv), name="ours")
+
+
+def told(capsys, main):
+    """Exit code, stdout and stderr of a main function under guard."""
+    capsys.readouterr()
+    try:
+        guard(main)
+        code = 0
+    except SystemExit as error:
+        code = error.code
+    return code, *capsys.readouterr()
+
+
+def script(monkeypatch, name, *argv):
+    """python name *argv, without starting a process."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, argv)])
+    if name == "data.py":
+        return data.main
+    return lambda: runpy.run_path(str(ROOT / name), run_name="__main__")
+
+
+def test_flag_over_toml_over_default(tmp_path):
+    toml = tmp_path / "a.toml"
+    toml.write_text('lr = 1\nsteps = 7\nthreads = 2\nelsewhere = 3\n[ours]\nsteps = 8\nkind = "two"\n[theirs]\nx = 1\n')
+    assert read() == Options()
+    cfg = read("--config", str(toml), "--threads", "4")
+    assert (cfg.lr, cfg.steps, cfg.threads, cfg.kind, cfg.loud) == (1.0, 8, 4, "two", False) and type(cfg.lr) is float
+    assert read("--steps=9", f"--config={toml}").steps == 9 == read("--steps", "3", "--steps", "9").steps
+    toml.write_text("lr = 0.25\nloud = true\n")
+    assert (read("--config", str(toml)).lr, read("--config", str(toml)).loud) == (.25, True)
+
+
+def test_a_bare_boolean_is_true():
+    assert read("--loud").loud and read("--loud", "--steps", "1").loud and read("--loud", "true").loud
+    assert not read("--loud", "false").loud and not read("--loud=false").loud
+
+
+def test_positionals():
+    assert parse(Options, ["a", "b..."], ["x", "--steps", "2", "y", "z"], "ours") == (Options(steps=2), ["x", "y", "z"])
+    for argv in ([], ["x", "y"]):
+        with pytest.raises(OptionError, match="ours.py: got .*expected <a>"):
+            parse(Options, ["a"], argv, "ours")
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--stepz", "3"], "--stepz did you mean --steps?"), (["--zzz"], "--zzz --help"), (["--steps"], "--steps missing"),
+    (["--steps", "--loud"], "--steps missing"), (["--steps", "1.5"], "--steps 1.5 whole"),
+    (["--steps", "many"], "--steps many whole"), (["--steps="], "--steps whole"), (["--lr", "fast"], "--lr fast number"),
+    (["--lr", "nan"], "--lr nan finite"), (["--lr=-inf"], "--lr -inf finite"), (["--lr", "1e999"], "--lr finite"),
+    (["--kind", "three"], "--kind three one two"), (["--loud=maybe"], "--loud maybe true"), (["stray"], "stray"),
+    (["--loud", "yes"], "yes"), (["-steps", "3"], "-steps"), (["--", "3"], "--"),
+    (["--config"], "--config missing"), (["--config", "no/such.toml"], "--config no/such.toml")])
+def test_bad_flags_exit_2_with_one_line(capsys, argv, words):
+    code, out, err = told(capsys, lambda: read(*argv))
+    assert code == 2 and not out and err.startswith("error: ") and err.count("\n") == 1
+    assert all(word in err for word in words.split())
+
+
+@pytest.mark.parametrize("text, words", [
+    ("stepz = 3", "stepz"), ("[ours]\nstepz = 3", "stepz"), ("steps = 1.5", "--steps whole"), ('steps = "many"', "--steps"),
+    ("steps = true", "--steps"), ("lr = nan", "--lr finite"), ("lr = inf", "--lr"), ("lr = true", "--lr"),
+    ("loud = 1", "--loud true"), ("kind = 3", "--kind one"), ("out = 3", "--out text"), ("steps = [1]", "--steps"),
+    ("steps 3", "line 1"), ("steps = 1\nsteps = 2", "overwrite"), ("[ours]\n[ours]", "line 2"), (b"lr = \xff", "utf-8")])
+def test_bad_toml_exits_2_with_one_line_naming_the_key(tmp_path, capsys, text, words):
+    path = tmp_path / "a.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    code, out, err = told(capsys, lambda: read("--config", str(path)))
+    assert code == 2 and not out and err.startswith("error: ") and err.count("\n") == 1
+    assert all(word in err for word in words.split())
+
+
+@pytest.mark.parametrize("options, ok", [
+    (dict(lr=0.), False), (dict(lr=-1.), False), (dict(steps=0), True), (dict(steps=-1), False), (dict(seed=-1), False),
+    (dict(beta=1.5), False), (dict(beta=1.), True), (dict(beta=0.), True), (dict(beta=-.1), False), (dict(loud=False), True)])
+def test_impossible_values(options, ok):
+    @dataclass
+    class Impossible(Options):
+        beta: float = 0.5       # a share
+    name, = options
+    if ok:
+        return check(Impossible(**options), positive="lr", share="beta")
+    with pytest.raises(OptionError, match=f"--{name} {re.escape(str(options[name]))}: must be "):
+        check(Impossible(**options), positive="lr", share="beta")
+
+
+def commands():
+    """(script, command, Config) of everything one can run that has options; found, not listed."""
+    for path in sorted(ROOT.glob("*.py")):
+        module = importlib.import_module(path.stem)
+        for name, (Config, _) in getattr(module, "COMMANDS", {"": (getattr(module, "Config", None), None)}).items():
+            if Config:
+                yield path.name, name, Config
+
+
+@pytest.mark.parametrize("name, command, Config", [pytest.param(*c, id=" ".join(c[:2]).strip()) for c in commands()])
+def test_help_prints_every_option_with_its_comment(monkeypatch, capsys, name, command, Config):
+    code, out, err = told(capsys, script(monkeypatch, name, *[command] * bool(command), "--help"))
+    assert not code and not err and Config.__doc__ in out
+    lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("  --")}
+    source = "".join(inspect.getsource(cls) for cls in Config.__mro__[:-1])         # the nearest class comes first
+    for field in dataclasses.fields(Config):
+        comment = re.search(rf"\n    {field.name}: [^\n#]*?  # ([^\n]+)\n", source)
+        assert comment and comment[1] in lines["--" + field.name], "every option has a comment, on its own line"
+        assert f"[{field.default}]" in lines["--" + field.name] or field.default == ""
+    assert lines.keys() - {"--" + f.name for f in dataclasses.fields(Config)} == {"--config"}
+
+
+def test_help_of_model(monkeypatch, capsys):
+    code, out, err = told(capsys, script(monkeypatch, "model.py", "--help"))
+    assert not code and not err and re.search(r"--temperature +\S.* \[0.7\]", out) and "<checkpoint>" in out
+
+
+@pytest.mark.parametrize("name", ["data.py", "sft.py", "ppo.py", "model.py", "reward.py train", "reward.py label",
+                                  "reward.py compare"])
+def test_scripts_refuse_unknown_options_and_missing_checkpoints(monkeypatch, capsys, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    name, *command = name.split()
+    code, out, err = told(capsys, script(monkeypatch, name, *command, "--sede", "3"))
+    assert code == 2 and err.count("\n") == 1 and "did you mean --seed?" in err
+    if name == "data.py":
+        return
+    argv = {"model.py": ["out/x"], "compare": ["out/x", "out/y"]}.get((command or [name])[0], [])
+    code, out, err = told(capsys, script(monkeypatch, name, *command, *argv))
+    assert code == 1 and err.count("\n") == 1 and re.search("out/\\w+.*no checkpoint", err)
+
+
+def test_reward_without_a_command_says_what_there_is(monkeypatch, capsys):
+    for argv in ([], ["learn"], ["--help"]):
+        code, out, err = told(capsys, script(monkeypatch, "reward.py", *argv))
+        assert code in (0, 2) and "python reward.py train" in out and err.count("\n") <= 1
+
+
+def test_guard_tells_a_mistake_in_one_line(capsys, monkeypatch):
+    def fail(error): raise error
+    assert told(capsys, lambda: fail(UserError("it broke"))) == (1, "", "error: it broke\n")
+    assert told(capsys, lambda: fail(OptionError("--x"))) == (2, "", "error: --x\n")
+    assert told(capsys, lambda: fail(KeyboardInterrupt()))[0] == 130
+    with monkeypatch.context() as patch, pytest.raises(EOFError):   # `| head`: no more output, no traceback
+        patch.setattr(os, "_exit", lambda code: fail(EOFError(code)))
+        guard(lambda: fail(BrokenPipeError()))
+    with pytest.raises(ZeroDivisionError):                          # a bug of ours keeps its traceback
+        guard(lambda: 1 / 0)
+
+
+# ==== the run log
+
+def options(tmp_path, **more): return Options(out=str(tmp_path / "run"), **more)
+
+
+def go(cfg, start=0, total=None, fails=None):
+    """A run whose metric is its step; returns it, unfinished."""
+    run = Run(cfg, TOK)
+    for step in run.progress(start, cfg.steps if total is None else total):
+        run.log(step, ("loss",), loss=torch.tensor(step + .5) if step != fails else float("nan"), val=None)
+    return run
+
+
+def rows(cfg): return [json.loads(line) for line in (Path(cfg.out) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_folder_takes_no_run_with_other_options(tmp_path, finished):
+    run = go(options(tmp_path))
+    if finished:
+        run.finish(("loss",))
+    before = {path: path.read_bytes() for path in Path(run.folder).rglob("*")}
+    for name, value in dict(lr=.25, kind="two", loud=True, seed=1, steps=6, tokenizer="other", micro_tokens=1).items():
+        with pytest.raises(UserError, match=f"--{name} .*{value}") as error:
+            Run(options(tmp_path, **{name: value}), TOK)
+        assert "\n" not in str(error.value) and "--out" in str(error.value)
+    for same in (dict(save_every=2), dict(threads=3), dict(device="cpu")):
+        assert Run(options(tmp_path, **same), TOK).finished == finished
+    assert before == {path: path.read_bytes() for path in Path(run.folder).rglob("*")}
+
+
+def test_one_row_a_step(tmp_path):
+    go(cfg := options(tmp_path))
+    assert [(r["step"], r["loss"], r["val"]) for r in rows(cfg)] == [(i, i + .5, None) for i in range(5)]
+    assert all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(rows(cfg)))
+
+
+@pytest.mark.parametrize("torn", ["", "\n", '{"step": 5, "lo', '{"step": 5, "loss": 1.5'])
+@pytest.mark.parametrize("start", [0, 3, 5])
+def test_41_the_log_is_cut_to_the_checkpoint(tmp_path, start, torn):
+    go(cfg := options(tmp_path))
+    path = Path(cfg.out) / "metrics.jsonl"
+    path.write_text(path.read_text() + torn)
+    before = rows_before = [json.loads(line) for line in path.read_text().splitlines()[:start]]
+    run = go(cfg, start, 8)
+    assert [r["step"] for r in rows(cfg)] == list(range(8)) and rows(cfg)[:start] == rows_before
+    assert run.rows == rows(cfg) and rows(cfg)[-1]["seconds"] >= (before[-1]["seconds"] if before else 0)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_in_one_line(tmp_path):
+    for bad in (float("nan"), float("inf")):
+        run = Run(cfg := options(tmp_path), TOK)
+        with pytest.raises(UserError, match=f"^step 0: loss is {bad}; [^\n]*$"):
+            for step in run.progress(0, 3):
+                run.log(step, loss=torch.tensor(bad))
+        assert rows(cfg) == []
+    with pytest.raises(UserError, match="^step 3: loss is nan"):
+        go(cfg, fails=3)
+    assert [r["step"] for r in rows(cfg)] == [0, 1, 2]
+
+
+def test_a_finished_run_says_so(tmp_path, capsys):
+    run = go(cfg := options(tmp_path))
+    assert not Run(cfg, TOK).finished
+    capsys.readouterr()
+    run.finish(("loss", "val", "nothing"), then="python next.py")
+    out = capsys.readouterr().out
+    assert "5 steps" in out and re.search("loss +▁▃▅▇█ +0.500 → 4.500", out) and "next: python next.py" in out
+    assert "val" not in out and json.loads((run.folder / "summary.json").read_text()) == rows(cfg)[-1]
+    assert Run(cfg, TOK).finished and "finished; nothing to do" in capsys.readouterr().out
+
+
+def test_sparkline():
+    assert sparkline(list(range(8))) == "▁▂▃▄▅▆▇█" == sparkline([i // 4 for i in range(32)], 8)
+    assert sparkline([]) == "" and sparkline([3, 3, 3]) == "▁▁▁" and sparkline([1.5]) == "▁"
+    assert sparkline([5, -5]) == "█▁" and [len(sparkline([1] * n)) for n in (31, 32, 33, 999)] == [31, 32, 32, 32]
+
+
+def test_42_a_text_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "a" / "x.json"
+    write_text(path, "old")
+    class Killed(BaseException): pass
+    for error, expected in ((Killed, Killed), (OSError(28, "No space left on device"), UserError)):
+        def fail(*_, **__): raise error
+        for target in ("os.replace", "pathlib.Path.write_text"):
+            with monkeypatch.context() as patch:
+                patch.setattr(target, fail)
+                with pytest.raises(expected):
+                    write_text(path, "new")
+            assert path.read_text() == "old"
+    assert [p.name for p in path.parent.glob("*") if p.suffix != ".part"] == ["x.json"]
+    write_text(path, "né\u2028w")
+    assert path.read_bytes() == "né\u2028w".encode() and list(path.parent.glob("*")) == [path]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="not written, Not a directory$"):
+        write_text(tmp_path / "file" / "x.json", "new")
+
+
+# ==== rewards by rule
+
+@pytest.mark.parametrize("spec, terms", [
+    ("exact", [(1, "exact")]), ("out/reward", [(1, "out/reward")]), ("0.5*out/reward + exact", [(.5, "out/reward"), (1, "exact")]),
+    (" 2 * a+-0.1*b ", [(2, "a"), (-.1, "b")]), (".5*a", [(.5, "a")]), ("0*a", [(0, "a")]), ("m:f", [(1, "m:f")]),
+    ("../r-1/x_2", [(1, "../r-1/x_2")])])
+def test_sums_of_rewards(spec, terms):
+    assert parse_rewards(spec) == terms
+
+
+@pytest.mark.parametrize("spec", ["", " ", "a +", "+ a", "a b", "2**a", "1.2.3*a", "*a", "2*", "a*2*b", ".*a"])
+def test_what_is_no_sum_of_rewards_is_one_line(spec):
+    with pytest.raises(OptionError, match=f"^--[a-z]+ {re.escape(spec)}: [^\n]*$"):
+        parse_rewards(spec)
+
+
+def test_a_verifier_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rules.py").write_text("def short(record, text, finished):\n    return len(text) < 5\n")
+    before = list(sys.path)
+    assert verifier("my_rules:short")({}, "abc", True) is True and sys.path == before
+    assert verifier("gold") is gold and verifier("out/reward") is None is verifier("my_rules")
+    for name in ("my_rules:long", "no_such_module:f", ":f", "my_rules:"):
+        with pytest.raises(UserError, match=f"{name}: [^\n]+$"):
+            verifier(name)
+
+
+@pytest.mark.parametrize("text, pays", [
+    ("The answer is 18.", 1), ("<think>9 + 9 = 18</think>The answer is 18.", 1), ("\nThe answer is 18.\n", 1),
+    ("The answer is 17.", 0), ("The answer is 17. The answer is 18.", 0), ("The answer is 18. The answer is 17.", 0),
+    ("18", 0), ("", 0), ("The answer is 18", 0), ("The answer is not 18.", 0), ("The answer is 18.5.", 0),
+    ("The answer is 018.", 0), ("The answer is 1 8.", 0), ("The answer is 18.<|end|>", 0), ("the answer is 18.", 0),
+    ("<think>The answer is 18.</think>", 0), ("<think>The answer is 18.", 0), ("The answer is -18.", 0)])
+def test_exact_pays_the_right_answer_only(text, pays):
+    exact = VERIFIERS["exact"]
+    assert float(exact({"answer": 18}, text, True)) == pays and not exact({"answer": 18}, text, False)
+    assert not exact({"answer": 3}, text, True)
+
+
+@pytest.mark.parametrize("text, pays", [
+    ("<think>9 + 9 = 18</think>The answer is 18.", 1), ("<think>a\nb</think>\nc", 1), ("<think>a</think>b", 1),
+    ("", 0), ("The answer is 18.", 0), ("<think></think>The answer is 18.", 0), ("<think>a</think>", 0),
+    ("<think>a", 0), ("a</think>b", 0), ("<think>a</think>b<think>c</think>d", 0), ("<think><think>a</think>b", 0),
+    ("<think>a</think></think>b", 0), ("x<think>a</think>b", 0), ("<THINK>a</THINK>b", 0), ("<think>a<think>b", 0),
+    ("</think>a<think>b", 0), (" <think>a</think>b", 0), ("<think>a</think>b</think>", 0)])
+def test_format_pays_one_closed_thought_and_an_answer(text, pays):
+    assert float(VERIFIERS["format"]({}, text, True)) == pays and not VERIFIERS["format"]({}, text, False)
+
+
+# ==== python data.py
+
+def test_it_shows_every_family_with_its_gold(monkeypatch, capsys):
+    code, out, err = told(capsys, script(monkeypatch, "data.py", "--n", "2"))
+    assert not code and not err and [f"── {f} ──" in out for f in FAMILIES] == [True] * 4
+    assert len(re.findall(r"gold -?\d+\.\d\d, \d+ tokens", out)) == 8
+    code, out, _ = told(capsys, script(monkeypatch, "data.py", "--families", "safe,fmt"))
+    assert not code and "safe" in out and "── arith" not in out
+    assert told(capsys, script(monkeypatch, "data.py", "--families", "safe,math"))[::2] == (
+        2, "error: --families: there is no 'math'; the toy world has arith, write, safe, fmt\n")
+
+
+def test_it_shows_a_file_as_the_trainers_read_it(monkeypatch, capsys, tmp_path):
+    path = write(tmp_path, [{"prompt": "Q", "chosen": "good", "rejected": "bad"}, {"messages": [user("R"), assistant("S")]}])
+    code, out, err = told(capsys, script(monkeypatch, "data.py", path))
+    assert not code and "2 records" in err
+    assert all(word in out for word in ("user  Q", "good", "bad", "user  R", "assistant  S"))
+    code, out, err = told(capsys, script(monkeypatch, "data.py", tmp_path / "none.jsonl"))
+    assert code == 1 and not out and err.count("\n") == 1

@@ -1,0 +1,1347 @@
+"""model.py against slow, obvious oracles; the names give the row of PITFALLS.md that a test protects against (p03 = row 3).
+
+Most models here are float64 with large random weights, so that "equal" can mean 1e-10 and no mistake hides in noise.
+"""
+import ast
+import copy
+import errno
+import json
+import math
+import os
+import pickle
+import random
+import resource
+import struct
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as M
+from data import Tokenizer, UserError, collate, pack
+from model import (GPT, Cache, GPTConfig, Optimizer, Reward, attend, clone, generate, load_model, load_tensors,
+                   per_token, response_scores, sample, save_checkpoint, save_tensors, setup, slices, steps,
+                   token_logprobs, token_scores)
+
+ROOT = Path(M.__file__).parent
+PAD, END, V = 0, 10, 11
+TOK = SimpleNamespace(pad=PAD, end=END, fingerprint="eleven")
+torch.set_num_threads(1)
+
+# ------------------------------------------------------------------------------------------------ helpers, oracles
+
+
+def gpt(seed=0, dtype=torch.float64, std=.3, **size):
+    """A tiny GPT in eval mode whose every parameter is N(0, std), biases and norms included."""
+    model = GPT(GPTConfig(**dict(vocab_size=V, block_size=16, n_layer=2, n_head=2, n_embd=16) | size)).to(dtype).eval()
+    rng = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=rng, dtype=torch.float64).mul(std).to(dtype)
+    return model
+
+
+def weights(model):
+    return {name: p.detach().double().numpy() for name, p in model.state_dict().items()}
+
+
+def gpt2(model, ids):
+    """GPT-2 written from its paper, one head and one query at a time: ids -> (states (T, C), logits (T, V)), float64."""
+    w, H = weights(model), model.config.n_head
+    D = model.config.n_embd // H
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * w[name + ".weight"] + w[name + ".bias"]
+
+    def linear(x, name):
+        return x @ w[name + ".weight"].T + w[name + ".bias"]
+    x = np.array([w["transformer.wte.weight"][t] + w["transformer.wpe.weight"][i] for i, t in enumerate(ids)])
+    for layer in range(model.config.n_layer):
+        at = f"transformer.h.{layer}."
+        q, k, v = np.split(linear(norm(x, at + "ln_1"), at + "attn.c_attn"), 3, axis=1)
+        heads = np.zeros_like(x)
+        for h in range(H):
+            of = slice(h * D, (h + 1) * D)
+            for i in range(len(ids)):                       # a query looks at itself and at what came before
+                score = np.array([q[i, of] @ k[j, of] for j in range(i + 1)]) / math.sqrt(D)
+                p = np.exp(score - score.max())
+                heads[i, of] = (p / p.sum()) @ v[:i + 1, of]
+        x = x + linear(heads, at + "attn.c_proj")
+        u = linear(norm(x, at + "ln_2"), at + "mlp.c_fc")
+        u = .5 * u * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + .044715 * u ** 3)))
+        x = x + linear(u, at + "mlp.c_proj")
+    x = norm(x, "transformer.ln_f")
+    return x, x @ w["transformer.wte.weight"][:model.config.vocab_size].T
+
+
+def log_softmax(x):
+    return x - x.max() - math.log(sum(math.exp(v - x.max()) for v in x))
+
+
+def oracle_logps(model, ids, temperature=1.0):
+    """[log π(ids[t+1] | ids[:t+1])] and the entropies of those distributions, from the numpy GPT-2."""
+    logps = [log_softmax(row / temperature) for row in gpt2(model, ids)[1]]
+    return ([float(lp[t]) for lp, t in zip(logps, ids[1:])],
+            [-sum(math.exp(v) * v for v in lp) for lp in logps[:-1]])
+
+
+def random_rows(lengths, seed=0, low=1):
+    """[(ids, target)]: random ids of these (prompt, response) lengths, with the target on the response."""
+    rng = random.Random(seed)
+    return [([rng.randrange(low, V) for _ in range(p + r)], [0] * p + [1] * r) for p, r in lengths]
+
+
+ROWS = random_rows([(1, 3), (4, 9), (9, 1), (2, 14), (6, 4)])
+
+
+def gradients(model, loss):
+    grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten()
+                      for p, g in zip(model.parameters(), grads)])
+
+
+def close(a, b, tol=1e-10):
+    a, b = (x.detach().double() if isinstance(x, torch.Tensor) else torch.as_tensor(np.array(x)).double() for x in (a, b))
+    assert a.shape == b.shape, (a.shape, b.shape)   # never compare by broadcasting
+    assert torch.allclose(a, b, rtol=tol, atol=tol), float((a - b).abs().max())
+
+
+def rollout(model, prompts, max_new=16, seed=1, tok=TOK, **kw):
+    torch.manual_seed(seed)
+    return generate(model, prompts, tok, max_new, **kw)
+
+
+def same(a, b):
+    """Two rollouts are the same to the bit."""
+    return all(torch.equal(getattr(a, k), getattr(b, k)) for k in ("tokens", "mask", "logp", "finished"))
+
+
+def check_logps(model, roll, temperature=1.0, tol=1e-10):
+    """What the sampler stored is what an independent forward of each row alone gives, and 0 elsewhere."""
+    for ids, mask, logp, start, n in zip(roll.tokens.tolist(), roll.mask, roll.logp, roll.prompt_len, roll.lengths):
+        want = np.zeros(len(mask))
+        want[start - 1:n - 1] = oracle_logps(model, ids[:n], temperature)[0][start - 1:]
+        close(logp, want, tol)
+
+
+def scripted(plan, **size):
+    """A model that is certain to put plan[p] at position p, whatever came before."""
+    model = gpt(std=0, block_size=len(plan), **size)
+    code = {token: i for i, token in enumerate(dict.fromkeys(plan))}
+    for token, i in code.items():
+        model.transformer.wte.weight.data[token, i] = 1
+    for p, token in enumerate(plan[1:]):
+        model.transformer.wpe.weight.data[p, code[token]] = 100
+    model.transformer.ln_f.weight.data.fill_(20)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 16])
+def test_forward_equals_a_gpt2_written_in_numpy(length):
+    # a post-norm, an exact GELU, a missing bias or an untied head would all train, and match no published weights
+    model, ids = gpt(), [(3 * i) % V for i in range(length)]
+    hidden = model(torch.tensor([ids]))
+    states, logits = gpt2(model, ids)
+    close(hidden[0], states)
+    close(model.logits(hidden)[0], logits)
+
+
+def test_parameter_names_are_hugging_faces():
+    # a name of our own would have to be translated in import and export
+    parts = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    want = ["transformer.wte.weight", "transformer.wpe.weight"] + [
+        f"transformer.{part}.{kind}" for part in [f"h.{i}.{p}" for i in range(2) for p in parts] + ["ln_f"]
+        for kind in ("weight", "bias")]
+    assert sorted(gpt().state_dict()) == sorted(want)
+
+
+def test_initial_loss_is_ln_v():
+    # too large an initialisation starts with confident nonsense
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=100, block_size=16, n_layer=4, n_head=2, n_embd=32))
+    tokens = torch.randint(0, 100, (8, 16))
+    assert abs(-token_logprobs(model, tokens, torch.ones(8, 15)).mean() - math.log(100)) < .05
+
+
+def test_initial_residual_projections_are_scaled_by_depth():
+    # without 1/sqrt(2 n_layer) the residual stream grows with depth
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=8, n_embd=64))
+    close(model.transformer.h[3].mlp.c_proj.weight.std(), .02 / 4, .001)
+    close(model.transformer.h[3].mlp.c_fc.weight.std(), .02, .002)
+
+
+@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, .03)])
+@pytest.mark.parametrize("T, masked", [(1, False), (1, True), (6, False), (6, True)])
+def test_attend_equals_torchs_kernel(T, masked, dtype, tol):
+    # the plain operators of the CPU branch must be the same function, forward and backward
+    torch.manual_seed(0)
+    S = 9 if masked else T
+    q, k, v = (torch.randn(2, 2, n, 8, dtype=dtype, requires_grad=True) for n in (T, S, S))
+    mask = torch.rand(2, 1, T, S) < .5 if masked else None
+    if masked:
+        mask[..., 0] = True     # no query without a key
+    bias = mask if masked else torch.ones(T, S, dtype=torch.bool).tril()
+    ours, theirs = attend(q, k, v, mask), F.scaled_dot_product_attention(q.double(), k.double(), v.double(), bias)
+    close(ours, theirs, tol)
+    weight = torch.randn(ours.shape)
+    for a, b in zip(torch.autograd.grad((ours * weight).sum(), (q, k, v)),
+                    torch.autograd.grad((theirs * weight).sum(), (q, k, v))):
+        close(a, b, 3 * tol)
+
+
+@pytest.mark.parametrize("pads", range(6))
+def test_p02_padding_changes_no_logit_of_a_real_token(pads):
+    # left padding, or positions counted from the padded end, would shift every position
+    model, rng = gpt(), random.Random(pads)
+    for ids, _ in ROWS:
+        ids = ids[:10]
+        padded = model.logits(model(torch.tensor([ids + [rng.randrange(V) for _ in range(pads)]])))
+        close(padded[0, :len(ids)], gpt2(model, ids)[1])
+
+
+@pytest.mark.parametrize("chunks", [[9], [1] * 9, [4, 5], [1, 7, 1], [8, 1]], ids=str)
+def test_p03_kv_cache_equals_the_full_forward_at_every_step_for_any_prefill_chunking(chunks):
+    # an uncausal prefill, or a query that sees only key 0, leaves the training loss untouched and ruins sampling
+    model, lengths = gpt(), [2, 9, 5]
+    rows = [ids[:n + 5] for (ids, _), n in zip(random_rows([(16, 0)] * 3), lengths)]
+    cache = Cache(model.config, 3, 16, "cpu", torch.float64)
+    prompt, hidden, at = torch.tensor([r[:n] + [PAD] * (9 - n) for r, n in zip(rows, lengths)]), [], 0
+    for size in chunks:
+        cache.used = at + size
+        hidden.append(model(prompt[:, at:at + size], torch.arange(at, at + size), cache=cache))
+        at += size
+    for row, n, h in zip(rows, lengths, torch.cat(hidden, 1)):
+        close(h[:n], gpt2(model, row[:n])[0])
+    for i in range(5):                                      # every row decodes at a position of its own
+        cache.used = 10 + i
+        now = torch.tensor([row[n + i] for row, n in zip(rows, lengths)])
+        hidden = model(now[:, None], torch.tensor(lengths)[:, None] + i, cache=cache)
+        for row, n, h in zip(rows, lengths, hidden):
+            close(h[0], gpt2(model, row[:n + i + 1])[0][-1])
+
+
+def test_cache_select_keeps_and_repeats_rows():
+    # a group's samples must continue their own prompt
+    cache = Cache(gpt().config, 3, 16, "cpu", torch.float64)
+    cache.k += torch.arange(3.)[None, :, None, None, None]
+    cache.select(torch.tensor([2, 0, 0]))
+    assert cache.k[0, :, 0, 0, 0].tolist() == [2, 0, 0] and cache.v.shape == cache.k.shape
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_gradient_checkpointing_changes_no_gradient(dropout):
+    # recomputing with other dropout masks would give the gradient of nothing
+    model = gpt(dropout=dropout).train()
+    tokens, mask = collate(ROWS, TOK)
+    grads = []
+    for model.grad_checkpoint in (False, True):
+        torch.manual_seed(0)
+        grads.append(gradients(model, token_logprobs(model, tokens, mask).sum()))
+    close(*grads, 1e-9)
+
+
+@pytest.mark.parametrize("size", [dict(n_embd=18, n_head=4), dict(block_size=20)])
+def test_impossible_model_sizes_are_refused_by_name(size):
+    with pytest.raises(UserError, match=list(size)[0]):
+        GPTConfig(**size)
+
+
+# ------------------------------------------------------------------------------------------------ log-probabilities
+
+
+@pytest.mark.parametrize("temperature", [1.0, .6, 2.0])
+def test_p10_token_logprobs_and_entropy_equal_a_slow_loop_at_any_temperature(temperature):
+    # a log-prob at another temperature than the sampler's makes every importance ratio wrong
+    model = gpt()
+    tokens, mask = collate(ROWS, TOK)
+    logp, entropy = token_logprobs(model, tokens, mask, temperature, entropy=True)
+    for b, (ids, target) in enumerate(ROWS):
+        for got, want in zip((logp, entropy), oracle_logps(model, ids, temperature)):
+            want = [x if m else 0.0 for x, m in zip(want, target[1:])]
+            close(got[b], want + [0.0] * (15 - len(want)))
+
+
+@pytest.mark.parametrize("temperature", [1.0, .6])
+@pytest.mark.parametrize("chunk", [1, 3, 8192])
+def test_gradients_of_logp_and_entropy_equal_autograd_of_the_plain_formula_chunked_or_not(chunk, temperature):
+    # the chunks are recomputed in the backward pass: a bug there shows in the gradient only
+    model = gpt()
+    tokens, mask = collate(ROWS, TOK)
+    c = torch.randn(2, *mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def plain():
+        logps = (model(tokens[:, :-1]) @ model.transformer.wte.weight[:V].T / temperature).log_softmax(-1)
+        return logps.gather(-1, tokens[:, 1:, None])[..., 0] * mask, -(logps.exp() * logps).sum(-1) * mask
+    both = token_logprobs(model, tokens, mask, temperature, entropy=True, chunk=chunk)
+    close(gradients(model, sum((c * torch.stack(both)).flatten())),
+          gradients(model, sum((c * torch.stack(plain())).flatten())))
+    only = token_logprobs(model, tokens, mask, temperature, chunk=chunk)
+    close(only, both[0])
+    close(gradients(model, (c[0] * only).sum()), gradients(model, (c[0] * plain()[0]).sum()))
+
+
+def test_gradient_equals_finite_differences_of_the_numpy_model():
+    # autograd against autograd could share a mistake
+    model, direction = gpt(), gpt(seed=5)
+    tokens, mask = collate(ROWS[:2], TOK)
+    along = float(gradients(model, token_logprobs(model, tokens, mask, .8).sum())
+                  @ torch.cat([p.detach().flatten() for p in direction.parameters()]))
+    values = []
+    for h in (1e-5, -1e-5):
+        moved = copy.deepcopy(model)
+        for p, d in zip(moved.parameters(), direction.parameters()):
+            p.data += h * d.data
+        values.append(sum(x for ids, target in ROWS[:2]
+                          for x, m in zip(oracle_logps(moved, ids, .8)[0], target[1:]) if m))
+    close(along, (values[0] - values[1]) / 2e-5, 1e-6)
+
+
+def test_p04_gradient_lands_exactly_on_the_predecessors_of_response_tokens():
+    # off by one, the first response token is never trained
+    model, kept = gpt(), []
+    model.register_forward_hook(lambda module, args, out: kept.append(out))
+    tokens, mask = collate(ROWS, TOK)
+    loss = token_logprobs(model, tokens, mask).sum()
+    hit = torch.autograd.grad(loss, kept[0])[0].abs().sum(-1) > 0
+    for b, (ids, target) in enumerate(ROWS):
+        assert [t + 1 for t in hit[b].nonzero()[:, 0].tolist()] == [t for t, m in enumerate(target) if m]
+
+
+def test_p06_prompt_labels_do_not_reach_the_loss_but_the_end_token_does():
+    # training on prompts barely moves the loss; a masked end token never stops
+    model = gpt()
+    ids, target = [3, 4, 5, 6, END], [0, 0, 0, 1, 1]
+    tokens, mask = collate([(ids, target)], TOK)
+    logp = token_logprobs(model, tokens, mask)[0]
+    assert [t + 1 for t in logp.nonzero()[:, 0].tolist()] == [3, 4]
+    close(logp[2:4], oracle_logps(model, ids)[0][2:])
+
+
+@pytest.mark.parametrize("split", [[[0], [1], [2], [3], [4]], [[0, 3], [1, 2, 4]], [[4, 2, 0, 1, 3]]], ids=str)
+def test_p07_summed_gradients_are_equal_under_every_micro_split(split):
+    # a mean inside would weigh short rows more
+    model = gpt()
+    whole = gradients(model, token_logprobs(model, *collate(ROWS, TOK)).sum())
+    parts = [gradients(model, token_logprobs(model, *collate([ROWS[i] for i in part], TOK)).sum()) for part in split]
+    close(sum(parts), whole)
+
+
+@pytest.mark.parametrize("extra", [0, 16, 32])
+def test_p22_extra_padding_changes_neither_log_probs_nor_their_sum(extra):
+    # a length taken from the padded tensor makes beta depend on the batch
+    model = gpt(block_size=48)
+    tokens, mask = collate(ROWS, TOK)
+    want = [sum(x for x, m in zip(oracle_logps(model, ids)[0], target[1:]) if m) for ids, target in ROWS]
+    logp = token_logprobs(model, F.pad(tokens, (0, extra), value=PAD), F.pad(mask, (0, extra)))
+    assert logp.shape == (5, 15 + extra)
+    close(logp.sum(1), want)
+
+
+def test_p25_fully_masked_batch_gives_zero_and_a_finite_gradient():
+    # a mean over no token is NaN
+    model = gpt()
+    tokens, mask = collate(ROWS, TOK)
+    for chunk in (2, 8192):
+        logp, entropy = token_logprobs(model, tokens, mask * 0, entropy=True, chunk=chunk)
+        assert not logp.any() and not entropy.any()
+        assert not gradients(model, (logp + entropy).sum()).any()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e9])
+def test_p35_poisoned_states_outside_the_mask_change_neither_value_nor_gradient(poison):
+    # 0 * NaN is NaN: a mask must select, not multiply
+    model = gpt()
+    tokens, mask = collate(ROWS, TOK)
+    clean = token_logprobs(model, tokens, mask, entropy=True)
+    want = gradients(model, sum(x.sum() for x in clean))
+    hook = model.register_forward_hook(lambda m, i, out: torch.where(mask.bool()[..., None], out, poison))
+    got = token_logprobs(model, tokens, mask, entropy=True)
+    for a, b in zip(got, clean):
+        assert torch.equal(a, b)
+    close(gradients(model, sum(x.sum() for x in got)), want)
+    hook.remove()
+
+
+def test_p35_poisoned_padding_changes_neither_value_nor_gradient():
+    # what stands on the padding must not exist: ids, and position embeddings of 1e9
+    model = gpt()
+    rows = [(ids[:8], target[:7] + [1]) for ids, target in ROWS if len(ids) > 8]
+    tokens, mask = collate(rows, TOK)
+    clean = token_logprobs(model, tokens, mask)
+    want = gradients(model, clean.sum())
+    tokens[:, 8:] = torch.randint(0, V, tokens[:, 8:].shape)
+    model.transformer.wpe.weight.data[8:] = 1e9
+    poisoned = token_logprobs(model, tokens, mask)
+    close(poisoned, clean)
+    close(gradients(model, poisoned.sum()), want)
+
+
+def test_p36_entropy_lies_between_0_and_ln_v_and_is_0_on_padding():
+    # log-probs of padding averaged in have been reported as negative entropy for twenty months
+    tokens, mask = collate(ROWS, TOK)
+    for std, low, high in ((0, 1 - 1e-9, 1 + 1e-9), (.3, .01, 1), (30, -1e-9, .1)):
+        _, entropy = token_logprobs(gpt(std=std), tokens, mask, entropy=True)
+        share = entropy[mask.bool()] / math.log(V)
+        assert share.min() >= -1e-12 and share.max() <= high and share.mean() >= low
+        assert not entropy[~mask.bool()].any()
+
+
+def test_p40_log_softmax_is_fp32_under_bf16_autocast():
+    # in bf16 a log-prob of -3.02 is -3.03: every ratio would carry 1% of noise
+    model = gpt(dtype=torch.float32)
+    tokens, mask = collate(ROWS, TOK)
+    with setup("cpu", "bf16")[1]():
+        logp, entropy = token_logprobs(model, tokens, mask, .7, entropy=True)
+        logits = model.logits(model(tokens[:, :-1]))
+        assert logits.dtype == torch.bfloat16
+        assert token_scores(gpt(dtype=torch.float32, n_scores=1), tokens, mask).dtype == torch.float32
+    want = (logits.double() / .7).log_softmax(-1)
+    assert logp.dtype == entropy.dtype == torch.float32
+    close(logp, want.gather(-1, tokens[:, 1:, None])[..., 0] * mask, 2e-6)
+    close(entropy, -(want.exp() * want).sum(-1) * mask, 5e-6)
+
+
+def test_p40_fp32_master_weights_move_under_bf16_autocast_at_a_tiny_learning_rate():
+    # bf16 weights round an update of 1e-6 away: 1.9% of them moved
+    model = gpt(dtype=torch.float32).train()
+    before, opt = [p.detach().clone() for p in model.parameters()], Optimizer(model, 1e-6, 20, weight_decay=0)
+    tokens, mask = collate(ROWS, TOK)
+    tokens[:, 1:][mask.bool()] = torch.randint(0, V, (int(mask.sum()),))
+    for step in range(10):
+        with setup("cpu", "bf16")[1]():
+            loss = -token_logprobs(model, tokens, mask).sum()
+        loss.backward()
+        opt.step(step)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    moved = torch.cat([(a != b).flatten() for (n, a), b in zip(model.named_parameters(), before)
+                       if ".h." in n and "weight" in n])
+    assert moved.float().mean() > .99
+
+
+def test_p52_packed_rows_are_the_sum_of_separate_rows_values_and_gradients():
+    # a sequence that sees its neighbour, or the neighbour's positions, learns from it
+    model, rows = gpt(block_size=32), random_rows([(1, 3), (4, 9), (9, 1), (2, 14), (6, 4), (0, 5)])
+    rows[-1][1][0] = 0                      # the first token of a row is no target
+    tokens, mask, pos, see = pack(rows, TOK, 32)
+    logp = token_logprobs(model, tokens, mask, pos=pos, see=see)
+    assert (tokens != PAD).sum(1).max() > 20                    # something was packed
+    want = sorted(x for ids, target in rows for x, m in zip(oracle_logps(model, ids)[0], target[1:]) if m)
+    close(logp[mask.bool()].sort().values, want)
+    alone = sum(gradients(model, token_logprobs(model, *collate([row], TOK)).sum()) for row in rows)
+    close(gradients(model, logp.sum()), alone)
+
+
+def test_the_head_runs_on_response_positions_only_and_in_chunks(monkeypatch):
+    # a (B, T, V) tensor is what runs out of memory first
+    model, seen = gpt(), []
+    tokens, mask = collate(ROWS, TOK)
+    monkeypatch.setattr(model, "logits", lambda h: seen.append(len(h)) or GPT.logits(model, h))
+    token_logprobs(model, tokens, mask, chunk=7)
+    assert max(seen) <= 7 and sum(seen) == mask.sum()
+
+
+# ------------------------------------------------------------------------------------------------ scores
+
+
+@pytest.mark.parametrize("extra", [0, 16])
+def test_p27_response_score_reads_the_last_response_token_whatever_the_padding_and_batch(extra):
+    # scoring the first end token, or a pad, trains a reward model on nothing
+    model = gpt(n_scores=3, block_size=32)
+    rows = [([3, END, 4, 5, 6, END], [0, 0, 0, 1, 1, 1]),       # end token inside the prompt
+            ([END, END, 7, 8, 9], [0, 0, 0, 1, 1]),             # and no end token in the response
+            ([1, END], [0, 1]), *ROWS]
+    tokens, mask = collate(rows, TOK)
+    got = response_scores(model, F.pad(tokens, (0, extra), value=7), F.pad(mask, (0, extra)))
+    w = weights(model)
+    assert got.shape == (len(rows), 3)
+    for ids, score, one in zip((ids for ids, _ in rows), got, rows):
+        want = gpt2(model, ids)[0][-1] @ w["score.weight"].T + w["score.bias"]
+        close(score, want)
+        close(response_scores(model, *collate([one], TOK))[0], want)
+
+
+def test_p33_token_scores_are_v_of_the_state_before_each_token_and_of_shape_b_t():
+    # one step late, V has seen the action; with a last dimension of 1, (N,1)-(N,) broadcasts
+    model = gpt(n_scores=2)
+    tokens, mask = collate(ROWS, TOK)
+    values, w = token_scores(model, tokens, mask), weights(model)
+    assert values.shape == mask.shape
+    for b, (ids, target) in enumerate(ROWS):
+        states = gpt2(model, ids)[0] @ w["score.weight"][0] + w["score.bias"][0]
+        close(values[b, :len(ids) - 1], states[:-1] * np.array(target[1:]))
+        assert not values[b, len(ids) - 1:].any()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), 1e9])
+def test_p35_poisoned_states_outside_the_mask_do_not_reach_the_value_loss(poison):
+    model = gpt(n_scores=1)
+    tokens, mask = collate(ROWS, TOK)
+    clean = token_scores(model, tokens, mask)
+    want = gradients(model, clean.pow(2).sum())
+    model.register_forward_hook(lambda m, i, out: torch.where(mask.bool()[..., None], out, poison))
+    got = token_scores(model, tokens, mask)
+    close(got, clean)
+    close(gradients(model, got.pow(2).sum()), want)
+
+
+def test_score_head_starts_at_zero():
+    # a random head is a random baseline
+    assert not gpt(std=0).score and not GPT(GPTConfig(n_scores=2)).score.weight.any()
+
+
+# ------------------------------------------------------------------------------------------------ one draw
+
+
+def kept(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """The distribution that is sampled from, the slow way: probabilities, zero where a token was cut off."""
+    p = np.exp(log_softmax(np.asarray(logits, float) / temperature))
+    for limit in ("k", "p"):
+        order, keep, total = sorted(range(len(p)), key=lambda i: -p[i]), [], 0.0
+        for i in order:
+            if limit == "k" and top_k and len(keep) == top_k or limit == "p" and top_p < 1 and keep and total >= top_p:
+                break
+            keep.append(i)
+            total += p[i]
+        p = np.array([x if i in keep else 0.0 for i, x in enumerate(p)])
+        p = p / p.sum()
+    return p
+
+
+CUTS = [dict(), dict(temperature=.5), dict(temperature=1.7), dict(top_k=4), dict(top_p=.7), dict(top_k=50),
+        dict(temperature=.6, top_k=6, top_p=.8), dict(top_p=1e-6), dict(top_k=1), dict(top_p=0.0)]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_p11_the_measure_of_u_that_maps_to_a_token_is_its_probability_and_the_kept_set_sums_to_1(cut):
+    # exact, by a grid over u: truncation whose log-probs are not renormalised is off-policy by log S
+    logits, n = torch.tensor([.3, -1, 2, 1.9, -4, 0, .7, 1, -.2, -2, -9], dtype=torch.float64), 20_000
+    u = (torch.arange(n, dtype=torch.float64) + .5) / n
+    token, logp = sample(logits.expand(n, V), u, **cut)
+    p = kept(logits, **cut)
+    close(torch.bincount(token, minlength=V) / n, p, 1.01 / n)
+    assert p[token.numpy()].min() > 0
+    close(logp.exp(), p[token.numpy()])
+    drawn = {int(t): float(lp) for t, lp in zip(token, logp)}
+    if min(p[p > 0]) > 1 / n:
+        assert abs(sum(math.exp(lp) for lp in drawn.values()) - 1) < 1e-10
+
+
+def test_p11_no_trainer_offers_or_uses_top_k_or_top_p():
+    # a policy gradient under truncation differentiates another distribution than it samples from
+    for path in set(ROOT.glob("*.py")) - {ROOT / "model.py"}:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(node, "target", None) or getattr(node, "arg", None)
+            assert getattr(name, "id", name) not in ("top_k", "top_p"), f"{path.name}:{node.lineno}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("extreme", ["0", "tiny", "below 1", "1"])
+def test_p53_a_token_of_probability_0_is_never_drawn_at_the_extremes_of_u(extreme, dtype):
+    # searchsorted from the left picks entry 0 at u = 0, whatever its probability
+    info = torch.finfo(dtype)
+    u = torch.full((64,), {"0": 0.0, "tiny": info.tiny, "below 1": 1 - info.eps / 2, "1": 1.0}[extreme], dtype=dtype)
+    logits = torch.randn(64, 1000, dtype=dtype, generator=torch.Generator().manual_seed(0)) * 5
+    logits[:, :7] = logits[:, -9:] = -torch.inf
+    logits[:, 500:520] = -1e4                               # its probability underflows
+    logits[0] = -torch.inf
+    logits[0, 3] = 0                                        # only one is left
+    for cut in (dict(), dict(top_k=5), dict(top_p=.9), dict(temperature=.1)):
+        token, logp = sample(logits, u, **cut)
+        assert token.min() >= 0 and token.max() < 1000 and logp.isfinite().all() and token[0] == 3
+        p = (logits / cut.get("temperature", 1)).softmax(-1).gather(1, token[:, None])
+        assert (p > 0).all()
+
+
+def test_greedy_is_the_argmax_and_draws_nothing_at_random():
+    logits = torch.randn(50, V)
+    for u in (0.0, .999):
+        token, logp = sample(logits, torch.full((50,), u), temperature=0)
+        assert token.tolist() == [max(range(V), key=lambda i: row[i]) for row in logits.tolist()]
+        assert not logp.any()
+
+
+# ------------------------------------------------------------------------------------------------ rollouts
+
+RAGGED = [ids for ids, _ in random_rows([(n, 0) for n in range(1, 16)], seed=3)]
+
+
+@pytest.mark.parametrize("drop", [True, False])
+@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_p03_p09_stored_log_probs_equal_an_independent_forward_for_ragged_prompts(dtype, tol, drop):
+    # the tensor handed to the trainer is the one that was sampled; a cache bug or re-encoding breaks the equality
+    model = gpt(dtype=dtype, std=.2)
+    roll = rollout(model, RAGGED, n=2, drop_finished=drop)
+    check_logps(model, roll, tol=tol)
+    close(token_logprobs(model, roll.tokens, roll.mask), roll.logp, tol)    # as the trainer computes them
+    assert roll.finished.any() and not roll.finished.all() and roll.prompt_len == [n for n in range(1, 16) for _ in "ab"]
+    for i, row in enumerate(roll.tokens.tolist()):
+        assert row[:roll.prompt_len[i]] == RAGGED[i // 2]                   # prompt-major
+
+
+@pytest.mark.parametrize("max_new", [1, 2, 5, 40])
+def test_stored_log_probs_equal_an_independent_forward_in_a_context_longer_than_the_batch(max_new):
+    # the cache is narrower than the context there, and grows in steps of 16
+    model = gpt(block_size=48)
+    roll = rollout(model, RAGGED[::3], max_new, n=2, tok=SimpleNamespace(pad=PAD, end=-1))     # none ever ends
+    check_logps(model, roll)
+    assert max(roll.mask.sum(1)) == min(max_new, 40)
+
+
+@pytest.mark.parametrize("temperature", [.5, 1.5])
+def test_p10_stored_log_probs_are_at_the_sampling_temperature(temperature):
+    model = gpt()
+    check_logps(model, rollout(model, RAGGED[:6], n=2, max_new=8, temperature=temperature), temperature)
+
+
+def test_p11_stored_log_probs_of_a_truncated_chat_are_those_of_the_kept_set():
+    model, cut = gpt(), dict(temperature=.9, top_k=5, top_p=.8)
+    roll = rollout(model, RAGGED[:6], max_new=8, **cut)
+    for ids, logp, start, n in zip(roll.tokens.tolist(), roll.logp, roll.prompt_len, roll.lengths):
+        logits = gpt2(model, ids[:n])[1]
+        close(logp[start - 1:n - 1].exp(), [kept(logits[t - 1], **cut)[ids[t]] for t in range(start, n)])
+
+
+def test_rollouts_occur_as_often_as_their_stored_probability_says():
+    # a chi-square over all pairs of tokens: rows or steps that share a random number would show
+    model, n = gpt(vocab_size=4, std=.2), 6000
+    roll = rollout(model, [[1, 2]], 2, n=n, tok=SimpleNamespace(pad=0, end=-1))
+    seen = {}
+    for pair, logp in zip(roll.tokens[:, 2:4].tolist(), roll.logp.sum(1).tolist()):
+        seen.setdefault(tuple(pair), []).append(math.exp(logp))
+    want = {}
+    for a in range(4):
+        for b in range(4):
+            want[a, b] = math.exp(sum(oracle_logps(model, [1, 2, a, b])[0][1:]))
+    chi2 = sum((len(seen.get(k, [])) - n * p) ** 2 / (n * p) for k, p in want.items())
+    assert chi2 < 37.7                                      # 15 degrees of freedom, one in a thousand
+    for pair, ps in seen.items():
+        close(ps, [want[pair]] * len(ps))
+
+
+def test_greedy_generation_follows_the_argmax_of_the_full_forward():
+    model = gpt()
+    roll = rollout(model, RAGGED[:8], 6, temperature=0)
+    for ids, start, n in zip(roll.tokens.tolist(), roll.prompt_len, roll.lengths):
+        for t in range(start, n):
+            assert ids[t] == int(gpt2(model, ids[:t])[1][-1].argmax())
+
+
+@pytest.mark.parametrize("n, max_new", [(1, 16), (4, 16), (3, 3)])
+def test_dropping_finished_rows_and_sharing_the_prefill_change_no_token(n, max_new):
+    # what a row draws must not depend on who else is still in the batch
+    model = gpt(std=.2)
+    roll = rollout(model, RAGGED, max_new, n=n)
+    slow = rollout(model, RAGGED, max_new, n=n, drop_finished=False)
+    apart = rollout(model, [p for p in RAGGED for _ in range(n)], max_new)
+    for other in (slow, apart):
+        assert torch.equal(roll.tokens, other.tokens) and torch.equal(roll.finished, other.finished)
+        assert torch.equal(roll.mask, other.mask)
+        close(roll.logp, other.logp)
+
+
+def test_a_seed_gives_the_same_rollout_and_other_rows_and_seeds_other_ones():
+    model = gpt()
+    a, b, c = (rollout(model, [[1, 2]], n=8, seed=s) for s in (1, 1, 2))
+    assert same(a, b) and not torch.equal(a.tokens, c.tokens) and len({tuple(r) for r in a.tokens.tolist()}) > 4
+
+
+def test_p02_the_pad_id_never_reaches_a_prompt_or_a_sample():
+    # short prompts are prefilled with padding on their right, which their samples must not see
+    model = gpt()
+    a, b = (rollout(model, RAGGED, n=2, tok=SimpleNamespace(pad=pad, end=END)) for pad in (0, 7))
+    assert torch.equal(a.mask, b.mask) and torch.equal(a.tokens[:, 1:] * a.mask.long(), b.tokens[:, 1:] * b.mask.long())
+    close(a.logp, b.logp)
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_p18_p34_finished_and_truncated_rows_and_nothing_after_the_end(drop):
+    # end in the last slot, absent, or only in the prompt; a token after the end would be trained
+    plan = [1, 2, 3, 4, 5, 6, 7, 8, END, 1, 2, 3, 4, 5, 6, 7]
+    model = scripted(plan)
+    prompts = [[9] * 3, [9] * 4, [9] * 5, [9] * 8, [9] * 9, [END] * 2, [9, END, 9, 9, END], [9] * 13, [9] * 15]
+    want = [5, 5, 4, 1, 5, 5, 4, 3, 1]                      # tokens of each response at max_new 5
+    ends = [False, True, True, True, False, False, True, False, False]
+    roll = rollout(model, prompts, 5, drop_finished=drop)
+    assert roll.finished.tolist() == ends and roll.lengths == [len(p) + n for p, n in zip(prompts, want)]
+    for i, (p, n) in enumerate(zip(prompts, want)):
+        row = p + plan[len(p):len(p) + n]
+        assert roll.tokens[i].tolist() == row + [PAD] * (16 - len(row))
+        assert roll.mask[i].tolist() == [float(len(p) <= t < len(row)) for t in range(1, 16)]
+        assert not roll.logp[i][roll.mask[i] == 0].any()
+    texts = roll.responses(SimpleNamespace(decode=list))
+    assert texts == [plan[len(p):len(p) + n - e] for p, n, e in zip(prompts, want, ends)]   # without the end token
+
+
+def test_p18_ids_after_the_end_do_not_affect_the_log_probs():
+    model = gpt(std=.2)
+    roll = rollout(model, RAGGED, n=2)
+    beyond = torch.arange(16) >= torch.tensor(roll.lengths)[:, None]
+    junk = torch.where(beyond, torch.randint(0, V, roll.tokens.shape), roll.tokens)
+    assert (roll.tokens[beyond] == PAD).all() and beyond.any()
+    close(token_logprobs(model, junk, roll.mask), roll.logp)
+
+
+def test_p20_p43_sampling_ignores_dropout_and_restores_the_training_mode():
+    # noise in the stored log-probs is noise in every ratio; a policy left in eval mode trains without dropout
+    model = gpt(dropout=.5).train()
+    assert same(rollout(model, RAGGED, n=2), rollout(gpt().eval(), RAGGED, n=2))
+    assert all(m.training for m in model.modules())
+    model.eval()
+    rollout(model, RAGGED[:1])
+    assert not any(m.training for m in model.modules())
+
+
+def test_p20_scoring_in_eval_mode_is_bit_equal_twice_and_not_in_training_mode():
+    model = gpt(dropout=.5)
+    tokens, mask = collate(ROWS, TOK)
+    frozen = clone(model.train())
+    assert torch.equal(token_logprobs(frozen, tokens, mask), token_logprobs(frozen, tokens, mask))
+    assert not torch.equal(token_logprobs(model, tokens, mask), token_logprobs(model, tokens, mask))
+
+
+def test_p40_a_bf16_rollout_stores_fp32_log_probs():
+    model = gpt(dtype=torch.float32, std=.2)
+    with setup("cpu", "bf16")[1]():
+        roll = rollout(model, RAGGED, n=2)
+        again = token_logprobs(model, roll.tokens, roll.mask)
+    assert roll.logp.dtype == torch.float32 and roll.mask.sum() > 50
+    assert (roll.logp - again).abs().max() < .1 and (roll.logp - again).abs().mean() < .01
+
+
+@pytest.mark.parametrize("cut", [dict(), dict(top_k=60), dict(top_p=.999), dict(temperature=0), dict(temperature=5.0)],
+                         ids=str)
+def test_p47_padded_vocabulary_rows_have_no_mass_and_are_never_sampled(cut):
+    # the table has 64 rows for 11 ids; an id beyond them is a KeyError in the tokenizer
+    model = gpt()
+    hidden = model(torch.tensor(RAGGED[6:7]))
+    model.transformer.wte.weight.data[V:] = 100 * hidden[0, -1].sign().detach()     # as likely as can be
+    assert model.transformer.wte.weight.shape[0] == 64 and model.logits(hidden).shape[-1] == V
+    roll = rollout(model, RAGGED, n=4, **cut)
+    assert roll.tokens.max() < V
+    if not cut:
+        check_logps(model, roll)
+
+
+@pytest.mark.parametrize("length", [15, 16, 17])
+def test_p49_a_prompt_of_block_size_minus_1_is_exact_and_longer_ones_are_refused(length):
+    # an overflow crashes, or shifts the positions
+    model, prompts = gpt(), [[3] * length, [1, 2]]
+    if length < 16:
+        roll = rollout(model, prompts, 50)
+        assert roll.lengths[0] == 16 and roll.tokens.shape == (2, 16)
+        check_logps(model, roll)
+    else:
+        with pytest.raises(UserError, match=f"{length}.*16"):
+            rollout(model, prompts, 50)
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(UserError, match="empty"):
+        rollout(gpt(), [[1], []])
+
+
+def test_stream_gets_each_id_of_the_row_as_it_is_drawn():
+    got = []
+    roll = rollout(gpt(), [[1, 2]], stream=got.append)
+    assert [1, 2] + got == roll.tokens[0, :roll.lengths[0]].tolist()
+
+
+def test_slices_and_per_token_cover_every_row_once_and_change_nothing():
+    # a row left out of a micro-batch keeps reference log-probs of 0
+    model = gpt(block_size=48)
+    roll = rollout(model, RAGGED, 30, n=2)
+    for budget in (1, 200, 10_000):
+        parts = list(slices(roll, budget))
+        assert sorted(i for rows, *_ in parts for i in rows) == list(range(30))
+        assert all(mask.sum() == roll.mask[rows].sum() for rows, _, mask in parts)
+        logp, entropy = per_token(roll, budget, lambda t, m: token_logprobs(model, t, m, entropy=True))
+        close(logp, roll.logp)
+        close(entropy, token_logprobs(model, roll.tokens, roll.mask, entropy=True)[1])
+    picked = [i for rows, *_ in slices(roll, 100, [7, 3, 20]) for i in rows]
+    assert sorted(picked) == [3, 7, 20]
+
+
+# ------------------------------------------------------------------------------------------------ rewards
+
+
+def test_reward_is_the_weighted_sum_of_models_and_verifiers(tmp_path):
+    judge, tok = gpt(dtype=torch.float32, n_scores=1), SimpleNamespace(**vars(TOK), decode=lambda ids: f"{len(ids)}")
+    save_checkpoint(tmp_path / "rm", dict(model=judge), {}, dict(tokenizer=tok.fingerprint))
+    roll = rollout(gpt(std=.2), RAGGED, n=2)
+    M_data = sys.modules["data"]
+    records = [dict(answer=i) for i in range(30)]
+    M_data.VERIFIERS["count"] = lambda record, text, finished: record["answer"] + 100 * finished + 1000 * int(text)
+    try:
+        reward = Reward(f"0.5*{tmp_path / 'rm'} + count + -2*count", tok, "cpu", setup("cpu", "fp32")[1], 100)
+        total, parts = reward(records, roll)
+    finally:
+        del M_data.VERIFIERS["count"]
+    w = weights(judge)
+    scores = [gpt2(judge, ids[:n])[0][-1] @ w["score.weight"][0] + w["score.bias"][0]
+              for ids, n in zip(roll.tokens.tolist(), roll.lengths)]
+    counts = [i + 100 * f + 1000 * (n - p - f) for i, (f, n, p)
+              in enumerate(zip(map(int, roll.finished), roll.lengths, roll.prompt_len))]
+    assert total.shape == (30,)                             # p33: not (30, 1)
+    close(parts[str(tmp_path / "rm")], scores, 1e-4)
+    close(parts["count"], counts, 1e-6)
+    close(total, [.5 * s - c for s, c in zip(scores, counts)], 1e-3)
+
+
+def test_a_language_model_is_refused_as_a_reward_model(tmp_path):
+    save_checkpoint(tmp_path, dict(model=gpt()), {}, dict(tokenizer=TOK.fingerprint))
+    with pytest.raises(UserError, match="not a reward model"):
+        Reward(str(tmp_path), TOK, "cpu", None, 100)
+
+
+def test_a_missing_reward_model_names_the_command_that_makes_it(tmp_path):
+    with pytest.raises(UserError, match="python reward.py"):
+        Reward(str(tmp_path / "none"), TOK, "cpu", None, 100)
+
+
+# ------------------------------------------------------------------------------------------------ reference
+
+
+def test_p19_a_clone_shares_no_memory_and_training_does_not_move_it():
+    # an aliased reference makes the KL 0 for ever
+    model = gpt(dropout=.5, n_scores=1).train()
+    ref = clone(model)
+    ours, theirs = ([t for t in m.state_dict().values()] for m in (model, ref))
+    assert not {t.untyped_storage().data_ptr() for t in ours} & {t.untyped_storage().data_ptr() for t in theirs}
+    assert not ref.training and not any(p.requires_grad for p in ref.parameters())
+    before, opt = copy.deepcopy(ref.state_dict()), Optimizer(model, 1e-2, 10)
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(before.values(), ours))
+    for step in range(10):
+        token_logprobs(model, *collate(ROWS, TOK)).sum().backward()
+        opt.step(step)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), ref.state_dict().values()))
+    assert not any(torch.equal(a.to(b.dtype), b) for a, b in zip(theirs[:5], model.state_dict().values()))
+
+
+def test_p21_a_clone_has_the_precision_of_the_original():
+    # a float32 reference of a float64 policy has a KL of 1e-7 at step 0
+    model = gpt()
+    tokens, mask = collate(ROWS, TOK)
+    assert torch.equal(token_logprobs(clone(model), tokens, mask), token_logprobs(model, tokens, mask))
+
+
+# ------------------------------------------------------------------------------------------------ optimizer
+
+
+def test_p44_the_schedule_is_linear_warm_up_then_cosine_to_the_floor():
+    # a schedule that counts micro-batches runs k times too fast
+    model = gpt()
+    opt = Optimizer(model, 1.0, 50, "muon", muon_lr=.3, warmup=10, floor=.2)
+    for step in range(60):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        _, lr = opt.step(step)
+        up, down = (step + 1) / 10, .2 + .8 * (1 + math.cos(math.pi * (step - 10) / 40)) / 2
+        want = up if step < 10 else down if step < 50 else .2
+        close(lr, want)
+        assert [g["lr"] for g in opt.groups()] == pytest.approx([want, want, .3 * want])
+    assert Optimizer(gpt(), 1.0, 3).step.__self__.scale(0) == 1.0                           # no warm-up, no 1/0
+    assert all(0 < Optimizer(gpt(), 1.0, 3, warmup=9).scale(s) <= 1 for s in range(12))     # longer than the run
+
+
+def test_weight_decay_reaches_matrices_only_and_the_first_adamw_step_is_the_closed_form():
+    # decayed norms and biases shrink towards 0
+    model = gpt(n_scores=1)
+    before = copy.deepcopy(model.state_dict())
+    opt = Optimizer(model, .01, 100, weight_decay=.5, clip=0)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 3.0)
+    norm, _ = opt.step(0)
+    assert norm == pytest.approx(3 * math.sqrt(sum(p.numel() for p in model.parameters())))
+    for name, p in model.named_parameters():
+        decay = .5 if p.ndim == 2 else 0
+        close(p, before[name] * (1 - .01 * decay) - .01, 1e-8)
+        assert p.grad is None
+
+
+@pytest.mark.parametrize("clip", [.5, 1e9])
+def test_gradients_are_clipped_to_a_global_norm(clip):
+    # Adam's first step hides the scale; its momentum shows it
+    model = gpt()
+    opt = Optimizer(model, .01, 100, clip=clip)
+    for i, p in enumerate(model.parameters()):
+        p.grad = torch.full_like(p, i + 1.0)
+    total = math.sqrt(sum((i + 1) ** 2 * p.numel() for i, p in enumerate(model.parameters())))
+    norm, _ = opt.step(0)
+    assert norm == pytest.approx(total)
+    for i, p in enumerate(model.parameters()):
+        close(opt.optims[0].state[p]["exp_avg"], torch.full_like(p, .1 * (i + 1) * min(1, clip / total)), 1e-6)
+
+
+def test_muon_orthogonalises_the_step_of_hidden_matrices_and_adamw_takes_the_rest():
+    # Muon on the embedding or the head, or AdamW on the hidden ones, is another algorithm
+    model = gpt(n_scores=1, n_embd=32)
+    before, lr, muon_lr, wd = copy.deepcopy(model.state_dict()), .01, .02, .1
+    opt, rng = Optimizer(model, lr, 100, "muon", muon_lr, wd, clip=0), torch.Generator().manual_seed(0)
+    grads = {n: torch.randn(p.shape, generator=rng, dtype=p.dtype) for n, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        p.grad = grads[name].clone()
+    opt.step(0)
+    hidden = 0
+    for name, p in model.named_parameters():
+        decay = wd if p.ndim == 2 else 0
+        step = before[name] * (1 - lr * decay) - p.detach()          # decay is the same for both
+        if name.startswith("transformer.h.") and p.ndim == 2:
+            hidden += 1
+            u, s, vt = torch.linalg.svd(grads[name], full_matrices=False)
+            ortho = u.T @ step @ vt.T / (muon_lr * max(1, p.shape[0] / p.shape[1]) ** .5)   # diagonal, about 1
+            assert (ortho.diag() > .4).all() and (ortho.diag() < 1.4).all()
+            assert (ortho - ortho.diag().diag()).abs().max() < .05
+        else:
+            close(step, lr * grads[name].sign(), 1e-5)
+    assert hidden == 8
+
+
+def train_a_little(model, opt, first, last):
+    for step in range(first, last):
+        torch.manual_seed(step)
+        tokens = torch.randint(0, V, (4, 16))
+        (-token_logprobs(model, tokens, torch.ones(4, 15)).mean()).backward()
+        opt.step(step)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_p41_optimizer_state_survives_the_file_bit_for_bit(kind, tmp_path):
+    # without its moments the loss differs by .009, which nobody sees
+    make = lambda seed: (m := gpt(seed, torch.float32), Optimizer(m, .01, 10, kind, warmup=2))
+    a, opt_a = make(0)
+    train_a_little(a, opt_a, 0, 4)
+    save_tensors(tmp_path / "opt", opt_a.tensors(), {})
+    b, opt_b = make(1)
+    b.load_state_dict(a.state_dict())
+    opt_b.load_tensors(load_tensors(tmp_path / "opt")[0])
+    for m, opt in ((a, opt_a), (b, opt_b)):
+        train_a_little(m, opt, 4, 7)
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+    assert opt_a.tensors().keys() == opt_b.tensors().keys() and len(opt_a.tensors()) > 30
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_nan_gradient_is_an_error_that_changes_nothing(bad, kind):
+    # one NaN update ends the run, and the checkpoint after it
+    model = gpt()
+    opt = Optimizer(model, .01, 10, kind)
+    train_a_little(model, opt, 0, 2)
+    before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.tensors())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    model.transformer.ln_f.bias.grad[3] = bad
+    with pytest.raises(UserError, match="step 2.*gradient"):
+        opt.step(2)
+    assert all(torch.equal(x, y) for x, y in zip(before.values(), model.state_dict().values()))
+    assert all(torch.equal(x, y) for x, y in zip(state.values(), opt.tensors().values()))
+
+
+def test_frozen_parameters_are_left_alone():
+    model = gpt()
+    model.transformer.wte.requires_grad_(False)
+    before = model.transformer.wte.weight.clone()
+    train_a_little(model, Optimizer(model, .01, 10, "muon"), 0, 2)
+    assert torch.equal(before, model.transformer.wte.weight)
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+
+
+def run_in(folder, seed=7):
+    return SimpleNamespace(folder=folder, seed=seed, fingerprint="eleven", progress=lambda a, b: iter(range(a, b)))
+
+
+def training(folder, kind="adamw", stop=None, peek=False, total=6, save_every=2, init=0):
+    """A run with dropout and random batches -> [(step, loss, running mean, optimizer state)], and its weights."""
+    model = gpt(init, torch.float32, dropout=.3)
+    opt, state, log = Optimizer(model, .01, total, kind), dict(mean=0.0), []
+    for step in steps(run_in(folder), total, dict(model=model), dict(optimizer=opt), state, save_every):
+        if step == stop:
+            break
+        model.train()
+        tokens = torch.randint(0, V, (4, 16))
+        loss = -token_logprobs(model, tokens, torch.ones(4, 15)).mean()
+        loss.backward()
+        opt.step(step)
+        state["mean"] = .9 * state["mean"] + .1 * float(loss.detach())
+        log.append((step, float(loss.detach()), state["mean"], [t.clone() for t in opt.tensors().values()]))
+        if peek:                                            # evaluation: draws random numbers, changes the mode
+            generate(model.eval(), [[1, 2]], TOK, 5)
+            torch.rand(step + 1)
+    return log, [p.detach().clone() for p in model.parameters()]
+
+
+def equal_runs(a, b):
+    return (len(a[0]) == len(b[0]) and all(torch.equal(x, y) for x, y in zip(a[1], b[1]))
+            and all(x[:3] == y[:3] and all(map(torch.equal, x[3], y[3])) for x, y in zip(a[0], b[0])))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_p41_a_run_stopped_at_any_step_resumes_bit_identically(kind, tmp_path):
+    # weights, optimizer, random numbers and carried state: each forgotten one changes the suffix a little
+    whole = training(tmp_path / "whole", kind)
+    for stop in range(1, 6):
+        begun = training(tmp_path / f"{stop}", kind, stop)[0]
+        assert [row[:3] for row in begun] == [row[:3] for row in whole[0][:stop]]
+        saved = stop // 2 * 2
+        log, params = training(tmp_path / f"{stop}", kind, init=1 if saved else 0)  # it must not start from its own
+        assert equal_runs((log, params), (whole[0][saved:], whole[1])), stop
+
+
+def test_p43_sampling_and_evaluation_inside_a_step_do_not_change_the_next(tmp_path):
+    # a random number drawn by an evaluation would change all that follow
+    assert equal_runs(training(tmp_path / "a"), training(tmp_path / "b", peek=True))
+
+
+def test_another_seed_is_another_run_and_steps_differ_from_each_other(tmp_path):
+    draws = [[torch.rand(1).item() for _ in steps(run_in(tmp_path / name, len(name)), 5, {}, {}, {}, 9)]
+             for name in ("a", "b", "cc")]
+    assert draws[0] == draws[1] and len(set(draws[0] + draws[2])) == 10
+
+
+def test_a_finished_run_yields_no_step_and_its_checkpoint_is_a_model(tmp_path):
+    _, params = training(tmp_path)
+    assert training(tmp_path, init=3)[0] == []
+    loaded = load_model(tmp_path, TOK)
+    assert all(torch.equal(a, b) for a, b in zip(params, loaded.parameters())) and not loaded.training
+
+
+@pytest.mark.parametrize("change", ["drop", "rename", "reshape"])
+@pytest.mark.parametrize("key", ["optimizer/0.0.exp_avg", "optimizer/0.3.step", "optimizer/1.2.momentum_buffer"])
+def test_p46_a_resumed_run_names_a_missing_or_misshapen_optimizer_tensor(key, change, tmp_path):
+    # silently fresh moments are an incomplete resume (p41)
+    training(tmp_path, "muon", stop=3)
+    with pytest.raises(UserError, match=key.partition("/")[2].replace(".", r"\.")):
+        tamper(tmp_path / "checkpoint.safetensors", key, change)
+        training(tmp_path, "muon")
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def tiny(**kw):
+    return gpt(dtype=torch.float32, n_layer=1, n_embd=8, **dict(n_scores=1) | kw)
+
+
+def tamper(path, key, change):
+    tensors, meta = load_tensors(path)
+    tensors = {k: t.clone() for k, t in tensors.items()}
+    t = tensors.pop(key)
+    if change == "rename":
+        tensors[key + "x"] = t
+    if change == "reshape":
+        tensors[key] = t.new_zeros(*t.shape, 2)
+    save_tensors(path, tensors, meta)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_checkpoint(tmp_path, dict(model=tiny()), {}, dict(tokenizer=TOK.fingerprint, step=1))
+    return tmp_path
+
+
+def test_tensors_of_every_type_and_shape_come_back_bit_for_bit(tmp_path):
+    tensors = {str(d): torch.arange(6).reshape(2, 3).to(d) for d in M.DTYPES.values()}
+    tensors |= {"empty": torch.zeros(0, 4), "scalar": torch.tensor(3.5), "t": torch.randn(4, 3).T, "é/✓": torch.ones(1)}
+    save_tensors(tmp_path / "x.safetensors", tensors, {"a": [1, {"b": None}], "ü": "✓"})
+    got, meta = load_tensors(tmp_path / "x.safetensors")
+    assert meta == {"a": [1, {"b": None}], "ü": "✓"} and list(got) == list(tensors)
+    assert all(got[k].dtype == t.dtype and torch.equal(got[k], t) for k, t in tensors.items())
+
+
+def test_the_file_is_safetensors_by_its_specification(saved):
+    # 8 bytes of little-endian length, a JSON header, then the tensors without a gap, by offset
+    raw = (saved / "checkpoint.safetensors").read_bytes()
+    size, = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8:8 + size])
+    assert all(isinstance(v, str) for v in header.pop("__metadata__").values()) and (8 + size) % 8 == 0
+    at = 0
+    for info in header.values():
+        assert info["data_offsets"] == [at, at := at + 4 * math.prod(info["shape"])]
+    assert at == len(raw) - 8 - size
+    wpe = header["model/transformer.wpe.weight"]
+    a, b = wpe["data_offsets"]
+    close(np.frombuffer(raw[8 + size + a:8 + size + b], "<f4").reshape(wpe["shape"]), tiny().transformer.wpe.weight, 0)
+
+
+def no_space(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def killed(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+@pytest.mark.parametrize("how", [no_space, killed])
+def test_p42_a_full_disk_or_a_kill_while_saving_leaves_the_old_checkpoint(saved, monkeypatch, where, how):
+    # writing over the old file loses both
+    old = (saved / "checkpoint.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, where, how)
+        with pytest.raises(UserError if how is no_space else KeyboardInterrupt) as error:
+            save_checkpoint(saved, dict(model=gpt()), {}, {})
+    assert (saved / "checkpoint.safetensors").read_bytes() == old
+    if how is no_space:
+        assert "full" in str(error.value) and not list(saved.glob("*.part"))
+    load_model(saved, TOK)
+    save_checkpoint(saved, dict(model=tiny(seed=1)), {}, {})                # and the next save works
+    assert (saved / "checkpoint.safetensors").read_bytes() != old
+
+
+def test_p42_a_write_that_fails_half_way_leaves_the_old_checkpoint(saved):
+    # the real thing: the system refuses to write past 3000 bytes
+    old, (soft, hard) = (saved / "checkpoint.safetensors").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        with pytest.raises(UserError, match="not saved"):
+            save_checkpoint(saved, dict(model=gpt()), {}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (saved / "checkpoint.safetensors").read_bytes() == old and not list(saved.glob("*.part"))
+
+
+def test_p42_the_new_file_is_complete_and_on_the_disk_before_it_takes_the_name(saved, monkeypatch):
+    # a rename that overtakes the data leaves an empty file after a power cut
+    calls, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(("fsync", os.fstat(fd).st_size)) or sync(fd))
+    monkeypatch.setattr(os, "replace", lambda a, b: calls.append(("replace", os.stat(a).st_size)) or replace(a, b))
+    save_checkpoint(saved, dict(model=gpt()), {}, {})
+    size = (saved / "checkpoint.safetensors").stat().st_size
+    assert calls[:2] == [("fsync", size), ("replace", size)]
+
+
+def test_p42_a_torn_part_file_is_ignored(tmp_path):
+    whole = training(tmp_path / "whole")
+    training(tmp_path / "run", stop=3)
+    raw = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
+    (tmp_path / "run" / "checkpoint.part").write_bytes(raw[:len(raw) // 2])
+    log, params = training(tmp_path / "run", init=1)
+    assert equal_runs((log, params), (whole[0][2:], whole[1]))
+
+
+KEYS = ["transformer.wte.weight", "transformer.wpe.weight", "transformer.h.0.attn.c_attn.weight",
+        "transformer.h.0.mlp.c_proj.bias", "transformer.h.0.ln_1.weight", "transformer.ln_f.bias", "score.weight"]
+
+
+@pytest.mark.parametrize("change", ["drop", "rename", "reshape"])
+@pytest.mark.parametrize("key", KEYS)
+def test_p46_a_dropped_renamed_or_reshaped_tensor_is_named(saved, key, change):
+    # lenient loading keeps a random head
+    tamper(saved / "checkpoint.safetensors", f"model/{key}", change)
+    with pytest.raises(UserError, match=key.replace(".", r"\.")):
+        load_model(saved, TOK)
+
+
+def test_p46_another_tokenizer_is_refused_by_name(saved):
+    with pytest.raises(UserError, match="another tokenizer.*eleven.*twelve"):
+        load_model(saved, SimpleNamespace(fingerprint="twelve"))
+
+
+def test_p46_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
+    with pytest.raises(UserError, match="make it with: python sft.py"):
+        load_model(tmp_path, maker="python sft.py")
+
+
+def test_loading_as_a_value_model_keeps_its_head_or_starts_one_at_zero(saved, tmp_path):
+    save_checkpoint(tmp_path / "lm", dict(model=tiny(n_scores=0)), {}, dict(tokenizer=TOK.fingerprint))
+    want = tiny()
+    assert torch.equal(load_model(saved, TOK, n_scores=1).score.weight, want.score.weight)
+    fresh = load_model(tmp_path / "lm", TOK, n_scores=2)
+    assert fresh.score.weight.shape == (2, 8) and not fresh.score.weight.any() and not fresh.score.bias.any()
+    assert load_model(saved, TOK, n_scores=0).score is None
+    assert torch.equal(fresh.transformer.wpe.weight, tiny(n_scores=0).transformer.wpe.weight)
+
+
+def header_of(raw):
+    size, = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8:8 + size]), raw[8 + size:]
+
+
+def with_header(header, data):
+    head = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(head)) + head + data
+
+
+def edited(edit):
+    """A checkpoint whose header was changed: edit(header, its first tensor's entry, plainalign's own facts)."""
+    def make(raw):
+        header, data = header_of(raw)
+        kept = header["__metadata__"]
+        meta = json.loads(kept["plainalign"])
+        edit(header, header["model/transformer.wte.weight"], meta)
+        if header["__metadata__"] is kept:
+            kept["plainalign"] = json.dumps(meta)
+        return with_header(header, data)
+    return make
+
+
+def set_in(which, key, value):
+    return edited(lambda header, first, meta: {"header": header, "first": first, "meta": meta,
+                                               "config": meta["config"]["model"]}[which].__setitem__(key, value))
+
+
+MALFORMED = {
+    "no byte": lambda raw: b"", "three bytes": lambda raw: raw[:3], "only a length": lambda raw: raw[:8],
+    "half a header": lambda raw: raw[:300], "half the data": lambda raw: raw[:-100], "a byte less": lambda raw: raw[:-1],
+    "a byte more": lambda raw: raw + b"\0", "huge length": lambda raw: b"\xff" * 8 + raw[8:],
+    "zero length": lambda raw: b"\0" * 8 + raw[8:], "text": lambda raw: b"hello, this is no checkpoint at all",
+    "no utf-8": lambda raw: with_header(b'{"\xff": 1}', b""), "no object": lambda raw: with_header([1], b""),
+    "a number": lambda raw: with_header(3, b""), "null": lambda raw: with_header(None, b""),
+    "empty object": lambda raw: with_header({}, b""), "deep": lambda raw: with_header(b"[" * 100_000, b""),
+    "deep object": lambda raw: with_header(b'{"a":' * 100_000, b""), "NaN": lambda raw: with_header(b'{"a": NaN}', b""),
+    "metadata list": set_in("header", "__metadata__", []), "metadata number": set_in("header", "__metadata__", 3),
+    "facts no JSON": set_in("header", "__metadata__", {"plainalign": "{"}),
+    "facts a list": set_in("header", "__metadata__", {"plainalign": "[1]"}),
+    "facts a number": set_in("header", "__metadata__", {"plainalign": 5}),
+    "no facts": set_in("header", "__metadata__", {}),
+    "tensor null": set_in("header", "model/transformer.wte.weight", None),
+    "offsets swapped": set_in("first", "data_offsets", [2048, 0]), "offsets negative": set_in("first", "data_offsets", [-2048, 0]),
+    "offsets beyond": set_in("first", "data_offsets", [10 ** 9, 10 ** 9 + 2048]),
+    "offsets overlap": set_in("first", "data_offsets", [64, 2112]),
+    "offsets floats": set_in("first", "data_offsets", [0.0, 2048.0]), "offsets text": set_in("first", "data_offsets", ["0", "2048"]),
+    "offsets three": set_in("first", "data_offsets", [0, 1, 2]), "offsets null": set_in("first", "data_offsets", None),
+    "dtype unknown": set_in("first", "dtype", "F8"), "dtype list": set_in("first", "dtype", []),
+    "dtype double": set_in("first", "dtype", "F64"), "dtype other": set_in("first", "dtype", "BOOL"),
+    "shape negative": set_in("first", "shape", [-64, -8]), "shape -1": set_in("first", "shape", [-1, 8]),
+    "shape text": set_in("first", "shape", "64"), "shape floats": set_in("first", "shape", [64.0, 8.0]),
+    "shape huge": edited(lambda h, f, m: f.update(shape=[0, 2 ** 70], data_offsets=[0, 0])),
+    "shape nested": set_in("first", "shape", [[64], 8]), "shape flat": set_in("first", "shape", [512]),
+    "no config": set_in("meta", "config", {}), "config list": set_in("meta", "config", []),
+    "config null": set_in("meta", "config", None), "surplus size": set_in("config", "n_wings", 2),
+    "n_head 0": set_in("config", "n_head", 0), "n_head -2": set_in("config", "n_head", -2),
+    "n_layer text": set_in("config", "n_layer", "1"), "n_layer -1": set_in("config", "n_layer", -1),
+    "dropout 9": set_in("config", "dropout", 9.0), "n_embd 0": set_in("config", "n_embd", 0),
+    "n_embd -8": set_in("config", "n_embd", -8), "vocab -1": set_in("config", "vocab_size", -1),
+    "block null": set_in("config", "block_size", None),
+    "n_scores text": set_in("config", "n_scores", "1"), "n_scores -1": set_in("config", "n_scores", -1),
+}
+
+
+@pytest.mark.parametrize("make", MALFORMED.values(), ids=MALFORMED)
+def test_p46_a_malformed_checkpoint_is_a_user_error(saved, make):
+    path = saved / "checkpoint.safetensors"
+    raw = path.read_bytes()
+    assert edited(lambda *_: None)(raw) == with_header(*header_of(raw))     # the valid twin
+    path.write_bytes(make(raw))
+    with pytest.raises(UserError) as error:
+        load_model(saved, TOK)
+    assert "\n" not in str(error.value)
+
+
+def test_p46_fuzzed_checkpoints_load_or_are_a_user_error(saved):
+    # flipped, deleted, repeated bytes anywhere in the header: nothing else may come out, and nothing hangs
+    path, rng, refused = saved / "checkpoint.safetensors", random.Random(0), 0
+    raw = path.read_bytes()
+    size, = struct.unpack("<Q", raw[:8])
+    for trial in range(300):
+        bad, at = bytearray(raw), rng.randrange(8 + size)
+        kind = trial % 4
+        if kind == 0:
+            bad[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            bad[at] = rng.choice(b"0123456789-[]{},:\"\\ ")
+        elif kind == 2:
+            bad = bad[:rng.randrange(len(bad))]
+        else:
+            bad[at:at] = bad[at:at + rng.randrange(1, 40)]
+        path.write_bytes(bytes(bad))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                load_model(saved, TOK)
+            except UserError:
+                refused += 1
+    assert refused > 200
+
+
+# ------------------------------------------------------------------------------------------------ security
+
+
+def executes(source):
+    """The places of a source text that unpickle, or run text as code."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        names = [a.name for a in node.names] + [getattr(node, "module", "") or ""] \
+            if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+        banned = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+        if any(name.split(".")[0] in banned for name in names):
+            found.append(node.lineno)
+        if isinstance(node, ast.Call):
+            call = ast.unparse(node.func)
+            options = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            if (call in ("eval", "exec", "torch.save", "yaml.load", "pd.read_pickle")
+                    or call == "torch.load" and options.get("weights_only") != "True"
+                    or call in ("np.load", "numpy.load") and options.get("allow_pickle", "False") != "False"):
+                found.append(node.lineno)
+    return found
+
+
+def test_p45_nothing_in_the_house_can_unpickle():
+    # torch.load of a stranger's checkpoint runs the stranger's code
+    bad = ["import pickle", "from pickle import loads", "torch.load(f)", "torch.load(f, weights_only=False)", "eval(x)",
+           "torch.save(x, f)", "np.load(f, allow_pickle=True)", "def f():\n import joblib"]
+    assert all(executes(source) for source in bad) and not executes("torch.load(f, weights_only=True); model.eval()")
+    assert len(list(ROOT.glob("*.py"))) >= 2
+    for path in ROOT.glob("*.py"):
+        assert not executes(path.read_text(encoding="utf-8")), path.name
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_p45_a_malicious_pickle_under_the_checkpoints_name_is_refused_and_not_run(tmp_path, protocol):
+    bomb = Bomb()
+    bomb.target = str(tmp_path / "exploded")
+    (tmp_path / "checkpoint.safetensors").write_bytes(pickle.dumps(bomb, protocol))
+    with pytest.raises(UserError, match="not a checkpoint"):
+        load_model(tmp_path, TOK)
+    with pytest.raises(UserError, match="not a checkpoint"):
+        training(tmp_path)
+    torch.save({"model": bomb}, tmp_path / "checkpoint.safetensors")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        load_model(tmp_path, TOK)
+    assert not (tmp_path / "exploded").exists()
+
+
+# ------------------------------------------------------------------------------------------------ device, chat
+
+
+def test_an_absent_device_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert setup("auto")[0].type == "cpu"
+    with pytest.raises(UserError, match="no CUDA"):
+        setup("cuda")
+
+
+def test_setup_chooses_the_precision_of_the_matmuls():
+    for dtype, want in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        with setup("cpu", dtype)[1]():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == want
+
+
+def test_chat_answers_every_piped_line_with_whole_characters(tmp_path):
+    # printed byte by byte, é is two question marks
+    tok, said = Tokenizer.load("toy"), "é€😀 ok"
+    start = len(tok.prompt([dict(role="user", content="hi")]))
+    plan = [0] * start + tok.response(said)
+    model = scripted(plan + [0] * (-len(plan) % 16), vocab_size=tok.n_vocab, n_embd=32, n_layer=1)
+    save_checkpoint(tmp_path, dict(model=model.float()), {}, dict(tokenizer=tok.fingerprint))
+    done = subprocess.run([sys.executable, "model.py", str(tmp_path)], input="hi\n\nhi\n".encode(), cwd=ROOT,
+                          env=os.environ | {"PYTHONIOENCODING": "utf-8"}, capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode() == f"{said}\n{said}\n"
