@@ -30,7 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-from data import UserError, micro_batches, parse_rewards, round_up, verifier
+from data import UserError, micro_batches, pad, parse_rewards, round_up, verifier
 
 # ------------------------------------------------------------------------------------------------ the model
 
@@ -249,7 +249,9 @@ def token_scores(model, tokens, mask):
 
     At index t it has seen tokens 0..t: for a value function, V of the state in which token t+1 was chosen.
     """
-    return torch.where(mask.bool(), model.scores(model(tokens[:, :-1]))[..., 0], 0.0)
+    where = mask.bool()
+    score = model.scores(model(tokens[:, :-1])[where])[:, 0]                             # (N,)
+    return torch.zeros(mask.shape, device=mask.device, dtype=score.dtype).masked_scatter(where, score)
 
 
 def response_scores(model, tokens, mask):
@@ -322,65 +324,62 @@ def generate(model, prompts, tok, max_new, n=1, temperature=1.0, top_k=0, top_p=
     """
     config, device = model.config, model.device
     length = torch.tensor([len(p) for p in prompts], device=device)                      # (P,)
-    longest = max(len(p) for p in prompts)
-    if min(len(p) for p in prompts) == 0:
+    longest, rows = max(map(len, prompts)), torch.arange(len(prompts), device=device)
+    if min(map(len, prompts)) == 0:
         raise UserError("cannot sample from an empty prompt")
     if longest >= config.block_size:
         raise UserError(f"a prompt of {longest} tokens leaves no room in the context of {config.block_size}")
     width = min(round_up(longest + max_new), config.block_size)
-    rows = torch.arange(len(prompts), device=device).repeat_interleave(n)                # (B,) prompt of each row
-    tokens = torch.full((len(prompts), width), tok.pad, dtype=torch.long)
-    for row, ids in zip(tokens, prompts):
-        row[:len(ids)] = torch.tensor(ids)
-    tokens = tokens.to(device)
+    tokens = pad(prompts, tok.pad, device, width=width)[:, :width]                       # (P, T)
     half = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     cache = Cache(config, len(prompts), longest, device, half or model.transformer.wte.weight.dtype)
     was_training = model.training
     model.eval()
 
-    hidden = model(tokens[:, :longest], cache=cache)                                     # (P, longest, C)
-    last = hidden[torch.arange(len(prompts), device=device), length - 1][rows]           # (B, C)
+    # Prefill: one pass over the prompts; then every prompt's row is repeated for its n samples.
+    hidden = model(tokens[:, :longest], cache=cache)[rows, length - 1]                   # (P, C)
     if n > 1:
+        rows = rows.repeat_interleave(n)
+        hidden, tokens, length = hidden[rows], tokens[rows], length[rows]                # (B, ...)
         cache.select(rows)
-    tokens, start = tokens[rows], length[rows]
-    stop = (start + max_new).clamp(max=config.block_size)  # first position a row may not write
-    logp = torch.zeros(tokens.shape, device=device, dtype=full(last).dtype)
-    end_at, finished = start.clone(), torch.zeros(len(rows), dtype=torch.bool, device=device)
-    # All uniforms at once: what a row draws does not depend on which other rows have left the batch.
-    uniform = torch.rand(max_new, len(rows), device=device, dtype=logp.dtype)
 
-    active, pos = torch.arange(len(rows), device=device), start.clone()  # rows in the batch, their next position
-    for step in range(max_new):
-        token, lp = sample(model.logits(last), uniform[step, active], temperature, top_k, top_p)
-        live = ~finished[active] & (pos < stop[active])
-        at = pos.clamp(max=width - 1)
-        tokens[active, at] = torch.where(live, token, tokens[active, at])
-        logp[active, at] = torch.where(live, lp, logp[active, at])
-        finished[active] |= live & (token == tok.end)
-        pos = pos + live
-        end_at[active] = pos
+    # Decode: at step j every row draws its response token j, at its own position length + j.
+    B = len(length)
+    said = torch.full((B, max_new), tok.pad, device=device)
+    drawn, logp = torch.zeros(B, max_new, dtype=torch.bool, device=device), torch.zeros(
+        B, max_new, device=device, dtype=full(hidden).dtype)
+    # All uniforms at once: what a row draws does not depend on which other rows have left the batch.
+    uniform = torch.rand(max_new, B, device=device, dtype=logp.dtype)
+    active, live = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
+    for j in range(max_new):
+        token, lp = sample(model.logits(hidden), uniform[j, active], temperature, top_k, top_p)
+        said[active, j], logp[active, j], drawn[active, j] = token, lp, live
         if stream is not None:
             stream(int(token[0]))
-        # Asking "how many are left?" makes a GPU wait, so it is asked only now and then there.
-        if drop_finished and (device.type == "cpu" or step % 8 == 7):
-            live = ~finished[active] & (pos < stop[active])
+        pos = length[active] + j  # of the token just drawn
+        live = live & (token != tok.end) & (pos + 1 < config.block_size)
+        # Asking how many rows are left makes a GPU wait, so there it is asked only now and then.
+        if drop_finished and (device.type == "cpu" or j % 8 == 7):
             left = int(live.sum())
             if left == 0:
                 break
-            if left <= 0.75 * len(active):  # copying the cache costs about as much as one step of the rows dropped
-                keep = live.nonzero()[:, 0]
-                active, pos, token = active[keep], pos[keep], token[keep]
-                cache.select(keep)
-        if step + 1 < max_new and longest + step < width:
-            # A GPU gets all its slots at once. A CPU reads them all at every step, so it gets them as they are needed.
-            cache.reserve(width if device.type != "cpu" else min(round_up(longest + step + 1, 32), width))
-            last = model(token[:, None], pos=(pos - 1).clamp(max=width - 1)[:, None], cache=cache)[:, 0]
-
+            if left <= 0.75 * len(live):  # to drop rows, the cache is copied: worth it for a good many only
+                active, pos, token = active[live], pos[live], token[live]
+                cache.select(live.nonzero()[:, 0])
+                live = live[live]
+        if j + 1 < max_new:
+            # A CPU reads all slots at every step, so it gets them as they are needed; a GPU gets them at once.
+            cache.reserve(width if device.type == "cuda" else min(round_up(longest + j + 1, 32), width))
+            hidden = model(token[:, None], pos.clamp(max=width - 1)[:, None], cache=cache)[:, 0]
     model.train(was_training)
-    width = min(round_up(int(end_at.max())), width)
-    place = torch.arange(1, width, device=device)
-    mask = ((place >= start[:, None]) & (place < end_at[:, None])).float()               # (B, T-1)
-    return Rollout(tokens[:, :width], mask, logp[:, 1:width], finished, start.tolist())
+
+    # Lay out: each response directly behind its prompt.
+    row, j = drawn.nonzero(as_tuple=True)
+    at, mask, laid = length[row] + j, torch.zeros(B, width - 1, device=device), logp.new_zeros(B, width - 1)
+    tokens[row, at], mask[row, at - 1], laid[row, at - 1] = said[row, j], 1.0, logp[row, j]
+    width = min(round_up(int(at.max()) + 1), width)
+    return Rollout(tokens[:, :width], mask[:, :width - 1], laid[:, :width - 1],
+                   (drawn & (said == tok.end)).any(1), length.tolist())
 
 
 def slices(roll, budget, rows=None):
@@ -472,7 +471,7 @@ class Optimizer:
     time. Gradients are clipped to a global norm before either sees them.
     """
 
-    def __init__(self, model, lr, total, kind="adamw", muon_lr=0.02, weight_decay=0.1, betas=(0.9, 0.95), warmup=0,
+    def __init__(self, model, lr, total, kind="adamw", muon_lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), warmup=0,
                  floor=0.1, clip=1.0):
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.total, self.warmup, self.floor, self.clip = total, warmup, floor, clip

@@ -27,7 +27,7 @@ class Config(RunConfig):
     # data
     data: str = "toy"           # toy, or a file (.txt, .json, .jsonl, .gz)
     loss_on: Literal["assistant", "all"] = "assistant"  # all: pretraining, on documents
-    prompt_weight: float = 0.0  # weight of the other tokens beside the assistant's
+    prompt_weight: float = 0.1  # weight of the other tokens beside the assistant's
     packing: int = 128          # sequences share rows of this many tokens, kept apart by a mask; 0: one row each
     # model
     init: str = "out/base"      # checkpoint to start from, or new: random weights of this size
@@ -37,11 +37,11 @@ class Config(RunConfig):
     block_size: int = 256       # of a new model
     dropout: float = 0.0        # of a new model
     # optimisation
-    steps: int = 600            # updates; 0: one epoch of the file
+    steps: int = 650            # updates; 0: one epoch of the file
     batch: int = 64             # sequences an update
     lr: float = 3e-3            # peak learning rate of AdamW
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the hidden matrices, AdamW for the rest
-    muon_lr: float = 0.02       # peak learning rate of Muon
+    muon_lr: float = 0.01       # peak learning rate of Muon
     weight_decay: float = 0.1   # on matrices
     beta2: float = 0.98         # of AdamW
     warmup: int = 20            # updates of linear warm-up, before the cosine

@@ -859,7 +859,8 @@ def test_any_text_round_trips_with_gpt2s_vocabulary(GPT2):
 def test_gpt2s_vocabulary_gives_gpt2s_ids(GPT2):
     assert GPT2.encode("hello world") == [31373, 995]
     golden = [row for _, row in read_rows(real("gpt2_bpe/golden_ids_tiktoken.jsonl"))]
-    assert len(golden) == 20 and all(GPT2.encode(row["text"]) == row["ids"] for row in golden)
+    plain = [row for row in golden if "<|endoftext|>" not in row["text"]]      # which is text to us, not a token
+    assert len(golden) == 20 and len(plain) == 19 and all(GPT2.encode(row["text"]) == row["ids"] for row in plain)
     assert GPT2.n_vocab >= 50257 + 4 and GPT2.pad != GPT2.end
 
 
@@ -1111,6 +1112,13 @@ def test_held_out_items_are_not_trained_on(tmp_path, size, n_held, held):
     train, kept = [r["text"] for r in stream.items], [r["text"] for r in kept]
     assert len(kept) == held and not set(train) & set(kept)
     assert sorted(train + kept) == sorted(f"document {i}" for i in range(size))
+
+
+def test_no_ranking_is_trained_on_and_held_out_in_part(tmp_path):
+    path = write(tmp_path, [prefer(*(f"{i} {j}" for j in range(4))) for i in range(40)])
+    stream, held = opened(path, "preference", prepare=lambda r: [(two["responses"]) for two in pairs(r)])
+    ranking = lambda items: {text.split()[0] for texts in items for text in texts}
+    assert not ranking(stream.items) & ranking(held)
 
 
 def test_held_out_toy_records_are_of_the_val_split_and_the_same_for_every_seed():
@@ -1420,6 +1428,11 @@ def test_exact_pays_the_right_answer_only(text, pays):
     exact = VERIFIERS["exact"]
     assert float(exact({"answer": 18}, text, True)) == pays and not exact({"answer": 18}, text, False)
     assert not exact({"answer": 3}, text, True)
+
+
+def test_exact_never_pays_where_there_is_no_answer_to_match():
+    for text in ("", "banana", "The answer is 18."):
+        assert not VERIFIERS["exact"]({"family": "write"}, text, True)
 
 
 @pytest.mark.parametrize("text, pays", [

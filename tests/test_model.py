@@ -214,16 +214,16 @@ def test_p03_kv_cache_equals_the_full_forward_at_every_step_for_any_prefill_chun
     # an uncausal prefill, or a query that sees only key 0, leaves the training loss untouched and ruins sampling
     model, lengths = gpt(), [2, 9, 5]
     rows = [ids[:n + 5] for (ids, _), n in zip(random_rows([(16, 0)] * 3), lengths)]
-    cache = Cache(model.config, 3, 16, "cpu", torch.float64)
+    cache = Cache(model.config, 3, 9, "cpu", torch.float64)
+    cache.k, cache.v = cache.k + 1e9, cache.v + 1e9         # a slot not yet written must stay hidden
     prompt, hidden, at = torch.tensor([r[:n] + [PAD] * (9 - n) for r, n in zip(rows, lengths)]), [], 0
     for size in chunks:
-        cache.used = at + size
         hidden.append(model(prompt[:, at:at + size], torch.arange(at, at + size), cache=cache))
         at += size
     for row, n, h in zip(rows, lengths, torch.cat(hidden, 1)):
         close(h[:n], gpt2(model, row[:n])[0])
     for i in range(5):                                      # every row decodes at a position of its own
-        cache.used = 10 + i
+        cache.reserve(10 + i)
         now = torch.tensor([row[n + i] for row, n in zip(rows, lengths)])
         hidden = model(now[:, None], torch.tensor(lengths)[:, None] + i, cache=cache)
         for row, n, h in zip(rows, lengths, hidden):

@@ -1,0 +1,360 @@
+"""Every recipe in configs/ runs as written: each option exists, each file read is made earlier, all stages run at tiny
+scale, and a second time nothing does. And every stage, killed at any moment, ends as if it had not been."""
+import dataclasses
+import importlib
+import itertools
+import json
+import math
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import torch
+
+import model as model_file
+import ppo
+import reward
+import sft
+from data import OptionError, Run, UserError, convert, parse, parse_rewards, read_toml, verifier
+from model import load_tensors
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "configs").glob("*.sh"))
+TOMLS = sorted((ROOT / "configs").glob("*.toml"))
+# What shrinks a stage to a moment; each stage takes of these what it has. A model that answers needs a few dozen steps.
+TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=128, steps=2, batch=16, n=48, max_new=40, prompts=8, ptx_batch=4,
+            epochs=1, device="cpu", dtype="fp32", threads=1, show=1)
+SFT = dict(steps=25, lr=1e-2)
+
+
+# ---- reading a recipe
+
+def positionals(name): return ["checkpoint", "checkpoint..."] if name == "compare" else []
+
+
+def scripts():
+    """{how its options are named in a TOML file: Config} of everything that trains, labels or compares."""
+    found = {}
+    for path in sorted(ROOT.glob("*.py")):
+        module = importlib.import_module(path.stem)
+        if path.stem in ("data", "model"):
+            continue
+        for name, (Config, _) in getattr(module, "COMMANDS", {"": (getattr(module, "Config", None), None)}).items():
+            if Config:
+                found[path.stem if name in ("", "train") else name] = Config
+    return found
+
+
+def expand(script, *argv, out="out"):
+    """The commands of a recipe, as bash expands them, with python replaced by a recorder: lists of words."""
+    recorder = 'python() { printf "%s\\t" "$@"; printf "\\n"; }; source "$0"'
+    done = subprocess.run(["bash", "-c", recorder, str(script), *argv], capture_output=True, text=True, check=True,
+                          env=os.environ | {"OUT": str(out)})
+    assert not done.stderr, done.stderr
+    return [line.rstrip("\t").split("\t") for line in done.stdout.splitlines()]
+
+
+def options(words):
+    """(script, command name, cfg, positionals) of a recorded command; an OptionError if it has an unknown option."""
+    file, *argv = words
+    if not (ROOT / file).is_file():
+        raise OptionError(f"{file}: no such script")
+    name = Path(file).stem
+    if name == "reward":
+        name = "reward" if argv[0] == "train" else argv[0]
+        argv = argv[1:]
+    if name not in scripts():
+        raise OptionError(f"{file}: no command {name}")
+    got = parse(scripts()[name], positionals(name), argv, name)
+    return (file, name, *got) if positionals(name) else (file, name, got, [])
+
+
+def reads(name, cfg, folders):
+    """Every folder and file a command reads."""
+    found = list(folders)
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if field.name in ("init", "policy", "critic", "ref", "teacher") or field.name.endswith("data"):
+            found.append(value)
+        if field.name in ("reward", "judge", "proxy", "by", "cost"):
+            found += [term for _, term in parse_rewards(value)] if value else []
+    rule = lambda name: ":" in name or verifier(name) is not None    # a term of a reward that is no folder
+    return [x for x in found if x not in ("", "new", "toy") and not rule(x)]
+
+
+def problems(commands):
+    """What is wrong with a list of commands, as text; nothing if they can run one after the other."""
+    out, made = [], {}
+    for words in commands:
+        line = " ".join(words)
+        try:
+            file, name, cfg, folders = options(words)
+        except (UserError, IndexError) as error:
+            out.append(f"{line}: {error}")
+            continue
+        for path in reads(name, cfg, folders):
+            maker = made.get(path) or made.get(str(Path(path).parent))
+            if maker is None or (path in made and maker == "label"):
+                out.append(f"{line}: nothing before it makes {path}")
+        if getattr(cfg, "out", None):
+            made[cfg.out] = name
+    return out
+
+
+def header(script): return "\n".join(itertools.takewhile(lambda line: line.startswith("#"), script.read_text().splitlines()))
+
+
+# ---- what a recipe says
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_option_exists_and_every_file_read_is_made_before(recipe, tmp_path):
+    commands = expand(recipe, "--seed", "3", out=tmp_path / "here")
+    assert len(commands) > 1 and not problems(commands)
+    assert all(words[-2:] == ["--seed", "3"] for words in commands), 'every stage ends in "$@"'
+    for words in commands:
+        file, name, cfg, folders = options(words)
+        places = reads(name, cfg, folders) + [getattr(cfg, "out", None) or folders[0]]
+        assert all(str(place).startswith(str(tmp_path / "here") + "/") for place in places), "every folder is in $OUT"
+    assert all(words[0] == "python" or "=" in words[0] or words[0] in ("set", "for", "do", "done", "if", "fi", "mkdir")
+               for words in map(str.split, recipe.read_text().splitlines()) if words and not words[0].startswith("#"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_header_names_the_paper_and_what_is_reported(recipe):
+    text = header(recipe)
+    assert text.startswith("#!/usr/bin/env bash\n") and "set -euo pipefail" in recipe.read_text()
+    if recipe.stem != "compare":
+        assert re.search(r"\b\d{4}\.\d{5}\b", text) and "reported" in text and "reconstruction" in text
+
+
+@pytest.mark.parametrize("text, word", [
+    ("python sft.py --init new --stepz 3", "stepz"), ("python nothing.py", "no such script"), ("python sft.py", "out/base"),
+    ("python reward.py learn", "no command"), ("python reward.py label --policy $OUT/sft", "out/sft"),
+    ("python sft.py --init new --out $OUT/a\npython ppo.py --init $OUT/a --reward $OUT/b", "out/b"),
+    ("python sft.py --init new --out $OUT/a\npython ppo.py --init $OUT/a --reward .5*exact+$OUT/c", "out/c"),
+    ("python sft.py --init new --out $OUT/a\npython reward.py compare $OUT/a $OUT/b", "out/b"),
+    ("python sft.py --init new --out $OUT/a\npython reward.py train --init $OUT/a", "pairs"),
+    ("python sft.py --init new --lr fast", "--lr fast"), ("python sft.py --init new stray", "stray")])
+def test_a_broken_recipe_is_found(tmp_path, text, word):
+    recipe = tmp_path / "broken.sh"
+    recipe.write_text(text + "\n")
+    found = problems(expand(recipe))
+    assert len(found) == 1 and word in found[0]
+
+
+def test_a_recipe_may_loop(tmp_path):
+    recipe = tmp_path / "rounds.sh"
+    recipe.write_text('python sft.py --init new --out $OUT/0 "$@"\n'
+                      'for i in 1 2 3; do\n  python sft.py --init $OUT/$((i - 1)) --out $OUT/$i "$@"\ndone\n')
+    commands = expand(recipe)
+    assert [words[-1] for words in commands] == [f"out/{i}" for i in range(4)] and not problems(commands)
+
+
+@pytest.mark.parametrize("path", TOMLS, ids=lambda path: path.stem)
+def test_every_key_of_a_toml_belongs_to_the_script_it_names(path):
+    table, known = tomllib.loads(path.read_text()), scripts()
+    for key, value in table.items():
+        if isinstance(value, dict):
+            assert key in known, f"[{key}] is no script"
+            Config = known[key]
+            cfg = Config(**read_toml(path, key, get_type_hints(Config)))
+            assert all(getattr(cfg, k) == v for k, v in value.items())
+        else:
+            takers = [Config for Config in known.values() if key in {f.name for f in dataclasses.fields(Config)}]
+            assert takers, f"{key}: no script has it"
+            for Config in takers:
+                convert(key, value, get_type_hints(Config)[key])
+
+
+# ---- every recipe runs
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory): return tmp_path_factory.mktemp("recipes") / "out"
+
+
+def shrunk(words):
+    """The command with the options of TINY that it has, unless it sets them itself."""
+    file, name, cfg, _ = options(words)
+    tiny = TINY | (SFT if name == "sft" else {})
+    have = {field.name for field in dataclasses.fields(cfg)}
+    return words + [word for k, v in tiny.items() if k in have for word in (f"--{k}", str(v))]
+
+
+def run(words, monkeypatch):
+    """python *words in this process, so that torch is imported once."""
+    monkeypatch.setattr(sys, "argv", list(words))
+    try:
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    except SystemExit as error:
+        assert not error.code, words
+
+
+def snapshot(folder): return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_it_runs_through_and_a_second_time_does_nothing(recipe, shared, monkeypatch, capsys):
+    commands = [shrunk(words) for words in expand(recipe, out=shared)]
+    for words in commands:
+        capsys.readouterr()
+        run(words, monkeypatch)
+        printed = capsys.readouterr()
+        assert not printed.err.count("error:"), printed.err
+        if "compare" not in words:
+            _, name, cfg, _ = options(words)
+            folder = Path(cfg.out)
+            assert (folder / "summary.json").exists() and (folder / "config.json").exists()
+            assert (folder / ("pairs.jsonl" if name == "label" else "checkpoint.safetensors")).stat().st_size > 0
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            assert rows and all({"step", "seconds"} <= row.keys() for row in rows)
+    before = snapshot(shared)
+    for words in commands:
+        capsys.readouterr()
+        run(words, monkeypatch)
+        assert "compare" in words or "finished; nothing to do" in capsys.readouterr().out
+    assert snapshot(shared) == before
+
+
+# ---- kill and resume of labels, reward models and PPO (sft.py's are in test_sft.py)
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a model that answers, preferences and a reward model."""
+    out = tmp_path_factory.mktemp("base")
+    have = lambda Config: {f.name for f in dataclasses.fields(Config)}
+    small = lambda Config, **more: Config(**{k: v for k, v in TINY.items() if k in have(Config)} | more)
+    sft.train(small(sft.Config, init="new", out=str(out / "sft"), **SFT))
+    reward.label(small(reward.Label, policy=str(out / "sft"), out=str(out / "pairs")))
+    reward.train(small(reward.Train, init=str(out / "sft"), data=str(out / "pairs/pairs.jsonl"), out=str(out / "reward")))
+    return out
+
+
+def stage(base, name, out):
+    """(the words after python, its Config and function) of a stage small enough to run many times."""
+    words = dict(
+        label=f"reward.py label --policy {base}/sft --n 12 --batch 4 --k 3 --max_new 24",
+        train=f"reward.py train --init {base}/sft --data {base}/pairs/pairs.jsonl --batch 4 --eval_every 2 --save_every 2"
+              f" --warmup 1 --pairs split",
+        ppo=f"ppo.py --init {base}/sft --reward {base}/reward+0.5*format --steps 5 --prompts 8 --max_new 12 --save_every 2"
+            f" --eval_every 2 --target_kl 1 --kl_horizon 20 --normalize_reward --minibatches 2 --ptx_coef 0.5 --ptx_batch 4"
+            f" --critic_warmup 1")[name].split()
+    words += ["--out", str(out), "--device", "cpu", "--dtype", "fp32", "--threads", "1"]
+    return words, *{"label": (reward.Label, reward.label), "train": (reward.Train, reward.train),
+                    "ppo": (ppo.Config, ppo.train)}[name]
+
+
+def perform(base, name, out, *more):
+    words, Config, function = stage(base, name, out)
+    function(parse(Config, argv=words[1 if name == "ppo" else 2:] + list(more), name=name))
+
+
+def outcome(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    made = {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.name == "pairs.jsonl"
+            or path.parent.name == "samples"}
+    checkpoint = folder / "checkpoint.safetensors"
+    tensors = load_tensors(checkpoint)[0] if checkpoint.exists() else {}
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows], made, tensors
+
+
+def agree(a, b):
+    assert a[:2] == b[:2] and a[2].keys() == b[2].keys()
+    assert all(torch.equal(a[2][k], b[2][k]) for k in a[2])
+
+
+class Killed(BaseException):
+    """What SIGKILL is to a process: nothing of ours catches it."""
+
+
+def killing(monkeypatch, at):
+    """Die at the at-th moment that matters: a row is logged, a save under way, a rename about to happen or done."""
+    moments = itertools.count()
+    def die():
+        if next(moments) == at:
+            raise Killed
+    def around(f, before, after):
+        return lambda *args, **kwargs: (before and die(), f(*args, **kwargs), after and die())[1]
+    for owner, name, before, after in ((os, "replace", True, True), (os, "fsync", True, False), (Run, "log", False, True)):
+        monkeypatch.setattr(owner, name, around(getattr(owner, name), before, after))
+    return moments
+
+
+@pytest.fixture(scope="module")
+def whole(base):
+    """Each stage run without interruption, once."""
+    done = {}
+    def get(name):
+        if name not in done:
+            perform(base, name, base / f"whole {name}".replace(" ", "_"))
+            done[name] = outcome(base / f"whole_{name}")
+        return done[name]
+    return get
+
+
+@pytest.mark.parametrize("name, every", [("label", 3), ("train", 3), ("ppo", 4)])
+def test_41_and_42_killed_again_and_again_it_ends_as_if_it_had_not_been(name, every, base, whole, tmp_path, monkeypatch):
+    expected = whole(name)
+    deaths, last = 0, 10 ** 6
+    for first in range(every):
+        # Each attempt gets a little further: `first` moments at first, then a few more, until it finishes.
+        out = tmp_path / str(first)
+        for attempt in itertools.count():
+            with monkeypatch.context() as patch:
+                killing(patch, first + 3 * attempt + 1)
+                try:
+                    perform(base, name, out)
+                    break
+                except Killed:
+                    deaths += 1
+            if (out / "metrics.jsonl").exists() and not (out / "summary.json").exists():
+                with open(out / "metrics.jsonl", "a") as f:
+                    f.write('{"step": 3, "lo')
+            if (out / "checkpoint.safetensors").exists():
+                load_tensors(out / "checkpoint.safetensors")        # whatever is there under its name can be read
+        agree(outcome(out), expected)
+    assert deaths >= 3 * every and expected[0]
+
+
+@pytest.mark.parametrize("name, rows", [("label", 1), ("train", 2), ("ppo", 3)])
+def test_41_a_real_kill(name, rows, base, whole, tmp_path):
+    words, _, _ = stage(base, name, tmp_path / "run")
+    process = subprocess.Popen([sys.executable, ROOT / words[0], *words[1:]], cwd=ROOT, stderr=subprocess.DEVNULL)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= rows):
+        time.sleep(.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (tmp_path / "run" / "summary.json").exists()
+    perform(base, name, tmp_path / "run")
+    agree(outcome(tmp_path / "run"), whole(name))
+
+
+def test_the_stages_are_worth_killing(whole):
+    """Each has several steps, state that must survive (β, running means) and metrics that move."""
+    for name in ("label", "train", "ppo"):
+        rows = whole(name)[0]
+        assert len(rows) >= 3 and len({json.dumps(row) for row in rows}) == len(rows)
+    assert len({row["beta"] for row in whole("ppo")[0]}) == 5
+
+
+@pytest.mark.parametrize("name, flags, message", [
+    ("label", ["--k", "1"], "--k 1"), ("label", ["--by", "nothing"], "nothing: "), ("train", ["--data", "no.jsonl"], "no.jsonl"),
+    ("train", ["--batch", "0"], "--batch 0"), ("ppo", ["--reward", "nothing"], "nothing: "),
+    ("ppo", ["--families", "maths"], "--families"), ("ppo", ["--gamma", "1.5"], "--gamma")])
+def test_impossible_stages_are_refused_in_one_line(name, flags, message, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"^(?=.*{re.escape(message)})[^\n]*$"):
+        perform(base, name, tmp_path / "run", *flags)
+    assert not list(tmp_path.rglob("checkpoint.*")) and not list(tmp_path.rglob("pairs.jsonl"))
+
+
+def test_labels_of_a_model_that_never_finishes(base, tmp_path, capsys):
+    perform(base, "label", tmp_path / "run", "--max_new", "1")
+    assert (tmp_path / "run" / "pairs.jsonl").read_text() == "" and "0 of 12 prompts" in capsys.readouterr().out
