@@ -46,9 +46,15 @@ class GPTConfig:
     n_scores: int = 0      # 0: language model; k > 0: k scalars per token instead (reward model, value function)
 
     def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_scores"):
+            value = getattr(self, name)
+            if type(value) is not int or value < (name != "n_scores"):
+                raise UserError(f"{name} {value}: must be a whole number above 0")
         for name, unit in (("n_embd", self.n_head), ("block_size", 16)):  # 16: batches are padded to a multiple of it
             if getattr(self, name) % unit:
-                raise UserError(f"--{name} {getattr(self, name)} is not a multiple of {unit}")
+                raise UserError(f"{name} {getattr(self, name)} is not a multiple of {unit}")
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
+            raise UserError(f"dropout {self.dropout}: must be at least 0 and below 1")
 
 
 def attend(q, k, v, mask):

@@ -320,7 +320,7 @@ def test_41_and_42_killed_again_and_again_it_ends_as_if_it_had_not_been(name, ev
             if (out / "checkpoint.safetensors").exists():
                 load_tensors(out / "checkpoint.safetensors")        # whatever is there under its name can be read
         agree(outcome(out), expected)
-    assert deaths >= 3 * every and expected[0]
+    assert deaths >= 2 * every and expected[0]
 
 
 @pytest.mark.parametrize("name, rows", [("label", 1), ("train", 2), ("ppo", 3)])
