@@ -30,6 +30,7 @@ from itertools import accumulate, combinations, product
 from pathlib import Path
 
 import tiktoken
+import tiktoken.load
 import torch
 from tqdm import tqdm
 

@@ -44,7 +44,7 @@ class Train(RunConfig):
     # optimisation
     epochs: float = 2.0         # passes over the records
     batch: int = 32             # records an update
-    lr: float = 1e-3            # peak learning rate
+    lr: float = 5e-4            # peak learning rate
     weight_decay: float = 0.1   # on matrices
     warmup: int = 10            # updates of linear warm-up, before the cosine
     clip_grad: float = 1.0      # global gradient norm; 0 never clips

@@ -238,15 +238,15 @@ def test_cache_select_keeps_and_repeats_rows():
     assert cache.k[0, :, 0, 0, 0].tolist() == [2, 0, 0] and cache.v.shape == cache.k.shape
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_gradient_checkpointing_changes_no_gradient(dropout):
-    # recomputing with other dropout masks would give the gradient of nothing
-    model = gpt(dropout=dropout).train()
-    tokens, mask = collate(ROWS, TOK)
-    grads = []
+def test_gradient_checkpointing_changes_no_gradient(dropout, packed):
+    # recomputing with other dropout masks, or without the mask of packed rows, would give the gradient of nothing
+    model, grads = gpt(block_size=32, dropout=dropout).train(), []
+    tokens, mask, pos, see = pack(ROWS, TOK, 32) if packed else (*collate(ROWS, TOK), None, None)
     for model.grad_checkpoint in (False, True):
         torch.manual_seed(0)
-        grads.append(gradients(model, token_logprobs(model, tokens, mask).sum()))
+        grads.append(gradients(model, token_logprobs(model, tokens, mask, pos=pos, see=see).sum()))
     close(*grads, 1e-9)
 
 
@@ -1017,9 +1017,9 @@ def test_a_finished_run_yields_no_step_and_its_checkpoint_is_a_model(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(params, loaded.parameters())) and not loaded.training
 
 
-@pytest.mark.parametrize("change", ["drop", "rename", "reshape"])
+@pytest.mark.parametrize("change", ["drop", "rename", "reshape", "add"])
 @pytest.mark.parametrize("key", ["optimizer/0.0.exp_avg", "optimizer/0.3.step", "optimizer/1.2.momentum_buffer"])
-def test_p46_a_resumed_run_names_a_missing_or_misshapen_optimizer_tensor(key, change, tmp_path):
+def test_p46_a_resumed_run_names_a_missing_misshapen_or_surplus_optimizer_tensor(key, change, tmp_path):
     # silently fresh moments are an incomplete resume (p41)
     training(tmp_path, "muon", stop=3)
     with pytest.raises(UserError, match=key.partition("/")[2].replace(".", r"\.")):
@@ -1038,8 +1038,10 @@ def tamper(path, key, change):
     tensors, meta = load_tensors(path)
     tensors = {k: t.clone() for k, t in tensors.items()}
     t = tensors.pop(key)
-    if change == "rename":
+    if change in ("rename", "add"):
         tensors[key + "x"] = t
+    if change == "add":
+        tensors[key] = t
     if change == "reshape":
         tensors[key] = t.new_zeros(*t.shape, 2)
     save_tensors(path, tensors, meta)
@@ -1135,9 +1137,9 @@ KEYS = ["transformer.wte.weight", "transformer.wpe.weight", "transformer.h.0.att
         "transformer.h.0.mlp.c_proj.bias", "transformer.h.0.ln_1.weight", "transformer.ln_f.bias", "score.weight"]
 
 
-@pytest.mark.parametrize("change", ["drop", "rename", "reshape"])
+@pytest.mark.parametrize("change", ["drop", "rename", "reshape", "add"])
 @pytest.mark.parametrize("key", KEYS)
-def test_p46_a_dropped_renamed_or_reshaped_tensor_is_named(saved, key, change):
+def test_p46_a_dropped_renamed_reshaped_or_surplus_tensor_is_named(saved, key, change):
     # lenient loading keeps a random head
     tamper(saved / "checkpoint.safetensors", f"model/{key}", change)
     with pytest.raises(UserError, match=key.replace(".", r"\.")):

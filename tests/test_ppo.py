@@ -423,7 +423,7 @@ class Slow:
         full = (score_rows(net, ids, p) / self.cfg.temperature).log_softmax(-1)
         return full[range(len(ids) - p), ids[p:]], -(full.exp() * full).sum(-1)
 
-    def step(self, rows, raw, orders):
+    def step(self, step, rows, raw, orders):
         """rows [(ids, prompt length)], raw scores, the minibatches as lists of row numbers -> the metrics."""
         c, row_of = self.cfg, range(len(rows))
         finished = [ids[-1] == TOK.end for ids, _ in rows]
@@ -475,12 +475,14 @@ class Slow:
             norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), c.clip_grad or float("inf"))
                      for m in (self.policy, self.critic)]
             for opt in self.opts:
-                opt.step(), opt.zero_grad()
+                if opt is self.opts[1] or step >= c.critic_warmup:
+                    opt.step()
+                opt.zero_grad()
         per_response = sum(float(k.sum()) for k in kl) / len(kl)
         out = dict(reward=sum(raw) / len(raw), kl=per_response, beta=self.beta, entropy=torch.cat(entropy).mean(),
                    response_length=sum(map(len, old)) / len(old), finished=sum(finished) / len(finished),
-                   explained_variance=explained, grad_norm=norms[0], critic_grad_norm=norms[1],
-                   **{k: sum(x) / len(x) for k, x in seen.items()})
+                   explained_variance=explained, critic_grad_norm=norms[1],
+                   **(dict(grad_norm=norms[0]) if step >= c.critic_warmup else {}), **{k: sum(x) / len(x) for k, x in seen.items()})
         if c.target_kl:
             self.beta *= 1 + min(max(per_response / c.target_kl - 1, -.2), .2) * len(rows) / c.kl_horizon
         return {k: float(v) for k, v in out.items()}
@@ -508,9 +510,9 @@ LOOPS = {
         lr=3e-3, critic_lr=3e-2, clip_grad=.5, target_kl=.01, kl_horizon=20.0),
     "k2, entropy, clipped score": dict(
         kl="k2", kl_coef=.5, whiten=False, entropy_coef=.1, clip_reward=.5, missing_end=.3, epochs=3, lr=2e-3),
-    "k3, running score, no value clip, a reward model": dict(
+    "k3, running score, no value clip, a reward model, critic warm-up": dict(
         kl="k3", kl_coef=.5, normalize_reward=True, value_clip=0.0, epochs=2, lr=2e-3, reward="0.5*RM + vowels",
-        temperature=1.3),
+        temperature=1.3, critic_warmup=1),
 }
 
 
@@ -539,7 +541,7 @@ def test_loop_equals_a_slow_loop(name, tmp_path, tiny, prompts, monkeypatch, flo
             raw.append(r if rm is None or "+" not in cfg.reward else
                        r + .5 * rm.score(rm(torch.tensor([ids]))[0, -1]).item())
         shuffles = orders[step * cfg.epochs:(step + 1) * cfg.epochs]
-        expected = slow.step(rows, raw, [b.tolist() for o in shuffles for b in o.chunk(cfg.minibatches)])
+        expected = slow.step(step, rows, raw, [b.tolist() for o in shuffles for b in o.chunk(cfg.minibatches)])
         assert {k: row[k] for k in expected} == pytest.approx(expected, abs=2e-6, rel=2e-6), step
     for part, net in dict(model=slow.policy, critic=slow.critic).items():
         for key, tensor in weights(cfg.out, part).items():
@@ -643,7 +645,9 @@ def test_options_at_0_are_bit_equal_to_their_absence(tiny, tmp_path, monkeypatch
 def test_reward_shift_and_missing_end_tell_finished_from_truncated(tiny, tmp_path, monkeypatch, prompts):
     """Both shift scores by whether the end token was drawn: not by length, and not by an end token in the prompt."""
     calls = watch(monkeypatch, "generate", "token_rewards")
-    train(tmp_path / "a", tiny, reward_shift=2.0, missing_end=3.0, prompts=64, steps=1, data=prompts, clip_reward=0.0)
+    train(tmp_path / "a", tiny, reward_shift=2.0, missing_end=3.0, prompts=256, steps=1, data=prompts, clip_reward=0.0,
+          micro_tokens=4096)
+    assert any(len(ids) - p == 6 and ids[-1] == TOK.end for ids, p in rolled(calls["generate"][0]))
     for (ids, p), score in zip(rolled(calls["generate"][0]), calls["token_rewards"][0][0][0].tolist()):
         text = TOK.decode(ids[p:])
         assert score == pytest.approx(len(text) / 10 - text.count("e") + (2 if ids[-1] == TOK.end else -3), abs=1e-6)
