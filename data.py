@@ -6,6 +6,7 @@
 Everything here is deterministic: text, splits and order follow from a seed, and nothing is downloaded.
 """
 import base64
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -65,7 +66,9 @@ class Tokenizer:
     """
 
     def __init__(self, name, pattern, ranks):
-        base = max(ranks.values()) + 1
+        base = len(ranks)
+        if sorted(ranks.values()) != list(range(base)) or any(bytes([b]) not in ranks for b in range(256)):
+            raise ValueError("a vocabulary needs all 256 bytes, and the ranks 0, 1, 2, ... once each")
         self.enc = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
                                      special_tokens={s: base + i for i, s in enumerate(SPECIALS)})
         self.base, self.n_vocab = base, base + len(SPECIALS)
@@ -93,7 +96,8 @@ class Tokenizer:
                 enc = tiktoken.get_encoding(name)
                 return Tokenizer(name, enc._pat_str, enc._mergeable_ranks)
         except (OSError, ValueError, KeyError) as e:  # requests' network errors are OSErrors
-            raise UserError(f"--tokenizer {name}: cannot be read or fetched ({type(e).__name__})") from None
+            why = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
+            raise UserError(f"--tokenizer {name}: cannot be read or fetched ({why})") from None
         raise UserError(f"--tokenizer {name}: not `toy`, no such file, and none of tiktoken's encodings "
                         f"({', '.join(tiktoken.list_encoding_names())})")
 
@@ -697,7 +701,7 @@ def known_gold(record, text, finished):
 
 VERIFIERS = {
     "gold": known_gold,
-    "exact": lambda record, text, finished: finished and final_answer(text) == record.get("answer"),
+    "exact": lambda record, text, finished: finished and "answer" in record and final_answer(text) == record["answer"],
     "format": lambda record, text, finished: finished and bool(re.fullmatch(r"<think>[^<>]+</think>[^<>]+", text)),
 }
 
@@ -780,7 +784,8 @@ def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record
     """(training Stream, held-out items) of `toy` or a file. kind: text (documents), messages, preference or prompt.
 
     prepare turns one record into the items to train on (token rows, say), none if it cannot be used; those are
-    counted aloud. Of a file, every 20th item is held out, at most n_held; of the toy world, its val split is.
+    counted aloud. Of a file, every 20th record is held out, about n_held at most (of a single long document, every
+    20th piece); of the toy world, its val split is.
     """
     if data == "toy":
         names = family_list(families)
@@ -790,14 +795,17 @@ def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record
         rng = random.Random(f"held out {kind}")
         return Stream(make=make, seed=seed), [make(rng, "val") for _ in range(n_held)]
     prepared = [prepare(record) for record in read_records(data, kind)]
-    items, lost = [item for some in prepared for item in some], sum(not some for some in prepared)
-    if lost:
-        print(f"{data}: {lost} of {len(prepared)} records do not fit the context and are left out", file=sys.stderr)
-    if not items:
+    groups = [items for items in prepared if items]
+    if len(groups) < len(prepared):
+        print(f"{data}: {len(prepared) - len(groups)} of {len(prepared)} records do not fit the context and are left out",
+              file=sys.stderr)
+    if not groups:
         raise UserError(f"{data}: no usable record in it")
-    every = max(20, len(items) // max(1, n_held))
-    held = [item for i, item in enumerate(items) if i % every == every - 1] or items[-1:]
-    train = [item for i, item in enumerate(items) if i % every != every - 1]
+    if len(groups) == 1:
+        groups = [[item] for item in groups[0]]
+    every = min(max(20, -(-len(groups) // n_held)), len(groups)) if n_held and len(groups) > 1 else len(groups) + 1
+    train, held = ([item for i, group in enumerate(groups) for item in group if (i % every == every - 1) == out]
+                   for out in (False, True))
     return Stream(items=train, seed=seed), held
 
 
@@ -1060,7 +1068,8 @@ def write_text(path, text):
         part.write_text(text, encoding="utf-8")
         os.replace(part, path)
     except OSError as e:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise UserError(f"{path}: not written, {e.strerror}") from None
 
 
@@ -1078,14 +1087,14 @@ class Run:
                 if theirs.get(k) != mine[k]:
                     raise UserError(f"{cfg.out} holds a run with --{k} {theirs.get(k)}, not {mine[k]}: "
                                     "choose another --out, or delete that folder")
-        else:
-            write_text(path, json.dumps(mine, indent=1))
+        self.config = json.dumps(mine, indent=1)  # written with the first step: a mistyped option leaves no folder
         self.finished = (self.folder / "summary.json").exists()
         if self.finished:
             print(f"{cfg.out} is finished; nothing to do")
 
     def progress(self, start, total):
         """Iterate over the steps with a bar; rows of later steps, left by an interrupted run, are cut off first."""
+        write_text(self.folder / "config.json", self.config)
         path = self.folder / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.rows = [json.loads(line) for line in lines[:start]]  # one row a step; the last may be torn

@@ -15,6 +15,7 @@ are always 0, 1, 2, ... `tokens` is (B, T). The log-probability at index t belon
 Letters in shape comments: B rows, T tokens, C width, H heads, D = C/H, V vocabulary, S cache slots, N chosen tokens.
 """
 import contextlib
+import copy
 import errno
 import json
 import math
@@ -30,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-from data import UserError, micro_batches, pad, parse_rewards, round_up, verifier
+from data import Tokenizer, UserError, check, guard, micro_batches, pad, parse, parse_rewards, round_up, verifier
 
 # ------------------------------------------------------------------------------------------------ the model
 
@@ -222,12 +223,12 @@ def full(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
-def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, chunk=8192, pos=None, see=None):
+def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, chunk=None, pos=None, see=None):
     """log π(token t+1 | tokens 0..t) where mask is 1, and exactly 0 elsewhere.
 
     tokens (B, T), mask (B, T-1) -> logp (B, T-1), at least fp32; with entropy=True also the entropy of each of
-    those next-token distributions, in nats. The head runs on masked positions only and in chunks that the backward
-    pass recomputes, so no (B, T, V) tensor ever exists. Both are at the sampling temperature: a policy sampled at
+    those next-token distributions, in nats. The head runs on masked positions only and in chunks (of 2^25 logits,
+    unless told) that the backward pass recomputes, so no (B, T, V) tensor ever exists. Both are at the sampling temperature: a policy sampled at
     T != 1 *is* softmax(logits / T), and ratios of anything else are not importance weights.
     """
     def head(hidden, target):                                                            # (N, C), (N,)
@@ -236,7 +237,7 @@ def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, chunk=81
         logp = logits.gather(-1, target[:, None])[:, 0] - logz
         return logp, logz - ((logits - logz[:, None]).exp() * logits).sum(-1) if entropy else logp.detach()
 
-    where = mask.bool()
+    where, chunk = mask.bool(), chunk or max(64, 2 ** 25 // model.config.vocab_size)
     if see is not None:  # packed rows: data.pack's positions and mask
         pos, see = pos[:, :-1], see[:, :, :-1, :-1]
     hidden, target = model(tokens[:, :-1], pos, see)[where], tokens[:, 1:][where]
@@ -307,8 +308,8 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[1])).values[:, -1:], -torch.inf)
     if top_p < 1:
         ordered, order = logits.softmax(-1).sort(descending=True)
-        outside = (ordered.cumsum(-1) - ordered >= top_p).scatter(1, order, ordered.cumsum(-1) - ordered >= top_p)
-        logits = logits.masked_fill(outside, -torch.inf)
+        outside = ordered.cumsum(-1) - ordered >= max(top_p, 1e-9)  # what comes before it suffices; never the first
+        logits = logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
     logp = logits.log_softmax(-1)                                                        # (B, V)
     cdf = logp.exp().cumsum(-1)
     # `right=True` finds the first entry whose cdf exceeds the draw, which always has probability > 0, provided the
@@ -525,7 +526,13 @@ class Optimizer:
         return {f"{i}.{p}.{key}": value for i, optim in enumerate(self.optims)
                 for p, state in optim.state_dict()["state"].items() for key, value in state.items()}
 
-    def load_tensors(self, flat):
+    def load_tensors(self, flat, path=""):
+        """The inverse; none at all is the state before the first step, anything incomplete is a UserError."""
+        want = {f"{i}.{p}.{key}": torch.Size() if key == "step" else param.shape
+                for i, optim in enumerate(self.optims)
+                for p, param in enumerate(param for group in optim.param_groups for param in group["params"])
+                for key in (("momentum_buffer",) if i else ("step", "exp_avg", "exp_avg_sq"))}
+        compare_shapes(flat, want if flat else {}, path)
         for i, optim in enumerate(self.optims):
             state = {}
             for name, value in flat.items():
@@ -566,7 +573,8 @@ def save_tensors(path, tensors, meta):
             os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as e:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         why = "the disk is full" if e.errno == errno.ENOSPC else e.strerror
         raise UserError(f"{path}: not saved, {why}; an earlier checkpoint there is intact") from None
 
@@ -578,21 +586,23 @@ def load_tensors(path):
         size = struct.unpack("<Q", raw[:8].tobytes())[0]
         if size > len(raw) - 8:
             raise ValueError("it is cut short")
-        header = json.loads(raw[8:8 + size].tobytes())
+        header, data = json.loads(raw[8:8 + size].tobytes()), raw[8 + size:]
         meta, tensors, end = header.pop("__metadata__", {}), {}, 0
-        for name, info in header.items():
-            a, b = info["data_offsets"]
-            dtype = DTYPES[info["dtype"]]
-            if not 0 <= a <= b <= len(raw) - 8 - size or b - a != math.prod(info["shape"]) * dtype.itemsize:
-                raise ValueError(f"the bytes of {name} are not where the header says")
-            data = torch.from_numpy(raw[8 + size + a:8 + size + b]) if b > a else torch.empty(0, dtype=torch.uint8)
-            tensors[name], end = data.view(dtype).reshape(info["shape"]), max(end, b)
-        if end != len(raw) - 8 - size:
+        for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            (a, b), shape, dtype = info["data_offsets"], info["shape"], DTYPES[info["dtype"]]
+            if a != end or min(shape, default=0) < 0 or b - a != math.prod(shape) * dtype.itemsize or b > len(data):
+                raise ValueError(f"the bytes of {name} are not where they should be")
+            flat = torch.from_numpy(data[a:b]) if b > a else torch.empty(0, dtype=torch.uint8)
+            tensors[name], end = flat.view(dtype).reshape(shape), b
+        if end != len(data):
             raise ValueError("it is longer than its header says")
-        return tensors, json.loads(meta.get("plainalign", "{}"))
+        facts = json.loads(meta.get("plainalign", "{}"))
+        if not isinstance(facts, dict):
+            raise ValueError("what it says of itself is no table")
+        return tensors, facts
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error, OSError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error, OSError, RuntimeError, OverflowError) as e:
         raise UserError(f"{path}: not a checkpoint of ours ({type(e).__name__}: {e})") from None
 
 
@@ -606,15 +616,24 @@ def save_checkpoint(folder, modules, optimizers, meta):
 
 def fill(module, tensors, name, path):
     """Load the tensors `name/...` into module; every missing, surplus or misshapen one is named in one error."""
-    got = {key[len(name) + 1:]: t for key, t in tensors.items() if key.startswith(name + "/")}
-    want = {key: t.shape for key, t in module.state_dict().items()}
+    got = part(tensors, name)
+    compare_shapes(got, {key: t.shape for key, t in module.state_dict().items()}, path)
+    module.load_state_dict(got)
+
+
+def part(tensors, name):
+    """The tensors `name/...`, without that."""
+    return {key[len(name) + 1:]: t for key, t in tensors.items() if key.startswith(name + "/")}
+
+
+def compare_shapes(got, want, path):
+    """Raise a UserError that names what is missing, surplus or misshapen in got, a dict of tensors."""
     wrong = [f"{key} is missing" for key in want.keys() - got.keys()]
     wrong += [f"{key} does not belong" for key in got.keys() - want.keys()]
     wrong += [f"{key} is {tuple(got[key].shape)}, not {tuple(want[key])}"
               for key in want.keys() & got.keys() if got[key].shape != want[key]]
     if wrong:
         raise UserError(f"{path}: {'; '.join(sorted(wrong)[:3])}")
-    module.load_state_dict(got)
 
 
 def load_model(folder, tok=None, device="cpu", n_scores=None, maker=""):
@@ -645,9 +664,7 @@ def load_model(folder, tok=None, device="cpu", n_scores=None, maker=""):
 
 def clone(model):
     """A frozen copy that shares no memory with the original: a reference that training cannot move."""
-    copy = GPT(GPTConfig(**asdict(model.config)))
-    copy.load_state_dict(model.state_dict())
-    return copy.to(model.device).eval().requires_grad_(False)
+    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def steps(run, total, modules, optimizers, state, save_every):
@@ -665,7 +682,9 @@ def steps(run, total, modules, optimizers, state, save_every):
         for name, module in modules.items():
             fill(module, tensors, name, folder)
         for name, optimizer in optimizers.items():
-            optimizer.load_tensors({k[len(name) + 1:]: t for k, t in tensors.items() if k.startswith(name + "/")})
+            optimizer.load_tensors({} if meta.get("done") else part(tensors, name), folder)
+        if not isinstance(meta.get("state"), dict) or type(meta.get("step")) is not int:
+            raise UserError(f"{folder}: its checkpoint does not say at which step it was written")
         state.update(meta["state"])
         start = meta["step"]
     for step in run.progress(start, total):
@@ -680,22 +699,22 @@ def steps(run, total, modules, optimizers, state, save_every):
 # ------------------------------------------------------------------------------------------------ chat
 
 
+@dataclass
+class Config:
+    """Talk to a checkpoint, or answer every line of standard input."""
+    tokenizer: str = "toy"      # toy, the name of a tiktoken encoding, or a vocabulary file
+    system: str = ""            # system message
+    temperature: float = 0.7    # 0 is greedy
+    top_k: int = 0              # keep the k likeliest tokens; 0 keeps all
+    top_p: float = 1.0          # keep the likeliest tokens that make up this share
+    max_new: int = 128          # longest answer, tokens
+    seed: int = 0               # of the sampling
+    device: str = "auto"        # auto, cpu, cuda
+
+
 def main():
-    from data import Tokenizer, parse
-
-    @dataclass
-    class Config:
-        """Talk to a checkpoint, or answer every line of standard input."""
-        tokenizer: str = "toy"      # toy, a tiktoken encoding's name, or a vocabulary file
-        system: str = ""            # system message
-        temperature: float = 0.7    # 0 is greedy
-        top_k: int = 0              # keep the k likeliest tokens; 0 keeps all
-        top_p: float = 1.0          # keep the likeliest tokens that make up this share
-        max_new: int = 128          # longest answer, tokens
-        seed: int = 0               # of the sampling
-        device: str = "auto"        # auto, cpu, cuda
-
     cfg, (folder,) = parse(Config, positional=["checkpoint"])
+    check(cfg, positive="max_new", share="top_p")
     tok, (device, _) = Tokenizer.load(cfg.tokenizer), setup(cfg.device, "fp32")
     model = load_model(folder, tok, device)
     torch.manual_seed(cfg.seed)
@@ -732,5 +751,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from data import guard
     guard(main)

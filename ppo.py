@@ -38,7 +38,7 @@ class Config(RunConfig):
     data: str = "toy"           # prompts: toy, or a file
     families: str = "write"     # of the toy world, comma-separated
     # rollouts
-    steps: int = 40             # rollout-and-update steps
+    steps: int = 30             # rollout-and-update steps
     prompts: int = 128          # prompts a step, one response each
     max_new: int = 80           # longest response, tokens
     temperature: float = 1.0    # of sampling; every log-probability is at this temperature too
@@ -49,7 +49,7 @@ class Config(RunConfig):
     clip_reward: float = 10.0   # scores are clipped to ± this; 0 never clips
     # the KL penalty
     kl: Literal["k1", "k2", "k3"] = "k1"  # estimator: k1 sits in the reward, k2 and k3 in the loss
-    kl_coef: float = 0.05       # β
+    kl_coef: float = 0.1        # β
     target_kl: float = 0.0      # KL per response, nats, that β adapts to; 0 keeps β fixed
     kl_horizon: float = 2000.0  # responses over which β adapts
     # advantages
@@ -70,7 +70,7 @@ class Config(RunConfig):
     lr: float = 1e-4            # of the policy
     critic_lr: float = 1e-3     # of the critic
     weight_decay: float = 0.0   # on matrices
-    warmup: int = 0             # steps of linear warm-up; the rate then stays
+    warmup: int = 0             # steps of linear warm-up, before the cosine
     clip_grad: float = 1.0      # global gradient norm; 0 never clips
     # evaluation
     eval_every: int = 10        # steps between evaluations on held-out prompts
@@ -153,16 +153,17 @@ def adapt(beta, kl, target, n, horizon):
 def normalize(score, state):
     """Scores (B,) by the mean and standard deviation of all scores so far, which `state` carries between steps."""
     state["seen"] += len(score)
-    state["sum"] += float(score.sum())
-    state["square"] += float((score ** 2).sum())
+    state["sum"] += float(score.double().sum())
+    state["square"] += float((score.double() ** 2).sum())
     mean = state["sum"] / state["seen"]
-    return (score - mean) / (state["square"] / state["seen"] - mean ** 2 + 1e-8) ** 0.5
+    return (score - mean) / (max(0.0, state["square"] / state["seen"] - mean ** 2) + 1e-8) ** 0.5
 
 
 # ---------------------------------------------------------------- the loop
 
 def train(cfg):
-    check(cfg, positive="steps prompts max_new temperature epochs minibatches lr critic_lr clip micro_tokens save_every",
+    check(cfg, positive="steps prompts max_new temperature epochs minibatches lr critic_lr clip kl_horizon eval_every "
+                        "micro_tokens save_every",
           share="gamma lam")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
@@ -175,11 +176,14 @@ def train(cfg):
     critic = load_model(cfg.critic or (reward.models + [cfg.init])[0], tok, device, n_scores=1)
     policy.prepare(cfg), critic.prepare(cfg)
     block = policy.config.block_size
-    stream, held = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64, prepare=lambda record: [record] if len(
-        tok.prompt(record["prompt"])) + cfg.max_new <= block else [])
+
+    def fits(record):
+        """The record, if its prompt leaves room for a whole response."""
+        return [record] if len(tok.prompt(record["prompt"])) + cfg.max_new <= block else []
+    stream, held = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64, prepare=fits)
     if cfg.ptx_coef:
         documents, _ = open_stream(cfg.ptx_data, "text", cfg.seed, prepare=lambda doc: encode(doc, tok, block, "all"))
-    shared = dict(total=1, weight_decay=cfg.weight_decay, warmup=cfg.warmup, floor=1.0, clip=cfg.clip_grad)
+    shared = dict(total=cfg.steps, weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
     policy_opt, critic_opt = Optimizer(policy, cfg.lr, **shared), Optimizer(critic, cfg.critic_lr, **shared)
     state = dict(beta=cfg.kl_coef, seen=0, sum=0.0, square=0.0)
 

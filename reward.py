@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from data import (OptionError, Run, RunConfig, Tokenizer, check, collate, encode, family_list, guard, mean,
+from data import (OptionError, Run, RunConfig, Tokenizer, UserError, check, collate, encode, family_list, guard, mean,
                   micro_batches, open_stream, parse, read_records, toy_record, write_text)
 from model import (Optimizer, Reward, full, generate, load_model, per_token, response_scores, setup, steps,
                    token_logprobs)
@@ -44,7 +44,7 @@ class Train(RunConfig):
     # optimisation
     epochs: float = 2.0         # passes over the records
     batch: int = 32             # records an update
-    lr: float = 5e-4            # peak learning rate
+    lr: float = 1e-3            # peak learning rate
     weight_decay: float = 0.1   # on matrices
     warmup: int = 10            # updates of linear warm-up, before the cosine
     clip_grad: float = 1.0      # global gradient norm; 0 never clips
@@ -59,7 +59,7 @@ class Label(RunConfig):
     policy: str = "out/sft"     # checkpoint that answers
     data: str = "toy"           # prompts: toy, or a file
     families: str = "write"     # of the toy world, comma-separated
-    n: int = 4000               # prompts
+    n: int = 8000               # prompts
     k: int = 2                  # responses to each
     temperature: float = 1.0    # of sampling
     max_new: int = 80           # longest response, tokens; unfinished ones are not used
@@ -76,7 +76,7 @@ class Compare:
     data: str = "toy"           # prompts: the toy world's test split, or a file
     families: str = ""          # of the toy world, comma-separated; none for all
     on: str = "write"           # families behind win rate, KL and length
-    n: int = 200                # prompts of each family
+    n: int = 400                # prompts of each family
     judge: str = "gold"         # decides who wins: reward models and verifiers, as 0.5*out/reward + exact
     proxy: str = ""             # another such sum, shown beside it
     temperature: float = 1.0    # of sampling; 0 is greedy
@@ -153,8 +153,11 @@ def label(cfg):
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     policy = load_model(cfg.policy, tok, device, maker="python sft.py")
     judge = Reward(cfg.by, tok, device, amp, cfg.micro_tokens)
-    stream, _ = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=0, prepare=lambda record: [record] if len(
-        tok.prompt(record["prompt"])) + cfg.max_new <= policy.config.block_size else [])
+
+    def fits(record):
+        """The record, if its prompt leaves room for a whole response."""
+        return [record] if len(tok.prompt(record["prompt"])) + cfg.max_new <= policy.config.block_size else []
+    stream, _ = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=0, prepare=fits)
     path, made = run.folder / "pairs.jsonl", []
     for step in run.progress(0, math.ceil(cfg.n / cfg.batch)):
         torch.manual_seed(cfg.seed * 1_000_003 + step)
@@ -175,6 +178,8 @@ def label(cfg):
                                           source="ai"))
         run.log(step, ("records",), records=len(made), score=mean(scores), response_length=roll.mask.sum(1).mean(),
                 finished=roll.finished.float().mean())
+    if not made:
+        raise UserError(f"{cfg.policy}: of {cfg.n} prompts none got two different finished answers; nothing to rank")
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in made))
     agree = mean([preference(r["scores"][0], r["scores"][-1]) for r in made])
     print(f"{path}: {len(made)} of {cfg.n} prompts; the label agrees with the score in {agree:.0%}")
@@ -209,7 +214,8 @@ def evaluate(model, items, cfg, tok, amp):
         r_w, r_l, required, _ = pair_margins(scores, part, cfg.margin)
         losses += bradley_terry(r_w, r_l, required).tolist()
         margins += (r_w - r_l).tolist()
-        truth += [a - b for item in part for a, b in itertools.combinations(item.get("scores", ()), 2)]
+        truth += [a - b for item in part for a, b in itertools.combinations(
+            item.get("scores") or [0.0] * len(item["rows"]), 2)]                         # 0: not known
         every += scores.tolist()
     right = [float((m > 0) == (t > 0)) for m, t in zip(margins, truth) if t]
     return dict(val_loss=mean(losses), val_accuracy=mean([preference(m, 0) for m in margins]), val_gold=mean(right),
@@ -218,6 +224,8 @@ def evaluate(model, items, cfg, tok, amp):
 
 def train(cfg):
     check(cfg, positive="epochs batch lr micro_tokens save_every eval_every")
+    if cfg.data == "toy":
+        raise OptionError("--data toy: preferences come from a file; python reward.py label makes one")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
@@ -230,9 +238,9 @@ def train(cfg):
         """One item a record, or one a pair of its ranking."""
         rows = encode(record, tok, model.config.block_size)
         item = {k: record[k] for k in ("margin", "scores") if k in record} | dict(rows=rows)
-        if cfg.pairs == "all":
+        if cfg.pairs == "all" or len(rows) == 2:
             return [item]
-        return [item | dict(rows=[rows[i], rows[j]], scores=[s[k] for s in [item.get("scores")] if s for k in (i, j)])
+        return [{key: [values[i], values[j]] for key, values in item.items() if key != "margin"}
                 for i, j in itertools.combinations(range(len(rows)), 2)]
     stream, held = open_stream(cfg.data, "preference", cfg.seed, n_held=400, prepare=prepare)
     total = math.ceil(cfg.epochs * len(stream.items) / cfg.batch)
@@ -268,6 +276,8 @@ def compare(cfg, folders):
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     families = family_list(cfg.families) if cfg.data == "toy" else ["file"]
     on = family_list(cfg.on) if cfg.data == "toy" else ["file"]
+    if not set(on) <= set(families):
+        raise OptionError(f"--on {cfg.on}: not among --families {cfg.families}")
     judge, proxy = (Reward(spec, tok, device, amp, cfg.micro_tokens) if spec else None
                     for spec in (cfg.judge, cfg.proxy))
     tasks = {}

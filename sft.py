@@ -93,8 +93,9 @@ def train(cfg):
     else:
         model = load_model(cfg.init, tok, device, maker="python sft.py --loss_on all --init new --out out/base")
     model.prepare(cfg)
-    stream, held = open_stream(cfg.data, "text" if cfg.loss_on == "all" else "messages", cfg.seed, prepare=lambda record:
-                               encode(record, tok, model.config.block_size, cfg.loss_on, cfg.prompt_weight))
+    stream, held = open_stream(cfg.data, "text" if cfg.loss_on == "all" else "messages", cfg.seed, n_held=128,
+                               prepare=lambda record: encode(record, tok, model.config.block_size, cfg.loss_on,
+                                                             cfg.prompt_weight))
     total = cfg.steps or math.ceil(len(stream.items) / cfg.batch)
     optimizer = Optimizer(model, cfg.lr, total, cfg.optimizer, cfg.muon_lr, cfg.weight_decay, (0.9, cfg.beta2),
                           cfg.warmup, clip=cfg.clip_grad)

@@ -7,7 +7,6 @@ import importlib
 import inspect
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -15,7 +14,6 @@ import runpy
 import statistics
 import subprocess
 import sys
-import types
 from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -35,8 +33,7 @@ from data import (BAD, CATEGORIES, COUNTS, FAMILIES, GOOD, MODIFIERS, OBJECTS, S
                   split_of, toy_demo, toy_document, toy_task, verifier, write_text)
 
 ROOT = Path(__file__).resolve().parents[1]
-
-SHARED = Path(os.environ.get("PLAINALIGN_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+SHARED = Path(os.environ.get("PLAINALIGN_DATA") or ROOT.parent / "shared" / "data")
 RATINGS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 
 
@@ -816,8 +813,6 @@ def test_junk_never_raises_and_never_pays(family):
             assert isinstance(gold(task, junk, finished), float) and gold(task, junk, finished) <= 0
 
 
-REPORTED = pytest.mark.xfail(strict=True, reason="a bug of data.py that its author knows; remove the mark with the bug")
-
 
 # ==== the tokenizer
 
@@ -830,7 +825,8 @@ def random_texts(n=300):
     """Text of every kind a user may paste: all of unicode, control characters, emoji, what looks special."""
     rng = random.Random(0)
     anything = lambda: chr(rng.choice([rng.randrange(128), rng.randrange(0x3000), rng.randrange(0xE000, 0x110000)]))
-    awkward = [*SPECIALS, "<|endoftext|>", "👩‍👩‍👧‍👦", "e\u0301", "\x00\x1b[0m\r\n", " \t \u00a0\u2028", "１２ ٣", " 7 8", "<think>",
+    awkward = [*SPECIALS, "<|endoftext|>", "👩‍👩‍👧‍👦",
+               "e\u0301", "\x00\x1b[0m\r\n", " \t \u00a0\u2028", "１２ ٣", " 7 8", "<think>",
                "</", "I'll", "\ufeff", "\ufffd", "日本語 "]
     return awkward + ["".join(rng.choice([anything(), rng.choice(awkward), rng.choice("ab 1<\n")])
                               for _ in range(rng.randint(0, 40))) for _ in range(n)]
@@ -886,7 +882,8 @@ def test_digits_are_single_tokens_that_never_carry_a_space():
     for text in ("What is 17 - 8 + 9?", "<think>17 - 8 = 9, 9 + 9 = 18</think>The answer is 18.", " 7", "a1b22"):
         alone = [TOK.decode([i]) for i in TOK.encode(text) if any(c.isdigit() for c in TOK.decode([i]))]
         assert alone == re.findall(r"\d", text)
-        assert "".join(c for c in text if not c.isdigit()) == TOK.decode(i for i in TOK.encode(text) if not TOK.decode([i]).isdigit())
+        rest = [TOK.decode([i]) for i in TOK.encode(text)]
+        assert "".join(c for c in text if not c.isdigit()) == "".join(piece for piece in rest if not piece.isdigit())
 
 
 def test_fingerprints_tell_tokenizers_apart(tmp_path):
@@ -910,9 +907,9 @@ def test_a_vocabulary_file_of_ones_own(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"hello world\n", b"YQ== 1 2\n", b"\x89PNG", None,
-                                     pytest.param(b"YQ== 0\n", marks=REPORTED, id="one byte"),
-                                     pytest.param(b"YQ== 0\nYg== 0\n", marks=REPORTED, id="same rank"),
-                                     pytest.param(b"YQ== -5\n", marks=REPORTED, id="negative rank")])
+                                     pytest.param(b"YQ== 0\n", id="one byte"),
+                                     pytest.param(b"YQ== 0\nYg== 0\n", id="same rank"),
+                                     pytest.param(b"YQ== -5\n", id="negative rank")])
 def test_unreadable_tokenizers_are_one_line(tmp_path, content):
     path = tmp_path / "vocab.tiktoken"
     path.mkdir() if content is None else path.write_bytes(content)
@@ -1113,8 +1110,8 @@ def opened(path, kind="text", **options):
 
 
 @pytest.mark.parametrize("size, n_held, held", [(45, 256, 2), (20, 256, 1), (400, 256, 20), (400, 5, 5),
-                                                pytest.param(2, 256, 1, marks=REPORTED),
-                                                pytest.param(20, 0, 0, marks=REPORTED)])
+                                                pytest.param(2, 256, 1),
+                                                pytest.param(20, 0, 0)])
 def test_held_out_items_are_not_trained_on(tmp_path, size, n_held, held):
     path = write(tmp_path, [{"text": f"document {i}"} for i in range(size)])
     stream, kept = opened(path, n_held=n_held)
@@ -1123,7 +1120,6 @@ def test_held_out_items_are_not_trained_on(tmp_path, size, n_held, held):
     assert sorted(train + kept) == sorted(f"document {i}" for i in range(size))
 
 
-@REPORTED
 def test_no_ranking_is_trained_on_and_held_out_in_part(tmp_path):
     path = write(tmp_path, [prefer(*(f"{i} {j}" for j in range(4))) for i in range(40)])
     stream, held = opened(path, "preference", prepare=lambda r: [(two["responses"]) for two in pairs(r)])
@@ -1269,7 +1265,6 @@ def test_help_groups_the_options(capsys):
     assert "\nrun:\n  --out " in out and "\na group:\n  --kind             which [one]\n  --loud " in out
 
 
-@REPORTED
 def test_help_of_model(monkeypatch, capsys):
     code, out, err = told(capsys, script(monkeypatch, "model.py", "--help"))
     assert not code and not err and re.search(r"--temperature +\S.* \[0.7\]", out) and "<checkpoint>" in out
@@ -1410,7 +1405,6 @@ def test_42_a_text_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
     assert path.read_bytes() == "né\u2028w".encode() and list(path.parent.glob("*")) == [path]
 
 
-@REPORTED
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="not written, Not a directory$"):
@@ -1456,7 +1450,6 @@ def test_exact_pays_the_right_answer_only(text, pays):
     assert not exact({"answer": 3}, text, True)
 
 
-@REPORTED
 def test_exact_never_pays_where_there_is_no_answer_to_match():
     for text in ("", "banana", "The answer is 18."):
         try:

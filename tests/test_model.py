@@ -885,7 +885,7 @@ def test_gradients_are_clipped_to_a_global_norm(clip):
 def test_muon_orthogonalises_the_step_of_hidden_matrices_and_adamw_takes_the_rest():
     # Muon on the embedding or the head, or AdamW on the hidden ones, is another algorithm
     model = gpt(n_scores=1, n_embd=32)
-    before, lr, muon_lr, wd = copy.deepcopy(model.state_dict()), .01, .02, .1
+    before, lr, muon_lr, wd = copy.deepcopy(model.state_dict()), .01, .02, 2.0
     opt, rng = Optimizer(model, lr, 100, "muon", muon_lr, wd, clip=0), torch.Generator().manual_seed(0)
     grads = {n: torch.randn(p.shape, generator=rng, dtype=p.dtype) for n, p in model.named_parameters()}
     for name, p in model.named_parameters():

@@ -23,7 +23,6 @@ from model import GPT, GPTConfig, load_model, save_checkpoint
 TOK = Tokenizer.load("toy")
 QUICK = dict(device="cpu", dtype="fp32", data="toy", families="write", steps=2, prompts=6, max_new=6, micro_tokens=64,
              save_every=100, eval_every=100, reward="vowels", clip_grad=0.0)
-BUG = pytest.mark.xfail(reason="known bug, reported")
 
 
 @pytest.fixture
@@ -315,7 +314,6 @@ def test_normalize_uses_all_scores_seen():
     assert json.loads(json.dumps(state)) == state and state["seen"] == 20             # it rides in the checkpoint
 
 
-@BUG
 def test_normalize_equal_scores():
     """mean(x²) - mean(x)² in fp32 may come out below 0, whose root is complex."""
     for n, x in itertools.product((1, 3, 7, 100), (.1, 5.1, -7.3, 33.3)):
@@ -446,7 +444,8 @@ class Slow:
             rewards[-1] += scores[i]
             adv.append(torch.tensor(slow_gae(rewards, values[i].tolist(), c.gamma, c.lam)))
             ret.append(adv[i] + values[i])
-        explained = 1 - torch.cat([r - v for r, v in zip(ret, values)]).var(correction=0) / torch.cat(ret).var(correction=0)
+        every, missed = torch.cat(ret), torch.cat(ret) - torch.cat(values)
+        explained = 1 - missed.var(correction=0) / every.var(correction=0)
         if c.whiten:
             every = torch.cat(adv)
             adv = [(a - every.mean()) / (every.var(correction=ppo_correction()) + 1e-8).sqrt() for a in adv]
@@ -469,8 +468,8 @@ class Slow:
                     extra = {"k1": 0.0, "k2": d ** 2 / 2, "k3": (-d).exp() - 1 + d}[c.kl] * self.beta
                     total = total + p_loss + v_loss + extra - c.entropy_coef * ent[t]
                     tokens += 1
-                    for name, x in zip(seen, (p_loss, v_loss, float((near * A < rho * A).detach()), rho - 1 - rho.log(), rho)):
-                        seen[name].append(float(torch.as_tensor(x).detach()))
+                    for name, x in zip(seen, (p_loss, v_loss, near * A < rho * A, rho - 1 - rho.log(), rho)):
+                        seen[name].append(float(x.detach()))
             (total / tokens).backward()
             norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), c.clip_grad or float("inf"))
                      for m in (self.policy, self.critic)]
@@ -482,7 +481,9 @@ class Slow:
         out = dict(reward=sum(raw) / len(raw), kl=per_response, beta=self.beta, entropy=torch.cat(entropy).mean(),
                    response_length=sum(map(len, old)) / len(old), finished=sum(finished) / len(finished),
                    explained_variance=explained, critic_grad_norm=norms[1],
-                   **(dict(grad_norm=norms[0]) if step >= c.critic_warmup else {}), **{k: sum(x) / len(x) for k, x in seen.items()})
+                   **{k: sum(x) / len(x) for k, x in seen.items()})
+        if step >= c.critic_warmup:
+            out["grad_norm"] = norms[0]
         if c.target_kl:
             self.beta *= 1 + min(max(per_response / c.target_kl - 1, -.2), .2) * len(rows) / c.kl_horizon
         return {k: float(v) for k, v in out.items()}
@@ -500,7 +501,8 @@ def prompts(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     asked = ["The red cup", "Describe", "Tell me about the big old van", "a"] * 10
     turns = [[dict(role="user", content="Hm"), dict(role="assistant", content="Yes")] * (i % 2) for i in range(40)]
-    path.write_text("\n".join(json.dumps(dict(prompt=t + [dict(role="user", content=a)])) for t, a in zip(turns, asked)))
+    rows = [dict(prompt=before + [dict(role="user", content=last)]) for before, last in zip(turns, asked)]
+    path.write_text("\n".join(map(json.dumps, rows)))
     return str(path)
 
 
@@ -635,7 +637,7 @@ def test_critic_warmup_leaves_the_policy_alone(tiny, tmp_path):
 
 def test_options_at_0_are_bit_equal_to_their_absence(tiny, tmp_path, monkeypatch):
     rows = train(tmp_path / "a", tiny)
-    flags = ["--reward_shift", "0", "--ptx_coef", "0", "--entropy_coef", "0", "--critic_warmup", "0", "--target_kl", "0"]
+    flags = "--reward_shift 0 --ptx_coef 0 --entropy_coef 0 --critic_warmup 0 --target_kl 0 --stop_kl 0".split()
     monkeypatch.setattr(ppo, "pretraining_loss", None)                   # not even called
     options = {k: getattr(parse(ppo.Config, argv=flags, name="ppo"), k[2:]) for k in flags[::2]}
     assert train(tmp_path / "b", tiny, **{k[2:]: v for k, v in options.items()}) == rows
@@ -711,7 +713,7 @@ def test_samples_are_for_people(tiny, tmp_path):
 @pytest.mark.parametrize("flags", [
     "--lr 0", "--clip 0", "--steps 0", "--gamma 1.5", "--lam -1", "--temperature 0", "--epochs 0", "--kl k4",
     "--kl_coef -1", "--nonsense 1", "--prompts 2.5", "--minibatches 0", "--max_new 0", "--reward",
-    pytest.param("--kl_horizon 0", marks=BUG), pytest.param("--eval_every 0", marks=BUG)])
+    "--kl_horizon 0", "--eval_every 0"])
 def test_impossible_options_exit_2_with_one_line(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ppo.py", "--out", str(tmp_path / "x"), *flags.split()])
     with pytest.raises(SystemExit) as stop:
@@ -729,9 +731,8 @@ def test_missing_checkpoint_names_the_command(tmp_path, monkeypatch, capsys):
     assert stop.value.code == 1 and "python sft.py" in err and err.count("\n") == 1
 
 
-@BUG
 def test_a_mistyped_option_can_be_corrected(tiny, tmp_path):
-    """A run that never made a step holds nothing, so the corrected command must not be told to choose another folder."""
+    """A run that never made a step holds nothing: the corrected command must not be told to choose another folder."""
     for wrong in (dict(init=str(tmp_path / "typo")), dict(init=tiny, reward="not a sum")):
         with pytest.raises(data.UserError):
             train(tmp_path / "a", **wrong)
@@ -778,7 +779,7 @@ def test_bandit_starts_at_the_reference(bandit):
 F2 = [  # kl, β, whitening, where it must arrive; k1 has no noise left there, k2 and k3 have, so they need more samples
     ("k1", 1.0, True, [.085073, .173439, .314304, .427184], dict(steps=40, prompts=96, lr=1e-2)),    # π_ref e^(r/β) / Z
     ("k2", 1.0, False, [.085073, .173439, .314304, .427184], dict(steps=60, prompts=256, lr=5e-3)),  # the same
-    ("k3", 2.0, False, [.219513, .226892, .243245, .310350], dict(steps=45, prompts=96, lr=1e-2)),   # βπ_ref / (β + r̄ - r)
+    ("k3", 2.0, False, [.219513, .226892, .243245, .310350], dict(steps=45, prompts=96, lr=1e-2)),  # βπ_ref/(β+r̄-r)
 ]
 
 
