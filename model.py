@@ -603,7 +603,8 @@ def load_tensors(path):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, OSError, RuntimeError, OverflowError) as e:
-        raise UserError(f"{path}: not a checkpoint of ours ({type(e).__name__}: {e})") from None
+        why = str(e).splitlines()[0] if str(e) else ""
+        raise UserError(f"{path}: not a checkpoint of ours ({type(e).__name__}: {why})") from None
 
 
 def save_checkpoint(folder, modules, optimizers, meta):

@@ -71,6 +71,7 @@ class Config(RunConfig):
     critic_lr: float = 1e-3     # of the critic
     weight_decay: float = 0.0   # on matrices
     warmup: int = 0             # steps of linear warm-up, before the cosine
+    lr_end: float = 0.1         # where the cosine ends, as a share of the peak; 1 keeps the rates constant
     clip_grad: float = 1.0      # global gradient norm; 0 never clips
     # evaluation
     eval_every: int = 10        # steps between evaluations on held-out prompts
@@ -164,7 +165,7 @@ def normalize(score, state):
 def train(cfg):
     check(cfg, positive="steps prompts max_new temperature epochs minibatches lr critic_lr clip kl_horizon eval_every "
                         "micro_tokens save_every",
-          share="gamma lam")
+          share="gamma lam lr_end")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
@@ -183,7 +184,8 @@ def train(cfg):
     stream, held = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64, prepare=fits)
     if cfg.ptx_coef:
         documents, _ = open_stream(cfg.ptx_data, "text", cfg.seed, prepare=lambda doc: encode(doc, tok, block, "all"))
-    shared = dict(total=cfg.steps, weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
+    shared = dict(total=cfg.steps, weight_decay=cfg.weight_decay, warmup=cfg.warmup, floor=cfg.lr_end,
+                  clip=cfg.clip_grad)
     policy_opt, critic_opt = Optimizer(policy, cfg.lr, **shared), Optimizer(critic, cfg.critic_lr, **shared)
     state = dict(beta=cfg.kl_coef, seen=0, sum=0.0, square=0.0)
 

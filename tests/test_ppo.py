@@ -21,8 +21,8 @@ from data import Tokenizer, parse
 from model import GPT, GPTConfig, load_model, save_checkpoint
 
 TOK = Tokenizer.load("toy")
-QUICK = dict(device="cpu", dtype="fp32", data="toy", families="write", steps=2, prompts=6, max_new=6, micro_tokens=64,
-             save_every=100, eval_every=100, reward="vowels", clip_grad=0.0)
+QUICK = dict(lr_end=1.0, device="cpu", dtype="fp32", data="toy", families="write", steps=2, prompts=6, max_new=6, micro_tokens=64,
+             save_every=100, eval_every=100, reward="vowels", clip_grad=0.0, kl_coef=.05)
 
 
 @pytest.fixture
@@ -473,7 +473,8 @@ class Slow:
             (total / tokens).backward()
             norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), c.clip_grad or float("inf"))
                      for m in (self.policy, self.critic)]
-            for opt in self.opts:
+            for opt, lr in zip(self.opts, (c.lr, c.critic_lr)):
+                opt.param_groups[0]["lr"] = lr * (.1 + .9 * (1 + math.cos(math.pi * step / c.steps)) / 2)
                 if opt is self.opts[1] or step >= c.critic_warmup:
                     opt.step()
                 opt.zero_grad()
