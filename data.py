@@ -173,8 +173,7 @@ def toy_ranks():
     return bpe_ranks("\n".join(text), TOY_PATTERN, 768 - len(SPECIALS))
 
 
-# ------------------------------------------------------------------------------------------------ records: bytes -> (where, raw row)
-
+# ------------------------------------------------------------------------------------------------ reading files
 
 def _unique(items):
     row = dict(items)
@@ -220,8 +219,8 @@ def read_rows(path):
         why = "the same key twice in one object" if isinstance(error, TypeError) else error
         raise UserError(f"{where or name}: {why}") from None
 
-# ------------------------------------------------------------------------------------------------ records: raw row -> (prompt, answers, scores) -> canonical
 
+# ------------------------------------------------------------------------------------------------ shapes of records
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 RATINGS = "helpfulness correctness coherence complexity verbosity"
@@ -702,7 +701,8 @@ def known_gold(record, text, finished):
 VERIFIERS = {
     "gold": known_gold,
     "exact": lambda record, text, finished: finished and "answer" in record and final_answer(text) == record["answer"],
-    "format": lambda record, text, finished: finished and bool(re.fullmatch(r"<think>[^<>]+</think>[^<>]+", text)),
+    "format": lambda record, text, finished: finished and bool(re.fullmatch(
+        r"<think>\s*[^<>\s][^<>]*</think>\s*[^<>\s][^<>]*", text)),
 }
 
 
@@ -797,8 +797,8 @@ def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record
     prepared = [prepare(record) for record in read_records(data, kind)]
     groups = [items for items in prepared if items]
     if len(groups) < len(prepared):
-        print(f"{data}: {len(prepared) - len(groups)} of {len(prepared)} records do not fit the context and are left out",
-              file=sys.stderr)
+        lost = f"{len(prepared) - len(groups)} of {len(prepared)} records"
+        print(f"{data}: {lost} do not fit the context and are left out", file=sys.stderr)
     if not groups:
         raise UserError(f"{data}: no usable record in it")
     if len(groups) == 1:
@@ -1003,17 +1003,16 @@ def parse(Config, positional=(), argv=None, name=None):
 
 
 def read_toml(path, script, kinds):
-    """Options for `script` from a TOML file: its [script] table over the top level. An unknown key is an error,
-    unless it stands at the top level of a file that has tables for several scripts."""
+    """Options for `script` from a TOML file: its [script] table over the top level. An unknown key is an error; at the
+    top level, which is for every script, so is one that neither this script nor RunConfig has."""
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
         raise OptionError(f"--config {path}: {e}") from None
     shared = {k: v for k, v in table.items() if not isinstance(v, dict)}
-    own, several = table.get(script, {}), len(shared) < len(table)
-    for name in own.keys() | (set() if several else shared.keys()):
-        if name not in kinds:
-            raise OptionError(f"--config {path}: {name}: no such option of {script}.py")
+    own, common = table.get(script, {}), typing.get_type_hints(RunConfig)
+    for name in [k for k in own if k not in kinds] + [k for k in shared if k not in kinds | common]:
+        raise OptionError(f"--config {path}: {name}: no such option of {script}.py")
     return {k: convert(k, v, kinds[k]) for k, v in (shared | own).items() if k in kinds}
 
 
@@ -1084,7 +1083,7 @@ class Run:
         if path.exists():
             theirs = json.loads(path.read_text(encoding="utf-8"))
             for k in mine:
-                if theirs.get(k) != mine[k]:
+                if k in theirs and theirs[k] != mine[k]:
                     raise UserError(f"{cfg.out} holds a run with --{k} {theirs.get(k)}, not {mine[k]}: "
                                     "choose another --out, or delete that folder")
         self.config = json.dumps(mine, indent=1)  # written with the first step: a mistyped option leaves no folder

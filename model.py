@@ -1,6 +1,7 @@
 """What lives on the device: the GPT, its log-probabilities, the sampler, the optimizer, checkpoints.
 
-The model is GPT-2 with Hugging Face's names and shapes, so its weights map one to one. The same trunk carries
+The model is GPT-2 with Hugging Face's names and shapes (but for its transposed linear layers), so weights map one to
+one. The same trunk carries
 either the language-model head (tied to the embedding) or `n_scores` numbers per token, which is all a reward model
 or a value function is. No algorithm lives here: those are sft.py, reward.py, ppo.py and their siblings.
 
@@ -31,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-from data import Tokenizer, UserError, check, guard, micro_batches, pad, parse, parse_rewards, round_up, verifier
+from data import VERIFIERS, Tokenizer, UserError, check, guard, micro_batches, pad, parse, parse_rewards, round_up, verifier
 
 # ------------------------------------------------------------------------------------------------ the model
 
@@ -224,12 +225,13 @@ def full(x):
 
 
 def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, chunk=None, pos=None, see=None):
-    """log π(token t+1 | tokens 0..t) where mask is 1, and exactly 0 elsewhere.
+    """log π(token t+1 | tokens 0..t) where mask is not 0, and exactly 0 elsewhere.
 
     tokens (B, T), mask (B, T-1) -> logp (B, T-1), at least fp32; with entropy=True also the entropy of each of
     those next-token distributions, in nats. The head runs on masked positions only and in chunks (of 2^25 logits,
-    unless told) that the backward pass recomputes, so no (B, T, V) tensor ever exists. Both are at the sampling temperature: a policy sampled at
-    T != 1 *is* softmax(logits / T), and ratios of anything else are not importance weights.
+    unless told) that the backward pass recomputes, so no (B, T, V) tensor ever exists. Both are at the sampling
+    temperature: a policy sampled at T != 1 *is* softmax(logits / T), and ratios of anything else are no importance
+    weights.
     """
     def head(hidden, target):                                                            # (N, C), (N,)
         logits = full(model.logits(hidden)) / temperature                                # (N, V)
@@ -327,13 +329,13 @@ def generate(model, prompts, tok, max_new, n=1, temperature=1.0, top_k=0, top_p=
     keeps its own position in a static key-value cache. A row stops at `tok.end`, after max_new tokens, or when the
     context is full; finished rows leave the batch. top_k and top_p are for chatting: a policy gradient needs the
     samples to come from the distribution it differentiates, so no trainer offers them. stream(token) is called with
-    each new id of the first row. Raises UserError for a prompt that leaves no room in the context.
+    each new id, for a single row. Raises UserError for a prompt that leaves no room in the context.
     """
     config, device = model.config, model.device
     length = torch.tensor([len(p) for p in prompts], device=device)                      # (P,)
     longest, rows = max(map(len, prompts)), torch.arange(len(prompts), device=device)
-    if min(map(len, prompts)) == 0:
-        raise UserError("cannot sample from an empty prompt")
+    if min(map(len, prompts)) == 0 or max_new < 1:
+        raise UserError("cannot sample from an empty prompt, nor less than one token")
     if longest >= config.block_size:
         raise UserError(f"a prompt of {longest} tokens leaves no room in the context of {config.block_size}")
     width = min(round_up(longest + max_new), config.block_size)
@@ -421,6 +423,9 @@ class Reward:
         self.terms, self.models = [], []
         for weight, name in parse_rewards(spec):
             judge = verifier(name)
+            if judge is None and not Path(name).exists():
+                raise UserError(f"{name}: neither a run folder (python reward.py train makes one) nor a verifier "
+                                f"({', '.join(VERIFIERS)}, or module:function)")
             if judge is None:
                 judge = load_model(name, tok, device, maker="python reward.py train")
                 if not judge.config.n_scores:
@@ -538,7 +543,7 @@ class Optimizer:
             for name, value in flat.items():
                 which, p, key = name.split(".", 2)
                 if int(which) == i:
-                    state.setdefault(int(p), {})[key] = value
+                    state.setdefault(int(p), {})[key] = value.clone()  # not the file's memory
             optim.load_state_dict(dict(state=state, param_groups=optim.state_dict()["param_groups"]))
 
 
@@ -674,7 +679,7 @@ def steps(run, total, modules, optimizers, state, save_every):
     run: the data.Run whose folder holds the checkpoint. state: a JSON-able dict of whatever else the loop carries
     from step to step (a KL coefficient, running means); it is saved and restored in place.
 
-    Each step starts by seeding every generator from (seed, step). That is all the random state there is: resuming
+    Each step starts by seeding PyTorch's generators from (seed, step). That is all the random state there is: resuming
     needs no generator's state, and evaluation or sampling inside one step cannot change the next.
     """
     start, folder = 0, run.folder
@@ -689,7 +694,7 @@ def steps(run, total, modules, optimizers, state, save_every):
         state.update(meta["state"])
         start = meta["step"]
     for step in run.progress(start, total):
-        torch.manual_seed(run.seed * 1_000_003 + step)
+        torch.manual_seed((run.seed * 1_000_003 + step) % 2 ** 63)
         yield step
         if (step + 1) % save_every == 0 or step + 1 == total:
             done = step + 1 == total
@@ -735,7 +740,7 @@ def main():
                 shown = len(text)
         prompt = tok.prompt(messages)[-(model.config.block_size - 1):]
         generate(model, [prompt], tok, cfg.max_new, 1, cfg.temperature, cfg.top_k, cfg.top_p, show)
-        print()
+        print(tok.decode(ids)[shown:])
         return tok.decode(ids)
 
     while True:

@@ -80,7 +80,7 @@ def evaluate(model, rows, cfg, tok, amp):
 
 
 def train(cfg):
-    check(cfg, positive="batch lr micro_tokens save_every eval_every", share="prompt_weight beta2 dropout")
+    check(cfg, positive="batch lr muon_lr micro_tokens save_every eval_every", share="prompt_weight beta2 dropout")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:

@@ -1175,7 +1175,7 @@ def script(monkeypatch, name, *argv):
 
 def test_flag_over_toml_over_default(tmp_path):
     toml = tmp_path / "a.toml"
-    toml.write_text('lr = 1\nsteps = 7\nthreads = 2\nelsewhere = 3\n[ours]\nsteps = 8\nkind = "two"\n[theirs]\nx = 1\n')
+    toml.write_text('lr = 1\nsteps = 7\nthreads = 2\nmicro_tokens = 3\n[ours]\nsteps = 8\nkind = "two"\n[theirs]\nx = 1\n')
     assert read() == Options()
     cfg = read("--config", str(toml), "--threads", "4")
     assert (cfg.lr, cfg.steps, cfg.threads, cfg.kind, cfg.loud) == (1.0, 8, 4, "two", False) and type(cfg.lr) is float

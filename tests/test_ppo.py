@@ -21,8 +21,8 @@ from data import Tokenizer, parse
 from model import GPT, GPTConfig, load_model, save_checkpoint
 
 TOK = Tokenizer.load("toy")
-QUICK = dict(lr_end=1.0, device="cpu", dtype="fp32", data="toy", families="write", steps=2, prompts=6, max_new=6, micro_tokens=64,
-             save_every=100, eval_every=100, reward="vowels", clip_grad=0.0, kl_coef=.05)
+QUICK = dict(device="cpu", dtype="fp32", data="toy", families="write", steps=2, prompts=6, max_new=6, micro_tokens=64,
+             save_every=100, eval_every=100, reward="vowels", clip_grad=0.0, kl_coef=.05, lr_end=1.0)
 
 
 @pytest.fixture
@@ -474,7 +474,7 @@ class Slow:
             norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), c.clip_grad or float("inf"))
                      for m in (self.policy, self.critic)]
             for opt, lr in zip(self.opts, (c.lr, c.critic_lr)):
-                opt.param_groups[0]["lr"] = lr * (.1 + .9 * (1 + math.cos(math.pi * step / c.steps)) / 2)
+                opt.param_groups[0]["lr"] = lr * (c.lr_end + (1 - c.lr_end) * (1 + math.cos(math.pi * step / c.steps)) / 2)
                 if opt is self.opts[1] or step >= c.critic_warmup:
                     opt.step()
                 opt.zero_grad()
@@ -510,7 +510,7 @@ def prompts(tmp_path_factory):
 LOOPS = {
     "k1, whitened, clipped, two minibatches": dict(
         epochs=2, minibatches=2, temperature=.7, gamma=.9, lam=.8, reward_shift=.5, value_clip=.05, clip=.05,
-        lr=3e-3, critic_lr=3e-2, clip_grad=.5, target_kl=.01, kl_horizon=20.0),
+        lr=3e-3, critic_lr=3e-2, lr_end=.2, clip_grad=.5, target_kl=.01, kl_horizon=20.0),
     "k2, entropy, clipped score": dict(
         kl="k2", kl_coef=.5, whiten=False, entropy_coef=.1, clip_reward=.5, missing_end=.3, epochs=3, lr=2e-3),
     "k3, running score, no value clip, a reward model, critic warm-up": dict(
