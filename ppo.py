@@ -122,7 +122,8 @@ def masked_mean(x, mask):
 
 
 def masked_var(x, mask):
-    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+    """Unbiased, dividing by n - 1."""
+    return masked_sum((x - masked_mean(x, mask)) ** 2, mask) / (mask.sum() - 1).clamp(min=1)
 
 
 def whiten(x, mask):
