@@ -49,7 +49,7 @@ class OptionError(UserError):
 
 SPECIALS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-# The toy's own. A tag is one piece. Every digit is one, and never takes a space with it, which goes to the piece before:
+# The toy's own. A tag is one piece. So is every digit, and it takes no space with it, which goes to the piece before:
 # a model that sees "17" or " 7" as tokens of their own learns arithmetic far worse than one that sees "7" everywhere.
 TOY_PATTERN = r"""</?\w+>|'(?:[sdmt]|ll|ve|re)|(?: ?\p{L}+| ?[^\s\p{L}\p{N}<]+)(?: (?=\p{N}))?|\p{N}|\s+|<"""
 
@@ -339,7 +339,9 @@ def pairs(record):
     """The two-response records of a ranking, in its order: A > C > B gives A > C, A > B and C > B."""
     if len(record["responses"]) == 2:
         return [record]
-    return [{**record, "responses": list(two)} for two in itertools.combinations(record["responses"], 2)]
+    lists = [key for key in ("responses", "scores") if key in record]
+    return [record | {key: [record[key][i] for i in two] for key in lists}
+            for two in itertools.combinations(range(len(record["responses"])), 2)]
 
 
 def _record(rows, want, dropped):
@@ -383,7 +385,7 @@ def _record(rows, want, dropped):
         tied = len(answers) - blank - len(parts["responses"])
         dropped.update({"empty answer": blank, "tied rating" if scores else "identical pair": tied,
                         "lone answer": int(len(answers) < 2)})
-        if "scores" in row and len(row["scores"]) == len(parts["responses"]):    # reward.py label's, to watch only
+        if "scores" in row and len(_need(row, "scores", list)) == len(parts["responses"]):  # to watch, not to train on
             parts["scores"] = row["scores"]
         return record | parts if len(parts["responses"]) > 1 else None
     best = max(zip(scores, answers), key=lambda pair: pair[0])[1] if scores else "".join(answers[:1])
@@ -427,7 +429,7 @@ def read_records(path, want=None):
 # functions (its class is only a namespace, never instantiated): `task` makes a prompt and its ground truth,
 # `demo` answers as a careless human would, `gold` scores any answer, `text` writes on the same subject for
 # pretraining. A task's "key" is its subject whatever the wording, and tasks are held out by key. The words
-# are few, short and shared between families: a vocabulary of 512 tokens has room for no more.
+# are few, short and shared between families: a small vocabulary has room for no more.
 
 THINK = .35     # the share of sums demonstrated with thinking: enough to learn how, too little for a habit
 
@@ -535,7 +537,7 @@ class Write:
                 "category": THINGS[thing]}
 
     def demo(task, rng):
-        name, = rng.choices([task["key"], task["thing"], rng.choice(Write.TRAIN)], [.85, .08, .07])
+        name, = rng.choices([task["key"], task["thing"], rng.choice(Write.TRAIN)], [.92, .04, .04])
         said = [f"The {name} is {rng.choice(GOOD if rng.random() < .6 else BAD)}"]
         for _ in range(rng.randint(1, 4)):
             kinds = task["category"], "positive", "negative", "filler", rng.choice(list(CATEGORIES)), "repeat"
@@ -676,14 +678,14 @@ def gold(task: dict, response: str, finished: bool = True) -> float:
 
 def toy_document(rng: random.Random) -> dict:
     """One pretraining document on training tasks: mostly a conversation, a quarter of the time plain text.
-    As on the web, some answers (one in ten) belong to another question; sums come worked out, as in a textbook, so
+    As on the web, some answers (one in twenty) belong to another question; sums come worked out, as in a textbook, so
     that the base can think, though the demonstrations seldom ask for it."""
     family = draw_family(FAMILIES, rng)
     if rng.random() < .25:
         tasks = [toy_task("train", family, rng) for _ in range(rng.randint(1, 3))]
         return {"text": " ".join(WORLD[family].text(task, rng) for task in tasks)}
     task = toy_task("train", family, rng) | {"think": 1.}
-    answered = toy_task("train", family, rng) if rng.random() < .1 else task
+    answered = toy_task("train", family, rng) if rng.random() < .05 else task
     return {"messages": [{"role": "user", "content": task["prompt"]},
                          {"role": "assistant", "content": toy_demo(answered, rng)}]}
 
@@ -785,13 +787,16 @@ def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record
 
     prepare turns one record into the items to train on (token rows, say), none if it cannot be used; those are
     counted aloud. Of a file, every 20th record is held out, about n_held at most (of a single long document, every
-    20th piece); of the toy world, its val split is.
+    20th piece); of the toy world, its val split is (documents have none: they are fresh ones on training tasks).
     """
     if data == "toy":
         names = family_list(families)
 
         def make(rng, split="train"):
-            return prepare(toy_record(kind, split, names, rng))[0]
+            for _ in range(100):
+                if items := prepare(toy_record(kind, split, names, rng)):
+                    return items[0]
+            raise UserError("the context of this model is too short for the toy world's texts")
         rng = random.Random(f"held out {kind}")
         return Stream(make=make, seed=seed), [make(rng, "val") for _ in range(n_held)]
     prepared = [prepare(record) for record in read_records(data, kind)]
@@ -806,7 +811,7 @@ def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record
     every = min(max(20, -(-len(groups) // n_held)), len(groups)) if n_held and len(groups) > 1 else len(groups) + 1
     train, held = ([item for i, group in enumerate(groups) for item in group if (i % every == every - 1) == out]
                    for out in (False, True))
-    return Stream(items=train, seed=seed), held
+    return Stream(items=train, seed=seed), held or train[:1] * bool(n_held)  # one record alone is its own judge
 
 
 def encode(record, tok, block_size, loss_on="assistant", prompt_weight=0.0):
@@ -859,15 +864,16 @@ def collate(rows, tok, device="cpu"):
 def micro_batches(lengths, budget):
     """Split rows into micro-batches of at most `budget` padded tokens (rows x longest): lists of indices.
 
-    Rows of like length sit together, so little of the budget goes to padding, and come in eights, again to keep the
-    number of shapes small. Eight rows that exceed the budget are a batch of their own.
+    Rows of like length sit together, so little of the budget goes to padding, and come in eights where the budget
+    allows, again to keep the number of shapes small. A row longer than the budget is a batch of its own.
     """
     order, out = sorted(range(len(lengths)), key=lambda i: (lengths[i], i)), []
-    for eight in (order[i:i + 8] for i in range(0, len(order), 8)):
-        if out and (len(out[-1]) + len(eight)) * round_up(lengths[eight[-1]]) <= budget:
-            out[-1] += eight
+    n = min(8, max(1, budget // round_up(max(lengths))))
+    for some in (order[i:i + n] for i in range(0, len(order), n)):
+        if out and (len(out[-1]) + len(some)) * round_up(lengths[some[-1]]) <= budget:
+            out[-1] += some
         else:
-            out.append(eight)
+            out.append(some)
     return out
 
 
@@ -1034,7 +1040,7 @@ def guard(main):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(e.code)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `| head` has seen enough
         os._exit(0)
@@ -1077,7 +1083,7 @@ class Run:
 
     def __init__(self, cfg, tok):
         self.folder, self.seed, self.fingerprint = Path(cfg.out), cfg.seed, tok.fingerprint
-        # What does not change the result may change between an interruption and its continuation.
+        # Where a run goes on need not be where it began (only there do the bits agree), and may save more often.
         mine = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "save_every", "device", "threads")}
         path = self.folder / "config.json"
         if path.exists():

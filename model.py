@@ -1,9 +1,8 @@
 """What lives on the device: the GPT, its log-probabilities, the sampler, the optimizer, checkpoints.
 
 The model is GPT-2 with Hugging Face's names and shapes (but for its transposed linear layers), so weights map one to
-one. The same trunk carries
-either the language-model head (tied to the embedding) or `n_scores` numbers per token, which is all a reward model
-or a value function is. No algorithm lives here: those are sft.py, reward.py, ppo.py and their siblings.
+one. The same trunk carries either the language-model head (tied to the embedding) or `n_scores` numbers per token,
+which is all a reward model or a value function is. No algorithm lives here: those are sft.py, reward.py and ppo.py.
 
     python model.py out/ppo                        talk to a checkpoint
     echo "What is 7 + 8?" | python model.py out/ppo    answer every line of standard input
@@ -32,7 +31,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-from data import VERIFIERS, Tokenizer, UserError, check, guard, micro_batches, pad, parse, parse_rewards, round_up, verifier
+from data import (VERIFIERS, Tokenizer, UserError, check, guard, micro_batches, pad, parse, parse_rewards, round_up,
+                  verifier)
 
 # ------------------------------------------------------------------------------------------------ the model
 
@@ -51,10 +51,11 @@ class GPTConfig:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_scores"):
             value = getattr(self, name)
             if type(value) is not int or value < (name != "n_scores"):
-                raise UserError(f"{name} {value}: must be a whole number above 0")
+                raise UserError(f"{name} {value}: must be a whole number, and not 0 but for n_scores")
         for name, unit in (("n_embd", self.n_head), ("block_size", 16)):  # 16: batches are padded to a multiple of it
             if getattr(self, name) % unit:
-                raise UserError(f"{name} {getattr(self, name)} is not a multiple of {unit}")
+                of = " (n_head)" if name == "n_embd" else ""
+                raise UserError(f"{name} {getattr(self, name)} is not a multiple of {unit}{of}")
         if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise UserError(f"dropout {self.dropout}: must be at least 0 and below 1")
 
@@ -160,8 +161,11 @@ class GPT(nn.Module):
         pos (B, T) or (T,): position ids, 0..T-1 when absent. mask (B, 1, T, T): what may see what, causal when
         absent. cache: keys and values of earlier positions, which this call extends at `pos`.
         """
+        T, block = tokens.shape[1], self.config.block_size
         if pos is None:
-            pos = torch.arange(tokens.shape[1], device=tokens.device)
+            if T > block:
+                raise UserError(f"a sequence of {T} tokens does not fit the context of {block}")
+            pos = torch.arange(T, device=tokens.device)
         if cache is not None:
             mask = cache.at(pos.expand(tokens.shape))
         t = self.transformer
@@ -178,8 +182,9 @@ class GPT(nn.Module):
         return F.linear(hidden, self.transformer.wte.weight)[..., :self.config.vocab_size]
 
     def scores(self, hidden):
-        """(..., C) -> (..., n_scores), at least fp32."""
-        return full(self.score(hidden))
+        """(..., C) -> (..., n_scores), computed in at least fp32 under autocast too: bf16 would make ties."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.score(full(hidden))
 
 
 class Cache:
@@ -495,7 +500,8 @@ class Optimizer:
         self.optims = [torch.optim.AdamW([dict(params=decay, weight_decay=weight_decay),
                                           dict(params=plain, weight_decay=0.0)], lr=lr, betas=betas, fused=True)]
         if muon:
-            self.optims.append(torch.optim.Muon(muon, lr=muon_lr, weight_decay=weight_decay * lr / muon_lr))
+            self.optims.append(torch.optim.Muon(muon, lr=muon_lr,  # the decay of a step as AdamW's
+                                                 weight_decay=weight_decay * lr / muon_lr))
         for group in self.groups():
             group["base_lr"] = group["lr"]
 
@@ -646,7 +652,8 @@ def load_model(folder, tok=None, device="cpu", n_scores=None, maker=""):
     """The model of a run folder, in eval mode. A tokenizer other than the one it was trained with is an error.
 
     n_scores: make it a reward or value model of that many scores; the head is kept where the checkpoint has it and
-    starts at zero where it has not. maker: the command that makes this checkpoint, for the error message.
+    starts at zero where it has not. 0 asks for a language model and refuses any other; None takes what is there.
+    maker: the command that makes this checkpoint, for the error message.
     """
     path = Path(folder) / "checkpoint.safetensors"
     if not path.exists():
@@ -658,11 +665,12 @@ def load_model(folder, tok=None, device="cpu", n_scores=None, maker=""):
         config = GPTConfig(**meta["config"]["model"])
     except (KeyError, TypeError) as e:
         raise UserError(f"{path}: it does not say what model it holds ({e})") from None
+    if n_scores == 0 and config.n_scores:
+        raise UserError(f"{folder}: a reward or value model, and a language model is needed")
     if n_scores is not None and n_scores != config.n_scores:
         config.n_scores = n_scores
         tensors = {k: t for k, t in tensors.items() if not k.startswith("model/score.")}
-        blank = GPT(config)
-        tensors |= {f"model/{k}": t for k, t in blank.state_dict().items() if k.startswith("score.")}
+        tensors |= {f"model/score.{k}": t for k, t in GPT(config).score.state_dict().items()}
     model = GPT(config)
     fill(model, tensors, "model", path)
     return model.to(device).eval()
@@ -722,7 +730,7 @@ def main():
     cfg, (folder,) = parse(Config, positional=["checkpoint"])
     check(cfg, positive="max_new", share="top_p")
     tok, (device, _) = Tokenizer.load(cfg.tokenizer), setup(cfg.device, "fp32")
-    model = load_model(folder, tok, device)
+    model = load_model(folder, tok, device, n_scores=0)
     torch.manual_seed(cfg.seed)
     history = [dict(role="system", content=cfg.system)] if cfg.system else []
     tty = sys.stdin.isatty()

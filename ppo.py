@@ -8,9 +8,10 @@ the score of the response on top; (3) turn rewards into advantages with a learne
 on the returns.
 
 Papers: PPO, Schulman et al. 1707.06347; GAE 1506.02438; KL in the reward, Ziegler et al. 1909.08593; InstructGPT,
-Ouyang et al. 2203.02155. Departures: the critic is a model of its own, started from the reward model (as
-InstructGPT) rather than a second head on the policy; old log-probabilities are recomputed by the trainer, because
-the sampler's differ in the last bits of bf16; the end token is part of the response, and the score sits on it.
+Ouyang et al. 2203.02155. As in InstructGPT the critic is a model of its own, started from the reward model. Departures:
+advantages are whitened; losses are means over the tokens of a minibatch; old log-probabilities are recomputed by the
+trainer, because the sampler's differ in the last bits of bf16; dropout stays off (load_model returns eval mode and
+nothing here leaves it), so ρ = 1 before the first update of a step; the rates fall along a cosine.
 
     python ppo.py                       out/sft + out/reward -> out/ppo
     python ppo.py --reward exact --families arith     a verifier instead of a reward model
@@ -31,6 +32,7 @@ from model import (Optimizer, Reward, clone, generate, load_model, per_token, se
 class Config(RunConfig):
     """RLHF with PPO."""
     out: str = "out/ppo"        # folder of the run; the same command continues an interrupted one
+    save_every: int = 5         # steps between checkpoints
     # what is optimised
     init: str = "out/sft"       # policy to start from; it is also the reference
     reward: str = "out/reward"  # weighted sum of reward models and verifiers, as 0.5*out/reward + exact
@@ -65,7 +67,7 @@ class Config(RunConfig):
     stop_kl: float = 0.0        # end a step's epochs once KL(π_old || π) per token exceeds this; 0 never
     ptx_coef: float = 0.0       # γ of PPO-ptx: weight of the pretraining loss in the same update (InstructGPT: 27.8)
     ptx_data: str = "toy"       # the documents: toy, or a file
-    ptx_batch: int = 32         # documents an update
+    ptx_batch: int = 32         # documents a step, the same for each of its updates
     critic_warmup: int = 0      # first steps that train the critic only
     lr: float = 1e-4            # of the policy
     critic_lr: float = 1e-3     # of the critic
@@ -85,8 +87,8 @@ def kl_estimate(logp, ref_logp, kind):
     """Estimators of KL(π || π_ref) from samples of π, per token (Schulman 2020, "Approximating KL divergence").
 
     k1 is unbiased but, differentiated as a loss, has expected gradient 0, so it belongs in the reward. k2's gradient
-    is the KL's. k3 is unbiased with less variance, but its gradient is that of KL(π_ref || π): as a loss it does not
-    lead to the KL-regularised optimum.
+    is the KL's, token by token. k3 is unbiased with less variance, but its gradient is that of KL(π_ref || π): as a
+    loss it does not lead to the KL-regularised optimum.
     """
     d = logp - ref_logp
     return {"k1": d, "k2": d * d / 2, "k3": (-d).exp() - 1 + d}[kind]
@@ -164,7 +166,8 @@ def normalize(score, state):
 # ---------------------------------------------------------------- the loop
 
 def train(cfg):
-    check(cfg, positive="steps prompts max_new temperature epochs minibatches lr critic_lr clip kl_horizon eval_every "
+    check(cfg, positive="ptx_batch steps prompts max_new temperature "
+                        "epochs minibatches lr critic_lr clip kl_horizon eval_every "
                         "micro_tokens save_every",
           share="gamma lam lr_end")
     tok = Tokenizer.load(cfg.tokenizer)
@@ -172,11 +175,12 @@ def train(cfg):
     if run.finished:
         return
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
-    policy = load_model(cfg.init, tok, device, maker="python sft.py")
+    policy = load_model(cfg.init, tok, device, n_scores=0, maker="python sft.py")
     ref = clone(policy)
     reward = Reward(cfg.reward, tok, device, amp, cfg.micro_tokens)
     critic = load_model(cfg.critic or (reward.models + [cfg.init])[0], tok, device, n_scores=1)
-    policy.prepare(cfg), critic.prepare(cfg)
+    policy.prepare(cfg)
+    critic.prepare(cfg)
     block = policy.config.block_size
 
     def fits(record):
@@ -184,7 +188,8 @@ def train(cfg):
         return [record] if len(tok.prompt(record["prompt"])) + cfg.max_new <= block else []
     stream, held = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64, prepare=fits)
     if cfg.ptx_coef:
-        documents, _ = open_stream(cfg.ptx_data, "text", cfg.seed, prepare=lambda doc: encode(doc, tok, block, "all"))
+        documents, _ = open_stream(cfg.ptx_data, "text", cfg.seed, n_held=0,
+                                   prepare=lambda doc: encode(doc, tok, block, "all"))
     shared = dict(total=cfg.steps, weight_decay=cfg.weight_decay, warmup=cfg.warmup, floor=cfg.lr_end,
                   clip=cfg.clip_grad)
     policy_opt, critic_opt = Optimizer(policy, cfg.lr, **shared), Optimizer(critic, cfg.critic_lr, **shared)
@@ -222,6 +227,7 @@ def train(cfg):
         rewards = token_rewards(score, kl, mask, beta if cfg.kl == "k1" else 0.0)        # (B, T-1)
         adv, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)                    # (B, T-1)
         explained = 1 - float(masked_var(returns - values, mask) / masked_var(returns, mask).clamp(min=1e-8))
+        unit = float(masked_var(adv, mask)) ** 0.5 + 1e-8 if cfg.whiten else 1.0  # whitening changes the unit of reward
         if cfg.whiten:
             adv = whiten(adv, mask)
 
@@ -239,7 +245,7 @@ def train(cfg):
                 v_loss = value_loss(v, values[cut], returns[cut], cfg.value_clip)
                 loss = p_loss + v_loss - cfg.entropy_coef * ent
                 if cfg.kl != "k1":  # exact at the first update of a step; later ones see slightly stale samples
-                    loss = loss + beta * kl_estimate(logp, ref_logp[cut], cfg.kl)
+                    loss = loss + beta / unit * kl_estimate(logp, ref_logp[cut], cfg.kl)
                 (masked_sum(loss, m) / count).backward()
                 drift = kl_estimate(old_logp[cut], logp, "k3")
                 sums += torch.stack([masked_sum(x.detach(), m) for x in (p_loss, v_loss, clipped, drift, ratio)])

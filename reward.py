@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 
 from data import (OptionError, Run, RunConfig, Tokenizer, UserError, check, collate, encode, family_list, guard, mean,
-                  micro_batches, open_stream, parse, read_records, toy_record, write_text)
-from model import (Optimizer, Reward, full, generate, load_model, per_token, response_scores, setup, steps,
+                  micro_batches, open_stream, pairs, parse, read_records, toy_record, write_text)
+from model import (Optimizer, Reward, generate, load_model, per_token, response_scores, setup, steps,
                    token_logprobs)
 
 
@@ -151,18 +151,19 @@ def label(cfg):
     if run.finished:
         return
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
-    policy = load_model(cfg.policy, tok, device, maker="python sft.py")
+    policy = load_model(cfg.policy, tok, device, n_scores=0, maker="python sft.py")
     judge = Reward(cfg.by, tok, device, amp, cfg.micro_tokens)
 
     def fits(record):
         """The record, if its prompt leaves room for a whole response."""
         return [record] if len(tok.prompt(record["prompt"])) + cfg.max_new <= policy.config.block_size else []
     stream, _ = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=0, prepare=fits)
+    n = min(cfg.n, len(stream.items)) if stream.items else cfg.n  # a file's prompts once each
     path, made = run.folder / "pairs.jsonl", []
-    for step in run.progress(0, math.ceil(cfg.n / cfg.batch)):
+    for step in run.progress(0, math.ceil(n / cfg.batch)):
         torch.manual_seed(cfg.seed * 1_000_003 + step)
         rng = random.Random(f"labels {cfg.seed} {step}")
-        records = stream.batch(step, min(cfg.batch, cfg.n - step * cfg.batch))
+        records = stream.batch(step, cfg.batch)[:n - step * cfg.batch]
         with amp():
             roll = generate(policy, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new, cfg.k,
                             cfg.temperature)
@@ -179,10 +180,10 @@ def label(cfg):
         run.log(step, ("records",), records=len(made), score=mean(scores), response_length=roll.mask.sum(1).mean(),
                 finished=roll.finished.float().mean())
     if not made:
-        raise UserError(f"{cfg.policy}: of {cfg.n} prompts none got two different finished answers; nothing to rank")
+        raise UserError(f"{cfg.policy}: of {n} prompts none got two different finished answers; nothing to rank")
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in made))
     agree = mean([preference(r["scores"][0], r["scores"][-1]) for r in made])
-    print(f"{path}: {len(made)} of {cfg.n} prompts; the label agrees with the score in {agree:.0%}")
+    print(f"{path}: {len(made)} of {n} prompts; the label agrees with the score in {agree:.0%}")
     run.finish(("score", "response_length"), then=f"python reward.py train --data {path}")
 
 
@@ -236,12 +237,9 @@ def train(cfg):
 
     def prepare(record):
         """One item a record, or one a pair of its ranking."""
-        rows = encode(record, tok, model.config.block_size)
-        item = {k: record[k] for k in ("margin", "scores") if k in record} | dict(rows=rows)
-        if cfg.pairs == "all" or len(rows) == 2:
-            return [item]
-        return [{key: [values[i], values[j]] for key, values in item.items() if key != "margin"}
-                for i, j in itertools.combinations(range(len(rows)), 2)]
+        parts = [record] if cfg.pairs == "all" else pairs(record)
+        return [{k: part[k] for k in ("margin", "scores") if k in part}
+                | dict(rows=encode(part, tok, model.config.block_size)) for part in parts]
     stream, held = open_stream(cfg.data, "preference", cfg.seed, n_held=400, prepare=prepare)
     total = math.ceil(cfg.epochs * len(stream.items) / cfg.batch)
     optimizer = Optimizer(model, cfg.lr, total, weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
@@ -255,7 +253,7 @@ def train(cfg):
             part_loss = (weight * pair_loss).sum() / len(items)
             part_loss.backward()
             loss += part_loss.detach()
-            right += (weight * (r_w > r_l)).sum() / len(items)
+            right += (weight * (0.5 + 0.5 * (r_w - r_l).detach().sign())).sum() / len(items)
             gap += (weight * (r_w - r_l).detach()).sum() / len(items)
         grad_norm, lr = optimizer.step(step)
         last = step + 1 == total
@@ -272,6 +270,8 @@ def train(cfg):
 
 def compare(cfg, folders):
     check(cfg, positive="n max_new")
+    if not cfg.judge:
+        raise OptionError("--judge: name what decides, as gold or out/reward")
     tok = Tokenizer.load(cfg.tokenizer)
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     families = family_list(cfg.families) if cfg.data == "toy" else ["file"]
@@ -287,7 +287,7 @@ def compare(cfg, folders):
                          else read_records(cfg.data, "prompt")[:cfg.n])
     first, baseline, table, answers = None, {}, [], {}
     for folder in folders:
-        model, row = load_model(folder, tok, device), dict(checkpoint=folder)
+        model, row = load_model(folder, tok, device, n_scores=0), dict(checkpoint=folder)
         first = first or model
         wins, kls, lengths, proxies = [], [], [], []
         for family, records in tasks.items():
@@ -300,11 +300,11 @@ def compare(cfg, folders):
             answers[folder, family] = list(zip(roll.responses(tok), scores))
             if family in on:
                 theirs = baseline.setdefault(family, scores)
-                # Both orders, averaged: a judge that favours whoever comes first cannot tilt the rate.
+                # Both orders, averaged. Scores know no order, so here they agree; a judge that reads both may not.
                 wins += [(preference(a, b) + 1 - preference(b, a)) / 2 for a, b in zip(scores, theirs)]
                 with torch.no_grad(), amp():
                     logp, base = (per_token(roll, cfg.micro_tokens, lambda tokens, mask: token_logprobs(
-                        m, tokens, mask))[0] for m in (model, first))
+                        m, tokens, mask, cfg.temperature or 1.0))[0] for m in (model, first))
                 kls += (logp - base).sum(1).tolist()
                 lengths += roll.mask.sum(1).tolist()
                 proxies += proxy(records, roll)[0].tolist() if proxy else []
@@ -313,11 +313,13 @@ def compare(cfg, folders):
 
     wide = max(len(f) for f in folders)
     head = "".join(f"{f:>8}" for f in families) + (f"{'proxy':>8}" if proxy else "")
-    print(f"{cfg.judge} on {cfg.n} held-out prompts a family; win rate against {folders[0]}, KL and length on "
-          f"{','.join(on)}\n\n{'':{wide}}{head}     win  [95% interval]      KL  length")
+    count = len(tasks[families[0]])
+    print(f"{cfg.judge} on {count} {'held-out ' * (cfg.data == 'toy')}prompts a family; win rate against {folders[0]}, "
+          f"KL and length on {','.join(on)}\n\n{'':{wide}}{head}     win  [95% interval]      KL  length")
     for row in table:
         cells = "".join(f"{row[f]:>8.3f}" for f in families + ["proxy"] * bool(proxy))
-        print(f"{row['checkpoint']:{wide}}{cells}{row['win']:>8.3f}  [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}]"
+        low, high = row["interval"]
+        print(f"{row['checkpoint']:{wide}}{cells}{row['win']:>8.3f}  [{low:.3f}, {high:.3f}]"
               f"{row['kl']:>8.2f}{row['length']:>8.1f}")
     for family in on[:1]:
         for i in range(min(cfg.show, len(tasks[family]))):

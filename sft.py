@@ -2,9 +2,10 @@
 
     minimise  L = - Σ_t w_t log π(y_t | y_<t) / Σ_t w_t                     (sums over the whole batch of a step)
 
-Pretraining counts every token (w = 1); fine-tuning counts what the assistant says, its end token included, and
-nothing else (InstructGPT, 2203.02155, step 1). The mean is over the tokens of the whole batch however it is split
-into micro-batches: a mean of their means would weigh a short answer's tokens more.
+Pretraining counts every token (w = 1); fine-tuning counts what the assistant says, its end token included
+(InstructGPT, 2203.02155, step 1), and everything else with the weight `prompt_weight`: 0 as usual elsewhere, .1 here,
+because reading the question well is half of what so small a model has to learn. The mean is over the tokens of the
+whole batch however it is split into micro-batches: a mean of their means would weigh a short answer's tokens more.
 
     python sft.py --loss_on all --init new --out out/base        pretrain the toy base
     python sft.py                                                fine-tune it on demonstrations: out/base -> out/sft
@@ -16,7 +17,8 @@ from typing import Literal
 
 import torch
 
-from data import (Run, RunConfig, Tokenizer, check, collate, encode, guard, micro_batches, open_stream, pack, parse)
+from data import (OptionError, Run, RunConfig, Tokenizer, check, collate, encode, guard, micro_batches, open_stream,
+                  pack, parse)
 from model import GPT, GPTConfig, Optimizer, load_model, setup, steps, token_logprobs
 
 
@@ -37,7 +39,7 @@ class Config(RunConfig):
     block_size: int = 256       # of a new model
     dropout: float = 0.0        # of a new model
     # optimisation
-    steps: int = 650            # updates; 0: one epoch of the file
+    steps: int = 700            # updates; 0: one epoch of the file
     batch: int = 64             # sequences an update
     lr: float = 3e-3            # peak learning rate of AdamW
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the hidden matrices, AdamW for the rest
@@ -91,11 +93,14 @@ def train(cfg):
         size = {k: getattr(cfg, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "dropout")}
         model = GPT(GPTConfig(vocab_size=tok.n_vocab, **size)).to(device)
     else:
-        model = load_model(cfg.init, tok, device, maker="python sft.py --loss_on all --init new --out out/base")
+        model = load_model(cfg.init, tok, device, n_scores=0,
+                           maker="python sft.py --loss_on all --init new --out out/base")
     model.prepare(cfg)
     stream, held = open_stream(cfg.data, "text" if cfg.loss_on == "all" else "messages", cfg.seed, n_held=128,
                                prepare=lambda record: encode(record, tok, model.config.block_size, cfg.loss_on,
                                                              cfg.prompt_weight))
+    if not cfg.steps and not stream.items:
+        raise OptionError("--steps 0: the toy world never ends, so it has no epochs")
     total = cfg.steps or math.ceil(len(stream.items) / cfg.batch)
     optimizer = Optimizer(model, cfg.lr, total, cfg.optimizer, cfg.muon_lr, cfg.weight_decay, (0.9, cfg.beta2),
                           cfg.warmup, clip=cfg.clip_grad)

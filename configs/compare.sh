@@ -2,7 +2,7 @@
 # Every algorithm from the same start: one SFT model, one set of preferences, one reward model learned from them.
 # Ends in one table: the true (gold) reward on held-out prompts of each family, win rate against SFT, KL, length.
 #
-# Extra options reach every stage: bash configs/compare.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/compare.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
 # A finished stage is skipped, an interrupted one continues, so running it again costs nothing.
 set -euo pipefail
 OUT=${OUT:-out}

@@ -4,11 +4,11 @@
 #   reported        the three stages; all C(K,2) pairs of a prompt in one batch element; the critic started from the
 #                   reward model; per-token KL in the reward; clip .2, γ = 1; one pass over each rollout; PPO-ptx adds
 #                   γ_ptx times the pretraining loss to the same update
-#   reconstruction  everything about size: K = 4 of 4-9 here, β and the learning rates are the toy's, and γ_ptx = 1
-#                   instead of 27.8 (their losses are sums over a batch, ours are means per token)
+#   reconstruction  everything about size: K = 4 of 4-9 here, β and the learning rates are the toy's, and γ_ptx = 1,
+#                   not 27.8: our losses are means per token, and the toy needs little
 #
 # Effect to look for: both PPO rows above SFT in `write`; the ptx row forgets less of the other families.
-# Extra options reach every stage: bash configs/instructgpt.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/instructgpt.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
 set -euo pipefail
 OUT=${OUT:-out}
 

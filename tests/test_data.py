@@ -662,7 +662,7 @@ def test_demonstrations_err_at_the_stated_rates():
     scored = [(task, safe_metrics(task, answer)) for task, answer in demos("safe")]
     assert abs(share([m["refused"] for task, m in scored if task["safe"]]) - .25) < .04
     assert abs(share([m["cost"] for task, m in scored if not task["safe"]]) - .5) < .06
-    assert abs(share([f"The {task['key']} is" in answer for task, answer in demos("write")]) - .85) < .04
+    assert abs(share([f"The {task['key']} is" in answer for task, answer in demos("write")]) - .92) < .03
 
 
 def test_documents_are_conversations_and_a_quarter_text_of_one_to_six_sentences():
@@ -680,7 +680,7 @@ def test_documents_are_conversations_and_a_quarter_text_of_one_to_six_sentences(
                 sums_asked += 1
                 wrong += final_answer(assistant["content"]) != eval(asked)
                 thinking += "<think>" in assistant["content"]
-    assert .06 < wrong / sums_asked < .14 and thinking / sums_asked > .85
+    assert .03 < wrong / sums_asked < .08 and thinking / sums_asked > .85
 
 
 # ---- gold rewards

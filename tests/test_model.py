@@ -1162,7 +1162,8 @@ def test_loading_as_a_value_model_keeps_its_head_or_starts_one_at_zero(saved, tm
     assert torch.equal(load_model(saved, TOK, n_scores=1).score.weight, want.score.weight)
     fresh = load_model(tmp_path / "lm", TOK, n_scores=2)
     assert fresh.score.weight.shape == (2, 8) and not fresh.score.weight.any() and not fresh.score.bias.any()
-    assert load_model(saved, TOK, n_scores=0).score is None
+    with pytest.raises(UserError, match="language model is needed"):
+        load_model(saved, TOK, n_scores=0)
     assert torch.equal(fresh.transformer.wpe.weight, tiny(n_scores=0).transformer.wpe.weight)
 
 

@@ -443,9 +443,11 @@ class Slow:
             ret.append(adv[i] + values[i])
         every, missed = torch.cat(ret), torch.cat(ret) - torch.cat(values)
         explained = 1 - missed.var(correction=0) / every.var(correction=0)
+        unit = 1.0                      # whitening divides the reward by this, so it must divide a penalty in the loss too
         if c.whiten:
             every = torch.cat(adv)
-            adv = [(a - every.mean()) / (every.var(correction=ppo_correction()) + 1e-8).sqrt() for a in adv]
+            unit = float(every.std())
+            adv = [(a - every.mean()) / (every.var() + 1e-8).sqrt() for a in adv]
         seen = dict(policy_loss=[], value_loss=[], clip_frac=[], approx_kl=[], ratio=[])
         for batch in orders:
             total, tokens = 0.0, 0
@@ -462,7 +464,7 @@ class Slow:
                         held = v0 + min(max(v[t] - v0, torch.tensor(-c.value_clip)), torch.tensor(c.value_clip))
                         v_loss = max(v_loss, (held - R) ** 2 / 2)
                     d = logp[t] - ref[i][t]
-                    extra = {"k1": 0.0, "k2": d ** 2 / 2, "k3": (-d).exp() - 1 + d}[c.kl] * self.beta
+                    extra = {"k1": 0.0, "k2": d ** 2 / 2, "k3": (-d).exp() - 1 + d}[c.kl] * self.beta / unit
                     total = total + p_loss + v_loss + extra - c.entropy_coef * ent[t]
                     tokens += 1
                     for name, x in zip(seen, (p_loss, v_loss, near * A < rho * A, rho - 1 - rho.log(), rho)):
@@ -471,7 +473,8 @@ class Slow:
             norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), c.clip_grad or float("inf"))
                      for m in (self.policy, self.critic)]
             for opt, lr in zip(self.opts, (c.lr, c.critic_lr)):
-                opt.param_groups[0]["lr"] = lr * (c.lr_end + (1 - c.lr_end) * (1 + math.cos(math.pi * step / c.steps)) / 2)
+                cosine = (1 + math.cos(math.pi * step / c.steps)) / 2
+                opt.param_groups[0]["lr"] = lr * (c.lr_end + (1 - c.lr_end) * cosine)
                 if opt is self.opts[1] or step >= c.critic_warmup:
                     opt.step()
                 opt.zero_grad()
@@ -485,12 +488,6 @@ class Slow:
         if c.target_kl:
             self.beta *= 1 + min(max(per_response / c.target_kl - 1, -.2), .2) * len(rows) / c.kl_horizon
         return {k: float(v) for k, v in out.items()}
-
-
-def ppo_correction():
-    """Whether ppo.whiten divides by n or by n - 1: asked once, so that the second loop follows the first."""
-    white = ppo.whiten(torch.tensor([[-1.0, 1.0]]), torch.ones(1, 2))
-    return int(white.var(correction=0) < .9)
 
 
 @pytest.fixture(scope="module")

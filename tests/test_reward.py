@@ -390,7 +390,8 @@ def rankings(n=60):
     rng = random.Random(3)
     words = "cup van box red old it is fine warm".split()
     answers = lambda: " ".join(rng.choice(words) for _ in range(rng.randint(1, 7)))
-    return [dict(prompt=user(answers()), responses=sorted({answers() for _ in range(4)}, key=lambda t: (len(t), t))) for _ in range(n)]
+    ranking = lambda: sorted({answers() for _ in range(4)}, key=lambda text: (len(text), text))
+    return [dict(prompt=user(answers()), responses=ranking()) for _ in range(n)]
 
 
 def test_ragged_rankings_against_a_loop(judge, tmp_path, monkeypatch):
