@@ -233,7 +233,7 @@ def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, chunk=No
     """log π(token t+1 | tokens 0..t) where mask is not 0, and exactly 0 elsewhere.
 
     tokens (B, T), mask (B, T-1) -> logp (B, T-1), at least fp32; with entropy=True also the entropy of each of
-    those next-token distributions, in nats. The head runs on masked positions only and in chunks (of 2^25 logits,
+    those next-token distributions, in nats. The head runs on masked positions only and in chunks (of 2^24 logits,
     unless told) that the backward pass recomputes, so no (B, T, V) tensor ever exists. Both are at the sampling
     temperature: a policy sampled at T != 1 *is* softmax(logits / T), and ratios of anything else are no importance
     weights.
@@ -244,7 +244,7 @@ def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, chunk=No
         logp = logits.gather(-1, target[:, None])[:, 0] - logz
         return logp, logz - ((logits - logz[:, None]).exp() * logits).sum(-1) if entropy else logp.detach()
 
-    where, chunk = mask.bool(), chunk or max(64, 2 ** 25 // model.config.vocab_size)
+    where, chunk = mask.bool(), chunk or max(64, 2 ** 24 // model.config.vocab_size)
     if see is not None:  # packed rows: data.pack's positions and mask
         pos, see = pos[:, :-1], see[:, :, :-1, :-1]
     hidden, target = model(tokens[:, :-1], pos, see)[where], tokens[:, 1:][where]
