@@ -937,8 +937,8 @@ def describe(Config):
     return out
 
 
-def show_help(Config, positional):
-    print(f"python {Path(sys.argv[0]).name} {' '.join(f'<{p}>' for p in positional)} [--option value ...]\n")
+def show_help(Config, positional, program):
+    print(" ".join(["python", program, *(f"<{p}>" for p in positional), "[--option value ...]"]) + "\n")
     print(inspect.getdoc(Config) or "")
     fields, group = {f.name: f for f in dataclasses.fields(Config)}, None
     for name, (comment, of) in describe(Config).items():
@@ -977,9 +977,10 @@ def parse(Config, positional=(), argv=None, name=None):
     given); `python sft.py --config configs/gpt2.toml` takes both. A positional ending in ... takes any number.
     """
     argv, script = list(sys.argv[1:] if argv is None else argv), name or Path(sys.argv[0]).stem
+    program = " ".join([Path(sys.argv[0]).name] + sys.argv[1:2] * bool(name))  # as in `reward.py label`
     kinds, flags, rest, path = typing.get_type_hints(Config), {}, [], None
     if "-h" in argv or "--help" in argv:
-        raise SystemExit(show_help(Config, positional))
+        raise SystemExit(show_help(Config, positional, program))
     while argv:
         word = argv.pop(0)
         if not word.startswith("--"):
@@ -988,7 +989,7 @@ def parse(Config, positional=(), argv=None, name=None):
         name, given, value = word[2:].partition("=")
         if name not in kinds and name != "config":
             close = difflib.get_close_matches(name, kinds, 1)
-            raise OptionError(f"--{name}: no such option of {script}.py"
+            raise OptionError(f"--{name}: no such option of {program}"
                               + (f"; did you mean --{close[0]}?" if close else "; --help lists them"))
         if not given and kinds.get(name) is bool and argv[:1] not in (["true"], ["false"]):
             value = "true"  # a bare --flag
@@ -1004,7 +1005,7 @@ def parse(Config, positional=(), argv=None, name=None):
     fixed = [p for p in positional if not p.endswith("...")]
     if len(rest) < len(fixed) or (len(rest) > len(fixed) and len(fixed) == len(positional)):
         want = " ".join(f"<{p}>" for p in positional) or "only options"
-        raise OptionError(f"{script}.py: got {' '.join(rest) or 'nothing'}, expected {want}")
+        raise OptionError(f"{program}: got {' '.join(rest) or 'nothing'}, expected {want}")
     return (Config(**values), rest) if positional else Config(**values)
 
 

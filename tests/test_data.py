@@ -1192,7 +1192,7 @@ def test_a_bare_boolean_is_true():
 def test_positionals():
     assert parse(Options, ["a", "b..."], ["x", "--steps", "2", "y", "z"], "ours") == (Options(steps=2), ["x", "y", "z"])
     for argv in ([], ["x", "y"]):
-        with pytest.raises(OptionError, match="ours.py: got .*expected <a>"):
+        with pytest.raises(OptionError, match="got .*expected <a>"):
             parse(Options, ["a"], argv, "ours")
 
 
