@@ -42,6 +42,7 @@ class UserError(Exception):
 
 
 class OptionError(UserError):
+    """A mistake in an option, a TOML file or a command line; exit code 2."""
     code = 2
 
 
@@ -695,6 +696,7 @@ def toy_document(rng: random.Random) -> dict:
 # A verifier scores one response: (record, text, finished) -> number. `gold` is the toy world's truth, which a real
 # project never has: train on it to see the ceiling, or only measure with it.
 def known_gold(record, text, finished):
+    """The toy world's true reward; a UserError for a record of another origin."""
     if "family" not in record:
         raise UserError("the gold reward is known in the toy world only; name a reward model or another verifier")
     return gold(record, text, finished)
@@ -838,6 +840,7 @@ def encode(record, tok, block_size, loss_on="assistant", prompt_weight=0.0):
 
 
 def round_up(n, multiple=16):
+    """The smallest multiple that is at least n."""
     return -(-n // multiple) * multiple
 
 
@@ -911,6 +914,7 @@ def pack(rows, tok, width, device="cpu"):
 
 @dataclass
 class RunConfig:
+    """The options of every run; a script's Config adds its own."""
     # run
     out: str = ""               # folder of the run; the same command continues an interrupted one
     seed: int = 0               # of everything: two runs with one seed on one machine agree to the bit
@@ -938,6 +942,7 @@ def describe(Config):
 
 
 def show_help(Config, positional, program):
+    """Print every option with its comment and default, under the headings of its dataclass."""
     print(" ".join(["python", program, *(f"<{p}>" for p in positional), "[--option value ...]"]) + "\n")
     print(inspect.getdoc(Config) or "")
     fields, group = {f.name: f for f in dataclasses.fields(Config)}, None

@@ -39,6 +39,7 @@ from data import (VERIFIERS, Tokenizer, UserError, check, guard, micro_batches, 
 
 @dataclass
 class GPTConfig:
+    """The shape of a GPT; impossible ones are a UserError."""
     vocab_size: int = 512  # ids of the tokenizer, special tokens included
     block_size: int = 256  # longest sequence
     n_layer: int = 4
@@ -77,6 +78,7 @@ def attend(q, k, v, mask):
 
 
 class Attention(nn.Module):
+    """Causal multi-head self-attention, (B, T, C) -> (B, T, C), from the cache where there is one."""
     def __init__(self, config, layer):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
@@ -93,6 +95,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two layers around GPT-2's tanh GELU, (B, T, C) -> (B, T, C)."""
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
@@ -103,6 +106,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: attention and MLP, each on a normalised copy of the residual stream."""
     def __init__(self, config, layer):
         super().__init__()
         self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config, layer)

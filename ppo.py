@@ -116,10 +116,12 @@ def gae(rewards, values, mask, gamma, lam):
 
 
 def masked_sum(x, mask):
+    """Σ of the masked entries; the others do not matter, NaN included."""
     return torch.where(mask.bool(), x, 0.0).sum()
 
 
 def masked_mean(x, mask):
+    """Their mean."""
     return masked_sum(x, mask) / mask.sum()
 
 
@@ -166,6 +168,7 @@ def normalize(score, state):
 # ---------------------------------------------------------------- the loop
 
 def train(cfg):
+    """Roll out, score, turn into advantages, update, report: one step after another."""
     check(cfg, positive="ptx_batch steps prompts max_new temperature "
                         "epochs minibatches lr critic_lr clip kl_horizon eval_every "
                         "micro_tokens save_every",

@@ -143,6 +143,7 @@ def rank(scores, scale, flip, rng):
 # ---------------------------------------------------------------- label
 
 def label(cfg):
+    """Sample k responses to each prompt, score and rank them, and write pairs.jsonl."""
     check(cfg, positive="n temperature max_new batch", share="flip")
     if cfg.k < 2:
         raise OptionError(f"--k {cfg.k}: a preference needs at least 2 responses")
@@ -224,6 +225,7 @@ def evaluate(model, items, cfg, tok, amp):
 
 
 def train(cfg):
+    """Fit the scores to the preferences; at the end their held-out mean is put at 0."""
     check(cfg, positive="epochs batch lr micro_tokens save_every eval_every")
     if cfg.data == "toy":
         raise OptionError("--data toy: preferences come from a file; python reward.py label makes one")
@@ -269,6 +271,7 @@ def train(cfg):
 # ---------------------------------------------------------------- compare
 
 def compare(cfg, folders):
+    """Let every checkpoint answer the same prompts, judge the answers, and print one table."""
     check(cfg, positive="n max_new")
     if not cfg.judge:
         raise OptionError("--judge: name what decides, as gold or out/reward")

@@ -82,6 +82,7 @@ def evaluate(model, rows, cfg, tok, amp):
 
 
 def train(cfg):
+    """One update a step on a fresh batch, evaluated now and then on held-out records."""
     check(cfg, positive="batch lr muon_lr micro_tokens save_every eval_every", share="prompt_weight beta2 dropout")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
