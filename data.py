@@ -316,7 +316,7 @@ SHAPES = {tuple(keys.split()): (kind, reader) for kind, reader, *shapes in [
     ("text", None, "text"),
 ] for keys in shapes}
 GIVES = {"text": "text", "prompt": "prompt", "messages": "messages prompt",     # what a kind can be read as
-         "preference": "preference messages prompt", "thumbs": "thumbs messages prompt"}
+         "preference": "preference thumbs messages prompt", "thumbs": "thumbs messages prompt"}
 
 
 def rank(responses, scores):
@@ -340,7 +340,7 @@ def pairs(record):
     """The two-response records of a ranking, in its order: A > C > B gives A > C, A > B and C > B."""
     if len(record["responses"]) == 2:
         return [record]
-    lists = [key for key in ("responses", "scores") if key in record]
+    lists = [key for key in ("responses", "scores", "win") if key in record]
     return [record | {key: [record[key][i] for i in two] for key in lists}
             for two in itertools.combinations(range(len(record["responses"])), 2)]
 
@@ -376,7 +376,7 @@ def _record(rows, want, dropped):
             whole = re.fullmatch(r"-?[0-9]+", final.replace(",", ""))
             record["answer"] = int(whole[0]) if whole else final
         return {key: value for key, value in row.items() if kind == "prompt" and key != "system"} | record
-    if want == "preference":
+    if want == "preference" or kind == "preference" and want == "thumbs":   # best and worst are thumbs up and down
         parts = rank(answers, scores or range(0, -len(answers), -1))
         if not scores:                                  # an order is no rating, but a pair may bring a margin
             parts = {"responses": parts["responses"]}
@@ -386,8 +386,11 @@ def _record(rows, want, dropped):
         tied = len(answers) - blank - len(parts["responses"])
         dropped.update({"empty answer": blank, "tied rating" if scores else "identical pair": tied,
                         "lone answer": int(len(answers) < 2)})
-        if "scores" in row and len(_need(row, "scores", list)) == len(parts["responses"]):  # to watch, not to train on
-            parts["scores"] = row["scores"]
+        for key in ("scores", "win"):                   # of each response, while they are all there
+            if key in row and len(_need(row, key, list)) == len(parts["responses"]):
+                parts[key] = row[key]
+        if "responses" in keys:                         # our own shape keeps what a verifier may want
+            record = {k: v for k, v in row.items() if k not in ("system", "source", "scores", "win", "margin")} | record
         return record | parts if len(parts["responses"]) > 1 else None
     best = max(zip(scores, answers), key=lambda pair: pair[0])[1] if scores else "".join(answers[:1])
     if not best.strip():
@@ -707,6 +710,7 @@ VERIFIERS = {
     "exact": lambda record, text, finished: finished and "answer" in record and final_answer(text) == record["answer"],
     "format": lambda record, text, finished: finished and bool(re.fullmatch(
         r"<think>\s*[^<>\s][^<>]*</think>\s*[^<>\s][^<>]*", text)),
+    "no_filler": lambda record, text, finished: finished and not any(s in text for s in SAYINGS["filler"]),
 }
 
 
@@ -922,10 +926,17 @@ class RunConfig:
     device: str = "auto"        # auto, cpu, cuda
     dtype: typing.Literal["auto", "fp32", "bf16"] = "auto"  # of the matmuls; weights stay fp32
     threads: int = 0            # CPU threads; 0 leaves it to PyTorch
-    compile: bool = False       # torch.compile the training forward (a minute to warm up)
-    grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
     micro_tokens: int = 4096    # padded tokens a forward pass may hold; gradients do not depend on it
     save_every: int = 25        # steps between checkpoints
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    """The options of every training run."""
+    compile: bool = False       # torch.compile the training forward (a minute to warm up)
+    grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    lora_r: int = 0             # rank of the low-rank adapters that are then all that is trained; 0: everything is
+    lora_alpha: float = 16.0    # their outputs are scaled by alpha / r
 
 
 def describe(Config):
@@ -1016,13 +1027,13 @@ def parse(Config, positional=(), argv=None, name=None):
 
 def read_toml(path, script, kinds):
     """Options for `script` from a TOML file: its [script] table over the top level. An unknown key is an error; at the
-    top level, which is for every script, so is one that neither this script nor RunConfig has."""
+    top level, which is for every script, so is one that neither this script nor TrainConfig has."""
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
         raise OptionError(f"--config {path}: {e}") from None
     shared = {k: v for k, v in table.items() if not isinstance(v, dict)}
-    own, common = table.get(script, {}), typing.get_type_hints(RunConfig)
+    own, common = table.get(script, {}), typing.get_type_hints(TrainConfig)
     for name in [k for k in own if k not in kinds] + [k for k in shared if k not in kinds | common]:
         raise OptionError(f"--config {path}: {name}: no such option of {script}.py")
     return {k: convert(k, v, kinds[k]) for k, v in (shared | own).items() if k in kinds}

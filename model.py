@@ -6,6 +6,7 @@ which is all a reward model or a value function is. No algorithm lives here: tho
 
     python model.py out/ppo                        talk to a checkpoint
     echo "What is 7 + 8?" | python model.py out/ppo    answer every line of standard input
+    python model.py merge out/a out/b --out out/c  average their weights
 
 One layout for every sequence, in training and in sampling: prompt, response, end token, then padding on the right.
 With causal attention a real token never sees padding on its right, so no attention mask is needed, and position ids
@@ -23,6 +24,7 @@ import math
 import os
 import struct
 import sys
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,8 +34,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-from data import (VERIFIERS, Tokenizer, UserError, check, guard, micro_batches, pad, parse, parse_rewards, round_up,
-                  verifier)
+from data import (VERIFIERS, OptionError, Tokenizer, UserError, check, guard, micro_batches, pad, parse, parse_rewards,
+                  round_up, verifier)
 
 # ------------------------------------------------------------------------------------------------ the model
 
@@ -119,6 +121,23 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
+class LoRA(nn.Module):
+    """W x + b + (α/r) B A x with W and b frozen (Hu et al. 2106.09685); B = 0 at first, so nothing changes at first.
+
+    It keeps the linear layer's own `weight` and `bias`, so a checkpoint's names stay what they were.
+    """
+    def __init__(self, linear, r, alpha):
+        super().__init__()
+        self.weight, self.bias, self.scale, self.on = linear.weight, linear.bias, alpha / r, True
+        self.lora_A = nn.Parameter(torch.randn(r, linear.in_features, device=linear.weight.device)
+                                   * linear.in_features ** -0.5)
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, device=linear.weight.device))
+
+    def forward(self, x):
+        out = F.linear(x, self.weight, self.bias)
+        return out + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B) if self.on else out
+
+
 class GPT(nn.Module):
     """GPT-2. Calling it gives hidden states; `logits` and `scores` are the two things one can read off them."""
 
@@ -136,6 +155,7 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd)))
         self.score = nn.Linear(config.n_embd, config.n_scores) if config.n_scores else None
         self.grad_checkpoint = False  # recompute each block in the backward pass: less memory, 4/3 of the time
+        self.base = self.adapter = None  # the folder it was loaded from; its LoRA adapters
         self.apply(self._init)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):  # GPT-2: keeps the residual stream's variance at depth 2 n_layer
@@ -153,8 +173,54 @@ class GPT(nn.Module):
     def prepare(self, cfg):
         """Switch on what the run's options ask of a model that is to be trained."""
         self.grad_checkpoint = cfg.grad_checkpoint
+        if cfg.lora_r:
+            self.add_lora(cfg.lora_r, cfg.lora_alpha)
         if cfg.compile:
             self.compile(dynamic=True)
+
+    def add_lora(self, r, alpha):
+        """Freeze everything but a score head, and give every linear layer of the blocks an adapter of rank r."""
+        if self.base is None:
+            raise UserError("LoRA adapts a trained model; a new one has to be trained whole")
+        self.requires_grad_(False)
+        if self.score is not None:
+            self.score.requires_grad_(True)
+        for owner in [m for block in self.transformer.h for m in (block.attn, block.mlp)]:
+            for name, layer in list(owner.named_children()):
+                setattr(owner, name, LoRA(layer, r, alpha))
+        self.adapter = dict(self.base, r=r, alpha=alpha)
+
+    def loras(self):
+        return [m for m in self.modules() if isinstance(m, LoRA)]
+
+    @torch.no_grad()
+    def merge_lora(self):
+        """Write the adapters into the weights: the same function as a plain model again."""
+        for layer in self.loras():
+            layer.weight += layer.scale * layer.lora_B @ layer.lora_A
+        for owner in [m for block in self.transformer.h for m in (block.attn, block.mlp)]:
+            for name, layer in list(owner.named_children()):
+                linear = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], device="meta")
+                linear.weight, linear.bias = layer.weight, layer.bias
+                setattr(owner, name, linear)
+        self.adapter = None
+        return self.requires_grad_(True)
+
+    @contextlib.contextmanager
+    def without_adapter(self):
+        """The model it was before: with LoRA, the reference costs no second model."""
+        for layer in self.loras():
+            layer.on = False
+        try:
+            yield
+        finally:
+            for layer in self.loras():
+                layer.on = True
+
+    def saved(self):
+        """What a checkpoint holds: all tensors, or of an adapted model those that are trained."""
+        return {k: t for k, t in self.state_dict().items()
+                if not self.adapter or "lora_" in k or k.startswith("score.")}
 
     @property
     def device(self):
@@ -499,6 +565,24 @@ def setup(device="auto", dtype="auto", threads=0):
 # ------------------------------------------------------------------------------------------------ the optimizer
 
 
+@torch.no_grad()
+def merged_update(old, new, tau, kind, alpha, keep):
+    """The parameter an Online Merging Optimizer goes to, when AdamW would go from old to new (Lu et al. 2405.17931).
+
+    Change and task vector tau = θ_sft - θ_base are thinned out and added, weighted 1 - α and α: by OnDARE to a random
+    share `keep` of each, without rescaling, by OnTIES to the largest ones of those whose sign the two agree on (eq. 7).
+    """
+    delta = new - old
+    if kind == "ondare":
+        mine, theirs = (torch.rand_like(x) < keep for x in (delta, tau))
+    else:
+        count = max(1, int(keep * tau.numel()))
+        mine, theirs = (x.abs() >= x.abs().flatten().kthvalue(x.numel() - count + 1).values for x in (delta, tau))
+        positive = delta * mine + tau * theirs >= 0
+        mine, theirs = mine & ((delta >= 0) == positive), theirs & ((tau >= 0) == positive)
+    return torch.where(mine, new - alpha * delta, old) + alpha * torch.where(theirs, tau, 0.0)
+
+
 class Optimizer:
     """AdamW, or Muon for the hidden matrices with AdamW for the rest; linear warm-up, then cosine to `floor` · lr.
 
@@ -510,6 +594,7 @@ class Optimizer:
     def __init__(self, model, lr, total, kind="adamw", muon_lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), warmup=0,
                  floor=0.1, clip=1.0):
         self.params = [p for p in model.parameters() if p.requires_grad]
+        self.merge = None  # (task vectors by parameter, kind, α, keep) of an Online Merging Optimizer
         self.total, self.warmup, self.floor, self.clip = total, warmup, floor, clip
         hidden = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and ".h." in n]
         muon = hidden if kind == "muon" else []
@@ -542,8 +627,11 @@ class Optimizer:
                             "A lower --lr, or --dtype fp32, usually helps")
         for group in self.groups():
             group["lr"] = group["base_lr"] * self.scale(step)
+        old = [p.detach().clone() for p in self.params] if self.merge else ()
         for optim in self.optims:
             optim.step()
+        for p, before, tau in zip(self.params, old, self.merge[0] if self.merge else ()):
+            p.data.copy_(merged_update(before, p.detach(), tau, *self.merge[1:]))
         self.clear()
         return norm, self.optims[0].param_groups[0]["lr"]
 
@@ -639,17 +727,18 @@ def load_tensors(path):
 
 def save_checkpoint(folder, modules, optimizers, meta):
     """modules and optimizers: dicts by name. Everything in one file, `checkpoint.safetensors`, replaced atomically."""
-    tensors = {f"{name}/{key}": value for name, m in modules.items() for key, value in m.state_dict().items()}
+    tensors = {f"{name}/{key}": value for name, m in modules.items() for key, value in m.saved().items()}
     tensors |= {f"{name}/{key}": value for name, o in optimizers.items() for key, value in o.tensors().items()}
-    meta = meta | {"config": {name: asdict(m.config) for name, m in modules.items()}}
+    meta = meta | {"config": {name: asdict(m.config) for name, m in modules.items()},
+                   "adapter": {name: m.adapter for name, m in modules.items() if m.adapter}}
     save_tensors(Path(folder) / "checkpoint.safetensors", tensors, meta)
 
 
 def fill(module, tensors, name, path):
     """Load the tensors `name/...` into module; every missing, surplus or misshapen one is named in one error."""
     got = part(tensors, name)
-    compare_shapes(got, {key: t.shape for key, t in module.state_dict().items()}, path)
-    module.load_state_dict(got)
+    compare_shapes(got, {key: t.shape for key, t in module.saved().items()}, path)
+    module.load_state_dict(got, strict=False)  # compared above; an adapted model's own weights are not in there
 
 
 def part(tensors, name):
@@ -686,18 +775,32 @@ def load_model(folder, tok=None, device="cpu", n_scores=None, maker=""):
         raise UserError(f"{path}: it does not say what model it holds ({e})") from None
     if n_scores == 0 and config.n_scores:
         raise UserError(f"{folder}: a reward or value model, and a language model is needed")
+    if adapter := meta.get("adapter", {}).get("model"):
+        model = load_model(adapter["folder"], tok, n_scores=config.n_scores, maker=f"what {folder} was trained from")
+        if model.base != {k: adapter[k] for k in ("folder", "crc32")}:
+            raise UserError(f"{folder} adapts {adapter['folder']}, which has changed since")
+        model.add_lora(adapter["r"], adapter["alpha"])
+        fill(model, tensors, "model", path)
+        tensors = {f"model/{k}": t for k, t in model.merge_lora().state_dict().items()}
     if n_scores is not None and n_scores != config.n_scores:
         config.n_scores = n_scores
         tensors = {k: t for k, t in tensors.items() if not k.startswith("model/score.")}
         tensors |= {f"model/score.{k}": t for k, t in GPT(config).score.state_dict().items()}
     model = GPT(config)
     fill(model, tensors, "model", path)
+    model.base = dict(folder=str(folder), crc32=zlib.crc32(path.read_bytes()))
     return model.to(device).eval()
 
 
 def clone(model):
     """A frozen copy that shares no memory with the original: a reference that training cannot move."""
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def reference(policy):
+    """π_ref = the policy as it is now -> (model, context to run it in): a frozen copy, or with LoRA the policy itself
+    without its adapter."""
+    return (policy, policy.without_adapter) if policy.adapter else (clone(policy), contextlib.nullcontext)
 
 
 def steps(run, total, modules, optimizers, state, save_every):
@@ -729,6 +832,43 @@ def steps(run, total, modules, optimizers, state, save_every):
                             dict(step=step + 1, done=done, state=state, tokenizer=run.fingerprint))
 
 
+# ------------------------------------------------------------------------------------------------ merge
+
+
+@dataclass
+class Merge:
+    """Average the weights of checkpoints of one architecture (model soups, 2203.05482)."""
+    out: str = ""               # folder of the result
+    weights: str = ""           # one number a checkpoint, comma-separated; none: all equal
+
+
+def merge(cfg, folders):
+    """Write Σ w_i θ_i, summed in float64, so that the mean of copies is the copy to the bit."""
+    if not cfg.out:
+        raise OptionError("--out: say where to write the result")
+    try:
+        weights = [float(w) for w in cfg.weights.split(",")] if cfg.weights else [1 / len(folders)] * len(folders)
+    except ValueError:
+        raise OptionError(f"--weights {cfg.weights}: not numbers with commas between them") from None
+    if len(weights) != len(folders):
+        raise OptionError(f"--weights {cfg.weights}: {len(weights)} for {len(folders)} checkpoints")
+    facts = dict(merged=list(map(str, folders)), weights=weights)
+    path = Path(cfg.out) / "checkpoint.safetensors"
+    if path.exists() and load_tensors(path)[1].get("made") == facts:
+        print(f"{cfg.out} is finished; nothing to do")
+        return
+    first, total, tokenizer = load_model(folders[0]), {}, None
+    for folder, weight in zip(folders, weights):
+        model, said = load_model(folder), load_tensors(Path(folder) / "checkpoint.safetensors")[1].get("tokenizer")
+        if model.config != first.config or said != (tokenizer := tokenizer or said):
+            raise UserError(f"{folder}: another architecture or tokenizer than {folders[0]}")
+        for name, t in model.state_dict().items():
+            total[name] = total.get(name, 0) + weight * t.double()
+    first.load_state_dict({name: t.float() for name, t in total.items()})
+    save_checkpoint(cfg.out, dict(model=first), {}, dict(step=0, done=True, state={}, tokenizer=tokenizer, made=facts))
+    print(f"{cfg.out}: {' + '.join(f'{w:g} {f}' for w, f in zip(weights, folders))}")
+
+
 # ------------------------------------------------------------------------------------------------ chat
 
 
@@ -745,7 +885,12 @@ class Config:
     device: str = "auto"        # auto, cpu, cuda
 
 
+COMMANDS = {"merge": (Merge, merge)}  # without one of these words, it chats
+
+
 def main():
+    if sys.argv[1:2] == ["merge"]:
+        return merge(*parse(Merge, ["checkpoint", "checkpoint..."], sys.argv[2:], "merge"))
     cfg, (folder,) = parse(Config, positional=["checkpoint"])
     check(cfg, positive="max_new", share="top_p")
     tok, (device, _) = Tokenizer.load(cfg.tokenizer), setup(cfg.device, "fp32")

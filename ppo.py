@@ -23,13 +23,13 @@ from typing import Literal
 
 import torch
 
-from data import Run, RunConfig, Tokenizer, check, collate, encode, gold, guard, mean, open_stream, parse
-from model import (Optimizer, Reward, clone, generate, load_model, per_token, setup, slices, steps, token_logprobs,
+from data import Run, Tokenizer, TrainConfig, check, collate, encode, gold, guard, mean, open_stream, parse
+from model import (Optimizer, Reward, generate, load_model, per_token, reference, setup, slices, steps, token_logprobs,
                    token_scores)
 
 
 @dataclass
-class Config(RunConfig):
+class Config(TrainConfig):
     """RLHF with PPO."""
     out: str = "out/ppo"        # folder of the run; the same command continues an interrupted one
     save_every: int = 5         # steps between checkpoints
@@ -179,10 +179,10 @@ def train(cfg):
         return
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     policy = load_model(cfg.init, tok, device, n_scores=0, maker="python sft.py")
-    ref = clone(policy)
+    policy.prepare(cfg)
+    ref, as_ref = reference(policy)
     reward = Reward(cfg.reward, tok, device, amp, cfg.micro_tokens)
     critic = load_model(cfg.critic or (reward.models + [cfg.init])[0], tok, device, n_scores=1)
-    policy.prepare(cfg)
     critic.prepare(cfg)
     block = policy.config.block_size
 
@@ -220,8 +220,9 @@ def train(cfg):
         with torch.no_grad(), amp():
             old_logp, entropy = per_token(roll, cfg.micro_tokens, lambda tokens, mask: token_logprobs(
                 policy, tokens, mask, cfg.temperature, entropy=True))                    # (B, T-1)
-            ref_logp = per_token(roll, cfg.micro_tokens, lambda tokens, mask: token_logprobs(
-                ref, tokens, mask, cfg.temperature))[0]                                  # (B, T-1)
+            with as_ref():
+                ref_logp = per_token(roll, cfg.micro_tokens, lambda tokens, mask: token_logprobs(
+                    ref, tokens, mask, cfg.temperature))[0]                              # (B, T-1)
             values = per_token(roll, cfg.micro_tokens, lambda tokens, mask: token_scores(critic, tokens, mask))[0]
 
         # 3. Rewards and advantages.

@@ -26,14 +26,14 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from data import (OptionError, Run, RunConfig, Tokenizer, UserError, check, collate, encode, family_list, guard, mean,
-                  micro_batches, open_stream, pairs, parse, read_records, toy_record, write_text)
+from data import (OptionError, Run, RunConfig, Tokenizer, TrainConfig, UserError, check, collate, encode, family_list,
+                  guard, mean, micro_batches, open_stream, pairs, parse, read_records, toy_record, write_text)
 from model import (Optimizer, Reward, generate, load_model, per_token, response_scores, setup, steps,
                    token_logprobs)
 
 
 @dataclass
-class Train(RunConfig):
+class Train(TrainConfig):
     """Train a reward model on preferences."""
     out: str = "out/reward"     # folder of the run; the same command continues an interrupted one
     init: str = "out/sft"       # checkpoint to start from; the score head starts at 0
@@ -44,7 +44,9 @@ class Train(RunConfig):
     # optimisation
     epochs: float = 2.0         # passes over the records
     batch: int = 32             # records an update
-    lr: float = 1e-3            # peak learning rate
+    lr: float = 1e-3            # peak learning rate of AdamW
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the hidden matrices, AdamW for the rest
+    muon_lr: float = 0.003      # peak learning rate of Muon
     weight_decay: float = 0.1   # on matrices
     warmup: int = 10            # updates of linear warm-up, before the cosine
     clip_grad: float = 1.0      # global gradient norm; 0 never clips
@@ -68,6 +70,10 @@ class Label(RunConfig):
     by: str = "gold"            # what judges: reward models and verifiers, as 0.5*out/reward + exact
     scale: float = 3.0          # labels are Bradley-Terry draws at scale * score; 0: the higher score always wins
     flip: float = 0.1           # share of rankings turned upside down
+    # what is kept
+    select: Literal["rank", "ends", "best", "rso"] = "rank"  # all, best and worst, the best alone, rejection sampling's
+    min_gap: float = 0.0        # least difference of score between the first and the last
+    rso_beta: float = 0.5       # rso: a response is accepted with probability exp((score - best score) / this)
 
 
 @dataclass
@@ -140,6 +146,17 @@ def rank(scores, scale, flip, rng):
     return order[::-1] if rng.random() < flip else order
 
 
+def accept(scores, beta, rng):
+    """Statistical rejection sampling: indices of the responses to one prompt that are accepted, each with probability
+    exp((r - r_max) / β). Samples of π so become samples of π exp(r / β) / Z (RSO, 2309.06657, alg. 1)."""
+    return [i for i, s in enumerate(scores) if rng.random() < math.exp((s - max(scores)) / beta)]
+
+
+def win_rates(scores):
+    """P(y_i ≻ another of the group), with Bradley-Terry on the scores; they sum to K / 2 (SPPO, 2405.00675, sec. 4)."""
+    return [(sum(1 / (1 + math.exp(b - a)) for b in scores) - 0.5) / max(1, len(scores) - 1) for a in scores]
+
+
 # ---------------------------------------------------------------- label
 
 def label(cfg):
@@ -160,8 +177,9 @@ def label(cfg):
         return [record] if len(tok.prompt(record["prompt"])) + cfg.max_new <= policy.config.block_size else []
     stream, _ = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=0, prepare=fits)
     n = min(cfg.n, len(stream.items)) if stream.items else cfg.n  # a file's prompts once each
-    path, made = run.folder / "pairs.jsonl", []
-    for step in run.progress(0, math.ceil(n / cfg.batch)):
+    path, part = run.folder / "pairs.jsonl", run.folder / "unfinished.json"
+    start, made = json.loads(part.read_text(encoding="utf-8")) if part.exists() else (0, [])
+    for step in run.progress(start, math.ceil(n / cfg.batch)):
         torch.manual_seed(cfg.seed * 1_000_003 + step)
         rng = random.Random(f"labels {cfg.seed} {step}")
         records = stream.batch(step, cfg.batch)[:n - step * cfg.batch]
@@ -174,18 +192,31 @@ def label(cfg):
         for i, record in enumerate(records):
             group = [(text, score) for text, score, done in answers[i * cfg.k:(i + 1) * cfg.k] if done and text]
             group = list(dict(group).items())  # the same answer twice is no preference
-            if len(group) > 1:
-                order = rank([score for _, score in group], cfg.scale, cfg.flip, rng)
-                made.append(record | dict(responses=[group[j][0] for j in order], scores=[group[j][1] for j in order],
-                                          source="ai"))
+            if not cfg.scale:  # where the score alone decides, nor are two of the same score
+                group = list({score: (text, score) for text, score in group[::-1]}.values())[::-1]
+            if cfg.select == "rso":
+                group = [group[j] for j in accept([score for _, score in group], cfg.rso_beta, rng)]
+            if len(group) > (cfg.select != "best"):
+                texts, marks = zip(*group)
+                order, wins = rank(marks, cfg.scale, cfg.flip, rng), win_rates(marks)
+                if marks[order[0]] - marks[order[-1]] < cfg.min_gap:
+                    continue
+                kept = dict(ends=[order[0], order[-1]], best=order[:1]).get(cfg.select, order)
+                said = [texts[j] for j in kept]
+                made.append(record | (dict(response=said[0]) if cfg.select == "best" else dict(responses=said))
+                            | dict(scores=[marks[j] for j in kept], win=[wins[j] for j in kept], source="ai"))
         run.log(step, ("records",), records=len(made), score=mean(scores), response_length=roll.mask.sum(1).mean(),
                 finished=roll.finished.float().mean())
+        if (step + 1) % cfg.save_every == 0:
+            write_text(part, json.dumps([step + 1, made]))
     if not made:
         raise UserError(f"{cfg.policy}: of {n} prompts none got two different finished answers; nothing to rank")
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in made))
     agree = mean([preference(r["scores"][0], r["scores"][-1]) for r in made])
-    print(f"{path}: {len(made)} of {n} prompts; the label agrees with the score in {agree:.0%}")
+    print(f"{path}: {len(made)} of {n} prompts"
+          + (f"; the label agrees with the score in {agree:.0%}" if cfg.select != "best" else ""))
     run.finish(("score", "response_length"), then=f"python reward.py train --data {path}")
+    part.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- train
@@ -226,7 +257,7 @@ def evaluate(model, items, cfg, tok, amp):
 
 def train(cfg):
     """Fit the scores to the preferences; at the end their held-out mean is put at 0."""
-    check(cfg, positive="epochs batch lr micro_tokens save_every eval_every")
+    check(cfg, positive="epochs batch lr muon_lr micro_tokens save_every eval_every")
     if cfg.data == "toy":
         raise OptionError("--data toy: preferences come from a file; python reward.py label makes one")
     tok = Tokenizer.load(cfg.tokenizer)
@@ -244,7 +275,8 @@ def train(cfg):
                 | dict(rows=encode(part, tok, model.config.block_size)) for part in parts]
     stream, held = open_stream(cfg.data, "preference", cfg.seed, n_held=400, prepare=prepare)
     total = math.ceil(cfg.epochs * len(stream.items) / cfg.batch)
-    optimizer = Optimizer(model, cfg.lr, total, weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
+    optimizer = Optimizer(model, cfg.lr, total, cfg.optimizer, cfg.muon_lr, cfg.weight_decay, warmup=cfg.warmup,
+                          clip=cfg.clip_grad)
 
     for step in steps(run, total, dict(model=model), dict(optimizer=optimizer), {}, cfg.save_every):
         items = stream.batch(step, cfg.batch)

@@ -17,17 +17,18 @@ from typing import Literal
 
 import torch
 
-from data import (OptionError, Run, RunConfig, Tokenizer, check, collate, encode, guard, micro_batches, open_stream,
+from data import (OptionError, Run, Tokenizer, TrainConfig, check, collate, encode, guard, micro_batches, open_stream,
                   pack, parse)
 from model import GPT, GPTConfig, Optimizer, load_model, setup, steps, token_logprobs
 
 
 @dataclass
-class Config(RunConfig):
+class Config(TrainConfig):
     """Pretraining and supervised fine-tuning."""
     out: str = "out/sft"        # folder of the run; the same command continues an interrupted one
     # data
     data: str = "toy"           # toy, or a file (.txt, .json, .jsonl, .gz)
+    families: str = ""          # of the toy world, comma-separated; none for all
     loss_on: Literal["assistant", "all"] = "assistant"  # all: pretraining, on documents
     prompt_weight: float = 0.1  # weight of the other tokens beside the assistant's
     packing: int = 128          # sequences share rows of this many tokens, kept apart by a mask; 0: one row each
@@ -97,9 +98,9 @@ def train(cfg):
         model = load_model(cfg.init, tok, device, n_scores=0,
                            maker="python sft.py --loss_on all --init new --out out/base")
     model.prepare(cfg)
-    stream, held = open_stream(cfg.data, "text" if cfg.loss_on == "all" else "messages", cfg.seed, n_held=128,
-                               prepare=lambda record: encode(record, tok, model.config.block_size, cfg.loss_on,
-                                                             cfg.prompt_weight))
+    stream, held = open_stream(cfg.data, "text" if cfg.loss_on == "all" else "messages", cfg.seed,
+                               cfg.families, n_held=128, prepare=lambda record: encode(
+                                   record, tok, model.config.block_size, cfg.loss_on, cfg.prompt_weight))
     if not cfg.steps and not stream.items:
         raise OptionError("--steps 0: the toy world never ends, so it has no epochs")
     total = cfg.steps or math.ceil(len(stream.items) / cfg.batch)

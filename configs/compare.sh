@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every algorithm from the same start: one SFT model, one set of preferences, one reward model learned from them.
 # Ends in one table: the true (gold) reward on held-out prompts of each family, win rate against SFT, KL, length.
+# PPO also runs on arithmetic, where a verifier replaces the reward model.
 #
 # Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/compare.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
 # A finished stage is skipped, an interrupted one continues, so running it again costs nothing.
@@ -12,4 +13,5 @@ python sft.py --init $OUT/base --out $OUT/sft "$@"
 python reward.py label --policy $OUT/sft --out $OUT/pairs "$@"
 python reward.py train --init $OUT/sft --data $OUT/pairs/pairs.jsonl --out $OUT/reward "$@"
 python ppo.py --init $OUT/sft --reward $OUT/reward --out $OUT/ppo "$@"
-python reward.py compare $OUT/sft $OUT/ppo --proxy $OUT/reward "$@"
+python ppo.py --init $OUT/sft --reward exact --families arith --out $OUT/ppo_arith "$@"
+python reward.py compare $OUT/sft $OUT/ppo $OUT/ppo_arith --proxy $OUT/reward "$@"

@@ -245,7 +245,7 @@ def test_want_converts_what_the_meaning_allows(tmp_path, capsys):
 
 @pytest.mark.parametrize("name, want", [
     ("text", "messages"), ("text", "prompt"), ("messages", "text"), ("messages", "preference"),
-    ("messages", "thumbs"), ("rl prompt", "messages"), ("hh", "thumbs"), ("prompt+response+label", "preference")])
+    ("messages", "thumbs"), ("rl prompt", "messages"), ("hh", "text"), ("prompt+response+label", "preference")])
 def test_want_refuses_the_rest_and_says_where_and_what(tmp_path, name, want):
     with pytest.raises(UserError, match=rf'^rows.jsonl:1: found "\w+" .* but "{want}" is needed$'):
         read_records(write(tmp_path, FORMATS[name][0]), want)

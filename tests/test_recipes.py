@@ -35,7 +35,7 @@ SFT = dict(steps=25, lr=1e-2)
 
 # ---- reading a recipe
 
-def positionals(name): return ["checkpoint", "checkpoint..."] if name == "compare" else []
+def positionals(name): return ["checkpoint", "checkpoint..."] if name in ("compare", "merge") else []
 
 
 def scripts():
@@ -43,7 +43,7 @@ def scripts():
     found = {}
     for path in sorted(ROOT.glob("*.py")):
         module = importlib.import_module(path.stem)
-        if path.stem in ("data", "model"):
+        if path.stem == "data":
             continue
         for name, (Config, _) in getattr(module, "COMMANDS", {"": (getattr(module, "Config", None), None)}).items():
             if Config:
@@ -66,7 +66,7 @@ def options(words):
     if not (ROOT / file).is_file():
         raise OptionError(f"{file}: no such script")
     name = Path(file).stem
-    if name == "reward":
+    if name in ("reward", "model"):
         name = "reward" if argv[0] == "train" else argv[0]
         argv = argv[1:]
     if name not in scripts():
@@ -80,9 +80,9 @@ def reads(name, cfg, folders):
     found = list(folders)
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
-        if field.name in ("init", "policy", "critic", "ref", "teacher") or field.name.endswith("data"):
+        if field.name in ("init", "policy", "critic", "ref", "teacher", "merge_base") or field.name.endswith("data"):
             found.append(value)
-        if field.name in ("reward", "judge", "proxy", "by", "cost"):
+        if field.name in ("reward", "judge", "proxy", "by", "cost") and getattr(cfg, "online", True):
             found += [term for _, term in parse_rewards(value)] if value else []
     rule = lambda name: ":" in name or verifier(name) is not None    # a term of a reward that is no folder
     return [x for x in found if x not in ("", "new", "toy") and not rule(x)]
@@ -209,6 +209,9 @@ def test_it_runs_through_and_a_second_time_does_nothing(recipe, shared, monkeypa
         if "compare" not in words:
             _, name, cfg, _ = options(words)
             folder = Path(cfg.out)
+            if name == "merge":
+                assert (folder / "checkpoint.safetensors").exists()
+                continue
             assert (folder / "summary.json").exists() and (folder / "config.json").exists()
             assert (folder / ("pairs.jsonl" if name == "label" else "checkpoint.safetensors")).stat().st_size > 0
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

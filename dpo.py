@@ -1,0 +1,432 @@
+"""DPO and every preference loss that needs a reference: RLHF's optimum by classification, without a reward model or RL.
+
+    minimise  -log σ(β d),    d = a - b,    a = log π(y_w|x) / π_ref(y_w|x),    b = the same of y_l
+
+The optimum of  E[r] - β KL(π || π_ref)  satisfies  r(x, y) = β log π / π_ref + β log Z(x).  Put into Bradley-Terry's
+P(y_w ≻ y_l) = σ(r_w - r_l), Z cancels, and the likelihood of the labels is the line above (Rafailov et al.
+2305.18290, eq. 7): β a is an implicit reward. Some twenty papers change one line of it; they are the dict LOSSES. Around it,
+the same everywhere: which tokens count, summed or averaged (`length_norm`, `mask_end`); an NLL term (`nll_coef`);
+where rows come from (a file, or `online`: the policy's own samples, judged by `reward`); and the reference (fixed,
+refreshed every `ref_every` steps, or with LoRA the policy without its adapter).
+
+    python dpo.py                                     out/sft + out/pairs/pairs.jsonl -> out/dpo
+    python dpo.py --loss kto --out out/kto            another loss; thumbs up and down, here from the same pairs
+    python dpo.py --online --data toy --reward out/reward --steps 60 --out out/dpo_online
+
+Departures: dropout stays off, so that policy and reference agree until the first update; the reference's
+log-probabilities of a file are computed once, before training, and the reference then leaves the memory.
+"""
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
+from tqdm import tqdm
+
+from data import (OptionError, Run, Tokenizer, TrainConfig, UserError, check, collate, encode, gold, guard, mean,
+                  micro_batches, open_stream, pairs, parse)
+from model import (Optimizer, Reward, full, generate, load_model, per_token, reference, setup, steps, token_logprobs,
+                   token_scores)
+
+
+@dataclass
+class Config(TrainConfig):
+    """DPO and the losses around it."""
+    out: str = "out/dpo"        # folder of the run; the same command continues an interrupted one
+    # data
+    init: str = "out/sft"       # policy to start from; it is also the reference
+    data: str = "out/pairs/pairs.jsonl"  # preferences (or thumbs, for kto, dro and npo); online: prompts, toy or a file
+    pairs: Literal["all", "ends"] = "all"  # of a ranking: all its pairs, or the best against the worst
+    # the loss
+    loss: str = "dpo"           # a name in LOSSES
+    beta: float = 0.3           # how strongly the reference holds (papers mostly .1; dpo --length_norm 5, dro 1)
+    eps: float = 0.1            # cdpo, robust: share of labels taken to be flipped
+    lam: float = 50.0           # dpop: penalty once the chosen falls below the reference
+    alpha: float = 0.5          # tdpo: weight of the sequence KL; d2o: weight of the rejected, as beta is of the anchors
+    eta: float = 1.0            # rpo: scale of the score gaps; sppo: of the win probabilities (1000)
+    lam_up: float = 1.0         # kto: weight of thumbs up
+    lam_down: float = 1.0       # kto: weight of thumbs down
+    margin: float = 0.0         # times the record's margin is the β d asked for (ODPO 2402.10571); 0 asks for none
+    length_norm: bool = False   # mean instead of sum of the token log-ratios (IPO as TRL has it; Tülu 3, with beta 5)
+    mask_end: bool = False      # leave the end token out of the preference term (Llama 3's format tokens), not out of NLL
+    nll_coef: float = 0.0       # weight of -log π(chosen) per token (Llama 3: .2)
+    nll_per: Literal["token", "pair"] = "token"  # its mean: over all chosen tokens, or over pairs of each one's mean
+    # the reference
+    ref_every: int = 0          # steps after which the policy becomes the reference (π_ref = π_t); 0: never
+    # Online Merging Optimizer (2405.17931)
+    merge: Literal["none", "ondare", "onties"] = "none"  # mix a share of what fine-tuning changed into each update
+    merge_base: str = "out/base"  # the model before fine-tuning
+    merge_alpha: float = 1e-4   # weight of that change
+    merge_keep: float = 0.5     # share of the parameters that each update touches
+    # online
+    online: bool = False        # sample pairs from the policy as it is now
+    reward: str = "out/reward"  # what judges them: reward models and verifiers, as 0.5*out/reward + exact
+    k: int = 2                  # samples a prompt; the best is set against the worst
+    families: str = "write"     # prompts of the toy world, comma-separated
+    max_new: int = 80           # longest sample, tokens
+    temperature: float = 1.0    # of sampling
+    missing_end: float = 1.0    # taken off the score of a sample cut off before its end token
+    # optimisation
+    epochs: float = 1.0         # passes over the records
+    steps: int = 0              # updates; 0: what the epochs take
+    batch: int = 32             # pairs (thumbs; online: prompts) an update
+    lr: float = 1e-4            # peak learning rate
+    critic_lr: float = 1e-3     # dro: of its value function
+    weight_decay: float = 0.0   # on matrices
+    warmup: int = 10            # updates of linear warm-up, before the cosine
+    clip_grad: float = 1.0      # global gradient norm; 0 never clips
+    # evaluation
+    eval_every: int = 50        # updates between evaluations on held-out records
+
+
+# ---------------------------------------------------------------- the mathematics
+# Each loss is -> (N,), a mean over N of what its first word names: pairs, single responses (thumbs), or bad ones alone.
+# x holds, for good and bad responses: a, b (N,), the log-ratios log π/π_ref; d = a - b; from the data gap = r_w - r_l,
+# p = P(w ≻ l), p_w, p_l (each one's win rate) and r_w, r_l; computed where needed z, kl_w, kl_l, v_w, v_l. h: options.
+
+logsig = F.logsigmoid  # log σ without underflow
+
+LOSSES = {
+    # the label's likelihood                                                                 DPO 2305.18290 eq. 7
+    "dpo": ("pair", lambda x, h: -logsig(h.beta * x.d)),
+    # labels smoothed: a share ε is wrong, so no margin is ever certain                      cDPO, Mitchell 2023
+    "cdpo": ("pair", lambda x, h: -(1 - h.eps) * logsig(h.beta * x.d) - h.eps * logsig(-h.beta * x.d)),
+    # unbiased under flips with probability ε: what the clean labels would give on average   rDPO 2403.00409 eq. 9
+    "robust": ("pair", lambda x, h: ((h.eps * logsig(-h.beta * x.d) - (1 - h.eps) * logsig(h.beta * x.d))
+                                     / (1 - 2 * h.eps))),
+    # regress d on 1 / 2β: certain labels do not drive it to infinity                        IPO 2310.12036 eq. 17
+    "ipo": ("pair", lambda x, h: (x.d - 1 / (2 * h.beta)) ** 2),
+    # hinge, for pairs drawn by rejection sampling; TRL's "hinge"                            RSO 2309.06657 eq. 10
+    "rso": ("pair", lambda x, h: F.relu(1 - h.beta * x.d)),
+    # other convex f(β d); the logistic f is dpo, the hinge rso, the square ipo's            GPO 2402.05749 tab. 1
+    "gpo_exponential": ("pair", lambda x, h: (-h.beta * x.d).exp()),
+    "gpo_squared": ("pair", lambda x, h: (h.beta * x.d - 1) ** 2),
+    "gpo_truncated": ("pair", lambda x, h: F.relu(1 - h.beta * x.d) ** 2),
+    "gpo_savage": ("pair", lambda x, h: torch.sigmoid(-h.beta * x.d) ** 2),
+    # match the gap of the scores, not only its sign, so that nothing diverges               RPO 2406.11704 eq. 1
+    "rpo_squared": ("pair", lambda x, h: (h.beta * x.d - h.eta * x.gap) ** 2),
+    "rpo_backward": ("pair", lambda x, h: bernoulli_kl(h.eta * x.gap, h.beta * x.d)),  # Nemotron-4's
+    "rpo_forward": ("pair", lambda x, h: bernoulli_kl(h.beta * x.d, h.eta * x.gap)),
+    # a penalty once the chosen itself becomes less likely                                   DPOP 2402.13228 eq. 3
+    "dpop": ("pair", lambda x, h: -logsig(h.beta * (x.d - h.lam * F.relu(-x.a)))),
+    # hold the forward KL of both sequences together, token by token                         TDPO 2404.11999 eq. 13, 16
+    "tdpo1": ("pair", lambda x, h: -logsig(h.beta * (x.d - (x.kl_l - x.kl_w)))),
+    "tdpo2": ("pair", lambda x, h: -logsig(h.beta * (x.d - h.alpha * (x.kl_l - x.kl_w.detach())))),
+    # only the bad is labelled; the good are the reference's own samples, a their mean       D2O 2403.03419 eq. 6
+    "d2o": ("pair", lambda x, h: -logsig(h.beta * x.a - h.alpha * x.b)),
+    # log-ratios regress on win rates against the policy: self-play                          SPPO 2405.00675 eq. 4.7
+    "sppo": ("pair", lambda x, h: ((x.a - h.eta * (x.p_w - .5)) ** 2 + (x.b - h.eta * (x.p_l - .5)) ** 2) / 2),
+    "sppo_hard": ("pair", lambda x, h: (x.a - .5 / h.beta) ** 2 + (x.b + .5 / h.beta) ** 2),  # p 1 and 0, TRL's scale
+    # soft labels p                                                                          DNO 2404.03715 alg. 2
+    "dno": ("pair", lambda x, h: -x.p * logsig(h.beta * x.d) - (1 - x.p) * logsig(-h.beta * x.d)),
+    # the chosen up and the rejected down, each by itself                                    APO-zero 2408.06266
+    "apo_zero": ("pair", lambda x, h: torch.sigmoid(-h.beta * x.a) + torch.sigmoid(h.beta * x.b)),
+    # thumbs up and down about a reference point z                                           KTO 2402.01306 eq. 8
+    "kto": ("single", lambda x, h: torch.cat([h.lam_up * torch.sigmoid(h.beta * (x.z - x.a)),
+                                              h.lam_down * torch.sigmoid(h.beta * (x.b - x.z))])),
+    # r = V(x) + β log π/π_ref at the optimum: one square trains policy and V                DRO-V 2405.19107 eq. 4
+    "dro": ("single", lambda x, h: torch.cat([x.r_w - x.v_w - h.beta * x.a, x.r_l - x.v_l - h.beta * x.b]) ** 2 / 2),
+    # forget the bad; unlike gradient ascent it stops when they are gone                     NPO 2404.05868 eq. 3
+    "npo": ("bad", lambda x, h: -2 / h.beta * logsig(-h.beta * x.b)),
+}
+
+
+def bernoulli_kl(s, t):
+    """KL(Bernoulli(σ(s)) || Bernoulli(σ(t))), elementwise."""
+    return torch.sigmoid(s) * (logsig(s) - logsig(t)) + torch.sigmoid(-s) * (logsig(-s) - logsig(-t))
+
+
+def response_logps(logp, mask, skip=None, mean=False):
+    """Token log-probs (B, T-1) -> (B,): their sum, or mean, over the masked tokens but for those where skip (B, T-1)."""
+    keep = mask if skip is None else mask * ~skip
+    total = (logp * keep).sum(1)
+    return total / keep.sum(1).clamp(min=1) if mean else total
+
+
+def sequence_kl(policy, ref, as_ref, tokens, mask, chunk=2 ** 14):
+    """TDPO's D = Σ_t KL(π_ref || π) over the response positions, whole vocabulary: (B, T), (B, T-1) -> (B,). The
+    gradient goes through π; chunks of positions are recomputed in the backward pass, so no (B, T, V) is kept."""
+    def head(hidden, ref_hidden):
+        logp, ref_logp = (full(m.logits(h)).log_softmax(-1) for m, h in ((policy, hidden), (ref, ref_hidden)))
+        return (ref_logp.exp() * (ref_logp - logp)).sum(-1)                              # (N,)
+    where = mask.bool()
+    hidden = policy(tokens[:, :-1])[where]                                               # (N, C)
+    with torch.no_grad(), as_ref():
+        ref_hidden = ref(tokens[:, :-1])[where]
+    kl = torch.cat([recompute(head, h, r, use_reentrant=False)
+                    for h, r in zip(hidden.split(chunk), ref_hidden.split(chunk))])
+    return torch.zeros(mask.shape, device=mask.device, dtype=kl.dtype).masked_scatter(where, kl).sum(1)
+
+
+# ---------------------------------------------------------------- rows
+# An item is a pair (its rows good first, bad last; d2o: several good ones) or a single response. rows: [(ids, target)];
+# up: which are good; ref: log π_ref of each row, once known; other: KTO's mismatched row.
+
+def make_item(record, rows, up):
+    """An item, with what the data says of how good each row is: scores, else a margin, a label, win rates."""
+    scores = record.get("scores")
+    gap = scores[0] - scores[-1] if scores and len(rows) > 1 else record.get("margin")
+    p = record.get("prob", None if gap is None else 1 / (1 + math.exp(-gap)))
+    win = record.get("win") or (None if p is None else [p, 1 - p])
+    return dict(record=record, rows=rows, up=up, gap=gap, p=p, win=win, r=scores or [float(u) for u in up])
+
+
+def items_of(record, tok, block, cfg):
+    """The items of one record of a file: the pairs of a ranking, or single responses."""
+    if "response" in record:
+        return [make_item(record, encode(record, tok, block), [record["label"]])]
+    if cfg.loss == "d2o":
+        return [make_item(record, encode(record, tok, block), [True] * (len(record["responses"]) - 1) + [False])]
+    two = pairs(record) if cfg.pairs == "all" else [record | {
+        k: [record[k][0], record[k][-1]] for k in ("responses", "scores", "win") if k in record}]
+    made = [make_item(part, encode(part, tok, block), [True, False]) for part in two]
+    return made if LOSSES[cfg.loss][0] == "pair" else [single for item in made for single in singles(item)]
+
+
+def singles(item):
+    """A pair as a thumb up and a thumb down."""
+    return [item | dict(rows=[row], up=[up], r=[r]) for row, up, r in zip(item["rows"], item["up"], item["r"])]
+
+
+def add_mismatched(items, block):
+    """KTO: give every item its prompt with the response to another prompt, whose mean log-ratio estimates the KL."""
+    split = [(ids[:(p := target.index(1))], ids[p:]) for (ids, target), in (item["rows"] for item in items)]
+    for i, item in enumerate(items):
+        prompt, other = split[i][0], next((said for asked, said in split[i + 1:] + split[:i] if asked != split[i][0]), None)
+        if other is None:
+            raise UserError("--loss kto: all responses are to one prompt, and it needs one to another prompt")
+        prompt = prompt[-(block - len(other)):]
+        item["other"] = (prompt + other, [0] * len(prompt) + [1] * len(other))
+
+
+def split_up(items, budget):
+    """Micro-batches of items; all rows of one are in the same, and rows of like length together."""
+    most = max(len(item["rows"]) for item in items)
+    for part in micro_batches([max(len(ids) for ids, _ in item["rows"]) for item in items], budget // most):
+        yield [items[i] for i in part]
+
+
+def sample_items(policy, records, reward, cfg, tok, amp):
+    """Online: of cfg.k samples to each prompt the best against the worst; none where all are equally good -> items,
+    scores (B, k)."""
+    with amp():
+        roll = generate(policy, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new, cfg.k, cfg.temperature)
+    scores = reward([r for r in records for _ in range(cfg.k)], roll)[0] - cfg.missing_end * ~roll.finished
+    scores, items = scores.view(-1, cfg.k), []
+    rows = [(ids[:n], [0] * p + [1] * (n - p)) for ids, n, p in zip(roll.tokens.tolist(), roll.lengths, roll.prompt_len)]
+    for i, (record, group) in enumerate(zip(records, scores)):
+        two = [int(group.argmax()), int(group.argmin())]
+        if group[two[0]] > group[two[1]]:
+            beats = (torch.sigmoid(group[:, None] - group).sum(1) - .5) / (cfg.k - 1)    # (k,) win rates
+            item = make_item(record | dict(scores=group[two].tolist(), win=beats[two].tolist()),
+                             [rows[i * cfg.k + j] for j in two], [True, False])
+            items += [item] if LOSSES[cfg.loss][0] == "pair" else singles(item)
+    if items and cfg.loss == "kto":
+        add_mismatched(items, policy.config.block_size)
+    return items, scores
+
+
+# ---------------------------------------------------------------- policy and reference on rows
+
+def row_logps(model, rows, cfg, tok, amp):
+    """What the preference term takes of each row (R,), log π of all its response tokens (R,), tokens, mask."""
+    tokens, mask = collate(rows, tok, model.device)                                      # (R, T), (R, T-1)
+    with amp():
+        logp = token_logprobs(model, tokens, mask)                                       # (R, T-1)
+    skip = tokens[:, 1:] == tok.end if cfg.mask_end else None
+    return response_logps(logp, mask, skip, cfg.length_norm), logp.sum(1), tokens, mask
+
+
+@torch.no_grad()
+def add_reference(items, frozen, cfg, tok, amp, bar=False):
+    """Give every item log π_ref of its rows, and of the mismatched row."""
+    ref, as_ref = frozen
+    with as_ref(), tqdm(total=len(items), desc="reference", disable=not bar, leave=False) as progress:
+        for part in split_up(items, cfg.micro_tokens):
+            logps = row_logps(ref, [row for item in part for row in item["rows"]], cfg, tok, amp)[0]
+            for item, s in zip(part, logps.split([len(item["rows"]) for item in part])):
+                item["ref"] = s
+            if "other" in part[0]:
+                for item, s in zip(part, row_logps(ref, [item["other"] for item in part], cfg, tok, amp)[0]):
+                    item["other_ref"] = s
+            progress.update(len(part))
+
+
+@torch.no_grad()
+def reference_point(policy, items, cfg, tok, amp):
+    """KTO's z = max(0, mean log-ratio of mismatched responses), an estimate of KL(π || π_ref) (2402.01306, sec. 4)."""
+    gaps = [row_logps(policy, [item["other"] for item in part], cfg, tok, amp)[0]
+            - torch.stack([item["other_ref"] for item in part]) for part in split_up(items, cfg.micro_tokens)]
+    return torch.cat(gaps).mean().clamp(min=0)
+
+
+def measure(policy, items, frozen, critic, cfg, tok, amp):
+    """x of the losses but for z: what policy, reference, critic and data say of the good and bad rows of items."""
+    s, whole, tokens, mask = row_logps(policy, [row for item in items for row in item["rows"]], cfg, tok, amp)
+    up = torch.tensor([u for item in items for u in item["up"]], device=s.device)        # (R,)
+    given = lambda values: torch.tensor(values, device=s.device, dtype=s.dtype)
+    ratio = s - torch.cat([item["ref"] for item in items])                               # (R,)
+    x = SimpleNamespace(a=ratio[up], b=ratio[~up], lw=whole[up], ll=whole[~up], n_w=mask.sum(1)[up])
+    if cfg.loss == "d2o":
+        x.a = torch.stack([part.mean() for part in x.a.split([len(item["rows"]) - 1 for item in items])])
+    if len(x.a) == len(x.b) == len(items):
+        x.d = x.a - x.b
+        if items[0]["gap"] is not None:
+            x.gap, x.p = given([item["gap"] for item in items]), given([item["p"] for item in items])
+            x.p_w, x.p_l = given([[item["win"][0], item["win"][-1]] for item in items]).unbind(1)
+            x.d = x.d - cfg.margin / cfg.beta * x.gap
+    if cfg.loss.startswith("tdpo"):
+        with amp():
+            kl = sequence_kl(policy, *frozen, tokens, mask)                              # (R,)
+        x.kl_w, x.kl_l = kl[up], kl[~up]
+    if critic is not None:
+        with amp():  # V is read at the last token of the prompt
+            v = token_scores(critic, tokens, mask * mask.cumsum(1).eq(1)).sum(1)         # (R,)
+        r = given([r for item in items for r in item["r"]])
+        x.v_w, x.v_l, x.r_w, x.r_l = v[up], v[~up], r[up], r[~up]
+    return x
+
+
+def batch_loss(policy, items, frozen, critic, cfg, tok, amp):
+    """Loss and metrics of a batch, micro-batch by micro-batch; in training the gradient is added up on the way."""
+    unit, loss_of = LOSSES[cfg.loss]
+    z = reference_point(policy, items, cfg, tok, amp) if cfg.loss == "kto" else None
+    n = max(1, sum(not item["up"][0] for item in items)) if unit == "bad" else len(items)
+    n_w = sum(sum(target) for item in items for (_, target), u in zip(item["rows"], item["up"]) if u)
+    loss, xs = 0.0, []
+    for part in split_up(items, cfg.micro_tokens):
+        x = measure(policy, part, frozen, critic, cfg, tok, amp)
+        x.z = z
+        term = loss_of(x, cfg).sum() / n
+        if cfg.nll_coef:
+            term = term + cfg.nll_coef * (-x.lw.sum() / max(1, n_w) if cfg.nll_per == "token"
+                                          else -(x.lw / x.n_w).sum() / len(items))
+        if torch.is_grad_enabled():
+            term.backward()
+        loss += term.detach()
+        xs.append(x)
+    a, b, lw, ll = (torch.cat([getattr(x, k).detach() for x in xs]) for k in ("a", "b", "lw", "ll"))
+    of = lambda values: float(values.mean()) if len(values) else None
+    out = {"loss": loss, "rewards/chosen": of(cfg.beta * a), "rewards/rejected": of(cfg.beta * b),
+           "logps/chosen": of(lw), "logps/rejected": of(ll)}
+    if len(a) and len(b):
+        out["rewards/margin"] = out["rewards/chosen"] - out["rewards/rejected"]
+    if unit == "pair":
+        out["rewards/accuracy"] = of(0.5 + 0.5 * (a - b).sign())
+    return out
+
+
+@torch.no_grad()
+def evaluate(policy, prompts, frozen, cfg, tok, amp):
+    """Samples to held-out prompts: KL(π || π_ref), length, true score in the toy world -> metrics, texts."""
+    torch.manual_seed(cfg.seed)
+    ref, as_ref = frozen
+    with amp():
+        roll = generate(policy, [tok.prompt(r["prompt"]) for r in prompts], tok, cfg.max_new,
+                        temperature=cfg.temperature)
+        logps = lambda model: per_token(roll, cfg.micro_tokens, lambda tokens, mask: token_logprobs(
+            model, tokens, mask, cfg.temperature))[0]                                    # (B, T-1)
+        kl = logps(policy)
+        with as_ref():
+            kl = (kl - logps(ref)).sum(1).mean()
+    texts = roll.responses(tok)
+    scores = [gold(*j) for j in zip(prompts, texts, roll.finished.tolist()) if "family" in j[0]]
+    return dict(kl=kl, response_length=roll.mask.sum(1).mean(), gold=mean(scores)), texts
+
+
+# ---------------------------------------------------------------- the loop
+
+def train(cfg):
+    """Compare policy and reference on good and bad responses, and step on the loss of what comes out."""
+    check(cfg, positive="beta batch lr critic_lr max_new temperature epochs eval_every micro_tokens save_every",
+          share="merge_alpha merge_keep")
+    if cfg.loss not in LOSSES:
+        raise OptionError(f"--loss {cfg.loss}: choose from {', '.join(LOSSES)}")
+    if cfg.online and (cfg.k < 2 or not cfg.steps):
+        raise OptionError("--online needs --steps, and --k of at least 2")
+    if not cfg.online and cfg.data == "toy":
+        raise OptionError("--data toy: preferences come from a file (python reward.py label), or add --online")
+    if cfg.lora_r and (cfg.ref_every or cfg.merge != "none"):
+        raise OptionError("--lora_r: its reference is the model it adapts; neither --ref_every nor --merge go with it")
+    tok = Tokenizer.load(cfg.tokenizer)
+    run = Run(cfg, tok)
+    if run.finished:
+        return
+    device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
+    policy = load_model(cfg.init, tok, device, n_scores=0, maker="python sft.py")
+    policy.prepare(cfg)
+    frozen, block, how = reference(policy), policy.config.block_size, (cfg, tok, amp)
+
+    # Where rows come from: the policy itself, or a file whose reference log-probs are computed once.
+    def fits(record):
+        """The record, if its prompt leaves room for a whole response."""
+        return [record] if len(tok.prompt(record["prompt"])) + cfg.max_new <= block else []
+    if cfg.online:
+        reward = Reward(cfg.reward, tok, device, amp, cfg.micro_tokens)
+        stream, prompts = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64, prepare=fits)
+        total, held = cfg.steps, []
+    else:
+        stream, held = open_stream(cfg.data, "preference" if LOSSES[cfg.loss][0] == "pair" else "thumbs", cfg.seed,
+                                   n_held=256, prepare=lambda record: items_of(record, tok, block, cfg))
+        if any(item["gap"] is None for item in stream.items + held) and (
+                cfg.margin or cfg.loss in ("rpo_squared", "rpo_backward", "rpo_forward", "sppo", "dno")):
+            raise UserError(f"{cfg.data}: --loss {cfg.loss} needs to know how much better a response is, and some records"
+                            " have neither scores nor a margin")
+        total = cfg.steps or math.ceil(cfg.epochs * len(stream.items) / cfg.batch)
+        prompts = [record for item in held for record in fits(item["record"])][:64]
+        if cfg.loss == "kto":
+            add_mismatched(stream.items, block)
+            add_mismatched(held, block)
+        if not cfg.ref_every:
+            add_reference(stream.items + held, frozen, *how, bar=True)
+            if not policy.adapter and not cfg.loss.startswith("tdpo"):
+                frozen = None  # its log-probs are all that is needed: one model less in memory
+
+    shared = dict(weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
+    modules, optimizers = dict(model=policy), dict(optimizer=Optimizer(policy, cfg.lr, total, **shared))
+    if cfg.merge != "none":
+        base = load_model(cfg.merge_base, tok, device, n_scores=0, maker="python sft.py --loss_on all --init new")
+        optimizers["optimizer"].merge = ([p.detach() - q.detach() for p, q in zip(
+            policy.parameters(), base.parameters())], cfg.merge, cfg.merge_alpha, cfg.merge_keep)
+    if cfg.ref_every:
+        modules["ref"] = frozen[0]
+    critic = None
+    if cfg.loss == "dro":
+        critic = modules["critic"] = load_model(cfg.init, tok, device, n_scores=1)
+        optimizers["critic"] = Optimizer(critic, cfg.critic_lr, total, **shared)
+
+    for step in steps(run, total, modules, optimizers, {}, cfg.save_every):
+        more = {}
+        if cfg.ref_every and step and step % cfg.ref_every == 0:
+            frozen[0].load_state_dict(policy.state_dict())
+        if cfg.online:
+            items, scores = sample_items(policy, stream.batch(step, cfg.batch), reward, *how)
+            more |= dict(reward=scores.mean(), items=len(items))
+        else:
+            items = stream.batch(step, cfg.batch)
+        if items:
+            if cfg.online or cfg.ref_every:
+                add_reference(items, frozen, *how)
+            more |= batch_loss(policy, items, frozen, critic, *how)
+            for optimizer in reversed(optimizers.values()):
+                more["grad_norm"], more["lr"] = optimizer.step(step)
+        if (step + 1) % cfg.eval_every == 0 or step + 1 == total:
+            if held:
+                if cfg.ref_every:
+                    add_reference(held, frozen, *how)
+                with torch.no_grad():
+                    more |= {f"val_{k}": v for k, v in batch_loss(policy, held, frozen, critic, *how).items()}
+            if prompts:  # the reference comes back for a moment where it has left
+                metrics, texts = evaluate(policy, prompts, frozen or reference(load_model(cfg.init, tok, device)), *how)
+                more |= metrics
+                run.samples(step + 1, [f"{r['prompt'][-1]['content']}\n→ {t}" for r, t in zip(prompts[:8], texts)])
+        run.log(step, ("loss", "rewards/margin", "gold"), **more)
+    run.finish(("loss", "rewards/accuracy", "rewards/margin", "logps/chosen", "logps/rejected", "gold", "kl"),
+               then=f"python reward.py compare {cfg.init} {cfg.out}")
+
+
+if __name__ == "__main__":
+    guard(lambda: train(parse(Config)))
