@@ -57,8 +57,8 @@ class Config(TrainConfig):
     # the reference
     ref_every: int = 0          # steps after which the policy becomes the reference (π_ref = π_t); 0: never
     # Online Merging Optimizer (2405.17931)
-    merge: Literal["none", "ondare", "onties"] = "none"  # mix a share of what fine-tuning changed into each update
-    merge_base: str = "out/base"  # the model before fine-tuning
+    merge_base: str = ""        # the model before fine-tuning; what that changed is mixed into each update; none: nothing
+    merge: Literal["ondare", "onties"] = "ondare"  # at random, or the largest changes where their signs agree
     merge_alpha: float = 1e-4   # weight of that change
     merge_keep: float = 0.5     # share of the parameters that each update touches
     # online
@@ -349,8 +349,8 @@ def train(cfg):
         raise OptionError("--online needs --steps, and --k of at least 2")
     if not cfg.online and cfg.data == "toy":
         raise OptionError("--data toy: preferences come from a file (python reward.py label), or add --online")
-    if cfg.lora_r and (cfg.ref_every or cfg.merge != "none"):
-        raise OptionError("--lora_r: its reference is the model it adapts; neither --ref_every nor --merge go with it")
+    if cfg.lora_r and (cfg.ref_every or cfg.merge_base):
+        raise OptionError("--lora_r: its reference is the model it adapts; neither --ref_every nor --merge_base go with it")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
@@ -387,7 +387,7 @@ def train(cfg):
 
     shared = dict(weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
     modules, optimizers = dict(model=policy), dict(optimizer=Optimizer(policy, cfg.lr, total, **shared))
-    if cfg.merge != "none":
+    if cfg.merge_base:
         base = load_model(cfg.merge_base, tok, device, n_scores=0, maker="python sft.py --loss_on all --init new")
         optimizers["optimizer"].merge = ([p.detach() - q.detach() for p, q in zip(
             policy.parameters(), base.parameters())], cfg.merge, cfg.merge_alpha, cfg.merge_keep)

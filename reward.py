@@ -303,7 +303,8 @@ def train(cfg):
 # ---------------------------------------------------------------- compare
 
 def compare(cfg, folders):
-    """Let every checkpoint answer the same prompts, judge the answers, and print one table."""
+    """Let every checkpoint answer the same prompts, judge the answers, and print one table. Its nll is the mean -log π
+    per token of fresh pretraining documents."""
     check(cfg, positive="n max_new")
     if not cfg.judge:
         raise OptionError("--judge: name what decides, as gold or out/reward")
@@ -320,6 +321,8 @@ def compare(cfg, folders):
         rng = random.Random(f"compare {family}")
         tasks[family] = ([toy_record("prompt", "test", [family], rng) for _ in range(cfg.n)] if cfg.data == "toy"
                          else read_records(cfg.data, "prompt")[:cfg.n])
+    rng = random.Random("compare documents")
+    texts = [toy_record("text", "test", families, rng) for _ in range(cfg.n)] if cfg.data == "toy" else []
     first, baseline, table, answers = None, {}, [], {}
     for folder in folders:
         model, row = load_model(folder, tok, device, n_scores=0), dict(checkpoint=folder)
@@ -343,16 +346,25 @@ def compare(cfg, folders):
                 kls += (logp - base).sum(1).tolist()
                 lengths += roll.mask.sum(1).tolist()
                 proxies += proxy(records, roll)[0].tolist() if proxy else []
+        if texts:  # how much of its pretraining it still knows: the alignment tax
+            rows = [row for text in texts for row in encode(text, tok, model.config.block_size, "all")]
+            nll = 0.0
+            for part in micro_batches([len(ids) for ids, _ in rows], cfg.micro_tokens):
+                tokens, mask = collate([rows[i] for i in part], tok, device)
+                with torch.no_grad(), amp():
+                    nll -= float(token_logprobs(model, tokens, mask).sum())
+            row["nll"] = nll / sum(sum(target) for _, target in rows)
         row |= dict(win=mean(wins), interval=wilson(sum(wins), len(wins)), kl=mean(kls), length=mean(lengths))
         table.append(row | (dict(proxy=mean(proxies)) if proxy else {}))
 
     wide = max(len(f) for f in folders)
-    head = "".join(f"{f:>8}" for f in families) + (f"{'proxy':>8}" if proxy else "")
+    columns = families + ["nll"] * bool(texts) + ["proxy"] * bool(proxy)
+    head = "".join(f"{f:>8}" for f in columns)
     count = len(tasks[families[0]])
     print(f"{cfg.judge} on {count} {'held-out ' * (cfg.data == 'toy')}prompts a family; win rate against {folders[0]}, "
           f"KL and length on {','.join(on)}\n\n{'':{wide}}{head}     win  [95% interval]      KL  length")
     for row in table:
-        cells = "".join(f"{row[f]:>8.3f}" for f in families + ["proxy"] * bool(proxy))
+        cells = "".join(f"{row[f]:>8.3f}" for f in columns)
         low, high = row["interval"]
         print(f"{row['checkpoint']:{wide}}{cells}{row['win']:>8.3f}  [{low:.3f}, {high:.3f}]"
               f"{row['kl']:>8.2f}{row['length']:>8.1f}")

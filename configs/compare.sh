@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Every algorithm from the same start: one SFT model, one set of preferences, one reward model learned from them.
 # Ends in one table: the true (gold) reward on held-out prompts of each family, win rate against SFT, KL, length.
-# PPO also runs on arithmetic, where a verifier replaces the reward model.
+# PPO also runs on arithmetic, where a verifier replaces the reward model. DPO, IPO and KTO learn from the pairs with a
+# reference, ORPO and SimPO without.
 #
 # Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/compare.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
 # A finished stage is skipped, an interrupted one continues, so running it again costs nothing.
@@ -14,4 +15,9 @@ python reward.py label --policy $OUT/sft --out $OUT/pairs "$@"
 python reward.py train --init $OUT/sft --data $OUT/pairs/pairs.jsonl --out $OUT/reward "$@"
 python ppo.py --init $OUT/sft --reward $OUT/reward --out $OUT/ppo "$@"
 python ppo.py --init $OUT/sft --reward exact --families arith --out $OUT/ppo_arith "$@"
-python reward.py compare $OUT/sft $OUT/ppo $OUT/ppo_arith --proxy $OUT/reward "$@"
+python dpo.py --init $OUT/sft --data $OUT/pairs/pairs.jsonl --out $OUT/dpo "$@"
+python dpo.py --init $OUT/sft --data $OUT/pairs/pairs.jsonl --loss ipo --beta 0.1 --out $OUT/ipo "$@"
+python dpo.py --init $OUT/sft --data $OUT/pairs/pairs.jsonl --loss kto --batch 64 --out $OUT/kto "$@"
+python orpo.py --init $OUT/sft --data $OUT/pairs/pairs.jsonl --out $OUT/orpo "$@"
+python orpo.py --init $OUT/sft --data $OUT/pairs/pairs.jsonl --loss simpo --lr 5e-5 --out $OUT/simpo "$@"
+python reward.py compare $OUT/sft $OUT/ppo $OUT/ppo_arith $OUT/dpo $OUT/ipo $OUT/kto $OUT/orpo $OUT/simpo --proxy $OUT/reward "$@"

@@ -21,7 +21,7 @@ import torch
 import ppo
 import reward
 import sft
-from data import OptionError, Run, UserError, convert, parse, parse_rewards, read_toml, verifier
+from data import VERIFIERS, OptionError, Run, UserError, convert, parse, parse_rewards, read_toml, verifier
 from model import load_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,7 +116,7 @@ def header(script): return "\n".join(itertools.takewhile(lambda line: line.start
 def test_every_option_exists_and_every_file_read_is_made_before(recipe, tmp_path):
     commands = expand(recipe, "--seed", "3", out=tmp_path / "here")
     assert len(commands) > 1 and not problems(commands)
-    assert all(words[-2:] == ["--seed", "3"] for words in commands), 'every stage ends in "$@"'
+    assert all(words[-2:] == ["--seed", "3"] for words in commands if words[1] != "merge"), 'every stage ends in "$@"'
     for words in commands:
         file, name, cfg, folders = options(words)
         places = reads(name, cfg, folders) + [getattr(cfg, "out", None) or folders[0]]
@@ -200,6 +200,8 @@ def snapshot(folder): return {path: (path.stat().st_mtime_ns, path.stat().st_siz
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_it_runs_through_and_a_second_time_does_nothing(recipe, shared, monkeypatch, capsys):
+    # A model trained for a moment knows no fillers to avoid.
+    monkeypatch.setitem(VERIFIERS, "no_filler", lambda record, text, finished: len(text) % 2)
     commands = [shrunk(words) for words in expand(recipe, out=shared)]
     for words in commands:
         capsys.readouterr()

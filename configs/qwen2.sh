@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Qwen2 (Yang et al. 2024, 2407.10671): offline DPO, then online DPO on the policy's own samples, with the Online
+# Merging Optimizer (Lu et al. 2024, 2405.17931) against the alignment tax.
+#
+#   reported        the two stages; several samples a prompt, the reward model's best against its worst; an optimizer
+#                   that mixes what fine-tuning changed (SFT minus base) into every update
+#   reconstruction  OnDARE of the two published variants; α, the share kept and all sizes
+#
+# Effect to look for: the online stage gains more true reward than as many further offline pairs with the same judge
+# (`more`); with merging the nll of pretraining text stays lower.
+# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/qwen2.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+set -euo pipefail
+OUT=${OUT:-out}
+
+python sft.py --loss_on all --init new --out $OUT/base "$@"
+python sft.py --init $OUT/base --out $OUT/sft "$@"
+python reward.py label --policy $OUT/sft --out $OUT/pairs "$@"
+python reward.py train --init $OUT/sft --data $OUT/pairs/pairs.jsonl --out $OUT/reward "$@"
+python dpo.py --init $OUT/sft --data $OUT/pairs/pairs.jsonl --steps 100 --out $OUT/qwen2/offline "$@"
+python reward.py label --policy $OUT/sft --by $OUT/reward --k 4 --select ends --n 3300 --scale 0 --flip 0 --out $OUT/qwen2/pairs "$@"
+python dpo.py --init $OUT/qwen2/offline --data $OUT/qwen2/pairs/pairs.jsonl --steps 100 --out $OUT/qwen2/more "$@"
+python dpo.py --init $OUT/qwen2/offline --online --data toy --reward $OUT/reward --k 4 --steps 100 --out $OUT/qwen2/online "$@"
+python dpo.py --init $OUT/qwen2/offline --online --data toy --reward $OUT/reward --k 4 --steps 100 --merge_base $OUT/base --out $OUT/qwen2/online_merging "$@"
+python reward.py compare $OUT/sft $OUT/qwen2/offline $OUT/qwen2/more $OUT/qwen2/online $OUT/qwen2/online_merging --proxy $OUT/reward "$@"
