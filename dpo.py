@@ -4,10 +4,10 @@
 
 The optimum of  E[r] - β KL(π || π_ref)  satisfies  r(x, y) = β log π / π_ref + β log Z(x).  Put into Bradley-Terry's
 P(y_w ≻ y_l) = σ(r_w - r_l), Z cancels, and the likelihood of the labels is the line above (Rafailov et al.
-2305.18290, eq. 7): β a is an implicit reward. Some twenty papers change one line of it; they are the dict LOSSES. Around it,
-the same everywhere: which tokens count, summed or averaged (`length_norm`, `mask_end`); an NLL term (`nll_coef`);
-where rows come from (a file, or `online`: the policy's own samples, judged by `reward`); and the reference (fixed,
-refreshed every `ref_every` steps, or with LoRA the policy without its adapter).
+2305.18290, eq. 7): β a is an implicit reward. Some twenty papers change one line of it; they are the dict LOSSES.
+Around it, the same everywhere: which tokens count, summed or averaged (`length_norm`, `mask_end`); an NLL term
+(`nll_coef`); where rows come from (a file, or `online`: the policy's own samples, judged by `reward`); the reference
+(fixed, refreshed every `ref_every` steps, or with LoRA the policy without its adapter).
 
     python dpo.py                                     out/sft + out/pairs/pairs.jsonl -> out/dpo
     python dpo.py --loss kto --out out/kto            another loss; thumbs up and down, here from the same pairs
@@ -45,19 +45,19 @@ class Config(TrainConfig):
     beta: float = 0.3           # how strongly the reference holds (papers mostly .1; dpo --length_norm 5, dro 1)
     eps: float = 0.1            # cdpo, robust: share of labels taken to be flipped
     lam: float = 50.0           # dpop: penalty once the chosen falls below the reference
-    alpha: float = 0.5          # tdpo: weight of the sequence KL; d2o: weight of the rejected, as beta is of the anchors
+    alpha: float = 0.5          # tdpo: weight of the sequence KL; d2o: of the rejected, as beta of the anchors
     eta: float = 1.0            # rpo: scale of the score gaps; sppo: of the win probabilities (1000)
     lam_up: float = 1.0         # kto: weight of thumbs up
     lam_down: float = 1.0       # kto: weight of thumbs down
     margin: float = 0.0         # times the record's margin is the β d asked for (ODPO 2402.10571); 0 asks for none
     length_norm: bool = False   # mean instead of sum of the token log-ratios (IPO as TRL has it; Tülu 3, with beta 5)
-    mask_end: bool = False      # leave the end token out of the preference term (Llama 3's format tokens), not out of NLL
+    mask_end: bool = False      # the end token counts in the NLL term only (Llama 3's format tokens)
     nll_coef: float = 0.0       # weight of -log π(chosen) per token (Llama 3: .2)
     nll_per: Literal["token", "pair"] = "token"  # its mean: over all chosen tokens, or over pairs of each one's mean
     # the reference
     ref_every: int = 0          # steps after which the policy becomes the reference (π_ref = π_t); 0: never
     # Online Merging Optimizer (2405.17931)
-    merge_base: str = ""        # the model before fine-tuning; what that changed is mixed into each update; none: nothing
+    merge_base: str = ""        # the model before fine-tuning: mix what that changed into each update
     merge: Literal["ondare", "onties"] = "ondare"  # at random, or the largest changes where their signs agree
     merge_alpha: float = 1e-4   # weight of that change
     merge_keep: float = 0.5     # share of the parameters that each update touches
@@ -73,7 +73,9 @@ class Config(TrainConfig):
     epochs: float = 1.0         # passes over the records
     steps: int = 0              # updates; 0: what the epochs take
     batch: int = 32             # pairs (thumbs; online: prompts) an update
-    lr: float = 1e-4            # peak learning rate
+    lr: float = 1e-4            # peak learning rate of AdamW
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the hidden matrices, adapters included
+    muon_lr: float = 1e-3       # peak learning rate of Muon
     critic_lr: float = 1e-3     # dro: of its value function
     weight_decay: float = 0.0   # on matrices
     warmup: int = 10            # updates of linear warm-up, before the cosine
@@ -132,6 +134,8 @@ LOSSES = {
     # forget the bad; unlike gradient ascent it stops when they are gone                     NPO 2404.05868 eq. 3
     "npo": ("bad", lambda x, h: -2 / h.beta * logsig(-h.beta * x.b)),
 }
+NEEDS = dict(rpo_squared="gap", rpo_backward="gap", rpo_forward="gap", dno="p", sppo="p_w")  # of the records
+NO_MARGIN = ("d2o", "sppo", "sppo_hard", "apo_zero")  # a and b do not meet in a difference
 
 
 def bernoulli_kl(s, t):
@@ -140,7 +144,7 @@ def bernoulli_kl(s, t):
 
 
 def response_logps(logp, mask, skip=None, mean=False):
-    """Token log-probs (B, T-1) -> (B,): their sum, or mean, over the masked tokens but for those where skip (B, T-1)."""
+    """Token log-probs (B, T-1) -> (B,): their sum, or mean, over the masked tokens but for those where skip is."""
     keep = mask if skip is None else mask * ~skip
     total = (logp * keep).sum(1)
     return total / keep.sum(1).clamp(min=1) if mean else total
@@ -169,9 +173,10 @@ def make_item(record, rows, up):
     """An item, with what the data says of how good each row is: scores, else a margin, a label, win rates."""
     scores = record.get("scores")
     gap = scores[0] - scores[-1] if scores and len(rows) > 1 else record.get("margin")
-    p = record.get("prob", None if gap is None else 1 / (1 + math.exp(-gap)))
-    win = record.get("win") or (None if p is None else [p, 1 - p])
-    return dict(record=record, rows=rows, up=up, gap=gap, p=p, win=win, r=scores or [float(u) for u in up])
+    p = record.get("prob", None if gap is None else 1 / (1 + math.exp(min(-gap, 700))))
+    win = record.get("win") or [p, None if p is None else 1 - p]
+    return dict(record=record, rows=rows, up=up, gap=gap, p=p, p_w=win[0], p_l=win[-1],
+                r=scores or [float(u) for u in up])
 
 
 def items_of(record, tok, block, cfg):
@@ -195,7 +200,8 @@ def add_mismatched(items, block):
     """KTO: give every item its prompt with the response to another prompt, whose mean log-ratio estimates the KL."""
     split = [(ids[:(p := target.index(1))], ids[p:]) for (ids, target), in (item["rows"] for item in items)]
     for i, item in enumerate(items):
-        prompt, other = split[i][0], next((said for asked, said in split[i + 1:] + split[:i] if asked != split[i][0]), None)
+        prompt = split[i][0]
+        other = next((said for asked, said in split[i + 1:] + split[:i] if asked != prompt), None)
         if other is None:
             raise UserError("--loss kto: all responses are to one prompt, and it needs one to another prompt")
         prompt = prompt[-(block - len(other)):]
@@ -216,7 +222,8 @@ def sample_items(policy, records, reward, cfg, tok, amp):
         roll = generate(policy, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new, cfg.k, cfg.temperature)
     scores = reward([r for r in records for _ in range(cfg.k)], roll)[0] - cfg.missing_end * ~roll.finished
     scores, items = scores.view(-1, cfg.k), []
-    rows = [(ids[:n], [0] * p + [1] * (n - p)) for ids, n, p in zip(roll.tokens.tolist(), roll.lengths, roll.prompt_len)]
+    rows = [(ids[:n], [0] * p + [1] * (n - p))
+            for ids, n, p in zip(roll.tokens.tolist(), roll.lengths, roll.prompt_len)]
     for i, (record, group) in enumerate(zip(records, scores)):
         two = [int(group.argmax()), int(group.argmin())]
         if group[two[0]] > group[two[1]]:
@@ -224,7 +231,8 @@ def sample_items(policy, records, reward, cfg, tok, amp):
             item = make_item(record | dict(scores=group[two].tolist(), win=beats[two].tolist()),
                              [rows[i * cfg.k + j] for j in two], [True, False])
             items += [item] if LOSSES[cfg.loss][0] == "pair" else singles(item)
-    if items and cfg.loss == "kto":
+    if cfg.loss == "kto":
+        items = items if len({str(item["record"]["prompt"]) for item in items}) > 1 else []  # z needs two prompts
         add_mismatched(items, policy.config.block_size)
     return items, scores
 
@@ -274,9 +282,10 @@ def measure(policy, items, frozen, critic, cfg, tok, amp):
         x.a = torch.stack([part.mean() for part in x.a.split([len(item["rows"]) - 1 for item in items])])
     if len(x.a) == len(x.b) == len(items):
         x.d = x.a - x.b
-        if items[0]["gap"] is not None:
-            x.gap, x.p = given([item["gap"] for item in items]), given([item["p"] for item in items])
-            x.p_w, x.p_l = given([[item["win"][0], item["win"][-1]] for item in items]).unbind(1)
+        known = {k: given([item[k] for item in items]) for k in ("gap", "p", "p_w", "p_l")
+                 if None not in [item[k] for item in items]}
+        x = SimpleNamespace(**vars(x), **known)
+        if cfg.margin:
             x.d = x.d - cfg.margin / cfg.beta * x.gap
     if cfg.loss.startswith("tdpo"):
         with amp():
@@ -295,6 +304,7 @@ def batch_loss(policy, items, frozen, critic, cfg, tok, amp):
     unit, loss_of = LOSSES[cfg.loss]
     z = reference_point(policy, items, cfg, tok, amp) if cfg.loss == "kto" else None
     n = max(1, sum(not item["up"][0] for item in items)) if unit == "bad" else len(items)
+    n_good = sum(u for item in items for u in item["up"])
     n_w = sum(sum(target) for item in items for (_, target), u in zip(item["rows"], item["up"]) if u)
     loss, xs = 0.0, []
     for part in split_up(items, cfg.micro_tokens):
@@ -303,7 +313,7 @@ def batch_loss(policy, items, frozen, critic, cfg, tok, amp):
         term = loss_of(x, cfg).sum() / n
         if cfg.nll_coef:
             term = term + cfg.nll_coef * (-x.lw.sum() / max(1, n_w) if cfg.nll_per == "token"
-                                          else -(x.lw / x.n_w).sum() / len(items))
+                                          else -(x.lw / x.n_w).sum() / max(1, n_good))
         if torch.is_grad_enabled():
             term.backward()
         loss += term.detach()
@@ -341,16 +351,20 @@ def evaluate(policy, prompts, frozen, cfg, tok, amp):
 
 def train(cfg):
     """Compare policy and reference on good and bad responses, and step on the loss of what comes out."""
-    check(cfg, positive="beta batch lr critic_lr max_new temperature epochs eval_every micro_tokens save_every",
-          share="merge_alpha merge_keep")
+    check(cfg, positive="beta batch lr muon_lr critic_lr max_new temperature epochs eval_every micro_tokens save_every",
+          share="eps merge_alpha merge_keep")
     if cfg.loss not in LOSSES:
         raise OptionError(f"--loss {cfg.loss}: choose from {', '.join(LOSSES)}")
     if cfg.online and (cfg.k < 2 or not cfg.steps):
         raise OptionError("--online needs --steps, and --k of at least 2")
     if not cfg.online and cfg.data == "toy":
         raise OptionError("--data toy: preferences come from a file (python reward.py label), or add --online")
+    if cfg.margin and (LOSSES[cfg.loss][0] != "pair" or cfg.loss in NO_MARGIN):
+        raise OptionError(f"--margin: --loss {cfg.loss} has no difference to ask a margin of")
+    if cfg.loss == "robust" and cfg.eps >= 0.5:
+        raise OptionError(f"--eps {cfg.eps}: with half of the labels flipped they say nothing")
     if cfg.lora_r and (cfg.ref_every or cfg.merge_base):
-        raise OptionError("--lora_r: its reference is the model it adapts; neither --ref_every nor --merge_base go with it")
+        raise OptionError("--lora_r: the reference is the model it adapts; no --ref_every, no --merge_base")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
@@ -371,22 +385,22 @@ def train(cfg):
     else:
         stream, held = open_stream(cfg.data, "preference" if LOSSES[cfg.loss][0] == "pair" else "thumbs", cfg.seed,
                                    n_held=256, prepare=lambda record: items_of(record, tok, block, cfg))
-        if any(item["gap"] is None for item in stream.items + held) and (
-                cfg.margin or cfg.loss in ("rpo_squared", "rpo_backward", "rpo_forward", "sppo", "dno")):
-            raise UserError(f"{cfg.data}: --loss {cfg.loss} needs to know how much better a response is, and some records"
-                            " have neither scores nor a margin")
+        needed = NEEDS.get(cfg.loss) or ("gap" if cfg.margin else "rows")
+        if any(item[needed] is None for item in stream.items + held):
+            raise UserError(f"{cfg.data}: --loss {cfg.loss} needs to know how much better a response is, and some "
+                            "records have neither scores nor a margin")
         total = cfg.steps or math.ceil(cfg.epochs * len(stream.items) / cfg.batch)
         prompts = [record for item in held for record in fits(item["record"])][:64]
         if cfg.loss == "kto":
-            add_mismatched(stream.items, block)
-            add_mismatched(held, block)
+            add_mismatched(stream.items + held, block)
         if not cfg.ref_every:
             add_reference(stream.items + held, frozen, *how, bar=True)
             if not policy.adapter and not cfg.loss.startswith("tdpo"):
                 frozen = None  # its log-probs are all that is needed: one model less in memory
 
     shared = dict(weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
-    modules, optimizers = dict(model=policy), dict(optimizer=Optimizer(policy, cfg.lr, total, **shared))
+    modules, optimizers = dict(model=policy), dict(optimizer=Optimizer(
+        policy, cfg.lr, total, cfg.optimizer, cfg.muon_lr, **shared))
     if cfg.merge_base:
         base = load_model(cfg.merge_base, tok, device, n_scores=0, maker="python sft.py --loss_on all --init new")
         optimizers["optimizer"].merge = ([p.detach() - q.detach() for p, q in zip(
@@ -396,7 +410,7 @@ def train(cfg):
     critic = None
     if cfg.loss == "dro":
         critic = modules["critic"] = load_model(cfg.init, tok, device, n_scores=1)
-        optimizers["critic"] = Optimizer(critic, cfg.critic_lr, total, **shared)
+        optimizers["critic_opt"] = Optimizer(critic, cfg.critic_lr, total, **shared)
 
     for step in steps(run, total, modules, optimizers, {}, cfg.save_every):
         more = {}
@@ -411,7 +425,7 @@ def train(cfg):
             if cfg.online or cfg.ref_every:
                 add_reference(items, frozen, *how)
             more |= batch_loss(policy, items, frozen, critic, *how)
-            for optimizer in reversed(optimizers.values()):
+            for optimizer in reversed(optimizers.values()):  # the policy's numbers last
                 more["grad_norm"], more["lr"] = optimizer.step(step)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == total:
             if held:

@@ -174,6 +174,7 @@ class GPT(nn.Module):
         """Switch on what the run's options ask of a model that is to be trained."""
         self.grad_checkpoint = cfg.grad_checkpoint
         if cfg.lora_r:
+            torch.manual_seed(cfg.seed)
             self.add_lora(cfg.lora_r, cfg.lora_alpha)
         if cfg.compile:
             self.compile(dynamic=True)
@@ -533,7 +534,7 @@ class Reward:
 
 def keep_freed_memory():
     """Ask glibc to keep freed memory (up to 2 GB) for the next tensor. By default large blocks go back to the system,
-    and getting them anew, page by page and zeroed, costs a CPU a fifth of a training step. Elsewhere it does nothing."""
+    and getting them anew, page by page and zeroed, costs a fifth of a training step. Elsewhere it does nothing."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
@@ -776,10 +777,14 @@ def load_model(folder, tok=None, device="cpu", n_scores=None, maker=""):
     if n_scores == 0 and config.n_scores:
         raise UserError(f"{folder}: a reward or value model, and a language model is needed")
     if adapter := meta.get("adapter", {}).get("model"):
-        model = load_model(adapter["folder"], tok, n_scores=config.n_scores, maker=f"what {folder} was trained from")
-        if model.base != {k: adapter[k] for k in ("folder", "crc32")}:
-            raise UserError(f"{folder} adapts {adapter['folder']}, which has changed since")
-        model.add_lora(adapter["r"], adapter["alpha"])
+        try:
+            base, r, alpha = dict(folder=adapter["folder"], crc32=adapter["crc32"]), int(adapter["r"]), adapter["alpha"]
+            model = load_model(base["folder"], tok, n_scores=config.n_scores, maker=f"what {folder} was trained from")
+            if model.base != base:
+                raise UserError(f"{folder} adapts {base['folder']}, which has changed since")
+            model.add_lora(r, alpha)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
+            raise UserError(f"{path}: it does not say what it adapts ({e})") from None
         fill(model, tensors, "model", path)
         tensors = {f"model/{k}": t for k, t in model.merge_lora().state_dict().items()}
     if n_scores is not None and n_scores != config.n_scores:
@@ -816,6 +821,8 @@ def steps(run, total, modules, optimizers, state, save_every):
     if (folder / "checkpoint.safetensors").exists():
         tensors, meta = load_tensors(folder / "checkpoint.safetensors")
         for name, module in modules.items():
+            if meta.get("adapter", {}).get(name) != module.adapter:
+                raise UserError(f"{folder}: what it adapts has changed since it began; delete that folder to begin anew")
             fill(module, tensors, name, folder)
         for name, optimizer in optimizers.items():
             optimizer.load_tensors({} if meta.get("done") else part(tensors, name), folder)
@@ -852,20 +859,24 @@ def merge(cfg, folders):
         raise OptionError(f"--weights {cfg.weights}: not numbers with commas between them") from None
     if len(weights) != len(folders):
         raise OptionError(f"--weights {cfg.weights}: {len(weights)} for {len(folders)} checkpoints")
-    facts = dict(merged=list(map(str, folders)), weights=weights)
-    path = Path(cfg.out) / "checkpoint.safetensors"
-    if path.exists() and load_tensors(path)[1].get("made") == facts:
-        print(f"{cfg.out} is finished; nothing to do")
-        return
-    first, total, tokenizer = load_model(folders[0]), {}, None
-    for folder, weight in zip(folders, weights):
-        model, said = load_model(folder), load_tensors(Path(folder) / "checkpoint.safetensors")[1].get("tokenizer")
-        if model.config != first.config or said != (tokenizer := tokenizer or said):
-            raise UserError(f"{folder}: another architecture or tokenizer than {folders[0]}")
+    if not all(map(math.isfinite, weights)):
+        raise OptionError(f"--weights {cfg.weights}: not finite")
+    models, tokenizers = [load_model(f) for f in folders], {
+        load_tensors(Path(f) / "checkpoint.safetensors")[1].get("tokenizer") for f in folders}
+    facts, path = dict(merged=[m.base for m in models], weights=weights), Path(cfg.out) / "checkpoint.safetensors"
+    if path.exists():
+        if load_tensors(path)[1].get("made") != facts:
+            raise UserError(f"{cfg.out} holds another model: choose another --out, or delete that folder")
+        return print(f"{cfg.out} is finished; nothing to do")
+    first, total = models[0], {}
+    if len(tokenizers) > 1 or any(m.config != first.config for m in models):
+        raise UserError(f"{', '.join(folders)}: one has another architecture or tokenizer")
+    for model, weight in zip(models, weights):
         for name, t in model.state_dict().items():
             total[name] = total.get(name, 0) + weight * t.double()
     first.load_state_dict({name: t.float() for name, t in total.items()})
-    save_checkpoint(cfg.out, dict(model=first), {}, dict(step=0, done=True, state={}, tokenizer=tokenizer, made=facts))
+    save_checkpoint(cfg.out, dict(model=first), {}, dict(step=0, done=True, state={}, tokenizer=tokenizers.pop(),
+                                                         made=facts))
     print(f"{cfg.out}: {' + '.join(f'{w:g} {f}' for w, f in zip(weights, folders))}")
 
 

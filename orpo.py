@@ -141,7 +141,8 @@ def train(cfg):
             sums += torch.stack([v.detach().sum() for v in (chosen, rejected, right, x.lw, x.ll, x.nll)])
         chosen, rejected, right, lw, ll, nll = (sums / len(items)).tolist()
         return {"loss": loss, "nll": nll, "rewards/chosen": chosen, "rewards/rejected": rejected,
-                "rewards/margin": chosen - rejected, "rewards/accuracy": right, "logps/chosen": lw, "logps/rejected": ll}
+                "rewards/margin": chosen - rejected, "rewards/accuracy": right, "logps/chosen": lw,
+                "logps/rejected": ll}
 
     def evaluate(step):
         """Held-out pairs, and samples to held-out prompts with, in the toy world, their true score."""

@@ -71,8 +71,8 @@ class Label(RunConfig):
     scale: float = 3.0          # labels are Bradley-Terry draws at scale * score; 0: the higher score always wins
     flip: float = 0.1           # share of rankings turned upside down
     # what is kept
-    select: Literal["rank", "ends", "best", "rso"] = "rank"  # all, best and worst, the best alone, rejection sampling's
-    min_gap: float = 0.0        # least difference of score between the first and the last
+    select: Literal["rank", "ends", "best", "rso"] = "rank"  # all, first and last, the best score alone, as rso accepts
+    min_gap: float = 0.0        # least difference between the scores of first and last
     rso_beta: float = 0.5       # rso: a response is accepted with probability exp((score - best score) / this)
 
 
@@ -154,14 +154,14 @@ def accept(scores, beta, rng):
 
 def win_rates(scores):
     """P(y_i ≻ another of the group), with Bradley-Terry on the scores; they sum to K / 2 (SPPO, 2405.00675, sec. 4)."""
-    return [(sum(1 / (1 + math.exp(b - a)) for b in scores) - 0.5) / max(1, len(scores) - 1) for a in scores]
+    return [(sum(1 / (1 + math.exp(min(b - a, 700))) for b in scores) - 0.5) / max(1, len(scores) - 1) for a in scores]
 
 
 # ---------------------------------------------------------------- label
 
 def label(cfg):
     """Sample k responses to each prompt, score and rank them, and write pairs.jsonl."""
-    check(cfg, positive="n temperature max_new batch", share="flip")
+    check(cfg, positive="n temperature max_new batch save_every rso_beta", share="flip")
     if cfg.k < 2:
         raise OptionError(f"--k {cfg.k}: a preference needs at least 2 responses")
     tok = Tokenizer.load(cfg.tokenizer)
@@ -190,7 +190,7 @@ def label(cfg):
         scores = judge(repeated, roll)[0].tolist()
         answers = list(zip(roll.responses(tok), scores, roll.finished.tolist()))
         for i, record in enumerate(records):
-            group = [(text, score) for text, score, done in answers[i * cfg.k:(i + 1) * cfg.k] if done and text]
+            group = [(text, score) for text, score, done in answers[i * cfg.k:(i + 1) * cfg.k] if done and text.strip()]
             group = list(dict(group).items())  # the same answer twice is no preference
             if not cfg.scale:  # where the score alone decides, nor are two of the same score
                 group = list({score: (text, score) for text, score in group[::-1]}.values())[::-1]
@@ -199,9 +199,9 @@ def label(cfg):
             if len(group) > (cfg.select != "best"):
                 texts, marks = zip(*group)
                 order, wins = rank(marks, cfg.scale, cfg.flip, rng), win_rates(marks)
-                if marks[order[0]] - marks[order[-1]] < cfg.min_gap:
+                if abs(marks[order[0]] - marks[order[-1]]) < cfg.min_gap:
                     continue
-                kept = dict(ends=[order[0], order[-1]], best=order[:1]).get(cfg.select, order)
+                kept = dict(ends=[order[0], order[-1]], best=[marks.index(max(marks))]).get(cfg.select, order)
                 said = [texts[j] for j in kept]
                 made.append(record | (dict(response=said[0]) if cfg.select == "best" else dict(responses=said))
                             | dict(scores=[marks[j] for j in kept], win=[wins[j] for j in kept], source="ai"))

@@ -21,11 +21,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import collate  # noqa: E402
 from model import (GPT, GPTConfig, Optimizer, generate, response_scores, setup, token_logprobs)  # noqa: E402
+import dpo  # noqa: E402
+import orpo  # noqa: E402
 from reward import bradley_terry  # noqa: E402
 from sft import sft_loss  # noqa: E402
 
 SIZES = {"tiny": dict(n_layer=4, n_embd=128, n_head=4, vocab_size=512, block_size=256),
          "gpt2": dict(n_layer=12, n_embd=768, n_head=12, vocab_size=50257, block_size=1024)}
+ITEMS = ["generate", "sft", "reward", "dpo", "orpo"]
 TOK = SimpleNamespace(pad=0, end=-1)  # an end token that is never drawn: every row runs to its full length
 
 
@@ -66,7 +69,7 @@ def items(args, model, device, amp):
         count = args.batch * args.new
         return run, count, forward_flops(config, count, args.prompt + args.new / 2)
     length = args.length if args.item == "sft" else args.prompt + args.new
-    rows = args.batch * (2 if args.item == "reward" else 1)
+    rows = args.batch * (1 if args.item == "sft" else 2)
     tokens = torch.randint(3, 500, (rows, length), generator=draw)
     mask = [[1] * length if args.item == "sft" else [0] * args.prompt + [1] * args.new] * rows
     tokens, mask = collate(list(zip(tokens.tolist(), mask)), TOK, device)
@@ -75,6 +78,12 @@ def items(args, model, device, amp):
         with amp():
             if args.item == "sft":
                 loss = sft_loss(model, tokens, mask) / mask.sum()
+            elif args.item in ("dpo", "orpo"):  # DPO's reference log-probs are computed beforehand
+                s, n = token_logprobs(model, tokens, mask).sum(1), mask.sum(1)
+                x = SimpleNamespace(lw=s[::2], ll=s[1::2], n_w=n[::2], n_l=n[1::2], nll=-s[::2] / n[::2],
+                                    d=s[::2] - s[1::2])
+                loss = (dpo.LOSSES["dpo"][1](x, dpo.Config()) if args.item == "dpo"
+                        else orpo.LOSSES["orpo"](x, orpo.Config())).mean()
             else:
                 scores = response_scores(model, tokens, mask)[:, 0]
                 loss = bradley_terry(scores[::2], scores[1::2]).mean()
@@ -106,7 +115,7 @@ def bench(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("item", nargs="?", choices=["generate", "sft", "reward"], help="none: all of them")
+    parser.add_argument("item", nargs="?", choices=ITEMS, help="none: all of them")
     parser.add_argument("--size", default="tiny", choices=SIZES)
     parser.add_argument("--batch", type=int, default=0, help="rows or pairs; 0: 256 for generate, 32 for training")
     parser.add_argument("--prompt", type=int, default=32)
@@ -117,7 +126,7 @@ def main():
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=8)
     args = parser.parse_args()
-    for item in [args.item] if args.item else ["generate", "sft", "reward"]:
+    for item in [args.item] if args.item else ITEMS:
         bench(argparse.Namespace(**vars(args) | dict(item=item, batch=args.batch or (256 if item == "generate" else 32))))
 
 

@@ -18,6 +18,7 @@ import torch
 
 import data
 import dpo
+import sft
 import model as models
 from data import Tokenizer, UserError
 from dpo import LOSSES
@@ -579,6 +580,7 @@ LOOPS = {name: dict(loss=name) for name in LOSSES} | {
     "dro, ends of a ranking": dict(loss="dro", file="ranks", pairs="ends"),
     "dro, all of a ranking": dict(loss="dro", file="ranks"),
     "kto, thumbs": dict(loss="kto", file="thumbs", lam_up=1.3, lam_down=.7),
+    "kto, z below 0": dict(loss="kto", file="thumbs", lam_up=.02, lr=5e-3),
     "dro, thumbs": dict(loss="dro", file="thumbs"),
     "npo, thumbs": dict(loss="npo", file="thumbs"),
 }
@@ -803,7 +805,9 @@ def test_ref_every_makes_the_policy_the_reference(loss, files, tiny, tmp_path):
     fixed = train(tmp_path / "b", tiny, files["pairs"], loss=loss, steps=6)
     assert [r["rewards/margin"] == 0 for r in fixed] == [True] + [False] * 5
     assert fixed[:2] == rows[:2]
-    assert rows[-1]["val_rewards/margin"] != fixed[-1]["val_rewards/margin"]      # held-out ones follow the reference
+    assert rows[-1]["val_rewards/margin"] != fixed[-1]["val_rewards/margin"]      # held-out ones follow the reference,
+    often = train(tmp_path / "c", tiny, files["pairs"], loss=loss, steps=6, ref_every=2, eval_every=1)
+    assert often[-1]["val_rewards/margin"] == rows[-1]["val_rewards/margin"]      # every time
 
 
 @pytest.mark.parametrize("options", [dict(), dict(ref_every=2), dict(loss="dro"), dict(loss="kto"), dict(online=True),
@@ -875,9 +879,9 @@ def test_c21_margin_of_a_ranked_pair_is_that_of_its_scores(files, tiny, tmp_path
     record = dict(prompt=[dict(role="user", content="?")], responses=["a", "b", "c"], scores=[3, 1, -1], win=[.9, .5, .1])
     got = [dpo.make_item(part, [([], [])] * 2, [True, False]) for part in data.pairs(record)]
     assert [item["gap"] for item in got] == [2, 4, 2]
-    assert [list(item["win"]) for item in got] == [[.9, .5], [.9, .1], [.5, .1]]
+    assert [[item["p_w"], item["p_l"]] for item in got] == [[.9, .5], [.9, .1], [.5, .1]]
     item = dpo.make_item(dict(margin=2.0), [([], [])] * 2, [True, False])
-    assert item["gap"] == 2 and item["p"] == pytest.approx(sg(2)) and item["win"] == pytest.approx([sg(2), sg(-2)])
+    assert item["gap"] == 2 and item["p"] == pytest.approx(sg(2)) and [item["p_w"], item["p_l"]] == pytest.approx([sg(2), sg(-2)])
     assert item["r"] == [1, 0] and dpo.make_item(dict(margin=1.0, prob=.3), [0, 0], [True, False])["p"] == .3
 
 
@@ -894,7 +898,7 @@ def test_c21_pairs_become_thumbs(loss, files, tiny, tmp_path, monkeypatch):
     a, b = (train(tmp_path / str(i), tiny, f, loss=loss, steps=2, batch=84) for i, f in enumerate(files))
     for x, y in zip(a, b):
         for k in ("loss", "grad_norm", "logps/chosen", "logps/rejected", "val_loss") if loss != "kto" else ("logps/chosen",):
-            assert x.get(k) == pytest.approx(y.get(k), rel=1e-3), k
+            assert x.get(k) is y.get(k) is None or x[k] == pytest.approx(y[k], rel=1e-3), k
 
 
 @pytest.mark.parametrize("odd", [0, 1])
@@ -979,21 +983,19 @@ def test_online_pairs_are_best_and_worst_of_the_current_policy(loss, files, tiny
     for step, (roll, state) in enumerate(rolls[:3]):
         before = weights(tmp_path / "at" / str(step)) if step else weights(tiny)
         assert same(state, {k: v for k, v in before.items() if "." in k and not k[6].isdigit()})
-        texts, want, scores = roll.responses(TOK), [], []
+        texts, scores = roll.responses(TOK), []
+        got = made[steps_made[step - 1] if step else 0:steps_made[step]]
         for i in range(0, len(texts), 4):
             score = [len(t) / 10 - t.count("e") - .3 * (not f) for t, f in zip(texts[i:i + 4], roll.finished[i:i + 4].tolist())]
             scores += score
-            lengths |= set(roll.mask.sum(1).tolist())
             if max(score) > min(score) + 1e-6:
-                w, l = i + score.index(max(score)), i + score.index(min(score))
-                want.append([(texts[w], True), (texts[l], False)])
-                if step == 2:
-                    cut = [roll.tokens[j, :roll.lengths[j]].tolist() for j in (w, l)]
-                    tail.append(dict(prompt=cut[0][:roll.prompt_len[w]], good=[cut[0][roll.prompt_len[w]:]],
-                                     bad=[cut[1][roll.prompt_len[l]:]]))
-        got = made[steps_made[step - 1] if step else 0:steps_made[step]]
-        assert sorted(m for m in got if len(m) == 2) == sorted(want)
-        assert rows[step]["reward"] == pytest.approx(sum(scores) / len(scores), abs=1e-4)
+                (best, up), (worst, down) = got.pop(0)
+                w, l = (texts.index(t, i, i + 4) for t in (best, worst))
+                assert up and not down and abs(scores[w] - max(score)) < 1e-6 and abs(scores[l] - min(score)) < 1e-6
+                ids, start = [roll.tokens[j, :roll.lengths[j]].tolist() for j in (w, l)], roll.prompt_len[w]
+                tail += [dict(prompt=ids[0][:start], good=[ids[0][start:]], bad=[ids[1][start:]])] * (step == 2)
+        assert not got and rows[step]["reward"] == pytest.approx(sum(scores) / len(scores), abs=1e-4)
+        lengths |= set(roll.mask.sum(1).tolist())
     assert len(lengths) > 3 and len(tail) > 5
     want = slow_metrics(dpo.Config(**QUICK | dict(loss="dpo")), policy, ref, tail)      # the reference is the first model
     for key in ("rewards/chosen", "rewards/rejected", "logps/chosen"):
@@ -1044,6 +1046,12 @@ def test_lora_trains_adapters_only_and_merges(loss, files, tiny, tmp_path, monke
     want = slow_metrics(cfg, merged.double(), first.double(), items)
     assert {k: rows[2][k] for k in want} == pytest.approx(want, rel=2e-4, abs=2e-5)
     assert rows[2]["kl"] != 0
+
+
+def test_lora_online_reference_is_the_model_without_the_adapter(files, tiny, tmp_path):
+    """Samples come from the policy, adapter on; the rewards are against the model without it, so they are not 0."""
+    rows = train(tmp_path / "a", tiny, files["prompts"], online=True, reward="vowels", k=4, batch=12, lora_r=4, lr=1e-2)
+    assert rows[0]["rewards/chosen"] == 0 and all(abs(r["rewards/chosen"]) > 1e-4 for r in rows[1:]) and rows[2]["kl"] != 0
 
 
 # ---------------------------------------------------------------- the one-token bandit (F2)
@@ -1136,6 +1144,40 @@ def test_f2_on_deterministic_labels_dpo_diverges_and_rpo_stays(loss, bandit, tmp
     margins = [row["rewards/margin"] for row in rows[29::30]]             # mean over the six pairs; of the rewards 5/3
     best_worst = (final[3] / final[0]).log() + math.log(4)
     if loss == "dpo":
-        assert all(b > a + .2 for a, b in zip(margins, margins[1:])) and best_worst > 10
+        assert all(b > a for a, b in zip(margins, margins[1:])) and best_worst > 10
     else:
         assert all(abs(m - 5 / 3) < .05 for m in margins[1:]) and abs(best_worst - 3) < .02
+
+
+# ---------------------------------------------------------------- pairs that differ in one digit
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A model that has seen sums, and pairs of answers to sums that differ in one digit (edit distance 1)."""
+    out, rng, rows = tmp_path_factory.mktemp("digits"), random.Random(0), []
+    sft.train(sft.Config(init="new", n_layer=1, n_head=2, n_embd=64, block_size=64, families="arith", steps=80, batch=32,
+                         packing=64, prompt_weight=0.0, out=str(out / "sft"), device="cpu", dtype="fp32", threads=1))
+    for _ in range(400):
+        task = data.toy_task("train", "arith", rng)
+        right = str(task["answer"])
+        wrong = right[:-1] + rng.choice([d for d in "0123456789" if d != right[-1]])
+        rows.append(dict(prompt=task["prompt"], responses=[f"The answer is {n}." for n in (right, wrong)]))
+    (out / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return out, rows
+
+
+def test_dpop_keeps_the_chosen_likely_on_pairs_of_one_digits_difference_and_dpo_does_not(digits, tmp_path):
+    """M12's sign test: after 200 steps log π(chosen) has fallen in nearly all pairs with DPO, in hardly any with DPOP."""
+    out, rows = digits
+
+    def chosen(folder):
+        net, ask = load_model(folder, TOK), lambda row: [dict(role="user", content=row["prompt"])]
+        with torch.no_grad():
+            return torch.stack([models.token_logprobs(net, *data.collate(data.encode(
+                dict(prompt=ask(row), response=row["responses"][0]), TOK, 64), TOK)).sum() for row in rows])
+    before, fell = chosen(out / "sft"), {}
+    for loss in ("dpo", "dpop"):
+        dpo.train(dpo.Config(init=str(out / "sft"), data=str(out / "pairs.jsonl"), loss=loss, steps=200, batch=16, lr=3e-4,
+                             out=str(tmp_path / loss), device="cpu", dtype="fp32", threads=1, eval_every=1000))
+        fell[loss] = float((chosen(tmp_path / loss) < before).float().mean())
+    assert fell["dpo"] > .9 and fell["dpop"] < .1

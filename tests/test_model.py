@@ -23,7 +23,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data
 import model as M
+import sft
 from data import Tokenizer, UserError, collate, pack
 from model import (GPT, Cache, GPTConfig, Optimizer, Reward, attend, clone, generate, load_model, load_tensors,
                    per_token, response_scores, sample, save_checkpoint, save_tensors, setup, slices, steps,
@@ -1348,3 +1350,345 @@ def test_chat_answers_every_piped_line_with_whole_characters(tmp_path):
                           env=os.environ | {"PYTHONIOENCODING": "utf-8"}, capture_output=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.decode() == f"{said}\n{said}\n"
+
+
+# ------------------------------------------------------------------------------------------------ LoRA
+
+
+def keep(folder, model, **meta):
+    save_checkpoint(folder, dict(model=model), {}, dict(tokenizer=TOK.fingerprint) | meta)
+    return str(folder)
+
+
+def adapt(folder, r=3, alpha=5.0, stir=.2, n_scores=None, **size):
+    """A base in folder/base, loaded and given adapters; with stir, as training might have left them."""
+    if not (folder / "base").exists():
+        keep(folder / "base", gpt(dtype=torch.float32, **size))
+    model = load_model(folder / "base", TOK, n_scores=n_scores)
+    model.add_lora(r, alpha)
+    rng = torch.Generator().manual_seed(5)
+    for name, p in model.named_parameters():
+        if p.requires_grad and stir:
+            p.data += stir * torch.randn(p.shape, generator=rng)
+    return model
+
+
+def logps(model):
+    with torch.no_grad():
+        return token_logprobs(model, *collate(ROWS, TOK))
+
+
+def test_lora_changes_nothing_at_first_and_then_adds_alpha_over_r_times_b_a(tmp_path):
+    # B = 0 at the start; later every linear layer is W + (α/r) B A, here in the GPT-2 written in numpy
+    base = gpt(dtype=torch.float32)
+    assert torch.equal(logps(adapt(tmp_path, stir=0)), logps(base))
+    model, whole = adapt(tmp_path), gpt(dtype=torch.float32)
+    assert len(model.loras()) == 8 and (logps(model) - logps(base)).abs().max() > .1
+    for name, p in model.named_parameters():
+        if name.endswith("lora_A"):
+            layer = name.removesuffix(".lora_A")
+            whole.get_submodule(layer).weight.data += 5 / 3 * model.get_parameter(layer + ".lora_B") @ p
+    want = [oracle_logps(whole.double(), ids)[0] for ids, _ in ROWS]
+    for row, (_, target), ours in zip(want, ROWS, logps(model)):
+        close(ours[:len(row)], [x * t for x, t in zip(row, target[1:])], 1e-4)
+
+
+def test_lora_merged_equals_unmerged_and_is_a_plain_model(tmp_path):
+    model = adapt(tmp_path)
+    before, roll = logps(model), rollout(model, [[1, 2], [3]])
+    check_logps(copy.deepcopy(model).merge_lora().double(), roll, tol=1e-4)     # through the cache too
+    merged = model.merge_lora()
+    assert (logps(merged) - before).abs().max() < 1e-5
+    assert merged.state_dict().keys() == gpt().state_dict().keys() and not merged.adapter and not merged.loras()
+    assert all(p.requires_grad for p in merged.parameters())
+
+
+@pytest.mark.parametrize("n_scores, kind", [(0, "adamw"), (0, "muon"), (1, "adamw")])
+def test_lora_only_adapters_and_a_score_head_have_gradients_and_are_optimised(n_scores, kind, tmp_path):
+    model = adapt(tmp_path, n_scores=n_scores)
+    before, opt = copy.deepcopy(model.state_dict()), Optimizer(model, .01, 10, kind)
+    tokens, mask = collate(ROWS, TOK)
+    out = response_scores(model, tokens, mask) if n_scores else token_logprobs(model, tokens, mask)
+    out.square().sum().backward()
+    trained = {n for n in before if n.endswith(("lora_A", "lora_B")) or n.startswith("score.")}
+    assert len(trained) == 16 + 2 * n_scores
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == trained
+    names = {id(p): n for n, p in model.named_parameters()}
+    held = [names[id(p)] for group in opt.groups() for p in group["params"]]
+    assert sorted(held) == sorted(trained) and {names[id(p)] for p in opt.params} == trained
+    opt.step(0)
+    assert {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])} == trained
+
+
+def test_lora_optimizer_state_is_below_a_tenth(tmp_path):
+    # r = 8 on the toy world's default size
+    def size(model):
+        opt = Optimizer(model, .01, 10)
+        for p in opt.params:
+            p.grad = torch.ones_like(p)
+        opt.step(0)
+        return sum(t.numel() * t.element_size() for t in opt.tensors().values())
+    keep(tmp_path, GPT(GPTConfig()))
+    whole, model = size(load_model(tmp_path)), load_model(tmp_path)
+    model.add_lora(8, 16.0)
+    assert .05 < size(model) / whole < .1
+
+
+def test_lora_without_adapter_is_the_base_to_the_bit_and_comes_back(tmp_path):
+    # with LoRA this is the reference; one that stays off, or is a little off, is no reference
+    base, model = logps(gpt(dtype=torch.float32)), adapt(tmp_path)
+    train_a_little(model, Optimizer(model, .05, 10), 0, 3)
+    tuned = logps(model)
+    with model.without_adapter():
+        assert torch.equal(logps(model), base)
+    assert torch.equal(logps(model), tuned) and (tuned - base).abs().max() > .1
+    with pytest.raises(ZeroDivisionError), model.without_adapter():
+        1 / 0
+    assert torch.equal(logps(model), tuned)
+
+
+def test_p19_lora_reference_is_the_policy_itself_without_a_second_model(tmp_path, monkeypatch):
+    base = logps(gpt(dtype=torch.float32))
+    model = adapt(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(copy, "deepcopy", lambda *_: pytest.fail("a second model"))
+        patch.setattr(GPT, "__init__", lambda *_: pytest.fail("a second model"))
+        ref, as_ref = M.reference(model)
+        with as_ref():
+            assert ref is model and torch.equal(logps(ref), base)
+    plain = gpt(dtype=torch.float32)
+    ref, as_ref = M.reference(plain)
+    with as_ref():
+        assert ref is not plain and torch.equal(logps(ref), base)
+    assert not {p.data_ptr() for p in ref.parameters()} & {p.data_ptr() for p in plain.parameters()}
+
+
+def test_lora_checkpoint_holds_adapters_only_and_loads_as_the_merged_plain_model(tmp_path):
+    model = adapt(tmp_path, r=1, n_layer=2, n_embd=32)
+    keep(tmp_path / "a", model)
+    tensors, _ = load_tensors(tmp_path / "a" / "checkpoint.safetensors")
+    assert len(tensors) == 16 and all(".lora_" in name for name in tensors)
+    assert sum(t.numel() for t in tensors.values()) < .07 * sum(p.numel() for p in gpt(n_embd=32).parameters())
+    loaded, merged = load_model(tmp_path / "a", TOK), model.merge_lora()
+    assert all(torch.equal(t, loaded.state_dict()[n]) for n, t in merged.state_dict().items())
+    assert not loaded.adapter and loaded.state_dict().keys() == merged.state_dict().keys() and not loaded.training
+    loaded.add_lora(2, 4.0)                                   # an adapter of an adapted model: bases stack
+    keep(tmp_path / "b", loaded)
+    assert all(torch.equal(t, merged.state_dict()[n]) for n, t in load_model(tmp_path / "b").state_dict().items())
+
+
+def test_lora_of_a_reward_model_keeps_its_trained_head(tmp_path):
+    model = adapt(tmp_path, n_scores=1)
+    keep(tmp_path / "a", model)
+    assert {n for n in load_tensors(tmp_path / "a" / "checkpoint.safetensors")[0] if "lora_" not in n} == {
+        "model/score.weight", "model/score.bias"}
+    tokens, mask = collate(ROWS, TOK)
+    assert model.score.weight.abs().max() > 0
+    close(response_scores(load_model(tmp_path / "a", TOK), tokens, mask), response_scores(model, tokens, mask), 1e-5)
+    with pytest.raises(UserError, match="language model is needed"):
+        load_model(tmp_path / "a", TOK, n_scores=0)
+
+
+@pytest.mark.parametrize("how, match", [("changed", "has changed since"), ("vanished", "no checkpoint there"),
+                                        ("resized", "has changed since"), ("tokenizer", "another tokenizer")])
+def test_p46_lora_whose_base_changed_or_vanished_is_one_clear_line(how, match, tmp_path):
+    # adapters on other weights than those they were trained on are noise
+    keep(tmp_path / "a", adapt(tmp_path))
+    load_model(tmp_path / "a", TOK)
+    base = tmp_path / "base" / "checkpoint.safetensors"
+    if how == "vanished":
+        base.unlink()
+    elif how == "tokenizer":
+        keep(tmp_path / "base", gpt(dtype=torch.float32), tokenizer="twelve")
+    else:
+        keep(tmp_path / "base", gpt(1, torch.float32, n_embd=32 if how == "resized" else 16))
+    with pytest.raises(UserError, match=match) as error:
+        load_model(tmp_path / "a", TOK)
+    assert "\n" not in str(error.value) and "base" in str(error.value)
+
+
+@pytest.mark.parametrize("change", ["drop", "rename", "reshape", "add"])
+@pytest.mark.parametrize("key", ["model/transformer.h.0.attn.c_attn.lora_A", "model/transformer.h.1.mlp.c_proj.lora_B"])
+def test_p46_lora_tensors_that_are_missing_misshapen_or_surplus_are_named(key, change, tmp_path):
+    keep(tmp_path / "a", adapt(tmp_path))
+    tamper(tmp_path / "a" / "checkpoint.safetensors", key, change)
+    with pytest.raises(UserError, match="lora_"):
+        load_model(tmp_path / "a", TOK)
+
+
+def tune(out, init, **options):
+    """sft.train on a few toy texts; its log."""
+    sft.train(sft.Config(out=str(out), init=init, **(dict(
+        steps=5, device="cpu", dtype="fp32", families="write", packing=0, batch=4, warmup=2, save_every=2) | options)))
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def toy_base(tmp_path_factory):
+    tok = Tokenizer.load("toy")
+    return keep(tmp_path_factory.mktemp("toy"), gpt(dtype=torch.float32, std=.1, vocab_size=tok.n_vocab, block_size=128,
+                                                    n_layer=1), tokenizer=tok.fingerprint)
+
+
+@pytest.mark.parametrize("stop, optimizer", [(1, "muon"), (3, "adamw"), (3, "muon")])
+def test_p41_lora_run_resumes_bit_for_bit(stop, optimizer, toy_base, tmp_path, monkeypatch):
+    whole, real = tune(tmp_path / "a", toy_base, lora_r=2, optimizer=optimizer), data.Run.log
+
+    def log(self, step, *args, **kwargs):
+        if step == stop:
+            raise KeyboardInterrupt
+        real(self, step, *args, **kwargs)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data.Run, "log", log)
+        tune(tmp_path / "b", toy_base, lora_r=2, optimizer=optimizer)
+    assert tune(tmp_path / "b", toy_base, lora_r=2, optimizer=optimizer) == whole and len(whole) == 5
+    a, b = (load_tensors(tmp_path / name / "checkpoint.safetensors")[0] for name in "ab")
+    assert a.keys() == b.keys() and len(a) == 8 and all(torch.equal(a[k], b[k]) for k in a)
+    a, b = (load_model(tmp_path / "a").state_dict(), load_model(toy_base).state_dict())
+    assert {n for n in a if not torch.equal(a[n], b[n])} == {n for n in a if ".h." in n and n.endswith((
+        "attn.c_attn.weight", "c_proj.weight", "c_fc.weight"))}
+
+
+def test_lora_of_a_new_model_is_refused(tmp_path):
+    # frozen random weights under an adapter would learn nothing
+    with pytest.raises(UserError, match="LoRA adapts a trained model"):
+        tune(tmp_path / "a", "new", n_layer=1, n_embd=16, n_head=2, block_size=128, lora_r=2)
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(UserError, match="LoRA"):
+        gpt().add_lora(2, 4.0)
+
+
+# ------------------------------------------------------------------------------------------------ merging
+
+
+def bits(model):
+    return {name: t.numpy().tobytes() for name, t in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("k", [2, 3, 7])
+def test_merge_of_copies_is_the_copy_to_the_bit(k, tmp_path, capsys):
+    model = gpt(dtype=torch.float32)
+    M.merge(M.Merge(out=str(tmp_path / "m")), [keep(tmp_path / str(i), model) for i in range(k)])
+    assert bits(load_model(tmp_path / "m", TOK)) == bits(model) and str(tmp_path / "m") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("weights", ["", ".25,.75", "2,-1"])
+def test_merge_is_the_weighted_sum(weights, tmp_path, monkeypatch):
+    # by the command, as a person would type it
+    models = [gpt(seed, torch.float32) for seed in (0, 1)]
+    folders = [keep(tmp_path / str(i), m) for i, m in enumerate(models)]
+    words = ["merge", *folders, "--out", str(tmp_path / "m")] + [f"--weights={weights}"] * bool(weights)
+    monkeypatch.setattr(sys, "argv", ["model.py", *words])
+    M.main()
+    a, b = map(float, (weights or ".5,.5").split(","))
+    got = load_model(tmp_path / "m", TOK).state_dict()
+    for name, t in got.items():
+        x, y = (m.state_dict()[name].numpy().astype(np.float64) for m in models)
+        assert np.array_equal(t.numpy(), (a * x + b * y).astype(np.float32)), name
+
+
+def test_merge_takes_an_adapted_model_as_its_merged_self(tmp_path):
+    model = adapt(tmp_path)
+    base, a = load_model(tmp_path / "base").state_dict(), keep(tmp_path / "a", model)
+    M.merge(M.Merge(out=str(tmp_path / "m")), [str(tmp_path / "base"), a])
+    for name, t in load_model(tmp_path / "m", TOK).state_dict().items():
+        close(t, (base[name].double() + load_model(a).state_dict()[name].double()) / 2, 1e-7)
+
+
+@pytest.mark.parametrize("other, options, match", [
+    (dict(n_layer=1), {}, "another architecture or tokenizer"), (dict(n_scores=1), {}, "another architecture"),
+    (dict(tokenizer="twelve"), {}, "another architecture or tokenizer"), ({}, dict(weights="1"), "1 for 2"),
+    ({}, dict(weights=".2,.3,.5"), "3 for 2|for 2 checkpoints"), ({}, dict(weights="a,b"), "not numbers"),
+    ({}, dict(out=""), "--out"), (dict(missing=True), {}, "no checkpoint there")])
+def test_merge_refuses_what_has_no_mean(other, options, match, tmp_path):
+    a, b = keep(tmp_path / "a", gpt(dtype=torch.float32)), str(tmp_path / "b")
+    if not other.get("missing"):
+        tokenizer = other.pop("tokenizer", TOK.fingerprint)
+        keep(b, gpt(1, torch.float32, **other), tokenizer=tokenizer)
+    with pytest.raises(UserError, match=match) as error:
+        M.merge(M.Merge(**(dict(out=str(tmp_path / "m")) | options)), [a, b])
+    assert "\n" not in str(error.value) and not (tmp_path / "m").exists()
+
+
+def test_merge_twice_does_nothing_and_another_model_is_not_overwritten(tmp_path, capsys):
+    folders = [keep(tmp_path / str(i), gpt(i, torch.float32)) for i in range(2)]
+    path = tmp_path / "m" / "checkpoint.safetensors"
+    M.merge(M.Merge(out=str(tmp_path / "m")), folders)
+    first = path.stat().st_mtime_ns, path.stat().st_ino
+    M.merge(M.Merge(out=str(tmp_path / "m")), folders)
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == first and "nothing to do" in capsys.readouterr().out
+    for out, weights in (("m", "1,0"), ("0", "")):                       # another mean; one of those to be averaged
+        with pytest.raises(UserError, match="holds another model"):
+            M.merge(M.Merge(out=str(tmp_path / out), weights=weights), folders)
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == first
+
+
+# ------------------------------------------------------------------------------------------------ online merging
+
+
+def grown(model, merge=None, steps=3):
+    """Its parameters after a few steps."""
+    opt = Optimizer(model, .01, 10, weight_decay=.1)
+    opt.merge = merge and ([torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * merge[0]
+                            for i, p in enumerate(opt.params)], *merge[1:])
+    train_a_little(model, opt, 0, steps)
+    return [p.detach().clone() for p in opt.params], opt
+
+
+@pytest.mark.parametrize("kind, scale", [("ondare", 1.0), ("onties", 0.0)])
+def test_online_merging_with_alpha_0_and_all_kept_is_adamw_to_the_bit(kind, scale):
+    # OnTIES also needs a task vector that never outvotes the change: it elects the sign whatever alpha is
+    plain, merged = (grown(gpt(dtype=torch.float32), merge)[0] for merge in (None, (scale, kind, 0.0, 1.0)))
+    assert all(torch.equal(a, b) for a, b in zip(plain, merged))
+
+
+def test_online_merging_moves_each_parameter_by_its_own_task_vector():
+    # one step with everything kept: θ + (1 - α) Δ + α τ, where Δ is AdamW's
+    start = [p.detach().clone() for p in gpt(dtype=torch.float32).parameters()]
+    plain, _ = grown(gpt(dtype=torch.float32), steps=1)
+    merged, opt = grown(gpt(dtype=torch.float32), (.1, "ondare", .25, 1.0), steps=1)
+    for old, new, got, tau in zip(start, plain, merged, opt.merge[0]):
+        close(got, old + .75 * (new - old) + .25 * tau, 1e-6)
+
+
+def test_ondare_mean_over_draws_is_the_kept_share_without_rescaling():
+    n, keep_, alpha = 10_000, .3, .2
+    old = torch.tensor([1.0, -2, 0, 3, 5, .5], dtype=torch.float64)
+    delta = torch.tensor([1.0, -1, 2, 0, -3, .1], dtype=torch.float64)
+    tau = torch.tensor([-2.0, 1, 2, 4, 0, 6], dtype=torch.float64)
+    torch.manual_seed(0)
+    wide = lambda x: x.expand(n, 6).contiguous()
+    moved = M.merged_update(wide(old), wide(old + delta), wide(tau), "ondare", alpha, keep_) - old
+    a, b = (1 - alpha) * delta, alpha * tau
+    spread = (keep_ * (1 - keep_) * (a ** 2 + b ** 2)).sqrt()                # two independent coins
+    assert ((moved.mean(0) - keep_ * (a + b)).abs() <= 3 * spread / n ** .5).all()
+    assert ((moved.std(0) - spread).abs() <= .05 * spread).all()
+    near = torch.stack([(moved - x).abs() < 1e-9 for x in (0 * a, a, b, a + b)]).any(0)
+    assert near.all()                                                        # each whole or not at all
+
+
+def test_onties_truth_table():
+    """By hand. keep ½: of each the 4 largest of 8 magnitudes, then those that agree with the sign of their sum,
+    weighted ¾ and ¼."""
+    delta = torch.tensor([4.0, 2, -6, 7, 1, -1, 1, .5])         # kept: 4 2 -6 7
+    tau = torch.tensor([8.0, -3, 4, -9, 5, 2, -1, 0])           # kept: 8 -9 5, and 4 (3 is fifth)
+    moved = torch.tensor([.75 * 4 + .25 * 8,                    # both agree
+                          .75 * 2,                              # τ was too small: δ alone, though -3 outweighs it
+                          .75 * -6,                             # the sum -2 has δ's sign
+                          .25 * -9,                             # the sum -2 has τ's sign
+                          .25 * 5,                              # δ was too small: τ alone
+                          0, 0, 0])                             # both too small
+    old = torch.arange(8.0)
+    close(M.merged_update(old, old + delta, tau, "onties", .25, .5), old + moved, 1e-6)
+
+
+def test_onties_elects_the_sign_of_the_unweighted_sum():
+    # the authors' code: alpha weighs what is added, not who is heard; and of no task vector 1 - alpha remains
+    one = lambda d, t, alpha, share=1.0: float(M.merged_update(torch.zeros(1), torch.tensor([d]), torch.tensor([t]),
+                                                               "onties", alpha, share))
+    assert one(1.0, -2.0, .1) == pytest.approx(-.2) and one(-1.0, 2.0, .1) == pytest.approx(.2)
+    assert one(2.0, -1.0, .9) == pytest.approx(.2) and one(-3.0, 1.0, .9) == pytest.approx(-.3)
+    assert one(1.0, 2.0, .5) == pytest.approx(1.5) and one(-1.0, -2.0, .5) == pytest.approx(-1.5)
+    assert one(1.0, 0.0, .25) == pytest.approx(.75) and one(0.0, 1.0, .25) == pytest.approx(.25)
+    assert one(1.0, 1.0, .25, .01) == pytest.approx(1.0)                     # at least one entry is kept

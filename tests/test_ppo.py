@@ -587,9 +587,9 @@ def test_stop_kl_ends_the_epochs(tiny, tmp_path):
 
 
 def test_reference_is_constant_and_shares_no_memory(tiny, tmp_path, monkeypatch):
-    calls = watch(monkeypatch, "clone")
+    calls = watch(monkeypatch, "reference")
     rows = train(tmp_path / "a", tiny, lr=3e-3, steps=3)
-    (policy,), ref = calls["clone"][0]
+    (policy,), (ref, _) = calls["reference"][0]
     start = weights(tiny)
     assert all(torch.equal(t, start[f"model/{k}"]) for k, t in ref.state_dict().items())
     assert not {t.data_ptr() for t in policy.state_dict().values()} & {t.data_ptr() for t in ref.state_dict().values()}

@@ -243,7 +243,7 @@ def base(tmp_path_factory):
 def stage(base, name, out):
     """(the words after python, its Config and function) of a stage small enough to run many times."""
     words = dict(
-        label=f"reward.py label --policy {base}/sft --n 12 --batch 4 --k 3 --max_new 24",
+        label=f"reward.py label --policy {base}/sft --n 12 --batch 4 --k 3 --max_new 24 --save_every 2",
         train=f"reward.py train --init {base}/sft --data {base}/pairs/pairs.jsonl --batch 4 --eval_every 2 --save_every 2"
               f" --warmup 1 --pairs split",
         ppo=f"ppo.py --init {base}/sft --reward {base}/reward+0.5*format --steps 5 --prompts 8 --max_new 12 --save_every 2"

@@ -251,10 +251,12 @@ def test_label_best_first_without_unfinished_or_duplicate_answers(k, tmp_path, m
     monkeypatch.setattr(reward, "generate", lambda *args: rolls.append(real(*args)) or rolls[-1])
     rows = label(tmp_path / "a", checkpoint(tmp_path / "abc", says="ae", end=9.0), k=k, max_new=3, n=104, batch=48)
     said = [answer for roll in rolls for answer in zip(roll.responses(TOK), roll.finished.tolist())]
-    groups = [[text for text, done in said[i:i + k] if done and text] for i in range(0, 104 * k, k)]
+    groups = [[text for text, done in said[i:i + k] if done and text.strip()] for i in range(0, 104 * k, k)]
     assert [len(roll.tokens) // k for roll in rolls] == [48, 48, 8]                   # the last batch is what is left
     assert not all(done for _, done in said) and any(len(set(g)) < len(g) for g in groups)   # both occur here
-    expected = [sorted(set(g), key=lambda t: t.count("e") - len(t) / 10) for g in groups if len(set(g)) > 1]
+    points = lambda t: len(t) / 10 - t.count("e")
+    untied = [{points(t): t for t in reversed(g)} for g in groups]       # of equal scores (the same text too) the first
+    expected = [[g[p] for p in sorted(g, reverse=True)] for g in untied if len(g) > 1]
     assert [row["scores"] for row in rows] == [
         pytest.approx([len(t) / 10 - t.count("e") for t in best_first], abs=1e-6) for best_first in expected]
     for row, texts in zip(rows, expected):
@@ -357,7 +359,7 @@ def test_training_recovers_known_gaps(tiny, tmp_path):
     for place in range(19, len(rows) * 20 // 19, 20):                    # every 20th is held out: let it be a spare
         rows.insert(place, ranked("a", "d", n=1)[0])
     path = write(tmp_path / "pairs.jsonl", rows)
-    train(tmp_path / "rm", tiny, path, batch=888, epochs=50.0, lr=1e-2, weight_decay=0.0)
+    train(tmp_path / "rm", tiny, path, batch=888, epochs=50.0, lr=1e-2, weight_decay=0.0, optimizer="adamw")
     a, b, c, d = score(tmp_path / "rm", *arms)
     assert [b - a, c - a, d - a] == pytest.approx([1, 2, 3], abs=.05)
 
@@ -578,3 +580,149 @@ def test_impossible_options_exit_2_with_one_line(command, tmp_path, monkeypatch,
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("error: ")
     assert not list(tmp_path.iterdir())                                  # nothing written
+
+
+# ---------------------------------------------------------------- what label keeps
+
+def test_f2_accepted_responses_are_the_tilted_policys():
+    """RSO on the bandit: π = .4 .3 .2 .1, rewards 0 to 3, β = ½. Accepted samples follow π exp(r / β) / Z."""
+    rng, pi, beta = random.Random(0), [.4, .3, .2, .1], .5
+    groups = [rng.choices([0.0, 1.0, 2.0, 3.0], pi, k=200) for _ in range(500)]      # each has the best of all
+    kept = [scores[i] for scores in groups for i in reward.accept(scores, beta, rng)]
+    rate = sum(p * math.exp((r - 3) / beta) for r, p in enumerate(pi))
+    assert rate == pytest.approx(.1336, abs=5e-5)
+    assert len(kept) / 1e5 == pytest.approx(rate, abs=3 * math.sqrt(rate * (1 - rate) / 1e5))
+    for r, share in enumerate([.0074, .0411, .2027, .7488]):
+        assert pi[r] * math.exp((r - 3) / beta) / rate == pytest.approx(share, abs=6e-5)
+        assert kept.count(r) / len(kept) == pytest.approx(share, abs=3 * math.sqrt(share * (1 - share) / len(kept)))
+
+
+def test_accept_takes_each_with_its_own_probability_and_the_best_always():
+    rng, scores = random.Random(1), [-1.0, .5, -.2, .5]
+    seen = collections.Counter(i for _ in range(10_000) for i in reward.accept(scores, .7, rng))
+    for i, s in enumerate(scores):
+        p = math.exp((s - .5) / .7)
+        assert seen[i] / 1e4 == pytest.approx(p, abs=3.5 * math.sqrt(p * (1 - p) / 1e4))
+    for _ in range(200):
+        scores = [rng.gauss(0, 1e3) for _ in range(rng.randint(1, 6))]
+        assert scores.index(max(scores)) in reward.accept(scores, rng.choice([1e-3, .5, 100]), rng)
+
+
+def test_win_rates_against_a_loop():
+    rng = random.Random(2)
+    for k in (2, 2, 3, 5, 8):
+        s = [rng.gauss(0, 2) for _ in range(k)]
+        got = reward.win_rates(s)
+        close(got, [sum(sigmoid(s[i] - s[j]) for j in range(k) if j != i) / (k - 1) for i in range(k)])
+        assert sum(got) == pytest.approx(k / 2) and sorted(range(k), key=got.__getitem__) == sorted(
+            range(k), key=s.__getitem__)
+        shifted = reward.win_rates([x + 100 for x in s])
+        close(shifted, got)
+    assert reward.win_rates([3.0, 3.0]) == [.5, .5]
+    assert reward.win_rates([1.0, 0.0]) == pytest.approx([sigmoid(1.0), 1 - sigmoid(1.0)])
+
+
+def sampled(monkeypatch, k):
+    """For each prompt of the label runs that follow, its finished, different answers and their scores."""
+    groups, real = [], reward.generate
+
+    def spy(*args):
+        roll = real(*args)
+        said = list(zip(roll.responses(TOK), roll.finished.tolist()))
+        groups.extend({t: len(t) / 10 - t.count("e") for t, done in said[i:i + k] if done and t.strip()}
+                      for i in range(0, len(said), k))
+        return roll
+    monkeypatch.setattr(reward, "generate", spy)
+    return groups
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory):
+    """A policy of two letters: its short answers repeat, and tie."""
+    return checkpoint(tmp_path_factory.mktemp("letters"), says="ae", end=7.0)
+
+
+def rows_of(folder, policy, **options):
+    return label(folder, policy, **(dict(k=4, max_new=4, n=60, batch=25) | options))
+
+
+def distinct(group):
+    return len({round(s, 4) for s in group.values()})
+
+
+def test_label_rank_by_score_alone_keeps_every_answer_without_ties(letters, tmp_path, monkeypatch):
+    groups = sampled(monkeypatch, 4)
+    rows = rows_of(tmp_path / "a", letters)
+    assert any(distinct(g) < len(g) for g in groups) and any(distinct(g) == 1 for g in groups)   # ties do occur
+    groups = [g for g in groups if distinct(g) > 1]
+    assert len(rows) == len(groups) > 20
+    for row, group in zip(rows, groups):
+        assert all(a > b for a, b in itertools.pairwise(row["scores"])) and len(row["scores"]) == distinct(group)
+        assert row["scores"] == pytest.approx([group[t] for t in row["responses"]], abs=1e-6)
+        close(row["win"], reward.win_rates(row["scores"]), 1e-6)
+
+
+@pytest.mark.parametrize("gap", [0.0, .45, 1.15])
+def test_label_ends_keeps_best_and_worst_at_least_a_gap_apart(gap, letters, tmp_path, monkeypatch):
+    groups = sampled(monkeypatch, 4)
+    rows = rows_of(tmp_path / "a", letters, select="ends", min_gap=gap)
+    groups = [g for g in groups if distinct(g) > 1 and max(g.values()) - min(g.values()) >= gap - 1e-5]
+    assert len(rows) == len(groups) > 4
+    for row, group in zip(rows, groups):
+        assert len(row["responses"]) == len(row["scores"]) == len(row["win"]) == 2
+        assert row["scores"] == pytest.approx([max(group.values()), min(group.values())], abs=1e-6)
+        assert [group[t] for t in row["responses"]] == pytest.approx(row["scores"], abs=1e-6)
+        assert row["scores"][0] - row["scores"][1] >= gap
+        some = reward.win_rates(sorted({round(s, 4) for s in group.values()}))       # among all, not of the two
+        close(row["win"], [some[-1], some[0]], 1e-4)
+
+
+def test_label_best_keeps_the_highest_of_k_as_a_demonstration(letters, tmp_path, monkeypatch):
+    groups = sampled(monkeypatch, 4)
+    rows = rows_of(tmp_path / "a", letters, select="best")
+    groups = [g for g in groups if g]
+    assert len(rows) == len(groups) and any(len(g) == 1 for g in groups)             # one answer is the best of one
+    for row, group in zip(rows, groups):
+        assert "responses" not in row and group[row["response"]] == max(group.values())
+        assert row["scores"] == pytest.approx([max(group.values())], abs=1e-6) and len(row["win"]) == 1
+    messages = data.read_records(tmp_path / "a" / "pairs.jsonl", "messages")          # sft.py reads it
+    assert [m["messages"][-1]["content"] for m in messages] == [
+        row["response"] for row in rows if row["response"].strip()]
+
+
+def test_label_rso_keeps_an_accepted_part_of_the_answers(letters, tmp_path):
+    wide, narrow = (rows_of(tmp_path / str(beta), letters, select="rso", rso_beta=beta, k=6) for beta in (1e9, .3))
+    rank = rows_of(tmp_path / "rank", letters, k=6)
+    assert wide == rank                                                              # everything is accepted
+    assert 0 < sum(len(row["responses"]) for row in narrow) < sum(len(row["responses"]) for row in wide)
+    tops = {(row["prompt"][-1]["content"], row["responses"][0]): set(row["responses"]) for row in wide}
+    for row in narrow:                                                               # the best is always accepted
+        said = tops[row["prompt"][-1]["content"], row["responses"][0]]
+        assert len(row["responses"]) > 1 and set(row["responses"]) <= said
+        assert row["scores"] == sorted(row["scores"], reverse=True)
+        close(row["win"], reward.win_rates(row["scores"]), 1e-9)
+
+
+@pytest.mark.parametrize("select", ["rank", "rso", "best"])
+def test_p41_label_killed_and_resumed_equals_uninterrupted(select, tiny, tmp_path, monkeypatch):
+    """With noise in the labels: random numbers, too, start anew with each batch."""
+    options = dict(select=select, k=3, scale=1.0, flip=.2, save_every=1, batch=8, min_gap=0.0)
+    whole, real = label(tmp_path / "a", tiny, **options), data.Run.log
+
+    def log(self, step, *args, **kwargs):
+        if step == 3:
+            raise KeyboardInterrupt
+        real(self, step, *args, **kwargs)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data.Run, "log", log)
+        label(tmp_path / "b", tiny, **options)
+    assert json.loads((tmp_path / "b" / "unfinished.json").read_text())[0] == 3
+    assert not (tmp_path / "b" / "pairs.jsonl").exists()
+    calls, generate_ = [], reward.generate
+    monkeypatch.setattr(reward, "generate", lambda *args: (calls.append(1), generate_(*args))[1])
+    assert label(tmp_path / "b", tiny, **options) == whole and len(calls) == 2       # of 5 batches
+    a, b = ((tmp_path / name / "pairs.jsonl").read_bytes() for name in "ab")
+    assert a == b and not (tmp_path / "b" / "unfinished.json").exists()
+    logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in read(tmp_path / name / "metrics.jsonl")]
+            for name in "ab"]
+    assert logs[0] == logs[1] and len(logs[0]) == 5
