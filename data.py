@@ -369,13 +369,16 @@ def _record(rows, want, dropped):
         prompt.insert(0, {"role": "system", "content": _need(row, "system", str)})
     if want != "messages" and (not prompt or prompt[-1]["role"] == "assistant"):
         raise ValueError('the "prompt" must not be empty or end in an assistant turn')
+    ours = kind == "prompt" or "responses" in keys      # our own shapes keep what a verifier may want
+    used = "system" if kind == "prompt" else "system source responses scores win margin"
+    rest = {key: value for key, value in row.items() if ours and key not in used.split()}
     record = {"prompt": prompt} | ({"source": row["source"]} if row.get("source") in ("human", "ai") else {})
     if want == "prompt":
         if maths:                                       # GSM8K ends in "#### 1,080"; a number becomes an int
             final = row["answer"].rpartition("####")[2].strip()
             whole = re.fullmatch(r"-?[0-9]+", final.replace(",", ""))
             record["answer"] = int(whole[0]) if whole else final
-        return {key: value for key, value in row.items() if kind == "prompt" and key != "system"} | record
+        return rest | record
     if want == "preference" or kind == "preference" and want == "thumbs":   # best and worst are thumbs up and down
         parts = rank(answers, scores or range(0, -len(answers), -1))
         if not scores:                                  # an order is no rating, but a pair may bring a margin
@@ -388,10 +391,10 @@ def _record(rows, want, dropped):
                         "lone answer": int(len(answers) < 2)})
         for key in ("scores", "win"):                   # of each response, while they are all there
             if key in row and len(_need(row, key, list)) == len(parts["responses"]):
-                parts[key] = row[key]
-        if "responses" in keys:                         # our own shape keeps what a verifier may want
-            record = {k: v for k, v in row.items() if k not in ("system", "source", "scores", "win", "margin")} | record
-        return record | parts if len(parts["responses"]) > 1 else None
+                parts[key] = [_need({f"{key}[]": item}, f"{key}[]", int, float) for item in row[key]]
+        if "prob" in row and not 0 <= _need(row, "prob", int, float) <= 1:
+            raise ValueError(f'"prob" must be between 0 and 1, not {row["prob"]}')
+        return rest | record | parts if len(parts["responses"]) > 1 else None
     best = max(zip(scores, answers), key=lambda pair: pair[0])[1] if scores else "".join(answers[:1])
     if not best.strip():
         raise _Drop("empty answer")
@@ -805,6 +808,9 @@ def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record
             raise UserError("the context of this model is too short for the toy world's texts")
         rng = random.Random(f"held out {kind}")
         return Stream(make=make, seed=seed), [make(rng, "val") for _ in range(n_held)]
+    if not Path(data).exists():
+        raise UserError(f"{data}: no such file"
+                        + ("; make it with: python reward.py label" if kind in ("preference", "thumbs") else ""))
     prepared = [prepare(record) for record in read_records(data, kind)]
     groups = [items for items in prepared if items]
     if len(groups) < len(prepared):

@@ -1,8 +1,8 @@
 """DPO and every preference loss that needs a reference: RLHF's optimum by classification, without a reward model or RL.
 
-    minimise  -log σ(β d),    d = a - b,    a = log π(y_w|x) / π_ref(y_w|x),    b = the same of y_l
+    minimise  -log σ(β d),    d = a - b,    a = log [π(y_w|x) / π_ref(y_w|x)],    b = log [π(y_l|x) / π_ref(y_l|x)]
 
-The optimum of  E[r] - β KL(π || π_ref)  satisfies  r(x, y) = β log π / π_ref + β log Z(x).  Put into Bradley-Terry's
+The optimum of  E[r] - β KL(π || π_ref)  satisfies  r(x, y) = β log [π / π_ref] + β log Z(x).  Put into Bradley-Terry's
 P(y_w ≻ y_l) = σ(r_w - r_l), Z cancels, and the likelihood of the labels is the line above (Rafailov et al.
 2305.18290, eq. 7): β a is an implicit reward. Some twenty papers change one line of it; they are the dict LOSSES.
 Around it, the same everywhere: which tokens count, summed or averaged (`length_norm`, `mask_end`); an NLL term
@@ -16,6 +16,7 @@ Around it, the same everywhere: which tokens count, summed or averaged (`length_
 Departures: dropout stays off, so that policy and reference agree until the first update; the reference's
 log-probabilities of a file are computed once, before training, and the reference then leaves the memory.
 """
+import contextlib
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -55,7 +56,7 @@ class Config(TrainConfig):
     nll_coef: float = 0.0       # weight of -log π(chosen) per token (Llama 3: .2)
     nll_per: Literal["token", "pair"] = "token"  # its mean: over all chosen tokens, or over pairs of each one's mean
     # the reference
-    ref_every: int = 0          # steps after which the policy becomes the reference (π_ref = π_t); 0: never
+    ref_every: int = 0          # steps after which the policy becomes the reference (and `kl` is to that); 0: never
     # Online Merging Optimizer (2405.17931)
     merge_base: str = ""        # the model before fine-tuning: mix what that changed into each update
     merge: Literal["ondare", "onties"] = "ondare"  # at random, or the largest changes where their signs agree
@@ -73,7 +74,7 @@ class Config(TrainConfig):
     epochs: float = 1.0         # passes over the records
     steps: int = 0              # updates; 0: what the epochs take
     batch: int = 32             # pairs (thumbs; online: prompts) an update
-    lr: float = 1e-4            # peak learning rate of AdamW
+    lr: float = 5e-5            # peak learning rate of AdamW
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the hidden matrices, adapters included
     muon_lr: float = 1e-3       # peak learning rate of Muon
     critic_lr: float = 1e-3     # dro: of its value function
@@ -85,9 +86,14 @@ class Config(TrainConfig):
 
 
 # ---------------------------------------------------------------- the mathematics
-# Each loss is -> (N,), a mean over N of what its first word names: pairs, single responses (thumbs), or bad ones alone.
-# x holds, for good and bad responses: a, b (N,), the log-ratios log π/π_ref; d = a - b; from the data gap = r_w - r_l,
-# p = P(w ≻ l), p_w, p_l (each one's win rate) and r_w, r_l; computed where needed z, kl_w, kl_l, v_w, v_l. h: options.
+# Each loss gives (N,) numbers, to be averaged over what its first word names: pairs, single responses, or bad ones alone.
+# Its arguments are h, the options, and x, with
+#   a, b                 log-ratio log π/π_ref of the chosen (or good) and of the rejected (or bad) responses
+#   d                    a - b, for pairs
+#   gap, p, p_w, p_l     of the data: r_w - r_l; P(w ≻ l); how often each of them wins
+#   z                    KTO's reference point
+#   kl_w, kl_l           TDPO's KL along each sequence
+#   r_w, r_l, v_w, v_l   DRO's reward and V(x) of each response
 
 logsig = F.logsigmoid  # log σ without underflow
 
@@ -108,13 +114,13 @@ LOSSES = {
     "gpo_squared": ("pair", lambda x, h: (h.beta * x.d - 1) ** 2),
     "gpo_truncated": ("pair", lambda x, h: F.relu(1 - h.beta * x.d) ** 2),
     "gpo_savage": ("pair", lambda x, h: torch.sigmoid(-h.beta * x.d) ** 2),
-    # match the gap of the scores, not only its sign, so that nothing diverges               RPO 2406.11704 eq. 1
+    # match the gap of the scores, not only its sign: nothing diverges; KL(data || policy)   RPO 2406.11704 sec. 3.3
     "rpo_squared": ("pair", lambda x, h: (h.beta * x.d - h.eta * x.gap) ** 2),
-    "rpo_backward": ("pair", lambda x, h: bernoulli_kl(h.eta * x.gap, h.beta * x.d)),  # Nemotron-4's
+    "rpo_backward": ("pair", lambda x, h: bernoulli_kl(h.eta * x.gap, h.beta * x.d)),  # NeMo's name
     "rpo_forward": ("pair", lambda x, h: bernoulli_kl(h.beta * x.d, h.eta * x.gap)),
     # a penalty once the chosen itself becomes less likely                                   DPOP 2402.13228 eq. 3
     "dpop": ("pair", lambda x, h: -logsig(h.beta * (x.d - h.lam * F.relu(-x.a)))),
-    # hold the forward KL of both sequences together, token by token                         TDPO 2404.11999 eq. 13, 16
+    # penalise a KL that grows faster on the rejected than on the chosen                     TDPO 2404.11999 eq. 13, 16
     "tdpo1": ("pair", lambda x, h: -logsig(h.beta * (x.d - (x.kl_l - x.kl_w)))),
     "tdpo2": ("pair", lambda x, h: -logsig(h.beta * (x.d - h.alpha * (x.kl_l - x.kl_w.detach())))),
     # only the bad is labelled; the good are the reference's own samples, a their mean       D2O 2403.03419 eq. 6
@@ -122,7 +128,7 @@ LOSSES = {
     # log-ratios regress on win rates against the policy: self-play                          SPPO 2405.00675 eq. 4.7
     "sppo": ("pair", lambda x, h: ((x.a - h.eta * (x.p_w - .5)) ** 2 + (x.b - h.eta * (x.p_l - .5)) ** 2) / 2),
     "sppo_hard": ("pair", lambda x, h: (x.a - .5 / h.beta) ** 2 + (x.b + .5 / h.beta) ** 2),  # p 1 and 0, TRL's scale
-    # soft labels p                                                                          DNO 2404.03715 alg. 2
+    # soft labels p; the paper's are σ(win rate of w - win rate of l)                        DNO 2404.03715 alg. 1
     "dno": ("pair", lambda x, h: -x.p * logsig(h.beta * x.d) - (1 - x.p) * logsig(-h.beta * x.d)),
     # the chosen up and the rejected down, each by itself                                    APO-zero 2408.06266
     "apo_zero": ("pair", lambda x, h: torch.sigmoid(-h.beta * x.a) + torch.sigmoid(h.beta * x.b)),
@@ -150,13 +156,13 @@ def response_logps(logp, mask, skip=None, mean=False):
     return total / keep.sum(1).clamp(min=1) if mean else total
 
 
-def sequence_kl(policy, ref, as_ref, tokens, mask, chunk=2 ** 14):
+def sequence_kl(policy, ref, as_ref, tokens, mask, chunk=None):
     """TDPO's D = Σ_t KL(π_ref || π) over the response positions, whole vocabulary: (B, T), (B, T-1) -> (B,). The
     gradient goes through π; chunks of positions are recomputed in the backward pass, so no (B, T, V) is kept."""
     def head(hidden, ref_hidden):
         logp, ref_logp = (full(m.logits(h)).log_softmax(-1) for m, h in ((policy, hidden), (ref, ref_hidden)))
         return (ref_logp.exp() * (ref_logp - logp)).sum(-1)                              # (N,)
-    where = mask.bool()
+    where, chunk = mask.bool(), chunk or max(64, 2 ** 24 // policy.config.vocab_size)
     hidden = policy(tokens[:, :-1])[where]                                               # (N, C)
     with torch.no_grad(), as_ref():
         ref_hidden = ref(tokens[:, :-1])[where]
@@ -170,7 +176,8 @@ def sequence_kl(policy, ref, as_ref, tokens, mask, chunk=2 ** 14):
 # up: which are good; ref: log π_ref of each row, once known; other: KTO's mismatched row.
 
 def make_item(record, rows, up):
-    """An item, with what the data says of how good each row is: scores, else a margin, a label, win rates."""
+    """An item, with what the data says of how good each row is: scores, else a margin, a label. Without `prob` or
+    `win` of its own, P(w ≻ l) is σ(gap): Bradley-Terry at scale 1."""
     scores = record.get("scores")
     gap = scores[0] - scores[-1] if scores and len(rows) > 1 else record.get("margin")
     p = record.get("prob", None if gap is None else 1 / (1 + math.exp(min(-gap, 700))))
@@ -185,10 +192,11 @@ def items_of(record, tok, block, cfg):
         return [make_item(record, encode(record, tok, block), [record["label"]])]
     if cfg.loss == "d2o":
         return [make_item(record, encode(record, tok, block), [True] * (len(record["responses"]) - 1) + [False])]
-    two = pairs(record) if cfg.pairs == "all" else [record | {
-        k: [record[k][0], record[k][-1]] for k in ("responses", "scores", "win") if k in record}]
-    made = [make_item(part, encode(part, tok, block), [True, False]) for part in two]
-    return made if LOSSES[cfg.loss][0] == "pair" else [single for item in made for single in singles(item)]
+    ends = record | {k: [record[k][0], record[k][-1]] for k in ("responses", "scores", "win") if k in record}
+    paired = LOSSES[cfg.loss][0] == "pair"  # of thumbs, an answer in the middle would be both up and down
+    made = [make_item(part, encode(part, tok, block), [True, False])
+            for part in (pairs(record) if paired and cfg.pairs == "all" else [ends])]
+    return made if paired else [single for item in made for single in singles(item)]
 
 
 def singles(item):
@@ -198,10 +206,12 @@ def singles(item):
 
 def add_mismatched(items, block):
     """KTO: give every item its prompt with the response to another prompt, whose mean log-ratio estimates the KL."""
-    split = [(ids[:(p := target.index(1))], ids[p:]) for (ids, target), in (item["rows"] for item in items)]
+    def split(ids, target):
+        return ids[:target.index(1)], ids[target.index(1):]
+    asked, said = zip(*(split(*item["rows"][0]) for item in items))
     for i, item in enumerate(items):
-        prompt = split[i][0]
-        other = next((said for asked, said in split[i + 1:] + split[:i] if asked != prompt), None)
+        prompt, later = asked[i], (j % len(items) for j in range(i + 1, i + len(items)))
+        other = next((said[j] for j in later if asked[j] != prompt), None)
         if other is None:
             raise UserError("--loss kto: all responses are to one prompt, and it needs one to another prompt")
         prompt = prompt[-(block - len(other)):]
@@ -232,7 +242,8 @@ def sample_items(policy, records, reward, cfg, tok, amp):
                              [rows[i * cfg.k + j] for j in two], [True, False])
             items += [item] if LOSSES[cfg.loss][0] == "pair" else singles(item)
     if cfg.loss == "kto":
-        items = items if len({str(item["record"]["prompt"]) for item in items}) > 1 else []  # z needs two prompts
+        if len({str(item["record"]["prompt"]) for item in items}) < 2:
+            return [], scores  # z needs two prompts
         add_mismatched(items, policy.config.block_size)
     return items, scores
 
@@ -280,7 +291,7 @@ def measure(policy, items, frozen, critic, cfg, tok, amp):
     x = SimpleNamespace(a=ratio[up], b=ratio[~up], lw=whole[up], ll=whole[~up], n_w=mask.sum(1)[up])
     if cfg.loss == "d2o":
         x.a = torch.stack([part.mean() for part in x.a.split([len(item["rows"]) - 1 for item in items])])
-    if len(x.a) == len(x.b) == len(items):
+    if LOSSES[cfg.loss][0] == "pair":
         x.d = x.a - x.b
         known = {k: given([item[k] for item in items]) for k in ("gap", "p", "p_w", "p_l")
                  if None not in [item[k] for item in items]}
@@ -361,6 +372,8 @@ def train(cfg):
         raise OptionError("--data toy: preferences come from a file (python reward.py label), or add --online")
     if cfg.margin and (LOSSES[cfg.loss][0] != "pair" or cfg.loss in NO_MARGIN):
         raise OptionError(f"--margin: --loss {cfg.loss} has no difference to ask a margin of")
+    if cfg.length_norm and cfg.loss.startswith("tdpo"):
+        raise OptionError(f"--length_norm: --loss {cfg.loss} sets sums of log-ratios against sums of KL")
     if cfg.loss == "robust" and cfg.eps >= 0.5:
         raise OptionError(f"--eps {cfg.eps}: with half of the labels flipped they say nothing")
     if cfg.lora_r and (cfg.ref_every or cfg.merge_base):
@@ -385,12 +398,12 @@ def train(cfg):
     else:
         stream, held = open_stream(cfg.data, "preference" if LOSSES[cfg.loss][0] == "pair" else "thumbs", cfg.seed,
                                    n_held=256, prepare=lambda record: items_of(record, tok, block, cfg))
-        needed = NEEDS.get(cfg.loss) or ("gap" if cfg.margin else "rows")
-        if any(item[needed] is None for item in stream.items + held):
+        needed = {NEEDS.get(cfg.loss), "gap" if cfg.margin else None} - {None}
+        if any(item[k] is None for item in stream.items + held for k in needed):
             raise UserError(f"{cfg.data}: --loss {cfg.loss} needs to know how much better a response is, and some "
                             "records have neither scores nor a margin")
         total = cfg.steps or math.ceil(cfg.epochs * len(stream.items) / cfg.batch)
-        prompts = [record for item in held for record in fits(item["record"])][:64]
+        prompts = list({str(p["prompt"]): p for item in held for p in fits(item["record"])}.values())[:64]
         if cfg.loss == "kto":
             add_mismatched(stream.items + held, block)
         if not cfg.ref_every:
@@ -403,6 +416,8 @@ def train(cfg):
         policy, cfg.lr, total, cfg.optimizer, cfg.muon_lr, **shared))
     if cfg.merge_base:
         base = load_model(cfg.merge_base, tok, device, n_scores=0, maker="python sft.py --loss_on all --init new")
+        if base.config != policy.config:
+            raise UserError(f"--merge_base {cfg.merge_base}: of another architecture than {cfg.init}")
         optimizers["optimizer"].merge = ([p.detach() - q.detach() for p, q in zip(
             policy.parameters(), base.parameters())], cfg.merge, cfg.merge_alpha, cfg.merge_keep)
     if cfg.ref_every:
@@ -434,7 +449,8 @@ def train(cfg):
                 with torch.no_grad():
                     more |= {f"val_{k}": v for k, v in batch_loss(policy, held, frozen, critic, *how).items()}
             if prompts:  # the reference comes back for a moment where it has left
-                metrics, texts = evaluate(policy, prompts, frozen or reference(load_model(cfg.init, tok, device)), *how)
+                old = frozen or (load_model(cfg.init, tok, device), contextlib.nullcontext)
+                metrics, texts = evaluate(policy, prompts, old, *how)
                 more |= metrics
                 run.samples(step + 1, [f"{r['prompt'][-1]['content']}\n→ {t}" for r, t in zip(prompts[:8], texts)])
         run.log(step, ("loss", "rewards/margin", "gold"), **more)

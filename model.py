@@ -571,7 +571,8 @@ def merged_update(old, new, tau, kind, alpha, keep):
     """The parameter an Online Merging Optimizer goes to, when AdamW would go from old to new (Lu et al. 2405.17931).
 
     Change and task vector tau = θ_sft - θ_base are thinned out and added, weighted 1 - α and α: by OnDARE to a random
-    share `keep` of each, without rescaling, by OnTIES to the largest ones of those whose sign the two agree on (eq. 7).
+    share `keep` of each, without rescaling; by OnTIES to the largest `keep` of each, and where these disagree in sign
+    only the larger counts (eq. 7).
     """
     delta = new - old
     if kind == "ondare":

@@ -7,12 +7,12 @@ teaches what the chosen response says, the second to prefer it to the rejected o
 of a base model in one stage, with one model in memory. Its kin are the dict LOSSES: SimPO, CPO, SLiC-HF.
 
     python orpo.py                                          out/sft + out/pairs/pairs.jsonl -> out/orpo
-    python orpo.py --init out/base --lr 1e-3 --out out/o    straight from a base model
-    python orpo.py --loss simpo --lr 2e-4 --out out/simpo
+    python orpo.py --init out/base --out out/o              straight from a base model
+    python orpo.py --loss simpo --lr 5e-5 --out out/simpo
 
 Departures: ORPO's likelihood term counts the chosen response only; the authors' code counts the prompt too, as does
---prompt_weight 1. λ is 1, the paper's .1 is for models that already write well. Each loss's own defaults are in Config
-under its name.
+--prompt_weight 1. λ is 1, the paper's .1 is for models that already write well. SLiC-HF's regulariser takes the chosen
+response for the paper's SFT target. Each loss's own options are in Config under its name; SimPO wants a lower lr.
 """
 import math
 from dataclasses import dataclass
@@ -76,10 +76,10 @@ LOSSES = {
 
 
 def log_odds(s):
-    """log(p / (1 - p)) of p = exp(s), s <= 0: s - log(1 - exp(s)), exact from s = -1e-12 to -500.
+    """log(p / (1 - p)) of p = exp(s), s <= 0: s - log(1 - exp(s)), in float64 exact from s = -1e-12 to -500.
 
-    log1p(-exp(s)) loses all digits near 0, log(-expm1(s)) near -∞ (Mächler 2012); the threshold is -log 2. s = 0, a
-    certain response, counts as -1e-12: its odds are infinite.
+    log1p(-exp(s)) loses all digits near 0, log(-expm1(s)) near -∞ (Mächler 2012); the threshold is -log 2. The odds of
+    a certain response, s = 0, are infinite; it counts as -1e-12, in fp32 as -1e-7.
     """
     s = s.clamp(max=-1e-12 if s.dtype == torch.float64 else -1e-7)
     near = s > -math.log(2)
@@ -113,7 +113,8 @@ def train(cfg):
     block = policy.config.block_size
     stream, held = open_stream(cfg.data, "preference", cfg.seed, n_held=256,
                                prepare=lambda record: items_of(record, tok, block, cfg))
-    prompts = [item["record"] for item in held if len(tok.prompt(item["record"]["prompt"])) + cfg.max_new <= block][:64]
+    prompts = list({str(item["record"]["prompt"]): item["record"] for item in held
+                    if len(tok.prompt(item["record"]["prompt"])) + cfg.max_new <= block}.values())[:64]
     total = cfg.steps or math.ceil(cfg.epochs * len(stream.items) / cfg.batch)
     optimizer = Optimizer(policy, cfg.lr, total, weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
 
@@ -146,6 +147,7 @@ def train(cfg):
 
     def evaluate(step):
         """Held-out pairs, and samples to held-out prompts with, in the toy world, their true score."""
+        torch.manual_seed(cfg.seed)
         with torch.no_grad(), amp():
             out = {f"val_{k}": v for k, v in one_step(held, False).items() if "logps" not in k}
             if prompts:

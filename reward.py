@@ -62,6 +62,7 @@ class Label(RunConfig):
     data: str = "toy"           # prompts: toy, or a file
     families: str = "write"     # of the toy world, comma-separated
     n: int = 8000               # prompts
+    skip: int = 0               # prompts to pass over first: a later round sees others
     k: int = 2                  # responses to each
     temperature: float = 1.0    # of sampling
     max_new: int = 80           # longest response, tokens; unfinished ones are not used
@@ -182,7 +183,7 @@ def label(cfg):
     for step in run.progress(start, math.ceil(n / cfg.batch)):
         torch.manual_seed(cfg.seed * 1_000_003 + step)
         rng = random.Random(f"labels {cfg.seed} {step}")
-        records = stream.batch(step, cfg.batch)[:n - step * cfg.batch]
+        records = stream.batch(step + math.ceil(cfg.skip / cfg.batch), cfg.batch)[:n - step * cfg.batch]
         with amp():
             roll = generate(policy, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new, cfg.k,
                             cfg.temperature)

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Llama 3 (Grattafiori et al. 2024, 2407.21783, sec. 4.1): rounds of reward model -> rejection sampling -> SFT -> DPO.
 #
-#   reported        the stages; the best of K = 10 by the reward model becomes SFT data; DPO on the latest preferences,
+#   reported        the stages; the best of K = 10-30 by the reward model becomes SFT data; DPO on the latest preferences,
 #                   only pairs that are clearly better, with format tokens masked in both answers and .2 times the NLL
-#                   of the chosen; weights averaged over runs with different hyper-parameters in each round
-#   reconstruction  two rounds of six; the end token is the toy's only format token; averages over two DPO runs; sizes,
-#                   rates and β are the toy's
+#                   of the chosen; weights averaged over runs with other data or hyper-parameters
+#   reconstruction  two rounds of six; K = 10; SFT goes on from the last policy, the reward model from SFT; no third tier
+#                   of edited answers; a pair is clear if its true scores are .3 apart, flipped labels included; only the
+#                   two DPO runs are averaged; the end token is the toy's only format token; sizes, rates and β
 #
 # Effect to look for: each round beats the one before (the second table compares round 2 with round 1).
 # Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/llama3.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
@@ -17,9 +18,9 @@ python sft.py --init $OUT/base --out $OUT/sft "$@"
 policy=$OUT/sft
 for round in 1 2; do
   dir=$OUT/llama3/round$round
-  python reward.py label --policy $policy --min_gap 0.3 --n 6000 --out $dir/pairs "$@"
+  python reward.py label --policy $policy --min_gap 0.3 --n 6000 --skip $((round * 8000)) --out $dir/pairs "$@"
   python reward.py train --init $OUT/sft --data $dir/pairs/pairs.jsonl --out $dir/reward "$@"
-  python reward.py label --policy $policy --by $dir/reward --k 10 --select best --n 2000 --scale 0 --flip 0 --out $dir/best "$@"
+  python reward.py label --policy $policy --by $dir/reward --k 10 --select best --n 2000 --skip $((round * 8000 + 6000)) --scale 0 --flip 0 --out $dir/best "$@"
   python sft.py --init $policy --data $dir/best/pairs.jsonl --steps 30 --lr 1e-4 --muon_lr 1e-3 --out $dir/sft "$@"
   for lr in 5e-5 1e-4; do
     python dpo.py --init $dir/sft --data $dir/pairs/pairs.jsonl --mask_end --nll_coef 0.2 --lr $lr --out $dir/dpo_$lr "$@"

@@ -4,10 +4,11 @@
 #
 #   reported        the stages and their order; the SFT term on the chosen answers; RPO regresses the implicit reward gap
 #                   on the reward model's, each round starting from, and referring to, the round before
-#   reconstruction  sizes; a pairwise reward model instead of five attributes; RPO's data sampled anew in every round
+#   reconstruction  sizes and weights; a pairwise reward model instead of five attributes; RPO's data sampled anew in
+#                   every round
 #
-# Every preference pair is self-generated and judged by the reward model; of human origin are the demonstrations and
-# the labels behind the reward model.
+# Every pair that DPO and RPO learn from is self-generated and judged by the reward model; of human origin are the
+# demonstrations and the labels behind the reward model.
 # Effect to look for: the true reward in `write` grows from round to round while KL stays moderate.
 # Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/nemotron4.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
 set -euo pipefail
@@ -18,10 +19,10 @@ python sft.py --init $OUT/base --families arith --steps 200 --out $OUT/nemotron4
 python sft.py --init $OUT/nemotron4/sft1 --steps 500 --out $OUT/nemotron4/sft2 "$@"
 python reward.py label --policy $OUT/nemotron4/sft2 --out $OUT/nemotron4/labels "$@"
 python reward.py train --init $OUT/nemotron4/sft2 --data $OUT/nemotron4/labels/pairs.jsonl --out $OUT/nemotron4/reward "$@"
-python reward.py label --policy $OUT/nemotron4/sft2 --by $OUT/nemotron4/reward --scale 0 --flip 0 --n 2000 --out $OUT/nemotron4/pairs0 "$@"
+python reward.py label --policy $OUT/nemotron4/sft2 --by $OUT/nemotron4/reward --scale 0 --flip 0 --skip 8000 --n 2000 --out $OUT/nemotron4/pairs0 "$@"
 python dpo.py --init $OUT/nemotron4/sft2 --data $OUT/nemotron4/pairs0/pairs.jsonl --nll_coef 0.2 --out $OUT/nemotron4/round0 "$@"
 for round in 1 2 3; do
-  python reward.py label --policy $OUT/nemotron4/round$((round - 1)) --by $OUT/nemotron4/reward --scale 0 --flip 0 --n 2000 --out $OUT/nemotron4/pairs$round "$@"
+  python reward.py label --policy $OUT/nemotron4/round$((round - 1)) --by $OUT/nemotron4/reward --scale 0 --flip 0 --skip $((8000 + round * 2048)) --n 2000 --out $OUT/nemotron4/pairs$round "$@"
   python dpo.py --init $OUT/nemotron4/round$((round - 1)) --data $OUT/nemotron4/pairs$round/pairs.jsonl --loss rpo_backward --nll_coef 0.2 --out $OUT/nemotron4/round$round "$@"
 done
 python reward.py compare $OUT/nemotron4/sft2 $OUT/nemotron4/round0 $OUT/nemotron4/round1 $OUT/nemotron4/round2 $OUT/nemotron4/round3 --proxy $OUT/nemotron4/reward "$@"

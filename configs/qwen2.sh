@@ -3,11 +3,13 @@
 # Merging Optimizer (Lu et al. 2024, 2405.17931) against the alignment tax.
 #
 #   reported        the two stages; several samples a prompt, the reward model's best against its worst; an optimizer
-#                   that mixes what fine-tuning changed (SFT minus base) into every update
-#   reconstruction  OnDARE of the two published variants; α, the share kept and all sizes
+#                   that mixes what fine-tuning changed into every update
+#   reconstruction  OnDARE of the two published variants; what fine-tuning changed is the offline stage minus the base;
+#                   α, the share kept and all sizes
 #
 # Effect to look for: the online stage gains more true reward than as many further offline pairs with the same judge
-# (`more`); with merging the nll of pretraining text stays lower.
+# (`more`); with merging the nll of pretraining text stays lower, also than with dropping alone (`online_dropping`, α = 0,
+# since updates of which half is dropped go half as far).
 # Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/qwen2.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
 set -euo pipefail
 OUT=${OUT:-out}
@@ -17,8 +19,9 @@ python sft.py --init $OUT/base --out $OUT/sft "$@"
 python reward.py label --policy $OUT/sft --out $OUT/pairs "$@"
 python reward.py train --init $OUT/sft --data $OUT/pairs/pairs.jsonl --out $OUT/reward "$@"
 python dpo.py --init $OUT/sft --data $OUT/pairs/pairs.jsonl --steps 100 --out $OUT/qwen2/offline "$@"
-python reward.py label --policy $OUT/sft --by $OUT/reward --k 4 --select ends --n 3300 --scale 0 --flip 0 --out $OUT/qwen2/pairs "$@"
+python reward.py label --policy $OUT/sft --by $OUT/reward --k 4 --select ends --skip 8000 --n 3400 --scale 0 --flip 0 --out $OUT/qwen2/pairs "$@"
 python dpo.py --init $OUT/qwen2/offline --data $OUT/qwen2/pairs/pairs.jsonl --steps 100 --out $OUT/qwen2/more "$@"
 python dpo.py --init $OUT/qwen2/offline --online --data toy --reward $OUT/reward --k 4 --steps 100 --out $OUT/qwen2/online "$@"
 python dpo.py --init $OUT/qwen2/offline --online --data toy --reward $OUT/reward --k 4 --steps 100 --merge_base $OUT/base --out $OUT/qwen2/online_merging "$@"
-python reward.py compare $OUT/sft $OUT/qwen2/offline $OUT/qwen2/more $OUT/qwen2/online $OUT/qwen2/online_merging --proxy $OUT/reward "$@"
+python dpo.py --init $OUT/qwen2/offline --online --data toy --reward $OUT/reward --k 4 --steps 100 --merge_base $OUT/base --merge_alpha 0 --out $OUT/qwen2/online_dropping "$@"
+python reward.py compare $OUT/sft $OUT/qwen2/offline $OUT/qwen2/more $OUT/qwen2/online $OUT/qwen2/online_merging $OUT/qwen2/online_dropping --proxy $OUT/reward "$@"

@@ -578,7 +578,7 @@ LOOPS = {name: dict(loss=name) for name in LOSSES} | {
     "sppo, ends of a ranking": dict(loss="sppo", file="ranks", pairs="ends"),
     "d2o, two anchors": dict(loss="d2o", file="ranks"),
     "dro, ends of a ranking": dict(loss="dro", file="ranks", pairs="ends"),
-    "dro, all of a ranking": dict(loss="dro", file="ranks"),
+    "dro, the ends of a ranking": dict(loss="dro", file="ranks", pairs="ends"),
     "kto, thumbs": dict(loss="kto", file="thumbs", lam_up=1.3, lam_down=.7),
     "kto, z below 0": dict(loss="kto", file="thumbs", lam_up=.02, lr=5e-3),
     "dro, thumbs": dict(loss="dro", file="thumbs"),
@@ -913,7 +913,7 @@ def test_26_overlong_prompts_and_responses(tiny, tmp_path):
     some = [dict(prompt="why " * n, responses=["yes " * m, "no " * k]) for n, m, k in
             itertools.product((1, 30, 90), repeat=3)]
     for i, loss in enumerate(("dpo", "kto", "tdpo2")):
-        for row in train(tmp_path / str(i), tiny, write(tmp_path / "d.jsonl", some), loss=loss, mask_end=True, length_norm=True):
+        for row in train(tmp_path / str(i), tiny, write(tmp_path / "d.jsonl", some), loss=loss, mask_end=True, length_norm=loss != "tdpo2"):
             assert math.isfinite(row["loss"]) and row["grad_norm"] > 0
 
 
@@ -929,6 +929,8 @@ WRONG = {
     "beta 0": (dict(beta=0.0), "pairs", "beta"),
     "negative eps": (dict(loss="cdpo", eps=-.1), "pairs", "eps"),
     "robust at a coin flip": (dict(loss="robust", eps=.5), "pairs", "eps"),
+    "tdpo per token": (dict(loss="tdpo1", length_norm=True), "pairs", "length_norm"),
+    "margin of no difference": (dict(loss="apo_zero", margin=1.0), "pairs", "margin"),
     "lora and ref_every": (dict(lora_r=2, ref_every=2), "pairs", "lora_r"),
     "no checkpoint": (dict(init="nowhere"), "pairs", "python sft.py"),
     "no such reward": (dict(online=True, reward="nowhere"), "prompts", "nowhere"),
@@ -943,6 +945,12 @@ def test_mistakes_are_one_line(name, files, tiny, tmp_path):
         dpo.train(dpo.Config(**QUICK | options | dict(out=str(tmp_path / "a"))))
     assert word in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "a" / "metrics.jsonl").exists()
+
+
+def test_46_merging_with_another_architecture_is_refused(files, tiny, tmp_path):
+    other = save(tmp_path / "other", models.GPT(models.GPTConfig(TOK.n_vocab, 64, 2, 2, 32)))
+    with pytest.raises(UserError, match="merge_base .*other: of another architecture"):
+        train(tmp_path / "a", tiny, files["pairs"], merge_base=str(other))
 
 
 @pytest.mark.parametrize("flags, word", [("--loss dop", "dop"), ("--lr 0", "--lr"), ("--nll_per batch", "--nll_per"),
