@@ -789,3 +789,15 @@ def test_bandit_fixed_point(kl, beta, whiten, target, options, bandit, tmp_path,
     assert (final - torch.tensor(target)).abs().max() < .02
     torch.testing.assert_close(tilt(2.0), torch.tensor([.212039, .262195, .288191, .237574]), atol=1e-6, rtol=0)
     assert (final - tilt(2.0)).abs().max() > .05
+
+
+def test_lora_trains_adapters_of_policy_and_critic_and_the_reference_is_the_policy_without(tiny, tmp_path, monkeypatch):
+    calls = watch(monkeypatch, "reference")
+    rows = train(tmp_path / "a", tiny, lr=3e-3, steps=3, lora_r=2)
+    (policy,), (ref, _) = calls["reference"][0]
+    assert ref is policy and rows[0]["kl"] == 0 and rows[2]["kl"] != 0
+    for name in ("model", "critic"):
+        names = weights(tmp_path / "a", name).keys()
+        assert names and all(".lora_" in key or "/score." in key for key in names)
+    merged = load_model(tmp_path / "a")
+    assert not merged.loras() and not same({f"model/{k}": t for k, t in merged.state_dict().items()}, weights(tiny))
