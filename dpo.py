@@ -360,8 +360,8 @@ def evaluate(policy, prompts, frozen, cfg, tok, amp):
 
 # ---------------------------------------------------------------- the loop
 
-def train(cfg):
-    """Compare policy and reference on good and bad responses, and step on the loss of what comes out."""
+def check_options(cfg):
+    """Refuse impossible values, and options that do not go together, before anything is read."""
     check(cfg, positive="beta batch lr muon_lr critic_lr max_new temperature epochs eval_every micro_tokens save_every",
           share="eps merge_alpha merge_keep")
     if cfg.loss not in LOSSES:
@@ -378,6 +378,11 @@ def train(cfg):
         raise OptionError(f"--eps {cfg.eps}: with half of the labels flipped they say nothing")
     if cfg.lora_r and (cfg.ref_every or cfg.merge_base):
         raise OptionError("--lora_r: the reference is the model it adapts; no --ref_every, no --merge_base")
+
+
+def train(cfg):
+    """Compare policy and reference on good and bad responses, and step on the loss of what comes out."""
+    check_options(cfg)
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
@@ -385,7 +390,7 @@ def train(cfg):
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     policy = load_model(cfg.init, tok, device, n_scores=0, maker="python sft.py")
     policy.prepare(cfg)
-    frozen, block, how = reference(policy), policy.config.block_size, (cfg, tok, amp)
+    frozen, block = reference(policy), policy.config.block_size
 
     # Where rows come from: the policy itself, or a file whose reference log-probs are computed once.
     def fits(record):
@@ -407,7 +412,7 @@ def train(cfg):
         if cfg.loss == "kto":
             add_mismatched(stream.items + held, block)
         if not cfg.ref_every:
-            add_reference(stream.items + held, frozen, *how, bar=True)
+            add_reference(stream.items + held, frozen, cfg, tok, amp, bar=True)
             if not policy.adapter and not cfg.loss.startswith("tdpo"):
                 frozen = None  # its log-probs are all that is needed: one model less in memory
 
@@ -432,25 +437,25 @@ def train(cfg):
         if cfg.ref_every and step and step % cfg.ref_every == 0:
             frozen[0].load_state_dict(policy.state_dict())
         if cfg.online:
-            items, scores = sample_items(policy, stream.batch(step, cfg.batch), reward, *how)
+            items, scores = sample_items(policy, stream.batch(step, cfg.batch), reward, cfg, tok, amp)
             more |= dict(reward=scores.mean(), items=len(items))
         else:
             items = stream.batch(step, cfg.batch)
         if items:
             if cfg.online or cfg.ref_every:
-                add_reference(items, frozen, *how)
-            more |= batch_loss(policy, items, frozen, critic, *how)
+                add_reference(items, frozen, cfg, tok, amp)
+            more |= batch_loss(policy, items, frozen, critic, cfg, tok, amp)
             for optimizer in reversed(optimizers.values()):  # the policy's numbers last
                 more["grad_norm"], more["lr"] = optimizer.step(step)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == total:
             if held:
                 if cfg.ref_every:
-                    add_reference(held, frozen, *how)
+                    add_reference(held, frozen, cfg, tok, amp)
                 with torch.no_grad():
-                    more |= {f"val_{k}": v for k, v in batch_loss(policy, held, frozen, critic, *how).items()}
+                    more |= {f"val_{k}": v for k, v in batch_loss(policy, held, frozen, critic, cfg, tok, amp).items()}
             if prompts:  # the reference comes back for a moment where it has left
                 old = frozen or (load_model(cfg.init, tok, device), contextlib.nullcontext)
-                metrics, texts = evaluate(policy, prompts, old, *how)
+                metrics, texts = evaluate(policy, prompts, old, cfg, tok, amp)
                 more |= metrics
                 run.samples(step + 1, [f"{r['prompt'][-1]['content']}\n→ {t}" for r, t in zip(prompts[:8], texts)])
         run.log(step, ("loss", "rewards/margin", "gold"), **more)
