@@ -4,7 +4,7 @@
 #
 #   reported        the two stages; several samples a prompt, the reward model's best against its worst; an optimizer
 #                   that mixes what fine-tuning changed into every update
-#   reconstruction  OnDARE of the two published variants; what fine-tuning changed is the offline stage minus the base;
+#   reconstruction  the reward model learns from rankings of the offline policy's samples; OnDARE of the two variants; what fine-tuning changed is the offline stage minus the base;
 #                   α, the share kept and all sizes
 #
 # Effect to look for: the online stage gains more true reward than as many further offline pairs with the same judge
@@ -17,11 +17,13 @@ OUT=${OUT:-out}
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
 python reward.py label --policy $OUT/sft --out $OUT/pairs "$@"
-python reward.py train --init $OUT/sft --data $OUT/pairs/pairs.jsonl --out $OUT/reward "$@"
 python dpo.py --init $OUT/sft --data $OUT/pairs/pairs.jsonl --steps 100 --out $OUT/qwen2/offline "$@"
-python reward.py label --policy $OUT/sft --by $OUT/reward --k 4 --select ends --skip 8000 --n 3400 --scale 0 --flip 0 --out $OUT/qwen2/pairs "$@"
-python dpo.py --init $OUT/qwen2/offline --data $OUT/qwen2/pairs/pairs.jsonl --steps 100 --out $OUT/qwen2/more "$@"
-python dpo.py --init $OUT/qwen2/offline --online --data toy --reward $OUT/reward --k 4 --steps 100 --out $OUT/qwen2/online "$@"
-python dpo.py --init $OUT/qwen2/offline --online --data toy --reward $OUT/reward --k 4 --steps 100 --merge_base $OUT/base --out $OUT/qwen2/online_merging "$@"
-python dpo.py --init $OUT/qwen2/offline --online --data toy --reward $OUT/reward --k 4 --steps 100 --merge_base $OUT/base --merge_alpha 0 --out $OUT/qwen2/online_dropping "$@"
-python reward.py compare $OUT/sft $OUT/qwen2/offline $OUT/qwen2/more $OUT/qwen2/online $OUT/qwen2/online_merging $OUT/qwen2/online_dropping --proxy $OUT/reward "$@"
+
+python reward.py label --policy $OUT/qwen2/offline --k 4 --n 4000 --skip 8000 --out $OUT/qwen2/labels "$@"
+python reward.py train --init $OUT/sft --data $OUT/qwen2/labels/pairs.jsonl --out $OUT/qwen2/reward "$@"
+python reward.py label --policy $OUT/sft --by $OUT/qwen2/reward --k 4 --select ends --n 3400 --skip 8000 --scale 0 --flip 0 --out $OUT/qwen2/pairs "$@"
+python dpo.py --init $OUT/qwen2/offline --data $OUT/qwen2/pairs/pairs.jsonl --steps 100 --lr 1e-4 --out $OUT/qwen2/more "$@"
+python dpo.py --init $OUT/qwen2/offline --online --data toy --reward $OUT/qwen2/reward --k 4 --steps 100 --lr 1e-4 --out $OUT/qwen2/online "$@"
+python dpo.py --init $OUT/qwen2/offline --online --data toy --reward $OUT/qwen2/reward --k 4 --steps 100 --lr 1e-4 --merge_base $OUT/base --out $OUT/qwen2/online_merging "$@"
+python dpo.py --init $OUT/qwen2/offline --online --data toy --reward $OUT/qwen2/reward --k 4 --steps 100 --lr 1e-4 --merge_base $OUT/base --merge_alpha 0 --out $OUT/qwen2/online_dropping "$@"
+python reward.py compare $OUT/sft $OUT/qwen2/offline $OUT/qwen2/more $OUT/qwen2/online $OUT/qwen2/online_merging $OUT/qwen2/online_dropping --proxy $OUT/qwen2/reward "$@"
