@@ -4,12 +4,12 @@
 #
 #   reported        the two stages; several samples a prompt, the reward model's best against its worst; an optimizer
 #                   that mixes what fine-tuning changed into every update
-#   reconstruction  the reward model learns from rankings of the offline policy's samples; OnDARE of the two variants; what fine-tuning changed is the offline stage minus the base;
-#                   α, the share kept and all sizes
+#   reconstruction  the reward model learns from rankings of the offline policy's samples; OnDARE of the two variants; what
+#                   fine-tuning changed is the offline stage minus the base; α, the share kept and all sizes
 #
-# Effect to look for: the online stage gains more true reward than as many further offline pairs with the same judge
-# (`more`); with merging the nll of pretraining text stays lower, also than with dropping alone (`online_dropping`, α = 0,
-# since updates of which half is dropped go half as far).
+# Effect to look for: the online stage gains much more true reward than as many further offline pairs with the same judge
+# (`more`). With merging the policy moves half as far, as half of each update is dropped; `online_dropping` (α = 0) shows
+# how much of that is the dropping alone.
 # Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/qwen2.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
 set -euo pipefail
 OUT=${OUT:-out}
