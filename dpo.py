@@ -88,7 +88,7 @@ class Config(TrainConfig):
 
 
 # ---------------------------------------------------------------- the mathematics
-# Each loss gives (N,) numbers, to be averaged over what its first word names: pairs, single responses, or bad ones alone.
+# Each loss gives (N,) numbers, to be averaged over what its first word names: pairs, single responses, or bad ones.
 # Its arguments are h, the options, and x, with
 #   a, b                 log-ratio log π/π_ref of the chosen (or good) and of the rejected (or bad) responses
 #   d                    a - b, for pairs

@@ -823,7 +823,7 @@ def steps(run, total, modules, optimizers, state, save_every):
         tensors, meta = load_tensors(folder / "checkpoint.safetensors")
         for name, module in modules.items():
             if meta.get("adapter", {}).get(name) != module.adapter:
-                raise UserError(f"{folder}: what it adapts has changed since it began; delete that folder to begin anew")
+                raise UserError(f"{folder}: what it adapts has changed since it began; delete that folder")
             fill(module, tensors, name, folder)
         for name, optimizer in optimizers.items():
             optimizer.load_tensors({} if meta.get("done") else part(tensors, name), folder)

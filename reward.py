@@ -12,7 +12,7 @@ a pull of r_w + r_l towards 0 (2312.09244).
     python reward.py train                        out/sft + pairs -> out/reward
     python reward.py compare out/sft out/ppo      gold reward, win rate, KL, length on held-out prompts
 
-On 2 CPU cores: 16 s, 40 s and 10 s a checkpoint; .62-.70 of held-out noisy labels and .73-.80 of the truth are met.
+On 2 CPU cores: 16 s, 40 s and 3 s a checkpoint; .62-.70 of held-out noisy labels and .73-.80 of the truth are met.
 
 On the toy world the labels are Bradley-Terry draws from the gold reward with a tenth flipped, so the learned reward
 is an imperfect proxy by construction, and both can be watched.
