@@ -186,10 +186,14 @@ class GPT(nn.Module):
         self.requires_grad_(False)
         if self.score is not None:
             self.score.requires_grad_(True)
-        for owner in [m for block in self.transformer.h for m in (block.attn, block.mlp)]:
-            for name, layer in list(owner.named_children()):
-                setattr(owner, name, LoRA(layer, r, alpha))
+        for owner, name, layer in self.linears():
+            setattr(owner, name, LoRA(layer, r, alpha))
         self.adapter = dict(self.base, r=r, alpha=alpha)
+
+    def linears(self):
+        """[(owner, name, layer)] of every linear layer of the blocks, adapted or not."""
+        return [(owner, name, layer) for block in self.transformer.h for owner in (block.attn, block.mlp)
+                for name, layer in owner.named_children()]
 
     def loras(self):
         return [m for m in self.modules() if isinstance(m, LoRA)]
@@ -197,13 +201,11 @@ class GPT(nn.Module):
     @torch.no_grad()
     def merge_lora(self):
         """Write the adapters into the weights: the same function as a plain model again."""
-        for layer in self.loras():
+        for owner, name, layer in self.linears():
             layer.weight += layer.scale * layer.lora_B @ layer.lora_A
-        for owner in [m for block in self.transformer.h for m in (block.attn, block.mlp)]:
-            for name, layer in list(owner.named_children()):
-                linear = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], device="meta")
-                linear.weight, linear.bias = layer.weight, layer.bias
-                setattr(owner, name, linear)
+            linear = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], device="meta")
+            linear.weight, linear.bias = layer.weight, layer.bias
+            setattr(owner, name, linear)
         self.adapter = None
         return self.requires_grad_(True)
 
