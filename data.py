@@ -717,16 +717,21 @@ VERIFIERS = {
 }
 
 
-def verifier(name):
-    """A verifier by name, or by `module:function` of your own code; None if the name is neither."""
-    if name in VERIFIERS or ":" not in name:
-        return VERIFIERS.get(name)
+def verifier(name, option="reward"):
+    """A verifier by name, or by `module:function` of your own code; None for any other --reward, and for other options
+    an error."""
+    if name in VERIFIERS:
+        return VERIFIERS[name]
+    if ":" not in name:
+        if option == "reward":
+            return None
+        raise OptionError(f"--{option} {name}: none of {', '.join(VERIFIERS)}, and not module:function")
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as e:
-        raise UserError(f"--reward {name}: {e}") from None
+        raise UserError(f"--{option} {name}: {e}") from None
     finally:
         sys.path.pop(0)
 

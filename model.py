@@ -376,6 +376,21 @@ class Rollout:
         lengths = (self.mask.sum(1).long() - self.finished.long()).tolist()
         return [tok.decode(row[p:p + n]) for row, p, n in zip(self.tokens.tolist(), self.prompt_len, lengths)]
 
+    def take(self, rows):
+        """Some of its rows."""
+        return Rollout(self.tokens[rows], self.mask[rows], self.logp[rows], self.finished[rows],
+                       [self.prompt_len[i] for i in rows])
+
+    @staticmethod
+    def join(rolls, pad_id):
+        """Several rollouts below each other, padded to the widest."""
+        T = max(roll.tokens.shape[1] for roll in rolls)
+
+        def stack(name, width, value):
+            return torch.cat([F.pad(x := getattr(roll, name), (0, width - x.shape[1]), value=value) for roll in rolls])
+        return Rollout(stack("tokens", T, pad_id), stack("mask", T - 1, 0.0), stack("logp", T - 1, 0.0),
+                       torch.cat([roll.finished for roll in rolls]), [n for roll in rolls for n in roll.prompt_len])
+
 
 def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """One draw per row by inverting the cumulative distribution: logits (B, V), u (B,) uniform -> token, logp (B,).
@@ -642,6 +657,11 @@ class Optimizer:
     def clear(self):
         for optim in self.optims:
             optim.zero_grad(set_to_none=True)
+
+    def forget(self):
+        """Back to the state before the first step: no momentum."""
+        for optim in self.optims:
+            optim.state.clear()
 
     def tensors(self):
         """Its state as a flat dict of tensors, for the checkpoint."""

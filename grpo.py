@@ -1,0 +1,394 @@
+"""GRPO and its family: sample a group of responses to each prompt, reward them, step towards those above the others.
+
+    maximise  E_{x, y ~ π} [ r(x, y) ] - β KL(π || π_ref),    A_i = (r_i - mean_j r_j) / std_j r_j
+
+The other responses to the same prompt say how hard it is, so no value function is needed: with a verifier as reward
+(an answer is right or wrong) and β = 0 the policy is the only model in memory. Each step: (1) sample G responses to each
+prompt; (2) reward them; (3) turn the rewards of each group into advantages, one number a response; (4) minimise
+-min(ρ A, clip(ρ) A) over the response tokens, ρ = π / π_old.
+
+Papers: GRPO, Shao et al. 2402.03300; DeepSeek-R1 2501.12948. What others change is one line each: how an advantage comes
+from a group (ADVANTAGES), the loss of a token (POLICY_LOSSES), how tokens are averaged (token_weights), where a KL
+penalty sits (kl_estimate). Departures: β = 0 unless asked for, and tokens are averaged over the batch, not first within
+each response, as everybody does now (DAPO 2503.14476); dropout stays off. With one update a rollout, the default, the old
+log-probabilities *are* the present ones: ρ = 1 to the bit, the loss is about 0 whatever is learned, and only its
+gradient matters.
+
+    python grpo.py                                 out/sft, sums and a verifier -> out/grpo
+    python grpo.py --adv dr_grpo --per constant    Dr. GRPO
+    python grpo.py --reward out/reward --families write --kl k2 --kl_coef 0.05 --out out/grpo_write
+
+On the toy, 2 CPU cores: README has the figures. It explains each metric, and what a collapse looks like.
+"""
+import contextlib
+import copy
+import math
+import random
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Literal
+
+import torch
+
+from data import (OptionError, Run, Tokenizer, TrainConfig, check, gold, guard, mean, open_stream, parse, verifier)
+from model import (Optimizer, Reward, Rollout, generate, load_model, per_token, reference, setup, slices, steps,
+                   token_logprobs)
+
+
+@dataclass
+class Config(TrainConfig):
+    """GRPO, Dr. GRPO, RLOO, REINFORCE++, DAPO, GSPO, CISPO, Kimi's OPMD, SPO."""
+    out: str = "out/grpo"       # folder of the run; the same command continues an interrupted one
+    save_every: int = 5         # steps between checkpoints
+    # what is optimised
+    init: str = "out/sft"       # policy to start from; it is also the reference
+    reward: str = "exact"       # weighted sum of reward models and verifiers, as exact + 0.2*format
+    data: str = "toy"           # prompts: toy, or a file
+    families: str = "arith"     # of the toy world, comma-separated
+    # rollouts
+    steps: int = 60             # rollout-and-update steps
+    prompts: int = 32           # prompts a step
+    group: int = 8              # responses to each
+    max_new: int = 80           # longest response, tokens
+    temperature: float = 1.0    # of sampling; every log-probability is at this temperature too
+    resample: int = 0           # further draws of prompts until as many groups have unequal rewards (DAPO)
+    # which prompts
+    pool: int = 0               # keep to this many prompts, so that what is learned of each is of use; 0: all there are
+    curriculum: float = 0.0     # share of the steps over which the harder prompts of the pool come in
+    prioritized: bool = False   # draw a prompt of the pool with chances ∝ 1 - its last mean reward (Kimi k1.5)
+    # the reward of a response
+    overlong: int = 0           # last tokens of max_new over which the reward falls by 1 (DAPO)
+    mask_truncated: bool = False  # responses cut off at max_new teach nothing
+    len_reward: float = 0.0     # weight of the length reward within a group: short is good (Kimi k1.5)
+    prefer: str = ""            # win rate in the group as reward (SPO): `score`, or module:function of (record, a, b)
+    tripwire: str = ""          # verifier of what must not happen, looked for ahead of every response
+    lookahead: float = 1.0      # its weight λ: the reward loses λ times the chance that it happens
+    cuts: int = 2               # places in a response to look ahead from
+    ahead: int = 24             # tokens to look ahead
+    # advantages, and the loss of a token
+    adv: str = "grpo"           # a name in ADVANTAGES
+    loss: str = "clip"          # a name in POLICY_LOSSES
+    clip_low: float = 0.2       # ε below 1 (gspo: 3e-4)
+    clip_high: float = 0.2      # ε above 1 (DAPO: .28; gspo: 4e-4)
+    tau: float = 1.0            # opmd: weight of the squared log-ratio
+    per: Literal["token", "response", "constant"] = "token"  # mean over all tokens; of each response first; max_new
+    # the KL penalty
+    kl: Literal["k1", "k2", "k3", "k3_is"] = "k2"  # estimator; k3 is GRPO's as published; k3_is: times the ratio
+    kl_in: Literal["loss", "reward"] = "loss"  # where it sits; k1 in the loss would have no effect
+    kl_coef: float = 0.0        # β; 0 needs no reference model
+    ref_every: int = 0          # steps after which the policy becomes the reference; 0: never
+    # the update
+    epochs: int = 1             # passes over each rollout
+    minibatches: int = 1        # updates per pass
+    reset: bool = False         # forget the optimizer's state after each rollout (Kimi k1.5)
+    lr: float = 1e-4            # peak learning rate
+    weight_decay: float = 0.0   # on matrices
+    warmup: int = 0             # steps of linear warm-up, before the cosine
+    lr_end: float = 0.1         # where the cosine ends, as a share of the peak; 1 keeps the rate constant
+    clip_grad: float = 1.0      # global gradient norm; 0 never clips
+    # evaluation
+    eval_every: int = 10        # steps between evaluations on held-out prompts
+
+
+# ---------------------------------------------------------------- the mathematics
+# r: the rewards (P, G) of P groups. logp, old_logp, ref_logp, mask: (B, T-1), B = P G; index t is about token t+1.
+
+def center(r):
+    """r minus its group's mean. Taking off the first reward beforehand makes equal rewards exact zeros: rounding would
+    leave some 1e-8, which division by a standard deviation of as little blows up to an advantage."""
+    r = r - r[:, :1]
+    return r - r.mean(1, keepdim=True)
+
+
+ADVANTAGES = {
+    # in units of the group's spread; that rescales β and the weight of each prompt        GRPO 2402.03300 sec. 4.1
+    "grpo": lambda r: center(r) / (r.std(1, keepdim=True) + 1e-6),
+    # without it: all prompts count alike                                                  Dr. GRPO 2503.20783
+    "dr_grpo": lambda r: center(r),
+    # minus the mean of the others: unbiased, the group mean shrinks it by (G-1)/G         RLOO 2402.14740
+    "rloo": lambda r: center(r) * r.shape[1] / (r.shape[1] - 1),
+    # the batch is the baseline, so a group of equal rewards teaches as well               REINFORCE++ 2501.03262
+    "reinforce_pp": lambda r: (r - r.mean()) / (r.std() + 1e-6) if r.amax() > r.amin() else r * 0,
+    # the group is the baseline, the batch the scale                                       the same, "baseline"
+    "reinforce_pp_baseline": lambda r: center(r) / (center(r).std() + 1e-6),
+}
+
+
+def clipped(ratio, adv, h):
+    """-min(ρ A, clip(ρ, 1-ε_low, 1+ε_high) A) (PPO 1707.06347, eq. 7; two ε: DAPO 2503.14476, eq. 8)."""
+    return torch.maximum(-ratio * adv, -ratio.clamp(1 - h.clip_low, 1 + h.clip_high) * adv)
+
+
+# Each gives a loss per token (B, T-1). x: logp; gap = logp - old_logp; ratio = exp(gap); whole (B, 1), the ratio of the
+# whole response to the power 1 / its length; adv (B, 1). h: the options.
+POLICY_LOSSES = {
+    # every token by its own ratio                                                         PPO, GRPO, DAPO
+    "clip": lambda x, h: clipped(x.ratio, x.adv, h),
+    # by that of the response, as the reward is; the unit of clipping is the response      GSPO 2507.18071 eq. 5
+    "gspo": lambda x, h: clipped(x.whole.expand_as(x.logp), x.adv, h),
+    # clip the weight, never the gradient; TRL's epsilon_high is our 1 + clip_high         CISPO 2506.13585 eq. 4
+    "cispo": lambda x, h: -x.ratio.clamp(max=1 + h.clip_high).detach() * x.adv * x.logp,
+    # a square around π_old; summed over a response (per constant) it is the paper's       OPMD, Kimi 2501.12599 eq. 3
+    "opmd": lambda x, h: -x.adv * x.logp + h.tau / 2 * x.gap * x.gap.sum(1, keepdim=True),
+}
+
+
+def policy_loss(logp, old_logp, adv, mask, h):
+    """The loss of --loss per token, the ratio it takes, where a clip decides: (B, T-1) each; adv (B, 1)."""
+    gap = torch.where(mask.bool(), logp - old_logp, 0.0)
+    whole = (gap.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).exp()    # (B, 1)
+    x = SimpleNamespace(logp=logp, gap=gap, ratio=gap.exp(), whole=whole, adv=adv)
+    ratio = whole.expand_as(gap) if h.loss == "gspo" else x.ratio
+    decides = (ratio > 1 + h.clip_high) & (adv > 0) | (ratio < 1 - h.clip_low) & (adv < 0)
+    return POLICY_LOSSES[h.loss](x, h), ratio, decides & mask.bool()
+
+
+def token_weights(mask, per, max_new):
+    """Weights (B, T-1) whose sum with the losses of the tokens is the loss of the batch, however it is split up.
+
+    token: the mean over all tokens (DAPO). response: the mean of each response's own mean, as GRPO was published, where
+    a token of a long response counts for less: long wrong answers are hardly penalised. constant: sums over responses
+    by the longest there could be (Dr. GRPO), so that no token's weight depends on the length of its response.
+    """
+    n = mask.sum(1, keepdim=True)                                                        # (B, 1)
+    if per == "token":
+        return mask / n.sum().clamp(min=1)
+    return mask / (n.clamp(min=1) * (n > 0).sum().clamp(min=1) if per == "response" else len(mask) * max_new)
+
+
+def kl_estimate(logp, ref_logp, ratio, kind):
+    """Estimators of KL(π || π_ref) from samples of π, per token (Schulman 2020, "Approximating KL divergence").
+
+    As a loss, k1 has expected gradient 0; k2's gradient is the KL's, token by token; k3's, GRPO's as published, is that
+    of KL(π_ref || π), so π does not go to π_ref exp(r / β) / Z but to β π_ref / (β + mean r - r). k3_is, times the ratio
+    π / π_old, has the KL's again. In the reward, as numbers, k1 and k3 estimate the KL and k2 roughly.
+    """
+    d = logp - ref_logp
+    k3 = (-d).exp() - 1 + d
+    return {"k1": d, "k2": d * d / 2, "k3": k3, "k3_is": ratio * k3}[kind]
+
+
+def overlong_penalty(length, max_new, buffer):
+    """0 up to max_new - buffer tokens, then down to -1 at max_new (DAPO, eq. 13); length (B,)."""
+    return ((max_new - buffer - length) / max(1, buffer)).clamp(-1, 0)
+
+
+def length_reward(length, right):
+    """λ = ½ - (len - min) / (max - min) in each group, of wrong answers min(0, λ), 0 where all are as long (Kimi k1.5,
+    2501.12599, sec. 2.3.3); length and right (P, G)."""
+    low, high = length.amin(1, keepdim=True), length.amax(1, keepdim=True)
+    lam = 0.5 - (length - low) / (high - low).clamp(min=1)
+    return torch.where(high > low, torch.where(right, lam, lam.clamp(max=0)), 0.0)
+
+
+def win_rates(p):
+    """p (P, G, G), the probability that i beats j -> mean over j ≠ i (SPO 2401.04056, alg. 1); a group's sum is G / 2."""
+    G = p.shape[1]
+    return (p.sum(2) - p.diagonal(dim1=1, dim2=2)) / (G - 1)
+
+
+def draw_prompts(rates, share, n, rng):
+    """n different indices among the first `share` of a pool, with chances ∝ 1 - rates[i] (one exponential race)."""
+    among = range(max(n, math.ceil(share * len(rates))))
+    return sorted(among, key=lambda i: -math.log(1 - rng.random()) / (1 - rates[i] + 1e-3))[:n]
+
+
+# ---------------------------------------------------------------- the reward of a response
+
+def look_ahead(policy, records, roll, judge, cfg, tok, amp):
+    """Chance (B,) that the policy, going on from somewhere in a response, trips the wire within `ahead` tokens: the mean
+    over `cuts` places, evenly spaced, of one continuation each."""
+    rows, chance = list(zip(roll.tokens.tolist(), roll.prompt_len, roll.lengths)), torch.zeros(len(records))
+    for cut in range(cfg.cuts):
+        kept = [ids[:p + (n - p) * cut // cfg.cuts] for ids, p, n in rows]
+        with amp():
+            onward = generate(policy, kept, tok, cfg.ahead, temperature=cfg.temperature)
+        said = [tok.decode(ids[p:n]) for ids, (_, p, _), n in zip(onward.tokens.tolist(), rows, onward.lengths)]
+        chance += torch.tensor([float(judge(*j)) for j in zip(records, said, onward.finished.tolist())]) / cfg.cuts
+    return chance.to(roll.tokens.device)
+
+
+def preferences(records, texts, score, judge):
+    """P(y_i beats y_j) in every group: Bradley-Terry on the scores (P, G), or what judge(record, a, b) says."""
+    if judge is None:
+        return torch.sigmoid(score[:, :, None] - score[:, None, :])
+    G = score.shape[1]
+    groups = [texts[i:i + G] for i in range(0, len(texts), G)]
+    return torch.tensor([[[float(judge(r, a, b)) for b in group] for a in group]
+                         for r, group in zip(records, groups)], device=score.device)
+
+
+# ---------------------------------------------------------------- the loop
+
+def check_options(cfg):
+    """Refuse impossible values, and options that do not go together, before anything is read."""
+    check(cfg, positive="steps prompts max_new temperature cuts ahead tau epochs minibatches lr eval_every micro_tokens "
+                        "save_every", share="curriculum lr_end clip_low")
+    for option, names in (("adv", ADVANTAGES), ("loss", POLICY_LOSSES)):
+        if getattr(cfg, option) not in names:
+            raise OptionError(f"--{option} {getattr(cfg, option)}: choose from {', '.join(names)}")
+    if cfg.group < 2:
+        raise OptionError(f"--group {cfg.group}: a response is compared with the others of its group; at least 2")
+    if cfg.kl_coef and cfg.kl == "k1" and cfg.kl_in == "loss":
+        raise OptionError("--kl k1: as a loss its expected gradient is 0; add --kl_in reward, or take k2")
+    if cfg.kl_in == "reward" and cfg.kl == "k3_is":
+        raise OptionError("--kl k3_is: the ratio corrects a gradient, and a reward has none; take k3")
+    if cfg.lora_r and cfg.ref_every:
+        raise OptionError("--lora_r: the reference is the model it adapts; no --ref_every")
+    if (cfg.curriculum or cfg.prioritized) and not cfg.pool:
+        raise OptionError("--curriculum and --prioritized need a --pool of prompts that come again")
+    if cfg.resample and cfg.pool:
+        raise OptionError("--resample draws new prompts, --pool keeps to old ones: choose one")
+
+
+def train(cfg):
+    """Sample groups, reward, compare within each group, update, report: one step after another."""
+    check_options(cfg)
+    tok = Tokenizer.load(cfg.tokenizer)
+    run = Run(cfg, tok)
+    if run.finished:
+        return
+    device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
+    policy = load_model(cfg.init, tok, device, n_scores=0, maker="python sft.py")
+    policy.prepare(cfg)
+    modules, frozen = dict(model=policy), reference(policy) if cfg.kl_coef else None
+    if cfg.kl_coef and cfg.ref_every:
+        modules["ref"] = frozen[0]
+    reward = Reward(cfg.reward, tok, device, amp, cfg.micro_tokens)
+    tripwire, judge = (verifier(name, option) if name and name != "score" else None
+                       for name, option in ((cfg.tripwire, "tripwire"), (cfg.prefer, "prefer")))
+
+    def fits(record):
+        """The record, if its prompt leaves room for a whole response."""
+        return [record] if len(tok.prompt(record["prompt"])) + cfg.max_new <= policy.config.block_size else []
+    stream, held = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64, prepare=fits)
+    pool = (stream.items or stream.batch(0, cfg.pool))[:cfg.pool]
+    pool = sorted(pool, key=lambda record: record.get("difficulty", record.get("level", 0)))
+    optimizer = Optimizer(policy, cfg.lr, cfg.steps, weight_decay=cfg.weight_decay, warmup=cfg.warmup,
+                          floor=cfg.lr_end, clip=cfg.clip_grad)
+    state = dict(rates=[0.0] * len(pool))
+
+    def sample(records, n=1):
+        with amp():
+            return generate(policy, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new, n, cfg.temperature)
+
+    def sample_groups(step):
+        """The prompts of a step, G responses to each, their raw scores (P, G), the terms of these, groups drawn."""
+        if pool:
+            share = min(1.0, 0.25 + 0.75 * step / (cfg.curriculum * cfg.steps)) if cfg.curriculum else 1.0
+            chosen = draw_prompts(state["rates"], share, min(cfg.prompts, len(pool)), random.Random(f"{cfg.seed} {step}"))
+            batches = [[pool[i] for i in chosen]]
+        else:
+            batches = (stream.batch(step * (1 + cfg.resample) + i, cfg.prompts) for i in range(1 + cfg.resample))
+        records, rolls, scores, terms, drawn = [], [], [], [], 0
+        for batch in batches:
+            roll = sample(batch, cfg.group)
+            score, parts = reward([r for r in batch for _ in range(cfg.group)], roll)
+            score, drawn = score.view(-1, cfg.group), drawn + len(batch)
+            # DAPO's dynamic sampling: groups of equal rewards are replaced, for as long as draws are left.
+            unequal = (score.amax(1) > score.amin(1)).tolist()
+            keep = [i for i in range(len(batch)) if unequal[i] or not cfg.resample][:cfg.prompts - len(records)]
+            records, scores = records + [batch[i] for i in keep], scores + [score[keep]]
+            rolls.append(roll.take([i * cfg.group + j for i in keep for j in range(cfg.group)]))
+            terms.append(torch.stack([part.view_as(score)[keep] for part in parts.values()]))
+            if len(records) == cfg.prompts:
+                break
+        if pool and cfg.prioritized:
+            for i, rate in zip(chosen, score.mean(1).clamp(0, 1).tolist()):
+                state["rates"][i] = rate
+        return records, Rollout.join(rolls, tok.pad), torch.cat(scores), dict(zip(parts, torch.cat(terms, 1))), drawn
+
+    def logps(model, roll):
+        with torch.no_grad(), amp():
+            return per_token(roll, cfg.micro_tokens, lambda tokens, mask: token_logprobs(
+                model, tokens, mask, cfg.temperature))[0]                                # (B, T-1)
+
+    for step in steps(run, cfg.steps, modules, dict(optimizer=optimizer), state, cfg.save_every):
+        if cfg.kl_coef and cfg.ref_every and step and step % cfg.ref_every == 0:
+            frozen[0].load_state_dict(policy.state_dict())
+
+        # 1. Sample a group of responses to each prompt, and score them.
+        records, roll, raw, parts, drawn = sample_groups(step)                           # raw (P, G)
+        repeated, length = [r for r in records for _ in range(cfg.group)], roll.mask.sum(1)
+
+        # 2. What is added to the score or taken off it.
+        r = raw.clone()
+        if cfg.len_reward:
+            r += cfg.len_reward * length_reward(length.view_as(r), raw > 0.5)
+        if cfg.overlong:
+            r += overlong_penalty(length, cfg.max_new, cfg.overlong).view_as(r)
+        if cfg.tripwire and cfg.lookahead:
+            ahead = look_ahead(policy, repeated, roll, tripwire, cfg, tok, amp)
+            r -= cfg.lookahead * ahead.view_as(r)
+        if cfg.prefer:
+            r = win_rates(preferences(records, roll.responses(tok), r, judge))
+        # One update a rollout: the old log-probabilities are the present ones, and nothing has to be computed twice.
+        old_logp = logps(policy, roll) if cfg.epochs * cfg.minibatches > 1 or cfg.kl_in == "reward" else None
+        if cfg.kl_coef:
+            with frozen[1]():
+                ref_logp = logps(frozen[0], roll)                                        # (B, T-1)
+            if cfg.kl_in == "reward":
+                r -= cfg.kl_coef * (kl_estimate(old_logp, ref_logp, 1.0, cfg.kl) * roll.mask).sum(1).view_as(r)
+
+        # 3. Advantages: every token of a response gets the same.
+        adv = ADVANTAGES[cfg.adv](r.double()).to(roll.logp.dtype).view(-1, 1)            # (B, 1)
+        mask = roll.mask * roll.finished[:, None] if cfg.mask_truncated else roll.mask
+        penalised = cfg.kl_coef > 0 and cfg.kl_in == "loss"
+
+        # 4. Update. A row without advantage has no gradient, and is not computed unless a KL term needs it.
+        tally, grad_norm, lr = torch.zeros(7, device=device), None, None
+        for batch in [rows for _ in range(cfg.epochs) for rows in torch.randperm(len(adv)).chunk(cfg.minibatches)]:
+            weights = torch.zeros_like(mask)
+            weights[batch] = token_weights(mask[batch], cfg.per, cfg.max_new)
+            busy = [i for i in batch.tolist() if (adv[i] != 0 or penalised) and mask[i].any()]
+            for rows, tokens, m in slices(roll, cfg.micro_tokens, busy) if busy else ():
+                cut = rows, slice(0, m.shape[1])                                         # their corner of (B, T-1)
+                with amp():
+                    logp, entropy = token_logprobs(policy, tokens, m, cfg.temperature, entropy=True)
+                old = logp.detach() if old_logp is None else old_logp[cut]
+                loss, ratio, decides = policy_loss(logp, old, adv[rows], m, cfg)
+                kl = torch.zeros_like(logp)
+                if cfg.kl_coef:
+                    kl = logp.detach() - ref_logp[cut]
+                if penalised:
+                    loss = loss + cfg.kl_coef * kl_estimate(logp, ref_logp[cut], ratio, cfg.kl)
+                loss = (loss * weights[cut]).sum()
+                loss.backward()
+                tally += torch.stack([loss.detach() / cfg.minibatches] + [(x.detach() * m).sum() for x in (
+                    entropy, ratio, decides, kl_estimate(old, logp, 1.0, "k3"), kl, torch.ones_like(m))])
+            if busy:
+                grad_norm, lr = optimizer.step(step)
+        if cfg.reset:
+            optimizer.forget()
+
+        # 5. Report.
+        loss, *sums, count = tally.tolist()
+        entropy, ratio, clip_frac, approx_kl, kl = (s / count if count else None for s in sums)
+        val = {}
+        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+            held_roll = sample(held)
+            val = dict(val_reward=reward(held, held_roll)[0].mean(), val_gold=mean(truth(held, held_roll, tok)))
+            run.samples(step + 1, [f"{r['prompt'][-1]['content']}\n→ {text}" for r, text in zip(
+                held[:8], held_roll.responses(tok))])
+        if cfg.kl_coef:
+            val |= dict(kl=kl and kl * float(length.mean()))
+        if cfg.tripwire:
+            caught = zip(repeated, roll.responses(tok), roll.finished.tolist())
+            val |= dict(tripped=mean([float(tripwire(*c)) for c in caught]))
+        run.log(step, ("reward", "zero_std", "response_length"), reward=raw.mean(), gold=mean(truth(repeated, roll, tok)),
+                **val, zero_std=1 - (r.amax(1) > r.amin(1)).float().mean(), groups=drawn, loss=loss / cfg.epochs,
+                entropy=entropy, response_length=length.mean(), finished=roll.finished.float().mean(), ratio=ratio,
+                clip_frac=clip_frac, approx_kl=approx_kl, grad_norm=grad_norm, lr=lr,
+                **{f"reward/{name}": part.mean() for name, part in parts.items()})
+    run.finish(("reward", "zero_std", "entropy", "response_length", "grad_norm"),
+               then=f"python reward.py compare {cfg.init} {cfg.out} --families arith --on arith")
+
+
+def truth(records, roll, tok):
+    """The true scores, where the records are of the toy world: to watch, never to train on."""
+    judged = zip(records, roll.responses(tok), roll.finished.tolist())
+    return [gold(*j) for j in judged if "family" in j[0]]
+
+
+if __name__ == "__main__":
+    guard(lambda: train(parse(Config)))
