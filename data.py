@@ -24,6 +24,7 @@ import sys
 import time
 import tomllib
 import typing
+import unicodedata
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -519,7 +520,11 @@ class Arith:
                 for i, j in combinations(range(len(values)), 2) if 1 <= values[i] <= 20]
 
     def demo(task, rng):
-        think = f"<think>{Arith.text(task, rng)[:-1]}</think>" if rng.random() < task.get("think", THINK) else ""
+        """The answer, in a share `think` of the cases thought out first, and then gone over up to `checks` times again
+        (a long chain of thought)."""
+        again = rng.randint(0, task["checks"]) if task.get("checks") else 0
+        aloud = ", ".join([Arith.text(task, rng)[:-1]] * (1 + again))
+        think = f"<think>{aloud}</think>" if rng.random() < task.get("think", THINK) else ""
         return f"{think}The answer is {task['answer']}."
 
     def gold(task, response, finished):
@@ -652,18 +657,20 @@ class Fmt:
 
 WORLD = {"arith": Arith, "write": Write, "safe": Safe, "fmt": Fmt}
 FAMILIES = tuple(WORLD)
+LEVELS = {f"arith{level}": level for level in range(1, 5)}      # sums of one length only
 
 
 def draw_family(families, rng):
     """One of the families; sums, which take the most practice, come twice as often."""
-    return rng.choices(families, [2 if family == "arith" else 1 for family in families])[0]
+    return rng.choices(families, [2 if family.startswith("arith") else 1 for family in families])[0]
 
 
 def toy_task(split: str, family: str, rng: random.Random) -> dict:
     """A task whose key is in the split (train, val or test): its prompt, key and what its gold reward needs.
     A training sum, moreover, contains no held-out sum, because thinking aloud would print it."""
     assert split in ("train", "val", "test"), f"no such split: {split!r}"
-    level = [rng.randint(1, 4)] if family == "arith" else []    # drawn once, or few would be long
+    level = [LEVELS[family]] if family in LEVELS else [rng.randint(1, 4)] if family == "arith" else []
+    family = family.rstrip("1234")                              # the level is drawn once, or few would be long
     while True:
         task = WORLD[family].task(rng, *level)
         keys = Arith.pieces(task["key"]) if level and split == "train" else [task["key"]]
@@ -708,11 +715,45 @@ def known_gold(record, text, finished):
     return gold(record, text, finished)
 
 
+def hash_answer(text):
+    """GSM8K's final answer, the number after the "####" of the last line, as an int: "#### -1,080" is -1080; None for
+    anything else, two answers included."""
+    found = re.fullmatch(r"[^#]*#### ?(-?(?:[0-9]{1,15}|[0-9]{1,3}(?:,[0-9]{3}){1,4}))\s*", text)
+    return int(found[1].replace(",", "")) if found else None
+
+
+def numbers(text):
+    """The numbers in a text, without the commas of thousands: "5,000 of 12.5" gives {"5000", "12.5"}."""
+    return {n.replace(",", "") for n in re.findall(r"[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?", text)}
+
+
+def language(record, text, finished):
+    """Share of the words of the thinking (of all, where there is none) in the record's "script", LATIN unless it says
+    so (language consistency, DeepSeek-R1 2501.12948); signs and numbers are no words, and no words are 1."""
+    thought, script = re.search("<think>(.*?)</think>", text, re.DOTALL), record.get("script", "LATIN")
+    words = re.findall(r"[^\W\d_]+", thought[1] if thought else text)
+    return mean([float(all(unicodedata.name(c, "").startswith(script) for c in w)) for w in words] or [1.0])
+
+
+def listed(text):
+    """The distinct items of the longest list "a, b and c" in a text."""
+    lists = re.findall(r"\w+(?:, \w+)*,? and \w+", text)
+    return set(re.split(r",? and |, ", max(lists, key=len))) if lists else set()
+
+
 VERIFIERS = {
     "gold": known_gold,
     "exact": lambda record, text, finished: finished and "answer" in record and final_answer(text) == record["answer"],
+    "gsm8k": lambda record, text, finished: finished and "answer" in record and hash_answer(text) == record["answer"],
     "format": lambda record, text, finished: finished and bool(re.fullmatch(
         r"<think>\s*[^<>\s][^<>]*</think>\s*[^<>\s][^<>]*", text)),
+    "language": language,
+    # every number of the answer is in the prompt: a summary that changes none
+    "faithful": lambda record, text, finished: finished and numbers(text) <= numbers(
+        " ".join(turn["content"] for turn in record["prompt"])),
+    "keyword": lambda record, text, finished: finished and bool(re.search(
+        rf"\b{re.escape(record['keyword'])}\b", text)) if "keyword" in record else 0,
+    "count": lambda record, text, finished: finished and len(listed(text)) == record.get("count"),
     "no_filler": lambda record, text, finished: finished and not any(s in text for s in SAYINGS["filler"]),
 }
 
@@ -737,25 +778,34 @@ def verifier(name, option="reward"):
 
 
 def parse_rewards(spec):
-    """'0.5*out/reward + exact' -> [(0.5, 'out/reward'), (1.0, 'exact')]."""
+    """'0.5*out/reward@answer[write] + exact' -> [(0.5, 'out/reward', True, ['write']), (1.0, 'exact', False, [])]:
+    weight, name, whether it sees only what follows the thinking, the families it judges (none: all)."""
     terms = []
-    for term in spec.split("+"):
-        found = re.fullmatch(r"\s*(?:(-?[\d.]+)\s*\*)?\s*([^\s*]+)\s*", term)
+    for term in re.split(r"\+(?![^\[]*\])", spec):
+        found = re.fullmatch(r"\s*(?:(-?[\d.]+)\s*\*)?\s*([^\s*@\[]+)(@answer)?(?:\[([\w, ]*)\])?\s*", term)
         try:
-            terms.append((float(found[1] or 1), found[2]))
+            terms.append((float(found[1] or 1), found[2], bool(found[3]),
+                          [family for family in re.split(r"[, ]+", found[4] or "") if family]))
         except (TypeError, ValueError):
-            raise OptionError(f"--reward {spec}: not a sum like 0.5*out/reward + exact") from None
+            raise OptionError(f"--reward {spec}: not a sum like 0.5*out/reward@answer[write] + exact") from None
     return terms
+
+
+def after_thinking(text):
+    """What the reader of a response sees: all that follows its last </think>."""
+    rest = text.rpartition("</think>")[2]
+    return "" if "<think>" in rest else rest.strip()  # it never stopped thinking
 
 
 # ------------------------------------------------------------------------------------------------ streams, batches
 
 
-def toy_record(kind, split, families, rng):
-    """One record of the toy world. kind: text (a document to pretrain on), messages (a demonstration) or prompt."""
+def toy_record(kind, split, families, rng, **how):
+    """One record of the toy world. kind: text (a document to pretrain on), messages (a demonstration, which `how`, the
+    think and checks of sums, can change) or prompt."""
     if kind == "text":
         return toy_document(rng)
-    task = toy_task(split, draw_family(families, rng), rng)
+    task = toy_task(split, draw_family(families, rng), rng) | how
     task["prompt"] = [dict(role="user", content=task["prompt"])]
     if kind == "prompt":
         return task
@@ -763,11 +813,12 @@ def toy_record(kind, split, families, rng):
 
 
 def family_list(families):
-    """'write,safe' -> ['write', 'safe']; empty means all."""
+    """'write,safe' -> ['write', 'safe']; empty means all. arith1 to arith4 are sums of so many steps."""
     names = [f for f in families.split(",") if f] or list(FAMILIES)
     for name in names:
-        if name not in FAMILIES:
-            raise OptionError(f"--families: there is no {name!r}; the toy world has {', '.join(FAMILIES)}")
+        if name not in FAMILIES and name not in LEVELS:
+            raise OptionError(f"--families: there is no {name!r}; the toy world has {', '.join(FAMILIES)}, "
+                              f"and {', '.join(LEVELS)} for sums of one length")
     return names
 
 
@@ -796,8 +847,9 @@ class Stream:
         return order
 
 
-def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record: [record]):
-    """(training Stream, held-out items) of `toy` or a file. kind: text (documents), messages, preference or prompt.
+def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record: [record], **how):
+    """(training Stream, held-out items) of `toy` or of files, with commas between them. kind: text (documents),
+    messages, preference or prompt; how: see toy_record.
 
     prepare turns one record into the items to train on (token rows, say), none if it cannot be used; those are
     counted aloud. Of a file, every 20th record is held out, about n_held at most (of a single long document, every
@@ -808,15 +860,16 @@ def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record
 
         def make(rng, split="train"):
             for _ in range(100):
-                if items := prepare(toy_record(kind, split, names, rng)):
+                if items := prepare(toy_record(kind, split, names, rng, **how)):
                     return items[0]
             raise UserError("the context of this model is too short for the toy world's texts")
         rng = random.Random(f"held out {kind}")
         return Stream(make=make, seed=seed), [make(rng, "val") for _ in range(n_held)]
-    if not Path(data).exists():
-        raise UserError(f"{data}: no such file"
-                        + ("; make it with: python reward.py label" if kind in ("preference", "thumbs") else ""))
-    prepared = [prepare(record) for record in read_records(data, kind)]
+    for path in data.split(","):
+        if not Path(path).exists():
+            raise UserError(f"{path}: no such file"
+                            + ("; make it with: python reward.py label" if kind in ("preference", "thumbs") else ""))
+    prepared = [prepare(record) for path in data.split(",") for record in read_records(path, kind)]
     groups = [items for items in prepared if items]
     if len(groups) < len(prepared):
         lost = f"{len(prepared) - len(groups)} of {len(prepared)} records"

@@ -3,16 +3,16 @@
     maximise  E_{x, y ~ π} [ r(x, y) ] - β KL(π || π_ref),    A_i = (r_i - mean_j r_j) / std_j r_j
 
 The other responses to the same prompt say how hard it is, so no value function is needed: with a verifier as reward
-(an answer is right or wrong) and β = 0 the policy is the only model in memory. Each step: (1) sample G responses to each
-prompt; (2) reward them; (3) turn the rewards of each group into advantages, one number a response; (4) minimise
+(an answer is right or wrong) and β = 0 the policy is the only model in memory. Each step: (1) sample G responses to
+each prompt; (2) reward them; (3) turn the rewards of each group into advantages, one number a response; (4) minimise
 -min(ρ A, clip(ρ) A) over the response tokens, ρ = π / π_old.
 
-Papers: GRPO, Shao et al. 2402.03300; DeepSeek-R1 2501.12948. What others change is one line each: how an advantage comes
-from a group (ADVANTAGES), the loss of a token (POLICY_LOSSES), how tokens are averaged (token_weights), where a KL
-penalty sits (kl_estimate). Departures: β = 0 unless asked for, and tokens are averaged over the batch, not first within
-each response, as everybody does now (DAPO 2503.14476); dropout stays off. With one update a rollout, the default, the old
-log-probabilities *are* the present ones: ρ = 1 to the bit, the loss is about 0 whatever is learned, and only its
-gradient matters.
+Papers: GRPO, Shao et al. 2402.03300; DeepSeek-R1 2501.12948. What others change is one line each: how an advantage
+comes from a group (ADVANTAGES), the loss of a token (POLICY_LOSSES), how tokens are averaged (token_weights), where a
+KL penalty sits (kl_estimate). Departures: β = 0 unless asked for, and tokens are averaged over the batch, not first
+within each response (DAPO 2503.14476); dropout stays off. With one update a rollout, the default, the old
+log-probabilities *are* the present ones: ρ = 1 to the bit, the loss says nothing about progress (it would be 0 but for
+the lengths of the responses), and only its gradient matters.
 
     python grpo.py                                 out/sft, sums and a verifier -> out/grpo
     python grpo.py --adv dr_grpo --per constant    Dr. GRPO
@@ -160,8 +160,8 @@ def kl_estimate(logp, ref_logp, ratio, kind):
     """Estimators of KL(π || π_ref) from samples of π, per token (Schulman 2020, "Approximating KL divergence").
 
     As a loss, k1 has expected gradient 0; k2's gradient is the KL's, token by token; k3's, GRPO's as published, is that
-    of KL(π_ref || π), so π does not go to π_ref exp(r / β) / Z but to β π_ref / (β + mean r - r). k3_is, times the ratio
-    π / π_old, has the KL's again. In the reward, as numbers, k1 and k3 estimate the KL and k2 roughly.
+    of KL(π_ref || π), so π does not go to π_ref exp(r / β) / Z but to β π_ref / (β + mean r - r). k3_is, times the
+    ratio π / π_old, has the KL's again. In the reward, as numbers, k1 and k3 estimate the KL and k2 roughly.
     """
     d = logp - ref_logp
     k3 = (-d).exp() - 1 + d
@@ -182,7 +182,7 @@ def length_reward(length, right):
 
 
 def win_rates(p):
-    """p (P, G, G), the probability that i beats j -> mean over j ≠ i (SPO 2401.04056, alg. 1); a group's sum is G / 2."""
+    """p (P, G, G), chance that i beats j -> mean over j ≠ i (SPO 2401.04056, alg. 1); they sum to G / 2 in a group."""
     G = p.shape[1]
     return (p.sum(2) - p.diagonal(dim1=1, dim2=2)) / (G - 1)
 
@@ -196,8 +196,8 @@ def draw_prompts(rates, share, n, rng):
 # ---------------------------------------------------------------- the reward of a response
 
 def look_ahead(policy, records, roll, judge, cfg, tok, amp):
-    """Chance (B,) that the policy, going on from somewhere in a response, trips the wire within `ahead` tokens: the mean
-    over `cuts` places, evenly spaced, of one continuation each."""
+    """Chance (B,) that the policy, going on from somewhere in a response, trips the wire within `ahead` tokens: the
+    mean over `cuts` places, evenly spaced, of one continuation each."""
     rows, chance = list(zip(roll.tokens.tolist(), roll.prompt_len, roll.lengths)), torch.zeros(len(records))
     for cut in range(cfg.cuts):
         kept = [ids[:p + (n - p) * cut // cfg.cuts] for ids, p, n in rows]
@@ -222,8 +222,8 @@ def preferences(records, texts, score, judge):
 
 def check_options(cfg):
     """Refuse impossible values, and options that do not go together, before anything is read."""
-    check(cfg, positive="steps prompts max_new temperature cuts ahead tau epochs minibatches lr eval_every micro_tokens "
-                        "save_every", share="curriculum lr_end clip_low")
+    check(cfg, positive="steps prompts max_new temperature cuts ahead tau epochs minibatches lr eval_every "
+                        "micro_tokens save_every", share="curriculum lr_end clip_low")
     for option, names in (("adv", ADVANTAGES), ("loss", POLICY_LOSSES)):
         if getattr(cfg, option) not in names:
             raise OptionError(f"--{option} {getattr(cfg, option)}: choose from {', '.join(names)}")
@@ -276,7 +276,8 @@ def train(cfg):
         """The prompts of a step, G responses to each, their raw scores (P, G), the terms of these, groups drawn."""
         if pool:
             share = min(1.0, 0.25 + 0.75 * step / (cfg.curriculum * cfg.steps)) if cfg.curriculum else 1.0
-            chosen = draw_prompts(state["rates"], share, min(cfg.prompts, len(pool)), random.Random(f"{cfg.seed} {step}"))
+            rng = random.Random(f"{cfg.seed} {step}")
+            chosen = draw_prompts(state["rates"], share, min(cfg.prompts, len(pool)), rng)
             batches = [[pool[i] for i in chosen]]
         else:
             batches = (stream.batch(step * (1 + cfg.resample) + i, cfg.prompts) for i in range(1 + cfg.resample))
@@ -375,8 +376,8 @@ def train(cfg):
         if cfg.tripwire:
             caught = zip(repeated, roll.responses(tok), roll.finished.tolist())
             val |= dict(tripped=mean([float(tripwire(*c)) for c in caught]))
-        run.log(step, ("reward", "zero_std", "response_length"), reward=raw.mean(), gold=mean(truth(repeated, roll, tok)),
-                **val, zero_std=1 - (r.amax(1) > r.amin(1)).float().mean(), groups=drawn, loss=loss / cfg.epochs,
+        run.log(step, ("reward", "zero_std", "response_length"), reward=raw.mean(),
+                gold=mean(truth(repeated, roll, tok)), **val, zero_std=1 - (r.amax(1) > r.amin(1)).float().mean(), groups=drawn, loss=loss / cfg.epochs,
                 entropy=entropy, response_length=length.mean(), finished=roll.finished.float().mean(), ratio=ratio,
                 clip_frac=clip_frac, approx_kl=approx_kl, grad_norm=grad_norm, lr=lr,
                 **{f"reward/{name}": part.mean() for name, part in parts.items()})

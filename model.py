@@ -34,8 +34,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-from data import (VERIFIERS, OptionError, Tokenizer, UserError, check, guard, micro_batches, pad, parse, parse_rewards,
-                  round_up, verifier)
+from data import (VERIFIERS, OptionError, Tokenizer, UserError, after_thinking, check, collate, guard, micro_batches,
+                  pad, parse, parse_rewards, round_up, verifier)
 
 # ------------------------------------------------------------------------------------------------ the model
 
@@ -419,15 +419,18 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 
 
 @torch.no_grad()
-def generate(model, prompts, tok, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0, stream=None, drop_finished=True):
+def generate(model, prompts, tok, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0, stream=None, drop_finished=True,
+             begin=()):
     """Sample n responses to each prompt (a list of id lists) -> Rollout of len(prompts) * n rows, prompt-major.
 
     Prompts of any length are padded on the right; each is prefilled once for its n samples, and from there every row
     keeps its own position in a static key-value cache. A row stops at `tok.end`, after max_new tokens, or when the
     context is full; finished rows leave the batch. top_k and top_p are for chatting: a policy gradient needs the
     samples to come from the distribution it differentiates, so no trainer offers them. stream(token) is called with
-    each new id, for a single row. Raises UserError for a prompt that leaves no room in the context.
+    each new id, for a single row. begin: ids every response is made to begin with; they are part of it, with
+    log-probability 0. Raises UserError for a prompt that leaves no room in the context.
     """
+    prompts = [p + list(begin) for p in prompts]
     config, device = model.config, model.device
     length = torch.tensor([len(p) for p in prompts], device=device)                      # (P,)
     longest, rows = max(map(len, prompts)), torch.arange(len(prompts), device=device)
@@ -483,9 +486,11 @@ def generate(model, prompts, tok, max_new, n=1, temperature=1.0, top_k=0, top_p=
     row, j = drawn.nonzero(as_tuple=True)
     at, mask, laid = length[row] + j, torch.zeros(B, width - 1, device=device), logp.new_zeros(B, width - 1)
     tokens[row, at], mask[row, at - 1], laid[row, at - 1] = said[row, j], 1.0, logp[row, j]
+    for k in range(1, len(begin) + 1):
+        mask[torch.arange(B, device=device), length - k - 1] = 1.0
     width = min(round_up(int(at.max()) + 1), width)
     return Rollout(tokens[:, :width], mask[:, :width - 1], laid[:, :width - 1],
-                   (drawn & (said == tok.end)).any(1), length.tolist())
+                   (drawn & (said == tok.end)).any(1), (length - len(begin)).tolist())
 
 
 def slices(roll, budget, rows=None):
@@ -513,12 +518,13 @@ def per_token(roll, budget, fn):
 class Reward:
     """A weighted sum of reward models (run folders) and verifiers (data.VERIFIERS, or module:function).
 
-    `Reward("0.5*out/reward + exact", ...)(records, roll)` -> total (B,), {name: its unweighted part (B,)}.
+    `Reward("0.5*out/reward@answer[write] + exact", ...)(records, roll)` -> total (B,), {term: unweighted part (B,)}.
+    A term with @answer sees only what follows the thinking; one with [families] gives 0 to prompts of any other.
     """
 
     def __init__(self, spec, tok, device, amp, budget):
         self.terms, self.models = [], []
-        for weight, name in parse_rewards(spec):
+        for weight, name, final, families in parse_rewards(spec):
             judge = verifier(name)
             if judge is None and not Path(name).exists():
                 raise UserError(f"{name}: neither a run folder (python reward.py train makes one) nor a verifier "
@@ -528,22 +534,36 @@ class Reward:
                 if not judge.config.n_scores:
                     raise UserError(f"--reward {name}: a language model, not a reward model")
                 self.models.append(name)
-            self.terms.append((weight, name, judge))
+            label = name + "@answer" * final + (f"[{','.join(families)}]" if families else "")
+            self.terms.append((weight, label, judge, final, families))
         self.tok, self.amp, self.budget = tok, amp, budget
 
     @torch.no_grad()
     def __call__(self, records, roll):
-        parts, device = {}, roll.tokens.device
-        for _, name, judge in self.terms:
+        device, texts = roll.tokens.device, roll.responses(self.tok)
+        parts = {label: torch.zeros(len(records), device=device) for _, label, *_ in self.terms}
+        for _, label, judge, final, families in self.terms:
+            mine = [i for i, record in enumerate(records) if not families or record.get("family") in families]
+            if not mine:
+                continue
+            shown = {i: after_thinking(texts[i]) if final else texts[i] for i in mine}
             if isinstance(judge, GPT):
-                parts[name] = torch.zeros(len(records), device=device)
-                for rows, tokens, mask in slices(roll, self.budget):
+                batches = self.read(records, shown, roll) if final else slices(roll, self.budget, mine)
+                for rows, tokens, mask in batches:
                     with self.amp():
-                        parts[name][rows] = response_scores(judge, tokens, mask)[:, 0]
+                        parts[label][rows] = response_scores(judge, tokens, mask)[:, 0]
             else:
-                judged = zip(records, roll.responses(self.tok), roll.finished.tolist())
-                parts[name] = torch.tensor([float(judge(*j)) for j in judged], device=device)
-        return sum(weight * parts[name] for weight, name, _ in self.terms), parts
+                parts[label][mine] = torch.tensor([float(judge(records[i], shown[i], bool(roll.finished[i])))
+                                                   for i in mine], device=device)
+        return sum(weight * parts[label] for weight, label, *_ in self.terms), parts
+
+    def read(self, records, shown, roll):
+        """Micro-batches of texts {row: text}, encoded as in the training of a reward model: (rows, tokens, mask)."""
+        rows = list(shown)
+        both = [(self.tok.prompt(records[i]["prompt"]), self.tok.response(shown[i], True)) for i in rows]
+        built = [(prompt + said, [0] * len(prompt) + [1] * len(said)) for prompt, said in both]
+        for part in micro_batches([len(ids) for ids, _ in built], self.budget):
+            yield [rows[j] for j in part], *collate([built[j] for j in part], self.tok, roll.tokens.device)
 
 
 # ------------------------------------------------------------------------------------------------ devices
@@ -870,6 +890,18 @@ class Merge:
     """Average the weights of checkpoints of one architecture (model soups, 2203.05482)."""
     out: str = ""               # folder of the result
     weights: str = ""           # one number a checkpoint, comma-separated; none: all equal
+    slerp: bool = False         # of two: along the arc between them, tensor by tensor, not the chord
+
+
+def slerp(a, b, t):
+    """Spherical interpolation of two tensors: t = 0 is a, 1 is b, and between them the norm does not shrink as on the
+    chord (Shoemake 1985). Of tensors that (nearly) point the same or opposite ways, the chord."""
+    norms = float(a.norm() * b.norm())
+    cos = float((a * b).sum()) / norms if norms else 1.0
+    if abs(cos) > 1 - 1e-12:
+        return (1 - t) * a + t * b
+    angle = math.acos(cos)
+    return (math.sin((1 - t) * angle) * a + math.sin(t * angle) * b) / math.sin(angle)
 
 
 def merge(cfg, folders):
@@ -884,9 +916,12 @@ def merge(cfg, folders):
         raise OptionError(f"--weights {cfg.weights}: {len(weights)} for {len(folders)} checkpoints")
     if not all(map(math.isfinite, weights)):
         raise OptionError(f"--weights {cfg.weights}: not finite")
+    if cfg.slerp and (len(folders) != 2 or abs(sum(weights) - 1) > 1e-9):
+        raise OptionError("--slerp goes between two checkpoints, with weights that add up to 1")
     models, tokenizers = [load_model(f) for f in folders], {
         load_tensors(Path(f) / "checkpoint.safetensors")[1].get("tokenizer") for f in folders}
-    facts, path = dict(merged=[m.base for m in models], weights=weights), Path(cfg.out) / "checkpoint.safetensors"
+    facts = dict(merged=[m.base for m in models], weights=weights) | (dict(slerp=True) if cfg.slerp else {})
+    path = Path(cfg.out) / "checkpoint.safetensors"
     if path.exists():
         if load_tensors(path)[1].get("made") != facts:
             raise UserError(f"{cfg.out} holds another model: choose another --out, or delete that folder")
@@ -897,6 +932,9 @@ def merge(cfg, folders):
     for model, weight in zip(models, weights):
         for name, t in model.state_dict().items():
             total[name] = total.get(name, 0) + weight * t.double()
+    if cfg.slerp:
+        a, b = (model.state_dict() for model in models)
+        total = {name: slerp(a[name].double(), b[name].double(), weights[1]) for name in a}
     first.load_state_dict({name: t.float() for name, t in total.items()})
     save_checkpoint(cfg.out, dict(model=first), {}, dict(step=0, done=True, state={}, tokenizer=tokenizers.pop(),
                                                          made=facts))

@@ -10,6 +10,7 @@ a pull of r_w + r_l towards 0 (2312.09244).
 
     python reward.py label                        sample pairs from out/sft, label them -> out/pairs/pairs.jsonl
     python reward.py train                        out/sft + pairs -> out/reward
+    python reward.py curate                       prompts for RL: how hard each is, without those that are guessed
     python reward.py compare out/sft out/ppo      gold reward, win rate, KL, length on held-out prompts
 
 On 2 CPU cores: 16 s, 40 s and 3 s a checkpoint; .62-.70 of held-out noisy labels and .73-.80 of the truth are met.
@@ -21,17 +22,23 @@ import itertools
 import json
 import math
 import random
+import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
-from data import (OptionError, Run, RunConfig, Tokenizer, TrainConfig, UserError, check, collate, encode, family_list,
-                  guard, mean, micro_batches, open_stream, pairs, parse, read_records, toy_record, write_text)
+from data import (OptionError, Run, RunConfig, Tokenizer, TrainConfig, UserError, after_thinking, check, collate,
+                  encode, family_list, guard, mean, micro_batches, open_stream, pairs, parse, read_records, toy_record,
+                  write_text)
 from model import (Optimizer, Reward, generate, load_model, per_token, response_scores, setup, steps,
                    token_logprobs)
+
+
+SELECT = Literal["rank", "ends", "best", "rso", "correct", "shortest", "short_pairs", "quantile"]
 
 
 @dataclass
@@ -74,9 +81,28 @@ class Label(RunConfig):
     scale: float = 3.0          # labels are Bradley-Terry draws at scale * score; 0: the higher score always wins
     flip: float = 0.1           # share of rankings turned upside down
     # what is kept
-    select: Literal["rank", "ends", "best", "rso"] = "rank"  # all, first and last, the best score alone, as rso accepts
-    min_gap: float = 0.0        # least difference between the scores of first and last
+    select: SELECT = "rank"     # rank, ends, best, rso, correct, shortest, short_pairs, quantile: see kept()
+    min_gap: float = 0.0        # rankings: least difference between the scores of first and last
     rso_beta: float = 0.5       # rso: a response is accepted with probability exp((score - best score) / this)
+    quantiles: int = 5          # quantile: parts of equal size, by score; their number becomes the system message
+
+
+@dataclass
+class Curate(RunConfig):
+    """Choose prompts for RL: how hard is each, and can it be guessed? (Kimi k1.5, 2501.12599, sec. 2.1)"""
+    out: str = "out/prompts"    # folder of the run; the records are in its prompts.jsonl
+    policy: str = "out/sft"     # checkpoint that answers
+    data: str = "toy"           # prompts: toy, or a file
+    families: str = "arith"     # of the toy world, comma-separated
+    n: int = 1000               # prompts
+    by: str = "exact"           # what judges; more than .5 is right
+    k: int = 10                 # answers to each; difficulty = 1 - the share that is right
+    guesses: int = 8            # answers without thinking: one that is right, and the prompt is left out; 0: none
+    begin: str = "The answer is"  # how an answer without thinking begins
+    cap: int = 0                # most prompts of one family (or "domain"); 0: no limit
+    temperature: float = 1.0    # of sampling
+    max_new: int = 80           # longest answer, tokens
+    batch: int = 64             # prompts at a time
 
 
 @dataclass
@@ -90,6 +116,8 @@ class Compare:
     proxy: str = ""             # another such sum, shown beside it
     temperature: float = 1.0    # of sampling; 0 is greedy
     max_new: int = 80           # longest response, tokens
+    begin: str = ""             # what every answer is made to begin with, as "<think>"
+    samples: int = 1            # answers to each prompt of --on; more give pass@k, maj@k and the best of k by --proxy
     show: int = 2               # prompts whose answers are printed
     save: str = ""              # a JSON file for the table
     seed: int = 0               # of the sampling
@@ -160,7 +188,60 @@ def win_rates(scores):
     return [(sum(1 / (1 + math.exp(min(b - a, 700))) for b in scores) - 0.5) / max(1, len(scores) - 1) for a in scores]
 
 
+def pass_at_k(n, right, k):
+    """Chance that one of k answers is right, estimated from n of which `right` are: 1 - C(n - c, k) / C(n, k), unbiased
+    (Chen et al. 2107.03374, eq. 1)."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def best_of_k(scores, proxies, k):
+    """Expected score of the answer that `proxies` likes best among k of these n, drawn at random: the i-th from the top
+    is chosen if the other k - 1 all lie below it. Of equal proxies the first counts as best."""
+    order = sorted(range(len(scores)), key=lambda i: -proxies[i])
+    ways = [math.comb(len(order) - 1 - place, k - 1) for place in range(len(order))]
+    return sum(w * scores[i] for w, i in zip(ways, order)) / sum(ways)
+
+
+def majority_at_k(answers, scores, k):
+    """Expected score of the commonest answer among k (self-consistency, Wang et al. 2203.11171), over consecutive parts
+    of the n; ties share, None is no vote."""
+    out = []
+    for i in range(0, len(answers) - k + 1, k):
+        votes = Counter(a for a in answers[i:i + k] if a is not None)
+        top = [a for a, n in votes.items() if n == max(votes.values())]
+        out.append(mean([scores[answers.index(a)] for a in top]) or 0.0)
+    return mean(out)
+
+
 # ---------------------------------------------------------------- label
+
+def kept(group, cfg, rng):
+    """What --select keeps of the finished answers to one prompt, (text, score, tokens) each: a list of records' keys.
+
+    rank: all, best first as the labels have it. ends: its first and last. best: the one of the highest score (best-of-n,
+    rejection sampling). rso: a ranking of those that statistical rejection sampling accepts. correct: all that are
+    right, that is, of a score above .5. shortest: the shortest of these. short_pairs: it over each that is wrong and
+    longer, or right and at least half as long again (Kimi k1.5, long2short DPO). quantile: all, to be sorted later.
+    """
+    if cfg.select == "rso":
+        group = [group[i] for i in accept([score for _, score, _ in group], cfg.rso_beta, rng)] if group else []
+    if not group:
+        return []
+    texts, scores, sizes = zip(*group)
+    right = [i for i, score in enumerate(scores) if score > 0.5]
+    brief = [min(right, key=lambda i: sizes[i])] if right else []
+    one = dict(best=[scores.index(max(scores))], correct=right, shortest=brief, quantile=range(len(texts)))
+    if cfg.select in one:
+        return [dict(response=texts[i], scores=[scores[i]]) for i in one[cfg.select]]
+    if cfg.select == "short_pairs":
+        return [dict(responses=[texts[i], texts[j]], scores=[scores[i], scores[j]]) for i in brief
+                for j in range(len(texts)) if sizes[j] > sizes[i] and (j not in right or sizes[j] >= 1.5 * sizes[i])]
+    order, wins = rank(scores, cfg.scale, cfg.flip, rng), win_rates(scores)
+    if len(order) < 2 or abs(scores[order[0]] - scores[order[-1]]) < cfg.min_gap:
+        return []
+    order = [order[0], order[-1]] if cfg.select == "ends" else order
+    return [dict(responses=[texts[i] for i in order], scores=[scores[i] for i in order], win=[wins[i] for i in order])]
+
 
 def label(cfg):
     """Sample k responses to each prompt, score and rank them, and write pairs.jsonl."""
@@ -191,35 +272,83 @@ def label(cfg):
                             cfg.temperature)
         repeated = [r for r in records for _ in range(cfg.k)]
         scores = judge(repeated, roll)[0].tolist()
-        answers = list(zip(roll.responses(tok), scores, roll.finished.tolist()))
+        answers = list(zip(roll.responses(tok), scores, roll.mask.sum(1).tolist(), roll.finished.tolist()))
         for i, record in enumerate(records):
-            group = [(text, score) for text, score, done in answers[i * cfg.k:(i + 1) * cfg.k] if done and text.strip()]
-            group = list(dict(group).items())  # the same answer twice is no preference
-            if not cfg.scale:  # where the score alone decides, nor are two of the same score
-                group = list({score: (text, score) for text, score in group[::-1]}.values())[::-1]
-            if cfg.select == "rso":
-                group = [group[j] for j in accept([score for _, score in group], cfg.rso_beta, rng)]
-            if len(group) > (cfg.select != "best"):
-                texts, marks = zip(*group)
-                order, wins = rank(marks, cfg.scale, cfg.flip, rng), win_rates(marks)
-                if abs(marks[order[0]] - marks[order[-1]]) < cfg.min_gap:
-                    continue
-                kept = dict(ends=[order[0], order[-1]], best=[marks.index(max(marks))]).get(cfg.select, order)
-                said = [texts[j] for j in kept]
-                made.append(record | (dict(response=said[0]) if cfg.select == "best" else dict(responses=said))
-                            | dict(scores=[marks[j] for j in kept], win=[wins[j] for j in kept], source="ai"))
+            group = [answer for *answer, done in answers[i * cfg.k:(i + 1) * cfg.k] if done and answer[0].strip()]
+            group = list({answer[0]: answer for answer in group[::-1]}.values())[::-1]  # no answer twice
+            if not cfg.scale and cfg.select in ("rank", "ends", "rso"):  # where scores decide, two equal ones cannot
+                group = list({score: (text, score, size) for text, score, size in group[::-1]}.values())[::-1]
+            made += [record | parts | dict(source="ai") for parts in kept(group, cfg, rng)]
         run.log(step, ("records",), records=len(made), score=mean(scores), response_length=roll.mask.sum(1).mean(),
                 finished=roll.finished.float().mean())
         if (step + 1) % cfg.save_every == 0:
             write_text(part, json.dumps([step + 1, made]))
     if not made:
-        raise UserError(f"{cfg.policy}: of {n} prompts none got two different finished answers; nothing to rank")
+        raise UserError(f"{cfg.policy}: of {n} prompts none got answers that --select {cfg.select} keeps")
+    if cfg.select == "quantile":  # Quark: the model learns what goes with which quality, and is asked for the best
+        made.sort(key=lambda r: r["scores"][0])
+        made = [r | dict(prompt=[dict(role="system", content=f"Quality {1 + i * cfg.quantiles // len(made)}.")]
+                         + r["prompt"]) for i, r in enumerate(made)]
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in made))
-    agree = mean([preference(r["scores"][0], r["scores"][-1]) for r in made])
-    print(f"{path}: {len(made)} of {n} prompts"
-          + (f"; the label agrees with the score in {agree:.0%}" if cfg.select != "best" else ""))
+    agree = mean([preference(r["scores"][0], r["scores"][-1]) for r in made if "responses" in r])
+    print(f"{path}: {len(made)} records of {n} prompts"
+          + (f"; the label agrees with the score in {agree:.0%}" if agree else ""))
     run.finish(("score", "response_length"), then=f"python reward.py train --data {path}")
     part.unlink(missing_ok=True)
+
+
+def curate(cfg):
+    """Rate prompts by how often the policy gets them right, leave out what it guesses, and write prompts.jsonl."""
+    check(cfg, positive="n k temperature max_new batch save_every")
+    tok = Tokenizer.load(cfg.tokenizer)
+    run = Run(cfg, tok)
+    if run.finished:
+        return
+    device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
+    policy = load_model(cfg.policy, tok, device, n_scores=0, maker="python sft.py")
+    judge = Reward(cfg.by, tok, device, amp, cfg.micro_tokens)
+    begin, room = tok.encode(cfg.begin), policy.config.block_size - cfg.max_new
+
+    def fits(record):
+        """The record, if its prompt leaves room for a whole answer."""
+        return [record] if len(tok.prompt(record["prompt"])) + len(begin) <= room else []
+    stream, _ = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=0, prepare=fits)
+    n = min(cfg.n, len(stream.items)) if stream.items else cfg.n
+    made, lost, of_family = [], Counter(), Counter()
+
+    def rates(records, k, **how):
+        """Share of k answers to each prompt that are right."""
+        with amp():
+            roll = generate(policy, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new, k, cfg.temperature,
+                            **how)
+        return (judge([r for r in records for _ in range(k)], roll)[0].view(-1, k) > 0.5).float().mean(1).tolist()
+    for step in run.progress(0, math.ceil(n / cfg.batch)):
+        torch.manual_seed(cfg.seed * 1_000_003 + step)
+        records = stream.batch(step, cfg.batch)[:n - step * cfg.batch]
+        right = rates(records, cfg.k)
+        guessed = rates(records, cfg.guesses, begin=begin) if cfg.guesses else [0] * len(records)
+        for record, rate, luck in zip(records, right, guessed):
+            domain = str(record.get("family", record.get("domain")))
+            why = ("guessed" if luck else "a choice" if of_choice(record) else
+                   f"above the cap of {domain}" if cfg.cap and of_family[domain] >= cfg.cap else "")
+            lost[why] += 1
+            of_family[domain] += not why
+            made += [] if why else [record | dict(difficulty=round(1 - rate, 4))]
+        run.log(step, ("kept",), kept=len(made), difficulty=mean([r["difficulty"] for r in made]))
+    if not made:
+        raise UserError(f"{cfg.policy}: of {n} prompts none is left: {dict(lost)}")
+    path = run.folder / "prompts.jsonl"
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in made))
+    print(f"{path}: {len(made)} of {n} prompts; left out: "
+          + (", ".join(f"{n} {why}" for why, n in lost.items() if why) or "none"))
+    run.finish(("kept", "difficulty"), then=f"python grpo.py --data {path} --pool {len(made)} --prioritized")
+
+
+def of_choice(record):
+    """Whether a prompt is true-or-false, yes-or-no or multiple choice: right by luck too often to learn from."""
+    answer = str(record.get("answer", "")).strip().strip("().").lower()
+    return answer in ("true", "false", "yes", "no") or bool(re.search(
+        r"(?m)^\s*\(?A[.):]\s.*\n\s*\(?B[.):]\s", record["prompt"][-1]["content"]))
 
 
 # ---------------------------------------------------------------- train
@@ -305,6 +434,30 @@ def train(cfg):
 
 # ---------------------------------------------------------------- compare
 
+def several(model, records, judge, proxy, cfg, tok, amp):
+    """Test-time scaling: of `samples` answers to each prompt -> pass@k, maj@k and, with a proxy, the true score of the
+    best of k by the proxy; k = 1, 2, 4, ..., samples."""
+    ks, out = [2 ** i for i in range(cfg.samples.bit_length())], {}
+    torch.manual_seed(cfg.seed)
+    rows = []  # one a prompt: scores, proxy scores, final answers
+    for some in (records[i:i + 64] for i in range(0, len(records), 64)):
+        with amp():
+            roll = generate(model, [tok.prompt(r["prompt"]) for r in some], tok, cfg.max_new, cfg.samples,
+                            cfg.temperature, begin=tok.encode(cfg.begin))
+        repeated, texts = [r for r in some for _ in range(cfg.samples)], roll.responses(tok)
+        scores = judge(repeated, roll)[0].tolist()
+        liked = proxy(repeated, roll)[0].tolist() if proxy else scores
+        said = [after_thinking(text) if done else None for text, done in zip(texts, roll.finished.tolist())]
+        rows += [[x[i:i + cfg.samples] for x in (scores, liked, said)] for i in range(0, len(texts), cfg.samples)]
+    for k in ks:
+        out[f"pass@{k}"] = mean([pass_at_k(cfg.samples, sum(s > 0.5 for s in scores), k) for scores, _, _ in rows])
+    for k in ks:
+        out[f"maj@{k}"] = mean([majority_at_k(said, scores, k) for scores, _, said in rows])
+    for k in ks if proxy else ():
+        out[f"best@{k}"] = mean([best_of_k(scores, liked, k) for scores, liked, _ in rows])
+    return out
+
+
 def compare(cfg, folders):
     """Let every checkpoint answer the same prompts, judge the answers, and print one table. Its nll is the mean -log π
     per token of fresh pretraining documents."""
@@ -335,7 +488,7 @@ def compare(cfg, folders):
             torch.manual_seed(cfg.seed)
             with amp():
                 roll = generate(model, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new,
-                                temperature=cfg.temperature)
+                                temperature=cfg.temperature, begin=tok.encode(cfg.begin))
             scores = judge(records, roll)[0].tolist()
             row[family] = mean(scores)
             answers[folder, family] = list(zip(roll.responses(tok), scores))
@@ -357,6 +510,8 @@ def compare(cfg, folders):
                 with torch.no_grad(), amp():
                     nll -= float(token_logprobs(model, tokens, mask).sum())
             row["nll"] = nll / sum(sum(target) for _, target in rows)
+        if cfg.samples > 1:
+            row |= several(model, [r for family in on for r in tasks[family]], judge, proxy, cfg, tok, amp)
         row |= dict(win=mean(wins), interval=wilson(sum(wins), len(wins)), kl=mean(kls), length=mean(lengths))
         table.append(row | (dict(proxy=mean(proxies)) if proxy else {}))
 
@@ -371,6 +526,12 @@ def compare(cfg, folders):
         low, high = row["interval"]
         print(f"{row['checkpoint']:{wide}}{cells}{row['win']:>8.3f}  [{low:.3f}, {high:.3f}]"
               f"{row['kl']:>8.2f}{row['length']:>8.1f}")
+    for name in ("pass", "maj", "best"):
+        if f"{name}@1" in table[0]:
+            ks = [key for key in table[0] if key.startswith(name + "@")]
+            print(f"\n{'':{wide}}" + "".join(f"{key:>9}" for key in ks))
+            for row in table:
+                print(f"{row['checkpoint']:{wide}}" + "".join(f"{row[key]:>9.3f}" for key in ks))
     for family in on[:1]:
         for i in range(min(cfg.show, len(tasks[family]))):
             print(f"\n{tasks[family][i]['prompt'][-1]['content']}")
@@ -381,7 +542,7 @@ def compare(cfg, folders):
         write_text(cfg.save, json.dumps(table, indent=1))
 
 
-COMMANDS = {"train": (Train, train), "label": (Label, label), "compare": (Compare, compare)}
+COMMANDS = {"train": (Train, train), "label": (Label, label), "curate": (Curate, curate), "compare": (Compare, compare)}
 
 
 def main():

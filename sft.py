@@ -19,8 +19,8 @@ from typing import Literal
 
 import torch
 
-from data import (OptionError, Run, Tokenizer, TrainConfig, check, collate, encode, guard, micro_batches, open_stream,
-                  pack, parse)
+from data import (THINK, OptionError, Run, Tokenizer, TrainConfig, check, collate, encode, guard, micro_batches,
+                  open_stream, pack, parse)
 from model import GPT, GPTConfig, Optimizer, load_model, setup, steps, token_logprobs
 
 
@@ -31,6 +31,8 @@ class Config(TrainConfig):
     # data
     data: str = "toy"           # toy, or a file (.txt, .json, .jsonl, .gz)
     families: str = ""          # of the toy world, comma-separated; none for all
+    think: float = THINK        # share of the toy's sums demonstrated with thinking
+    checks: int = 0             # times, at most, that such thinking is gone over again: long chains of thought
     loss_on: Literal["assistant", "all"] = "assistant"  # all: pretraining, on documents
     prompt_weight: float = 0.1  # weight of the other tokens beside the assistant's
     packing: int = 128          # sequences share rows of this many tokens, kept apart by a mask; 0: one row each
@@ -102,7 +104,8 @@ def train(cfg):
     model.prepare(cfg)
     stream, held = open_stream(cfg.data, "text" if cfg.loss_on == "all" else "messages", cfg.seed,
                                cfg.families, n_held=128, prepare=lambda record: encode(
-                                   record, tok, model.config.block_size, cfg.loss_on, cfg.prompt_weight))
+                                   record, tok, model.config.block_size, cfg.loss_on, cfg.prompt_weight),
+                               think=cfg.think, checks=cfg.checks)
     if not cfg.steps and not stream.items:
         raise OptionError("--steps 0: the toy world never ends, so it has no epochs")
     total = cfg.steps or math.ceil(len(stream.items) / cfg.batch)

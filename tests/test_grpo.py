@@ -1,0 +1,827 @@
+"""grpo.py: every advantage and loss against its golden number and a slow loop over ragged lists, the estimators against
+enumeration, the loop against a second loop, and its fixed points against the closed forms of a one-token bandit.
+
+Everything slow here works on plain lists of one row each, so it can have no padding, no mask and no batch to get wrong.
+"""
+import collections
+import itertools
+import json
+import math
+import random
+import runpy
+import statistics
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import data
+import grpo
+import model as models
+from data import Tokenizer, parse
+from grpo import ADVANTAGES, POLICY_LOSSES, kl_estimate, policy_loss, token_weights
+from model import GPT, GPTConfig, Rollout, load_model, save_checkpoint
+
+TOK = Tokenizer.load("toy")
+QUICK = dict(device="cpu", dtype="fp32", data="toy", families="write", steps=2, prompts=3, group=4, max_new=6,
+             micro_tokens=64, save_every=100, eval_every=100, reward="vowels", clip_grad=0.0, lr_end=1.0, lr=1e-3)
+PER = ("token", "response", "constant")
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def vowel_score(text):
+    return len(text) / 10 - text.count("e")
+
+
+@pytest.fixture(autouse=True)
+def verifiers(monkeypatch):
+    """vowels: differs between almost any two responses. half: the same, but 0 whenever the prompt is an odd number of
+    characters long, so that some groups have equal rewards and others not. long: 0 or 1. same: always 1."""
+    asked = lambda record: record["prompt"][-1]["content"]                              # noqa: E731
+    for name, judge in dict(
+            vowels=lambda record, text, finished: vowel_score(text),
+            half=lambda record, text, finished: vowel_score(text) if len(asked(record)) % 2 == 0 else 0.0,
+            hundreds=lambda record, text, finished: 100 * len(asked(record)) + vowel_score(text),
+            long=lambda record, text, finished: len(text) > 14,
+            e=lambda record, text, finished: "e" in text,
+            same=lambda record, text, finished: 1.0).items():
+        monkeypatch.setitem(data.VERIFIERS, name, judge)
+
+
+def save(folder, net, **meta):
+    save_checkpoint(folder, dict(model=net), {}, dict(step=0, done=True, state={}, tokenizer=TOK.fingerprint) | meta)
+    return str(folder)
+
+
+def checkpoint(folder, seed=0, n_scores=0, n_layer=1, end=4.0):
+    """A random model, far from uniform, that ends about one response in three early and never samples padding."""
+    torch.manual_seed(seed)
+    net = GPT(GPTConfig(TOK.n_vocab, 64, n_layer, 2, 32, n_scores=n_scores))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+        net.transformer.ln_f.weight[0], net.transformer.ln_f.bias[0] = 0.0, 1.0
+        net.transformer.wte.weight[:, 0], net.transformer.wte.weight[TOK.end, 0] = 0.0, end
+        net.transformer.wte.weight[TOK.pad, 0] = -50.0
+    return save(folder, net)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """Prompts of several turns, so that one holds the end token, and of several lengths."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    asked = ["The red cup", "Describe", "Tell me about the big old van", "a", "Go on"] * 8
+    turns = [[dict(role="user", content="Hm"), dict(role="assistant", content="Yes")] * (i % 2) for i in range(40)]
+    rows = [dict(prompt=before + [dict(role="user", content=last)]) for before, last in zip(turns, asked)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def train(out, init, **options):
+    """The real train(); its rows of metrics.jsonl."""
+    grpo.train(grpo.Config(out=str(out), init=init, **(QUICK | options)))
+    return read(out)
+
+
+def read(out):
+    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def weights(folder, name="model"):
+    tensors, _ = models.load_tensors(Path(folder) / "checkpoint.safetensors")
+    return {k: v for k, v in tensors.items() if k.startswith(name + "/")}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def watch(monkeypatch, *names):
+    """Record every call of grpo.<name>: lists of (arguments, result)."""
+    calls = {}
+    for name in names:
+        def wrap(*args, real=getattr(grpo, name), log=calls.setdefault(name, []), **kwargs):
+            log.append((args, real(*args, **kwargs)))
+            return log[-1][1]
+        monkeypatch.setattr(grpo, name, wrap)
+    return calls
+
+
+def watch_advantages(monkeypatch, name):
+    """Record what the rewards (P, G) of a step are just before they become advantages."""
+    seen, real = [], ADVANTAGES[name]
+    monkeypatch.setitem(ADVANTAGES, name, lambda r: seen.append((r.clone(), real(r))) or seen[-1][1])
+    return seen
+
+
+def rolled(roll):
+    """A rollout as [(ids without padding, prompt length)], read off the padding id alone."""
+    return [([i for i in row if i != TOK.pad], p) for row, p in zip(roll.tokens.tolist(), roll.prompt_len)]
+
+
+def dense(rows, T, poison=0.0):
+    """Ragged lists -> (values (B, T), mask (B, T)); row b starts at column b % 3, everything else is poison."""
+    out, mask = torch.full((len(rows), T), poison, dtype=torch.float64), torch.zeros(
+        len(rows), T, dtype=torch.float64)
+    for b, row in enumerate(rows):
+        out[b, b % 3:b % 3 + len(row)] = torch.as_tensor(row, dtype=torch.float64)
+        mask[b, b % 3:b % 3 + len(row)] = 1
+    return out, mask
+
+
+def ragged(seed, lengths=(4, 1, 6, 2, 1, 5), scale=1.0):
+    rng = random.Random(seed)
+    return [[rng.gauss(0, scale) for _ in range(n)] for n in lengths]
+
+
+def hyper(loss="clip", **options):
+    return SimpleNamespace(**(dict(loss=loss, clip_low=.2, clip_high=.28, tau=1.0) | options))
+
+
+def close(x, y, atol=1e-10, rtol=0.0):
+    torch.testing.assert_close(torch.as_tensor(x, dtype=torch.float64), torch.as_tensor(y, dtype=torch.float64),
+                               atol=atol, rtol=rtol)
+
+
+# ---------------------------------------------------------------- golden numbers (F1)
+
+F1_REWARDS = [[1, 0, 0, 1], [1, 1, 0, 1]]
+GOLDEN_ADVANTAGES = {
+    "grpo": [[.8660239, -.8660239, -.8660239, .8660239], [.499999, .499999, -1.499997, .499999]],
+    "dr_grpo": [[.5, -.5, -.5, .5], [.25, .25, -.75, .25]],
+    "rloo": [[2 / 3, -2 / 3, -2 / 3, 2 / 3], [1 / 3, 1 / 3, -1, 1 / 3]],
+    # F1 has no REINFORCE++. Mean 5/8, variance (5 · .375² + 3 · .625²) / 7 = 1.875 / 7, root .5175492.
+    "reinforce_pp": [[.7245674, -1.2076123, -1.2076123, .7245674], [.7245674, .7245674, -1.2076123, .7245674]],
+    # Of the centred ones the variance is (4 · .25 + 3 · .0625 + .5625) / 7 = .25, the root .5.
+    "reinforce_pp_baseline": [[1, -1, -1, 1], [.5, .5, -1.5, .5]],
+}
+F1_RATIO, F1_ADV, F1_MASK = [[1.5, .9, 1.1], [.5, 1.3, 1]], [[1.], [-.5]], [[1, 1, 1], [1, 1, 0]]
+GOLDEN_LOSSES = {  # per response, token, constant (max_new 3) of the row "clip-higher .2/.28"
+    # verl's Dr. GRPO figure, -.7433333, divides by 3 only; ours also by the 2 responses, so that it is a mean too.
+    "clip": (-.2841667, -.446, -.7433333 / 2),
+    # With F1's ratios s = 1.1408857 and .8062257, within the clip: (-s₁ + s₂/2)/2, (-3 s₁ + s₂)/5, the same sum over 6.
+    "gspo": (-.3688864, -.5232863, -.4360719),
+    # -min(ρ, 1.28) A ln ρ, by hand: row 1 -.5189953 +.0948245 -.1048412, row 2 -.1732868 +.1679131.
+    "cispo": (-.0895121, -.1068771, -.0890643),
+    # S = Σ ln ρ = .3954148 and -.4307829; -A S + S²/2 = -.3172383 and -.1226045.
+    "opmd": (-.0835242, -.0879686, -.0733071),
+}
+
+
+def test_every_advantage_and_every_loss_has_a_golden_number():
+    """One without its number and its slow loop cannot be added."""
+    assert set(ADVANTAGES) == set(GOLDEN_ADVANTAGES) == set(SLOW_ADVANTAGES)
+    assert set(POLICY_LOSSES) == set(GOLDEN_LOSSES) == set(SLOW_LOSSES)
+
+
+@pytest.mark.parametrize("name", GOLDEN_ADVANTAGES)
+def test_f1_advantages(name):
+    close(ADVANTAGES[name](torch.tensor(F1_REWARDS, dtype=torch.float64)), GOLDEN_ADVANTAGES[name], atol=3e-6)
+
+
+def f1_loss(name, per, h=None):
+    ratio, mask = torch.tensor(F1_RATIO, dtype=torch.float64), torch.tensor(F1_MASK)
+    loss, back, decides = policy_loss(ratio.log(), torch.zeros_like(ratio), torch.tensor(F1_ADV, dtype=torch.float64),
+                                      mask, h or hyper(name))
+    return (loss * token_weights(mask, per, 3)).sum(), back, decides
+
+
+@pytest.mark.parametrize("name", GOLDEN_LOSSES)
+def test_f1_losses(name):
+    for per, golden in zip(("response", "token", "constant"), GOLDEN_LOSSES[name]):
+        close(f1_loss(name, per)[0], golden, atol=1e-7)
+
+
+def test_f1_ratios_and_where_the_clip_decides():
+    _, ratio, decides = f1_loss("clip", "token")
+    close(ratio, [[1.5, .9, 1.1], [.5, 1.3, 1]])
+    assert decides.tolist() == [[True, False, False], [True, False, False]]
+    _, ratio, decides = f1_loss("gspo", "token")
+    close(ratio[:, 0], [1.1408857, .8062257], atol=1e-7)
+    assert not decides.any()
+    _, _, decides = f1_loss("gspo", "token", hyper("gspo", clip_low=3e-4, clip_high=4e-4))
+    assert decides.tolist() == [[True, True, True], [True, True, False]]                 # the masked token never
+
+
+def test_f1_kl_estimators():
+    logp, ref = torch.tensor([-1, -2, -.5]), torch.tensor([-1.5, -1.5, -.5])
+    for kind, golden in dict(k1=[.5, -.5, 0], k2=[.125, .125, 0], k3=[.106531, .148721, 0]).items():
+        close(kl_estimate(logp, ref, 1.0, kind), golden, atol=1e-6)
+    close(kl_estimate(logp, ref, torch.tensor([2, 1, 3]), "k3_is"), [.213061, .148721, 0], atol=1e-6)
+
+
+def test_f1_length_reward():
+    length, right = torch.tensor([[10., 20, 30, 15]]), torch.tensor([[True, True, False, False]])
+    close(grpo.length_reward(length, right), [[.5, 0, -.5, 0]])
+    close(grpo.length_reward(length, ~right), [[0, 0, -.5, .25]])
+    close(grpo.length_reward(torch.full((1, 4), 7.0), right), [[0, 0, 0, 0]])            # all as long: nothing
+    two = grpo.length_reward(torch.cat([length, length * 3 + 1]), right.expand(2, 4))    # each group by itself
+    close(two[1], [.5, 0, -.5, 0])
+
+
+# ---------------------------------------------------------------- advantages against slow loops
+
+def by_group(f):
+    return lambda groups: [f(g) for g in groups]
+
+
+def centred(g):
+    return [x - sum(g) / len(g) for x in g]
+
+
+def over_batch(groups):
+    every = [x for g in groups for x in g]
+    m, s = statistics.fmean(every), statistics.stdev(every)
+    return [[(x - m) / (s + 1e-6) for x in g] for g in groups]
+
+
+def batch_scaled(groups):
+    s = statistics.stdev([x for g in groups for x in centred(g)])
+    return [[x / (s + 1e-6) for x in centred(g)] for g in groups]
+
+
+SLOW_ADVANTAGES = {
+    "grpo": by_group(lambda g: [x / (statistics.stdev(g) + 1e-6) for x in centred(g)]),
+    "dr_grpo": by_group(centred),
+    "rloo": by_group(lambda g: [x - (sum(g) - x) / (len(g) - 1) for x in g]),
+    "reinforce_pp": over_batch,
+    "reinforce_pp_baseline": batch_scaled,
+}
+
+
+@pytest.mark.parametrize("name", SLOW_ADVANTAGES)
+@pytest.mark.parametrize("P, G", [(1, 2), (5, 4), (3, 7)])
+def test_advantages_against_a_slow_loop(name, P, G):
+    rng = random.Random(f"{P} {G}")
+    groups = [[rng.gauss(5 * i, 1 + i) for _ in range(G)] for i in range(P)]
+    got = ADVANTAGES[name](torch.tensor(groups, dtype=torch.float64))
+    assert got.shape == (P, G)                                                           # 33
+    close(got, SLOW_ADVANTAGES[name](groups))
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_p16_groups_stay_apart_and_permute(name):
+    """Rewards of 100 · prompt + noise: every group sums to 0, but with the batch as the only baseline; permuting
+    responses within groups, and groups, permutes the advantages and nothing else."""
+    torch.manual_seed(0)
+    r = 100 * torch.arange(5.0, dtype=torch.float64)[:, None] + torch.randn(5, 4, dtype=torch.float64)
+    adv = ADVANTAGES[name](r)
+    if name == "reinforce_pp":
+        close(adv.sum(), 0)
+        assert adv.sum(1).abs().min() > .01
+    else:
+        close(adv.sum(1), torch.zeros(5), atol=1e-9)
+    rows, columns = torch.randperm(5), torch.stack([torch.randperm(4) for _ in range(5)])
+    shuffle = lambda x: x[rows].gather(1, columns)                                       # noqa: E731
+    close(ADVANTAGES[name](shuffle(r)), shuffle(adv))
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("G", [3, 7, 8])
+def test_p17_equal_rewards_give_exactly_0(name, dtype, G):
+    """Rounding leaves a mean of equal numbers some ulps off, and a standard deviation of as little blows that up."""
+    rng = random.Random(1)
+    for constant in [rng.gauss(0, 10) for _ in range(1000)]:
+        assert not ADVANTAGES[name](torch.full((2, G), constant, dtype=dtype)).any()
+    if name != "reinforce_pp":                     # which has no groups: one of equal rewards, but high ones, is praised
+        different = torch.tensor([[rng.gauss(0, 10)] for _ in range(1000)], dtype=dtype).expand(-1, G)
+        mixed = torch.cat([different, torch.arange(1.0 * G, dtype=dtype)[None]])
+        adv = ADVANTAGES[name](mixed)
+        assert not adv[:-1].any() and adv[-1].abs().min() >= 0 and adv[-1, -1] > .1
+
+
+def test_advantages_do_not_depend_on_a_constant():
+    """Nor GRPO's on the unit; the others' do, which is what rescales their β."""
+    torch.manual_seed(1)
+    r = torch.randn(4, 5, dtype=torch.float64)
+    for name, f in ADVANTAGES.items():
+        close(f(r + 3), f(r), atol=1e-9)
+        scaled = (f(10 * r) / f(r)).mean()
+        close(scaled, 10 if name in ("dr_grpo", "rloo") else 1, atol=1e-4)
+    close(ADVANTAGES["rloo"](r), ADVANTAGES["dr_grpo"](r) * 5 / 4)
+
+
+# ---------------------------------------------------------------- losses against slow loops
+
+def slow_clip(rho, A, h):
+    held = (A > 0 and rho > 1 + h.clip_high) or (A < 0 and rho < 1 - h.clip_low)
+    return -min(rho * A, min(max(rho, 1 - h.clip_low), 1 + h.clip_high) * A), 0.0 if held else -rho * A, held
+
+
+def slow_tokens(x, old, A, h):
+    return [slow_clip(math.exp(a - b), A, h) for a, b in zip(x, old)]
+
+
+def slow_whole(x, old, A, h):
+    s = math.exp(sum(a - b for a, b in zip(x, old)) / len(x))
+    return [slow_clip(s, A, h)] * len(x)
+
+
+def slow_cispo(x, old, A, h):
+    cap = [min(math.exp(a - b), 1 + h.clip_high) for a, b in zip(x, old)]
+    return [(-c * A * a, -c * A, None) for c, a in zip(cap, x)]
+
+
+def slow_opmd(x, old, A, h):
+    """-A log π(y) + τ/2 (log π(y)/π_old(y))² of the whole response, here shared out evenly over its tokens."""
+    S, n = sum(x) - sum(old), len(x)
+    return [((-A * sum(x) + h.tau / 2 * S * S) / n, -A + h.tau * S, None)] * n
+
+
+SLOW_LOSSES = {"clip": slow_tokens, "gspo": slow_whole, "cispo": slow_cispo, "opmd": slow_opmd}
+# One row -> a (loss, d loss_of_the_row / d logp of this token, whether the clip decides) for each token.
+
+
+def slow_weights(lengths, per, max_new):
+    """What the loss of one token of each response is multiplied by."""
+    if per == "token":
+        return [1 / max(1, sum(lengths)) for n in lengths]
+    if per == "response":
+        return [1 / n / sum(m > 0 for m in lengths) if n else 0.0 for n in lengths]
+    return [1 / max_new / len(lengths) for n in lengths]
+
+
+def batch(seed, poison=0.0):
+    """A ragged batch: its rows and their padded form."""
+    old = ragged(seed)
+    x = [[a + b for a, b in zip(*pair)] for pair in zip(old, ragged(seed + 100, scale=.3))]
+    adv = [row[0] for row in ragged(seed + 200)]
+    (logp, mask), (old_logp, _) = dense(x, 9, poison), dense(old, 9, poison)
+    return x, old, adv, logp.requires_grad_(), old_logp, torch.tensor(adv, dtype=torch.float64)[:, None], mask
+
+
+@pytest.mark.parametrize("poison", [0.0, 1e9, float("nan"), float("inf")])
+@pytest.mark.parametrize("per", PER)
+@pytest.mark.parametrize("name", SLOW_LOSSES)
+def test_p30_losses_and_gradients_against_a_slow_loop(name, per, poison):
+    """Every loss under every mean, on ragged rows; what is in the padding reaches neither the loss nor a gradient."""
+    h = hyper(name, clip_low=.1, tau=.7)
+    for seed in range(3):
+        x, old, adv, logp, old_logp, A, mask = batch(seed, poison)
+        tokens = [SLOW_LOSSES[name](*row, h) for row in zip(x, old, adv)]
+        w = slow_weights([len(row) for row in x], per, 7)
+        loss, ratio, decides = policy_loss(logp, old_logp, A, mask, h)
+        assert loss.shape == ratio.shape == decides.shape == (6, 9)                      # 33
+        got = (loss * token_weights(mask, per, 7))[mask.bool()].sum()
+        got.backward()
+        close(got.detach(), sum(w[i] * t[0] for i, row in enumerate(tokens) for t in row))
+        close(logp.grad, dense([[w[i] * t[1] for t in row] for i, row in enumerate(tokens)], 9)[0])
+        if name in ("clip", "gspo"):
+            held = [[float(t[2]) for t in row] for row in tokens]
+            close(decides, dense(held, 9)[0])
+            assert 0 < sum(map(sum, held)) < 19                                          # the clip bites here
+            rho = [[math.exp(a - b) for a, b in zip(*row)] for row in zip(x, old)]
+            if name == "gspo":
+                rho = [[math.exp(sum(map(math.log, row)) / len(row))] * len(row) for row in rho]
+            close(ratio[mask.bool()].detach(), [r for row in rho for r in row])
+
+
+@pytest.mark.parametrize("per", PER)
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_gradient_is_the_same_under_every_micro_split(name, per):
+    def gradient(parts):
+        _, _, _, logp, old, A, mask = batch(5)
+        w = token_weights(mask, per, 7)
+        for part in parts:
+            (policy_loss(logp[part], old[part], A[part], mask[part], hyper(name))[0] * w[part]).sum().backward()
+        return logp.grad
+    whole = gradient([[0, 1, 2, 3, 4, 5]])
+    assert whole.abs().sum() > .1
+    for parts in ([[i] for i in range(6)], [[4, 0], [2, 5, 3, 1]], [[5, 4, 3], [2, 1, 0]]):
+        close(gradient(parts), whole)
+
+
+@pytest.mark.parametrize("per", PER)
+def test_p30_token_weights(per):
+    """Weights of tokens of responses of 4, 1, 6, 2, 1 and 5 tokens, and of one without any (39): it has none to weigh,
+    and counts as a response only where each is divided by the same constant."""
+    lengths = (4, 1, 6, 0, 2, 1, 5)
+    _, mask = dense([[1.0] * n for n in lengths], 9)
+    w = slow_weights(lengths, per, 6)
+    close(token_weights(mask, per, 6), dense([[w[i]] * n for i, n in enumerate(lengths)], 9)[0], atol=1e-7)
+    total = float(token_weights(mask, per, 6).sum())
+    close(total, 1 if per != "constant" else 19 / 42, atol=1e-6)
+    empty = token_weights(torch.zeros(3, 4), per, 6)                                     # 25: all masked
+    assert empty.shape == (3, 4) and not empty.any()
+    assert not token_weights(torch.zeros(0, 4), per, 6).any()
+
+
+def test_p30_long_wrong_answers():
+    """The pull on a token of a wrong answer ten times as long: a tenth per response, the same per token or constant."""
+    _, mask = dense([[1.0] * 20, [1.0] * 2], 23)
+    ratio = {per: float(w[0, 0] / w[1, 1]) for per in PER for w in [token_weights(mask, per, 20)]}
+    assert ratio == pytest.approx(dict(token=1, response=.1, constant=1))
+
+
+# ---------------------------------------------------------------- identities
+
+def loss_and_gradient(name, rows=(3, 1, 2), spread=.5, **options):
+    x, old, adv = ragged(1, rows), ragged(2, rows, spread), [1.0, -2.0, .5]
+    logp, mask = dense(x, 9)
+    old_logp = logp.clone() - dense(old, 9)[0] * mask
+    logp.requires_grad_()
+    loss, ratio, decides = policy_loss(logp, old_logp, torch.tensor(adv, dtype=torch.float64)[:, None], mask,
+                                       hyper(name, **options))
+    total = (loss * token_weights(mask, "token", 1)).sum()
+    return total.detach(), torch.autograd.grad(total, logp)[0], ratio.detach(), decides
+
+
+def test_gspo_is_clip_at_length_1():
+    for a, b in zip(loss_and_gradient("gspo", (1, 1, 1)), loss_and_gradient("clip", (1, 1, 1))):
+        close(a, b)
+    assert (loss_and_gradient("gspo")[1] - loss_and_gradient("clip")[1]).abs().max() > .01
+
+
+def test_first_step_gradients_agree():
+    """On policy every loss has the gradient of -A log π, whatever its clip or τ; gspo's is the same of a response."""
+    _, plain, ratio, decides = loss_and_gradient("clip", spread=0.0)
+    assert (ratio == 1).all() and not decides.any()
+    for name in ("gspo", "cispo", "opmd"):
+        close(loss_and_gradient(name, spread=0.0)[1], plain)
+    close(plain[0, :3], [-1 / 6] * 3)
+
+
+def test_losses_at_their_limits():
+    """cispo without a cap has unclipped PPO's gradient off policy too, and its weights never a gradient of their own;
+    opmd with τ → 0 is -A log π; huge ε never clips."""
+    free = dict(clip_low=1.0, clip_high=1e9)
+    close(loss_and_gradient("cispo", clip_high=1e9)[1], loss_and_gradient("clip", **free)[1])
+    off = loss_and_gradient("clip", **free)
+    close(off[1], -off[2] * torch.tensor([[1.0], [-2.0], [.5]]) / 6 * (off[1] != 0))
+    close(loss_and_gradient("opmd", tau=1e-12)[1], loss_and_gradient("clip", spread=0.0)[1])
+    assert (loss_and_gradient("opmd")[1] - loss_and_gradient("opmd", tau=1e-12)[1]).abs().max() > .01
+    assert (loss_and_gradient("cispo", clip_high=.01)[1] - loss_and_gradient("cispo", clip_high=1e9)[1]).any()
+
+
+# ---------------------------------------------------------------- the KL estimators
+
+def test_p15_kl_estimators_in_expectation_by_enumeration():
+    """Over a vocabulary of 5, on policy: as values k1 and both k3 are the KL; differentiated, k1 is nothing, k2 and k3_is
+    are ∇KL(π || ref), and k3 is ∇KL(ref || π)."""
+    torch.manual_seed(0)
+    z, ref = torch.randn(5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64).log_softmax(0)
+    logp = z.log_softmax(0)
+    p, q, ratio = logp.exp(), ref.exp(), (logp - logp.detach()).exp()
+    slope, = torch.autograd.grad((p * (logp - ref)).sum(), z, retain_graph=True)         # ∇KL(π || ref)
+    reverse, = torch.autograd.grad((q * (ref - logp)).sum(), z, retain_graph=True)       # ∇KL(ref || π)
+    for kind, expected in dict(k1=torch.zeros(5), k2=slope, k3=reverse, k3_is=slope).items():
+        value = kl_estimate(logp, ref, ratio, kind)                    # each outcome's, weighted by its probability
+        got, = torch.autograd.grad((p.detach() * value).sum(), z, retain_graph=True)
+        close(got, expected)
+        if kind != "k2":
+            close((p * value).sum(), (p * (logp - ref)).sum())
+    assert (slope - reverse).abs().max() > .05                         # else they would be told apart by nothing
+
+
+def test_p15_k3_is_stays_exact_off_policy():
+    """Samples of π_old, one update old: the ratio makes k3's expectation and gradient those of the present policy."""
+    torch.manual_seed(1)
+    z, ref = torch.randn(5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64).log_softmax(0)
+    old = (z.detach() + .5 * torch.randn(5, dtype=torch.float64)).log_softmax(0)
+    logp = z.log_softmax(0)
+    kl = (logp.exp() * (logp - ref)).sum()
+    value = (old.exp() * kl_estimate(logp, ref, (logp - old).exp(), "k3_is")).sum()
+    close(value, kl)
+    close(torch.autograd.grad(value, z, retain_graph=True)[0], torch.autograd.grad(kl, z)[0])
+
+
+def test_kl_estimators_gradients_per_token():
+    rng = random.Random(1)
+    for d in [rng.gauss(0, 2) for _ in range(20)]:
+        for kind, slope in dict(k1=1.0, k2=d, k3=1 - math.exp(-d), k3_is=d).items():
+            logp = torch.tensor(d - 1, dtype=torch.float64, requires_grad=True)
+            ratio = (logp - logp.detach()).exp()
+            kl_estimate(logp, torch.tensor(-1.0, dtype=torch.float64), ratio, kind).backward()
+            close(logp.grad, slope)          # k3_is: k3 + 1 - e^-d = d on policy, the same as k2 token by token
+
+
+# ---------------------------------------------------------------- the reward of a response
+
+def test_overlong_penalty_table():
+    """DAPO eq. 13 with max_new 10 and a buffer of 4: 0 to 6, then -1/4 a token."""
+    length = torch.arange(11.0)
+    close(grpo.overlong_penalty(length, 10, 4), [0] * 7 + [-.25, -.5, -.75, -1])
+    close(grpo.overlong_penalty(length, 10, 10), -length / 10)
+    close(grpo.overlong_penalty(torch.tensor([9.0, 10]), 10, 1), [0, -1])
+
+
+def test_win_rates_sum_to_half_the_group():
+    """Whatever the judge: intransitive, or Bradley-Terry on scores; a response never meets itself."""
+    torch.manual_seed(0)
+    score = torch.randn(3, 6, dtype=torch.float64)
+    upper = torch.rand(3, 6, 6, dtype=torch.float64).triu(1)
+    p = upper + (1 - upper).transpose(1, 2).tril(-1) + 9 * torch.eye(6)
+    rates = grpo.win_rates(p)
+    close(rates.sum(1), [3.0] * 3)
+    close(rates, [[sum(float(p[g, i, j]) for j in range(6) if j != i) / 5 for i in range(6)] for g in range(3)])
+    bt = grpo.win_rates(grpo.preferences(None, None, score, None))
+    close(bt.sum(1), [3.0] * 3)
+    assert (bt.argsort(1) == score.argsort(1)).all()
+    close(bt[0, 0], sum(1 / (1 + math.exp(float(score[0, j] - score[0, 0]))) for j in range(1, 6)) / 5)
+    close(grpo.win_rates(torch.full((1, 4, 4), .5)), [[.5] * 4])
+
+
+RPS = dict(ab=1, bc=1, ca=1)                                                             # who beats whom
+
+
+def rps(record, a, b):
+    return .5 if a == b else RPS.get(a + b, 0)
+
+
+def test_preferences_of_an_intransitive_judge():
+    """Judge(record, a, b): its record, its group, and this order; rock, paper and scissors in equal numbers are equal."""
+    seen = []
+
+    def judge(record, a, b):
+        seen.append((record, a, b))
+        return rps(record, a, b)
+    p = grpo.preferences(["x", "y"], list("abcaab"), torch.zeros(2, 3), judge)
+    close(p, [[[.5, 1, 0], [0, .5, 1], [1, 0, .5]], [[.5, .5, 1], [.5, .5, 1], [0, 0, .5]]])
+    assert set(seen) == {("x", *pair) for pair in itertools.product("abc", repeat=2)} | {
+        ("y", *pair) for pair in itertools.product("ab", repeat=2)}
+    close(grpo.win_rates(p), [[.5, .5, .5], [.75, .75, 0]])
+
+
+def test_draw_prompts_chances():
+    """For n = 1 exactly ∝ 1 - rate, up to the 1e-3 that keeps a solved prompt possible."""
+    rates, rng = [0.0, .5, 1.0, .8, .9], random.Random(0)
+    n = 20_000
+    count = collections.Counter(grpo.draw_prompts(rates, 1.0, 1, rng)[0] for _ in range(n))
+    total = sum(1 - r + 1e-3 for r in rates)
+    for i, rate in enumerate(rates):
+        p = (1 - rate + 1e-3) / total
+        assert abs(count[i] / n - p) < 4.5 * math.sqrt(p * (1 - p) / n), i
+    assert 0 < count[2] < 30
+
+
+def test_draw_prompts_is_without_replacement_and_keeps_to_the_easiest():
+    rng, rates = random.Random(0), [random.Random(1).random() for _ in range(20)]
+    for share, n in itertools.product((.1, .25, .55, 1.0), (1, 3, 7, 20)):
+        seen = set()
+        for _ in range(200):
+            drawn = grpo.draw_prompts(rates, share, n, rng)
+            assert len(drawn) == len(set(drawn)) == n
+            seen |= set(drawn)
+        assert seen == set(range(max(n, math.ceil(share * 20))))       # never fewer than are asked for
+    pairs = collections.Counter(tuple(sorted(grpo.draw_prompts([0.0, 0.0, .9], 1.0, 2, rng))) for _ in range(4000))
+    a, c = 1.001, .101                                                 # the pair {0, 1}, in either order
+    expected = 2 * a / (2 * a + c) * a / (a + c)
+    assert abs(pairs[0, 1] / 4000 - expected) < .03 and set(pairs) == {(0, 1), (0, 2), (1, 2)}
+
+
+# ---------------------------------------------------------------- the estimator as a whole, by enumeration
+
+def all_responses():
+    """Every response over {0 = end, 1, 2} of at most 3 tokens: finished ones of length 1 to 3, and cut-off ones."""
+    for n in (1, 2, 3):
+        for body in itertools.product((1, 2), repeat=n - 1):
+            yield *body, 0
+    yield from itertools.product((1, 2), repeat=3)
+
+
+def tabular(seed):
+    """A policy with its own logits after every prefix, and a score for every response, all random -> logits, log-probs
+    (N, 3) and mask (N, 3) of the N responses, their scores."""
+    torch.manual_seed(seed)
+    prefixes = [y for n in range(3) for y in itertools.product((1, 2), repeat=n)]
+    at, ys = {y: i for i, y in enumerate(prefixes)}, list(all_responses())
+    theta = torch.randn(len(prefixes), 3, dtype=torch.float64, requires_grad=True)
+    table = theta.log_softmax(-1)
+    logp = torch.stack([torch.cat([table[[at[y[:t]] for t in range(len(y))], y], torch.zeros(3 - len(y))]) for y in ys])
+    mask = torch.tensor([[1.0] * len(y) + [0.0] * (3 - len(y)) for y in ys], dtype=torch.float64)
+    return theta, logp, mask, torch.randn(len(ys), dtype=torch.float64)
+
+
+def expected_gradient(adv, loss, per, G, seed=0):
+    """The mean, over every group of G responses, of the first update's gradient; and ∇E[R]. Both exact."""
+    theta, logp, mask, score = tabular(seed)
+    whole = logp.sum(1)
+    close(whole.exp().sum(), 1)
+    exact, = torch.autograd.grad((whole.exp() * score).sum(), theta, retain_graph=True)
+    groups = torch.tensor(list(itertools.product(range(len(score)), repeat=G)))          # (N^G, G)
+    chance = whole.detach()[groups].sum(1).exp()                                         # (N^G,)
+    close(chance.sum(), 1)
+    A, rows = ADVANTAGES[adv](score[groups]), groups.flatten()
+    w = torch.stack([token_weights(mask[g], per, 3) for g in groups]) if per != "constant" else (
+        token_weights(mask[rows], per, 3).view(len(groups), G, 3) * len(groups))
+    losses, ratio, _ = policy_loss(logp[rows], logp[rows].detach(), A.view(-1, 1), mask[rows], hyper(loss))
+    assert (ratio == 1).all()
+    total = (chance * (losses.view_as(w) * w).sum((1, 2))).sum()
+    return torch.autograd.grad(total, theta)[0], exact
+
+
+@pytest.mark.parametrize("loss", POLICY_LOSSES)
+@pytest.mark.parametrize("adv, G, scale", [("rloo", 2, 1), ("dr_grpo", 2, 1 / 2), ("rloo", 3, 1), ("dr_grpo", 3, 2 / 3)])
+def test_expected_first_gradient_is_that_of_the_objective(adv, G, scale, loss):
+    """Summed over responses and divided by max_new = 3, RLOO's is -∇E[R] / 3, and Dr. GRPO's (G-1)/G of it."""
+    got, exact = expected_gradient(adv, loss, "constant", G)
+    close(got, -scale * exact / 3)
+    assert exact.abs().max() > .05
+
+
+def test_expected_gradient_of_the_others_is_biased():
+    """As documented: a division by the group's spread or by a length changes the direction of the expected gradient, and
+    not its length only."""
+    for adv, per in (("grpo", "constant"), ("rloo", "token"), ("rloo", "response")):
+        got, exact = expected_gradient(adv, "clip", per, 2)
+        assert torch.cosine_similarity(-got.flatten(), exact.flatten(), dim=0) < .999, (adv, per)
+
+
+# ---------------------------------------------------------------- the loop against a second loop
+
+def log_softmax_rows(net, ids, p, temperature):
+    """log softmax(logits / T) at the states before each response token of one unpadded row."""
+    return (net.logits(net(torch.tensor([ids]))[0, p - 1:-1]) / temperature).log_softmax(-1)
+
+
+class Slow:
+    """GRPO again, from the papers: one row at a time, no padding, no masks, no micro-batches."""
+
+    def __init__(self, cfg):
+        self.cfg, self.policy, self.ref = cfg, load_model(cfg.init), load_model(cfg.init)
+        self.forget()
+
+    def forget(self):
+        self.opt = torch.optim.AdamW(self.policy.parameters(), self.cfg.lr, betas=(.9, .95), weight_decay=0.0)
+
+    def logp(self, net, row):
+        ids, p = row
+        full = log_softmax_rows(net, ids, p, self.cfg.temperature)
+        return full[range(len(ids) - p), ids[p:]], -(full.exp() * full).sum(-1)
+
+    def kl(self, logp, ref, ratio):
+        """The estimate of one token."""
+        d = logp - ref
+        return {"k1": d, "k2": d ** 2 / 2, "k3": (-d).exp() - 1 + d, "k3_is": ratio * ((-d).exp() - 1 + d)}[self.cfg.kl]
+
+    def rewards(self, rows, raw, tripped, wins):
+        """Each response's, before advantages: lists of groups."""
+        c = self.cfg
+        lengths = [len(ids) - p for ids, p in rows]
+        out = []
+        for g in range(0, len(rows), c.group):
+            n, r = lengths[g:g + c.group], list(raw[g:g + c.group])
+            for i in range(c.group):
+                lam = .5 - (n[i] - min(n)) / (max(n) - min(n)) if max(n) > min(n) else 0.0
+                r[i] += c.len_reward * (lam if raw[g + i] > .5 else min(0, lam))
+                if c.overlong:
+                    over = n[i] - (c.max_new - c.overlong)
+                    r[i] -= 0 if over <= 0 else over / c.overlong
+                r[i] -= c.lookahead * tripped[g + i]
+            if wins:
+                r = [sum(1 / (1 + math.exp(b - a)) for j, b in enumerate(r) if j != i) / (c.group - 1)
+                     for i, a in enumerate(r)]
+            out.append(r)
+        return out
+
+    def step(self, step, rows, raw, orders, tripped):
+        """rows [(ids, prompt length)], raw scores, the minibatches as lists of row numbers -> the metrics."""
+        c = self.cfg
+        if c.ref_every and step and step % c.ref_every == 0:
+            self.ref.load_state_dict(self.policy.state_dict())
+        finished, lengths = [ids[-1] == TOK.end for ids, _ in rows], [len(ids) - p for ids, p in rows]
+        r = self.rewards(rows, raw, tripped, c.prefer == "score")
+        with torch.no_grad():
+            old = [self.logp(self.policy, row)[0] for row in rows]
+            ref = [self.logp(self.ref, row)[0] for row in rows]
+        if c.kl_in == "reward":
+            for i in range(len(rows)):
+                k = sum(float(self.kl(a, b, 1.0)) for a, b in zip(old[i], ref[i]))
+                r[i // c.group][i % c.group] -= c.kl_coef * k
+        adv = [a for g in SLOW_ADVANTAGES[c.adv](r) for a in g]
+        penalised = c.kl_coef > 0 and c.kl_in == "loss"
+        used = [n if done or not c.mask_truncated else 0 for n, done in zip(lengths, finished)]
+        seen, losses, norm = dict(entropy=[], ratio=[], clip_frac=[], approx_kl=[], kl=[]), [], None
+        for batch in orders:
+            w = dict(zip(batch, slow_weights([used[i] for i in batch], c.per, c.max_new)))
+            total = 0.0
+            for i in batch:
+                if not used[i]:
+                    continue
+                A, (logp, entropy) = adv[i], self.logp(self.policy, rows[i])
+                rho = [(a - b).exp() for a, b in zip(logp, old[i])]
+                if c.loss == "gspo":
+                    rho = [torch.stack([x.log() for x in rho]).mean().exp()] * len(rho)
+                S = sum(logp - old[i])
+                for t in range(len(rho)):
+                    near = min(max(rho[t], torch.tensor(1 - c.clip_low)), torch.tensor(1 + c.clip_high))
+                    if c.loss == "cispo":
+                        loss = -min(float(rho[t].detach()), 1 + c.clip_high) * A * logp[t]
+                    elif c.loss == "opmd":
+                        loss = -A * logp[t] + c.tau / 2 * S * S / len(rho)
+                    else:
+                        loss = -min(rho[t] * A, near * A)
+                    if penalised:
+                        loss = loss + c.kl_coef * self.kl(logp[t], ref[i][t], rho[t])
+                    total = total + w[i] * loss
+                    if abs(A) > 1e-9 or penalised:                     # metrics are of the rows that teach something
+                        gap = (logp[t] - old[i][t]).detach()
+                        for name, x in zip(seen, (entropy[t], rho[t], near * A < rho[t] * A - 1e-12,
+                                                  gap.exp() - 1 - gap, logp[t] - ref[i][t])):
+                            seen[name].append(float(torch.as_tensor(x).detach()))
+            losses.append(float(total.detach()))
+            total.backward()
+            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), c.clip_grad or float("inf"))
+            cosine = (1 + math.cos(math.pi * step / c.steps)) / 2
+            self.opt.param_groups[0]["lr"] = c.lr * (c.lr_end + (1 - c.lr_end) * cosine)
+            self.opt.step()
+            self.opt.zero_grad()
+        if c.reset:
+            self.forget()
+        mean = {k: sum(x) / len(x) for k, x in seen.items()}
+        mean["kl"] *= sum(lengths) / len(lengths)
+        if not c.kl_coef:
+            del mean["kl"]
+        if c.loss in ("cispo", "opmd"):
+            del mean["clip_frac"]                                      # no such clip there
+        out = dict(reward=sum(raw) / len(raw), response_length=sum(lengths) / len(lengths), grad_norm=norm,
+                   finished=sum(finished) / len(finished), loss=sum(losses) / len(losses), **mean,
+                   zero_std=sum(max(g) == min(g) for g in r) / len(r))
+        return {k: float(v) for k, v in out.items()}
+
+
+LOOPS = {
+    "grpo, per token": dict(adv="grpo", temperature=.7, lr_end=.2, clip_grad=.5),
+    "grpo as published: k3 in the loss, per response": dict(per="response", kl="k3", kl_coef=.5, epochs=2),
+    "rloo, k1 in the reward": dict(adv="rloo", kl="k1", kl_in="reward", kl_coef=.2, per="constant"),
+    "two epochs of two minibatches, clip-higher": dict(epochs=2, minibatches=2, clip_low=.02, clip_high=.03, lr=3e-3,
+                                                       temperature=1.3),
+    "gspo": dict(loss="gspo", epochs=2, minibatches=2, clip_low=3e-3, clip_high=4e-3, per="response"),
+    "cispo": dict(loss="cispo", epochs=2, minibatches=2, clip_high=.01, adv="dr_grpo", kl_coef=.3, kl="k3_is"),
+    "opmd, state forgotten, reference moved": dict(loss="opmd", per="constant", adv="dr_grpo", epochs=3, tau=2.0,
+                                                   reset=True, kl_coef=.3, kl="k2", ref_every=1),
+    "overlong, truncated ones masked": dict(overlong=3, mask_truncated=True, per="token", epochs=2),
+    "truncated ones masked, per response": dict(mask_truncated=True, per="response", minibatches=2, kl_coef=.5, kl="k2"),
+    "length reward, batch baseline": dict(len_reward=.5, adv="reinforce_pp", kl="k3", kl_in="reward", kl_coef=.1),
+    "win rates, batch scale": dict(prefer="score", adv="reinforce_pp_baseline", epochs=2),
+    "some groups of equal rewards": dict(reward="half", group=3, prompts=4, epochs=2),
+    "some groups of equal rewards, k2": dict(reward="half", adv="rloo", kl="k2", kl_coef=.5, epochs=2, per="constant"),
+    "equal groups replaced": dict(reward="half", resample=3),
+    "look-ahead": dict(tripwire="e", lookahead=.7, cuts=3, ahead=2),
+}
+
+
+def run_both(cfg, tmp_path, monkeypatch):
+    """The real loop, then the slow one on the same samples -> nothing, if they agree on everything."""
+    calls = watch(monkeypatch, "generate", "look_ahead")
+    orders, real = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda n: orders.append(real(n)) or orders[-1])
+    grpo.train(cfg)
+    monkeypatch.undo()
+
+    rolls = [(args, roll) for args, roll in calls["generate"] if len(roll.tokens) == cfg.prompts * cfg.group]
+    slow, metrics = Slow(cfg), read(cfg.out)
+    for step, row in enumerate(metrics):
+        rows, raw = [], []
+        for _ in range(row["groups"] // cfg.prompts):                  # the draws of this step; all groups are kept, or
+            for_asked, roll = rolls.pop(0)                             # those of unequal rewards for as long as they lack
+            drawn = rolled(roll)
+            score = []
+            for i, (ids, p) in enumerate(drawn):
+                asked = TOK.decode(ids[:p][len(ids[:p]) - ids[:p][::-1].index(TOK.role["user"]):])
+                assert ids[:p] == for_asked[1][i // cfg.group]
+                zero = cfg.reward == "half" and len(asked) % 2
+                score.append(0.0 if zero else vowel_score(TOK.decode(ids[p:])))
+            for g in range(0, len(drawn), cfg.group):
+                if len(rows) < cfg.prompts * cfg.group and (
+                        not cfg.resample or max(score[g:g + cfg.group]) > min(score[g:g + cfg.group])):
+                    rows, raw = rows + drawn[g:g + cfg.group], raw + score[g:g + cfg.group]
+        tripped = calls["look_ahead"][step][1].tolist() if cfg.tripwire else [0.0] * len(rows)
+        shuffles = orders[step * cfg.epochs:(step + 1) * cfg.epochs]
+        minibatches = [b.tolist() for o in shuffles for b in o.chunk(cfg.minibatches)]
+        assert sorted(sum(minibatches, [])) == sorted(list(range(len(rows))) * cfg.epochs)
+        expected = slow.step(step, rows, raw, minibatches, tripped)
+        assert {k: row[k] for k in expected} == pytest.approx(expected, abs=2e-6, rel=2e-6), step
+    for key, tensor in weights(cfg.out).items():
+        close(tensor, slow.policy.state_dict()[key.split("/", 1)[1]], atol=1e-7)
+    return metrics
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_loop_equals_a_slow_loop(name, tmp_path, tiny, prompts, monkeypatch, float64):
+    """Every logged number of three steps, and every weight at the end, in float64."""
+    cfg = grpo.Config(**(QUICK | dict(steps=3, data=prompts, init=tiny, out=str(tmp_path / "run")) | LOOPS[name]))
+    rows = run_both(cfg, tmp_path, monkeypatch)
+    if cfg.clip_low < .2 and cfg.loss != "cispo":
+        assert max(row["clip_frac"] for row in rows) > .05             # else the clip was not tested
+    if cfg.reward == "half":
+        assert max(row["zero_std"] for row in rows) > 0 or cfg.resample
+    if cfg.resample:
+        assert max(row["groups"] for row in rows) > cfg.prompts and not any(row["zero_std"] for row in rows)
+    if cfg.mask_truncated:
+        assert all(0 < row["finished"] < 1 for row in rows)
