@@ -46,7 +46,7 @@ class Config(TrainConfig):
     data: str = "toy"           # prompts: toy, or a file
     families: str = "arith"     # of the toy world, comma-separated
     # rollouts
-    steps: int = 60             # rollout-and-update steps
+    steps: int = 100            # rollout-and-update steps
     prompts: int = 32           # prompts a step
     group: int = 8              # responses to each
     max_new: int = 80           # longest response, tokens
@@ -81,7 +81,7 @@ class Config(TrainConfig):
     epochs: int = 1             # passes over each rollout
     minibatches: int = 1        # updates per pass
     reset: bool = False         # forget the optimizer's state after each rollout (Kimi k1.5)
-    lr: float = 1e-4            # peak learning rate
+    lr: float = 3e-4            # peak learning rate
     weight_decay: float = 0.0   # on matrices
     warmup: int = 0             # steps of linear warm-up, before the cosine
     lr_end: float = 0.1         # where the cosine ends, as a share of the peak; 1 keeps the rate constant

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# DeepSeek-V2 (2024, 2405.04434, sec. 4.2): GRPO in two stages, reasoning first, then preferences with three rewards.
+#
+#   reported        stage one on reasoning with its own reward; stage two on c1 helpful + c2 safe + c3 rule
+#   reconstruction  a verifier for their reasoning reward model; the c; the rule (no fillers); sizes; sums stay among stage
+#                   two's prompts, so that they are not forgotten
+#
+# Effect to look for: stage two raises `write` and `safe` and keeps the sums of stage one. `swapped` has the stages the
+# other way round.
+# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/deepseek_v2.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+set -euo pipefail
+OUT=${OUT:-out}
+V2=$OUT/deepseek_v2
+
+python sft.py --loss_on all --init new --out $OUT/base "$@"
+python sft.py --init $OUT/base --out $OUT/sft "$@"
+python reward.py label --policy $OUT/sft --out $OUT/pairs "$@"
+python reward.py train --init $OUT/sft --data $OUT/pairs/pairs.jsonl --out $OUT/reward "$@"
+python reward.py label --policy $OUT/sft --families safe --n 4000 --out $V2/safe_pairs "$@"
+python reward.py train --init $OUT/sft --data $V2/safe_pairs/pairs.jsonl --out $V2/safe "$@"
+
+preferences="$OUT/reward[write] + 0.5*no_filler[write] + $V2/safe[safe] + exact[arith]"
+python grpo.py --init $OUT/sft --out $V2/stage1 "$@"
+python grpo.py --init $V2/stage1 --families arith,write,safe --reward "$preferences" --kl_coef 0.05 --out $V2/stage2 "$@"
+python grpo.py --init $OUT/sft --families arith,write,safe --reward "$preferences" --kl_coef 0.05 --out $V2/swapped1 "$@"
+python grpo.py --init $V2/swapped1 --out $V2/swapped2 "$@"
+python reward.py compare $OUT/sft $V2/stage1 $V2/stage2 $V2/swapped1 $V2/swapped2 --on write,safe "$@"
