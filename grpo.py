@@ -272,32 +272,37 @@ def train(cfg):
         with amp():
             return generate(policy, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new, n, cfg.temperature)
 
+    def choose(step, draw):
+        """The prompts of a step, new ones for every draw; of a pool, their places in it too."""
+        if not pool:
+            return stream.batch(step * (1 + cfg.resample) + draw, cfg.prompts), []
+        share = min(1.0, 0.25 + 0.75 * step / (cfg.curriculum * cfg.steps)) if cfg.curriculum else 1.0
+        places = draw_prompts(state["rates"], share, min(cfg.prompts, len(pool)), random.Random(f"{cfg.seed} {step}"))
+        return [pool[i] for i in places], places
+
     def sample_groups(step):
-        """The prompts of a step, G responses to each, their raw scores (P, G), the terms of these, groups drawn."""
-        if pool:
-            share = min(1.0, 0.25 + 0.75 * step / (cfg.curriculum * cfg.steps)) if cfg.curriculum else 1.0
-            rng = random.Random(f"{cfg.seed} {step}")
-            chosen = draw_prompts(state["rates"], share, min(cfg.prompts, len(pool)), rng)
-            batches = [[pool[i] for i in chosen]]
-        else:
-            batches = (stream.batch(step * (1 + cfg.resample) + i, cfg.prompts) for i in range(1 + cfg.resample))
-        records, rolls, scores, terms, drawn = [], [], [], [], 0
-        for batch in batches:
-            roll = sample(batch, cfg.group)
-            score, parts = reward([r for r in batch for _ in range(cfg.group)], roll)
-            score, drawn = score.view(-1, cfg.group), drawn + len(batch)
-            # DAPO's dynamic sampling: groups of equal rewards are replaced, for as long as draws are left.
-            unequal = (score.amax(1) > score.amin(1)).tolist()
-            keep = [i for i in range(len(batch)) if unequal[i] or not cfg.resample][:cfg.prompts - len(records)]
-            records, scores = records + [batch[i] for i in keep], scores + [score[keep]]
-            rolls.append(roll.take([i * cfg.group + j for i in keep for j in range(cfg.group)]))
-            terms.append(torch.stack([part.view_as(score)[keep] for part in parts.values()]))
-            if len(records) == cfg.prompts:
+        """Groups to learn from: their prompts, responses and scores (P, G); and metrics of all that was drawn."""
+        groups, seen = [], {}
+        for draw in range(1 + cfg.resample):
+            records, places = choose(step, draw)
+            repeated, roll = [r for r in records for _ in range(cfg.group)], sample(records, cfg.group)
+            score, parts = reward(repeated, roll)
+            for name, values in dict(reward=score.tolist(), gold=truth(repeated, roll, tok), **{
+                    f"reward/{name}": part.tolist() for name, part in parts.items()}).items():
+                seen.setdefault(name, []).extend(values)
+            score = score.view(-1, cfg.group)                                            # (P, G)
+            for place, rate in zip(places if cfg.prioritized else (), score.mean(1).clamp(0, 1).tolist()):
+                state["rates"][place] = rate
+            # DAPO's dynamic sampling: a group of equal rewards teaches nothing, so others are drawn instead. If there
+            # are no others, the last draw stays as it is.
+            keep = [i for i, s in enumerate(score) if not cfg.resample or s.amax() > s.amin()]
+            keep = keep or (groups == [] and draw == cfg.resample) * list(range(len(records)))
+            groups += [(records[i], roll.take(range(i * cfg.group, (i + 1) * cfg.group)), score[i]) for i in keep]
+            if len(groups) >= cfg.prompts:
                 break
-        if pool and cfg.prioritized:
-            for i, rate in zip(chosen, score.mean(1).clamp(0, 1).tolist()):
-                state["rates"][i] = rate
-        return records, Rollout.join(rolls, tok.pad), torch.cat(scores), dict(zip(parts, torch.cat(terms, 1))), drawn
+        records, rolls, scores = zip(*groups[:cfg.prompts])
+        metrics = {name: mean(values) for name, values in seen.items()} | dict(groups=len(seen["reward"]) // cfg.group)
+        return records, Rollout.join(rolls, tok.pad), torch.stack(scores), metrics
 
     def logps(model, roll):
         with torch.no_grad(), amp():
@@ -309,7 +314,7 @@ def train(cfg):
             frozen[0].load_state_dict(policy.state_dict())
 
         # 1. Sample a group of responses to each prompt, and score them.
-        records, roll, raw, parts, drawn = sample_groups(step)                           # raw (P, G)
+        records, roll, raw, metrics = sample_groups(step)                                # raw (P, G)
         repeated, length = [r for r in records for _ in range(cfg.group)], roll.mask.sum(1)
 
         # 2. What is added to the score or taken off it.
@@ -334,14 +339,14 @@ def train(cfg):
         # 3. Advantages: every token of a response gets the same.
         adv = ADVANTAGES[cfg.adv](r.double()).to(roll.logp.dtype).view(-1, 1)            # (B, 1)
         mask = roll.mask * roll.finished[:, None] if cfg.mask_truncated else roll.mask
-        penalised = cfg.kl_coef > 0 and cfg.kl_in == "loss"
+        in_loss = cfg.kl_coef > 0 and cfg.kl_in == "loss"
 
-        # 4. Update. A row without advantage has no gradient, and is not computed unless a KL term needs it.
+        # 4. Update. A response without advantage has no gradient but of the KL term and opmd's square: it is left out.
         tally, grad_norm, lr = torch.zeros(7, device=device), None, None
         for batch in [rows for _ in range(cfg.epochs) for rows in torch.randperm(len(adv)).chunk(cfg.minibatches)]:
             weights = torch.zeros_like(mask)
             weights[batch] = token_weights(mask[batch], cfg.per, cfg.max_new)
-            busy = [i for i in batch.tolist() if (adv[i] != 0 or penalised) and mask[i].any()]
+            busy = [i for i in batch.tolist() if mask[i].any() and (adv[i] != 0 or in_loss or cfg.loss == "opmd")]
             for rows, tokens, m in slices(roll, cfg.micro_tokens, busy) if busy else ():
                 cut = rows, slice(0, m.shape[1])                                         # their corner of (B, T-1)
                 with amp():
@@ -351,7 +356,7 @@ def train(cfg):
                 kl = torch.zeros_like(logp)
                 if cfg.kl_coef:
                     kl = logp.detach() - ref_logp[cut]
-                if penalised:
+                if in_loss:
                     loss = loss + cfg.kl_coef * kl_estimate(logp, ref_logp[cut], ratio, cfg.kl)
                 loss = (loss * weights[cut]).sum()
                 loss.backward()
@@ -365,24 +370,25 @@ def train(cfg):
         # 5. Report.
         loss, *sums, count = tally.tolist()
         entropy, ratio, clip_frac, approx_kl, kl = (s / count if count else None for s in sums)
-        val = {}
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             held_roll = sample(held)
-            val = dict(val_reward=reward(held, held_roll)[0].mean(), val_gold=mean(truth(held, held_roll, tok)))
+            metrics |= dict(val_reward=reward(held, held_roll)[0].mean(), val_gold=mean(truth(held, held_roll, tok)))
             run.samples(step + 1, [f"{r['prompt'][-1]['content']}\n→ {text}" for r, text in zip(
                 held[:8], held_roll.responses(tok))])
         if cfg.kl_coef:
-            val |= dict(kl=kl and kl * float(length.mean()))
+            metrics["kl"] = kl and kl * float(length.mean())
         if cfg.tripwire:
             caught = zip(repeated, roll.responses(tok), roll.finished.tolist())
-            val |= dict(tripped=mean([float(tripwire(*c)) for c in caught]))
-        run.log(step, ("reward", "zero_std", "response_length"), reward=raw.mean(),
-                gold=mean(truth(repeated, roll, tok)), **val, zero_std=1 - (r.amax(1) > r.amin(1)).float().mean(), groups=drawn, loss=loss / cfg.epochs,
-                entropy=entropy, response_length=length.mean(), finished=roll.finished.float().mean(), ratio=ratio,
-                clip_frac=clip_frac, approx_kl=approx_kl, grad_norm=grad_norm, lr=lr,
-                **{f"reward/{name}": part.mean() for name, part in parts.items()})
+            metrics["tripped"] = mean([float(tripwire(*c)) for c in caught])
+        run.log(step, ("reward", "zero_std", "response_length"), **metrics, loss=loss / cfg.epochs,
+                zero_std=(r.amax(1) == r.amin(1)).float().mean(), entropy=entropy, response_length=length.mean(),
+                finished=roll.finished.float().mean(), ratio=ratio, clip_frac=clip_frac, approx_kl=approx_kl,
+                grad_norm=grad_norm, lr=lr)
+    if all(row["zero_std"] == 1 for row in run.rows):
+        print(f"\nIn no group did the rewards differ, so nothing was learned. --reward {cfg.reward} has to tell the "
+              f"responses of {cfg.init} apart now and then: easier prompts, a larger --group, or more SFT first.")
     run.finish(("reward", "zero_std", "entropy", "response_length", "grad_norm"),
-               then=f"python reward.py compare {cfg.init} {cfg.out} --families arith --on arith")
+               then=f"python reward.py compare {cfg.init} {cfg.out}")
 
 
 def truth(records, roll, tok):

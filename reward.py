@@ -98,7 +98,7 @@ class Curate(RunConfig):
     by: str = "exact"           # what judges; more than .5 is right
     k: int = 10                 # answers to each; difficulty = 1 - the share that is right
     guesses: int = 8            # answers without thinking: one that is right, and the prompt is left out; 0: none
-    begin: str = "The answer is"  # how an answer without thinking begins
+    begin: str = "The answer"    # how an answer without thinking begins
     cap: int = 0                # most prompts of one family (or "domain"); 0: no limit
     temperature: float = 1.0    # of sampling
     max_new: int = 80           # longest answer, tokens

@@ -14,6 +14,7 @@ import runpy
 import statistics
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -27,10 +28,11 @@ import torch
 
 import data
 from data import (BAD, CATEGORIES, COUNTS, FAMILIES, GOOD, MODIFIERS, OBJECTS, SAYINGS, SHAPES, SPECIALS, THINGS, THINK,
-                  TOOLS, VERIFIERS, WORLD, Arith, OptionError, Run, RunConfig, Stream, Tokenizer, UserError, Write,
-                  bpe_ranks, check, collate, encode, final_answer, gold, guard, micro_batches, open_stream, pack, pad,
-                  pairs, parse, parse_rewards, rank, read_records, read_rows, round_up, safe_metrics, sparkline,
-                  split_of, toy_demo, toy_document, toy_task, verifier, write_text)
+                  TOOLS, VERIFIERS, WORLD, Arith, Fmt, OptionError, Run, RunConfig, Stream, Tokenizer, UserError, Write,
+                  after_thinking, bpe_ranks, check, collate, draw_family, encode, family_list, final_answer, gold, guard,
+                  hash_answer, listed, micro_batches, numbers, open_stream, pack, pad, pairs, parse, parse_rewards, rank,
+                  read_records, read_rows, round_up, safe_metrics, sparkline, split_of, toy_demo, toy_document,
+                  toy_record, toy_task, verifier, write_text)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("PLAINALIGN_DATA") or ROOT.parent / "shared" / "data")
@@ -219,6 +221,19 @@ def test_real_gsm8k_answers():
     assert not any("<<" in r["messages"][1]["content"] for r in demos)
     assert demos[0]["messages"][1]["content"].endswith("48+24 = 72 clips altogether in April and May.\n#### 72")
     assert set(demos[0]) == {"messages"}
+
+
+def test_real_gsm8k_answers_verify_and_stop_verifying_when_the_final_number_changes():
+    path = real("gsm8k/train_first4000.jsonl")
+    records, raw = read_records(path, "prompt"), [row["answer"] for _, row in read_rows(path)]
+    solved = [record["messages"][1]["content"] for record in read_records(path, "messages")]
+    for record, *texts in zip(records, raw, solved):
+        for text in texts:
+            worked, final = text.split("####")
+            assert VERIFIERS["gsm8k"](record, text, True) and not VERIFIERS["gsm8k"](record, text, False)
+            for wrong in (record["answer"] + 1, -record["answer"] or 1, f"{record['answer']}0", f"{final.strip()}."):
+                assert not VERIFIERS["gsm8k"](record, f"{worked}#### {wrong}", True)
+            assert not VERIFIERS["gsm8k"](record, text + text, True) and not VERIFIERS["gsm8k"](record, worked, True)
 
 
 def test_real_text_is_verbatim():
@@ -600,6 +615,33 @@ def test_sums_are_as_described():
             assert abs(sum(task["level"] == level for task in some) / len(some) - .25) < .04
 
 
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+def test_arith1_to_arith4_are_sums_of_so_many_steps(level):
+    for split in ("train", "val", "test"):
+        some = tasks(split, f"arith{level}", 400)
+        assert {(task["family"], task["level"], len(re.findall("[+-]", task["key"]))) for task in some} == {
+            ("arith", level, level)}
+        assert {split_of(task["key"]) for task in some} == {split} and len({task["key"] for task in some}) > 30
+        assert all(task["answer"] == eval(task["key"]) for task in some)
+    assert not held_out(task["prompt"] + "\n" + Arith.text(task, None) for task in tasks("train", f"arith{level}", 400))
+
+
+def test_families_by_name_levels_of_sums_among_them():
+    assert family_list("arith3,write,arith1") == ["arith3", "write", "arith1"] and family_list("") == list(FAMILIES)
+    for name in ("arith0", "arith5", "arith12", "arith-1", "write1", "Arith1", " arith1"):
+        with pytest.raises(OptionError) as error:
+            family_list(f"safe,{name}")
+        assert str(error.value) == (f"--families: there is no {name!r}; the toy world has arith, write, safe, fmt, "
+                                    "and arith1, arith2, arith3, arith4 for sums of one length")
+
+
+def test_sums_of_every_kind_come_twice_as_often_as_the_rest():
+    rng = random.Random(0)
+    drawn = Counter(draw_family(["arith2", "write", "arith4"], rng) for _ in range(5000))
+    for family, share in {"arith2": .4, "write": .2, "arith4": .4}.items():
+        assert abs(drawn[family] / 5000 - share) < .025
+
+
 def test_word_lists_do_not_overlap():
     items = [x for c in CATEGORIES.values() for x in c]
     assert len(items) == len(set(items)) == 50 and len(THINGS) == 30 and len(MODIFIERS) == 8
@@ -663,6 +705,40 @@ def test_demonstrations_err_at_the_stated_rates():
     assert abs(share([m["refused"] for task, m in scored if task["safe"]]) - .25) < .04
     assert abs(share([m["cost"] for task, m in scored if not task["safe"]]) - .5) < .06
     assert abs(share([f"The {task['key']} is" in answer for task, answer in demos("write")]) - .92) < .03
+
+
+def thought(task, times):
+    """A demonstration that goes over its sum so many times."""
+    return f"<think>{', '.join([Arith.text(task, None)[:-1]] * times)}</think>" * (times > 0) + (
+        f"The answer is {task['answer']}.")
+
+
+def test_long_chains_of_thought_go_over_the_sum_up_to_checks_times_again():
+    rng, seen = random.Random(5), Counter()
+    for task in tasks("train", "arith"):
+        answer = toy_demo(task | {"think": 1., "checks": 2}, rng)
+        assert gold(task, answer) == 1
+        seen[[thought(task, n) for n in range(5)].index(answer)] += 1
+    assert sorted(seen) == [1, 2, 3] and all(abs(n / N - 1 / 3) < .03 for n in seen.values())
+    assert all(toy_demo(task | {"think": 0., "checks": 2}, rng) == thought(task, 0) for task in tasks("train", "arith", 50))
+
+
+def test_without_checks_demonstrations_draw_what_they_always_drew():
+    """One number for each: the published figures rest on these demonstrations."""
+    slow, plain, told_so = random.Random(6), random.Random(6), random.Random(6)
+    for task in tasks("train", "arith", 400):
+        expected = thought(task, int(slow.random() < THINK))
+        assert toy_demo(task, plain) == expected == toy_demo(task | {"think": THINK, "checks": 0}, told_so)
+        assert plain.getstate() == slow.getstate() == told_so.getstate()
+
+
+def test_think_and_checks_reach_the_records_of_sums_and_no_others():
+    both = dict(think=1., checks=1)
+    for record in open_stream("toy", "messages", 0, "arith", n_held=0, **both)[0].batch(0, 40):
+        assert re.match(r"<think>(.*?)(, \1)?</think>The answer is \d+\.$", record["messages"][1]["content"])
+    for family in ("write", "safe", "fmt"):
+        one, other = (open_stream("toy", "messages", 0, family, n_held=5, **how) for how in ({}, both))
+        assert one[0].batch(3, 20) == other[0].batch(3, 20) and one[1] == other[1]
 
 
 def test_documents_are_conversations_and_a_quarter_text_of_one_to_six_sentences():
@@ -1133,6 +1209,40 @@ def test_held_out_toy_records_are_of_the_val_split_and_the_same_for_every_seed()
     assert {split_of(r["key"]) for r in stream.batch(0, 50)} == {"train"} and stream.batch(0, 4) != held[:4]
 
 
+def test_several_files_are_one_in_their_order(tmp_path):
+    """Every 20th of all of them is held out, whichever file it is from."""
+    sizes = {"b": 30, "a": 15, "c": 5}
+    paths = [write(tmp_path, [{"prompt": f"{name} {i}", "answer": i} for i in range(n)], f"{name}.jsonl")
+             for name, n in sizes.items()]
+    stream, held = opened(",".join(map(str, paths)), "prompt", n_held=10)
+    named = [f"{name} {i}" for name, n in sizes.items() for i in range(n)]
+    said = lambda items: [item["prompt"][0]["content"] for item in items]
+    assert said(held) == [named[19], named[39]] == ["b 19", "a 9"]
+    assert said(stream.items) == [name for name in named if name not in ("b 19", "a 9")]
+    chat = write(tmp_path, [{"messages": [user("Q"), assistant("A")]}], "chat.jsonl")    # each file of its own shape
+    pair = write(tmp_path, [{"prompt": "R", "chosen": "good", "rejected": "bad"}], "pair.jsonl")
+    assert [r["messages"][1]["content"] for r in opened(f"{chat},{pair}", "messages", n_held=0)[0].items] == ["A", "good"]
+
+
+def test_of_several_files_the_missing_or_broken_one_is_named(tmp_path):
+    good, bad = write(tmp_path, [{"text": "a"}], "good.jsonl"), write(tmp_path, b'{"text": 3}', "bad.jsonl")
+    for paths, message in ((f"{good},{tmp_path}/none.jsonl", f"^{tmp_path}/none.jsonl: no such file$"),
+                           (f"{tmp_path}/none.jsonl,{good}", f"^{tmp_path}/none.jsonl: no such file$"),
+                           (f"toy,{good}", "^toy: no such file$"), (f"{good},{bad}", "^bad.jsonl:1: [^\n]*$")):
+        with pytest.raises(UserError, match=message):
+            opened(paths)
+
+
+def test_gsm8k_rows_are_prompts_whose_answers_verify(tmp_path):
+    finals = {"#### 6": 6, "So 2*3=<<2*3=6>>6.\n#### 1,080": 1080, "It melts.\n#### -3": -3}
+    path = write(tmp_path, [{"question": f"How many? {i}", "answer": a} for i, a in enumerate(finals)])
+    stream, _ = opened(path, "prompt", n_held=0)
+    assert stream.items == [{"prompt": [user(f"How many? {i}")], "answer": n} for i, n in enumerate(finals.values())]
+    for record, text in zip(stream.items, finals):
+        assert type(record["answer"]) is int
+        assert [bool(VERIFIERS["gsm8k"](record, t, True)) for t in finals] == [t == text for t in finals]
+
+
 def test_a_file_without_a_usable_record_is_one_line(tmp_path):
     path = write(tmp_path, [{"messages": [user(digits(20)), assistant("a")]}])
     with pytest.raises(UserError, match="no usable record"):
@@ -1418,13 +1528,36 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (" 2 * a+-0.1*b ", [(2, "a"), (-.1, "b")]), (".5*a", [(.5, "a")]), ("0*a", [(0, "a")]), ("m:f", [(1, "m:f")]),
     ("../r-1/x_2", [(1, "../r-1/x_2")])])
 def test_sums_of_rewards(spec, terms):
+    assert parse_rewards(spec) == [(weight, name, False, []) for weight, name in terms]
+
+
+@pytest.mark.parametrize("spec, terms", [
+    ("exact@answer", [(1, "exact", True, [])]), ("exact[arith]", [(1, "exact", False, ["arith"])]),
+    ("out/rm@answer[write]", [(1, "out/rm", True, ["write"])]), ("a[x,y]", [(1, "a", False, ["x", "y"])]),
+    ("2*out/rm@answer[write, safe] + -.5*m:f[fmt,]", [(2, "out/rm", True, ["write", "safe"]), (-.5, "m:f", False, ["fmt"])]),
+    (" a[ x , y z ]+b[u]+c@answer ", [(1, "a", False, ["x", "y", "z"]), (1, "b", False, ["u"]), (1, "c", True, [])]),
+    ("a@answer + a", [(1, "a", True, []), (1, "a", False, [])]), ("answer", [(1, "answer", False, [])])])
+def test_rewards_of_a_span_and_of_families(spec, terms):
     assert parse_rewards(spec) == terms
 
 
-@pytest.mark.parametrize("spec", ["", " ", "a +", "+ a", "a b", "2**a", "1.2.3*a", "*a", "2*", "a*2*b", ".*a"])
+@pytest.mark.parametrize("spec", ["", " ", "a +", "+ a", "a b", "2**a", "1.2.3*a", "*a", "2*", "a*2*b", ".*a",
+                                  "a[x", "a x]", "a]", "a[x]@answer", "a@thinking", "a@", "@answer", "[x]", "a[x][y]",
+                                  "a[x+y]", "a[x+y] + b[z]", "a[[x]]", "a[x] b", "2*[x]", "a@answer@answer", "a[x] + [y]",
+                                  "a[x] + b]", "a[x-1]", "a [x"])
 def test_what_is_no_sum_of_rewards_is_one_line(spec):
     with pytest.raises(OptionError, match=f"^--[a-z]+ {re.escape(spec)}: [^\n]*$"):
         parse_rewards(spec)
+
+
+@pytest.mark.parametrize("text, rest", [
+    ("", ""), ("The answer is 5.", "The answer is 5."), ("<think>9</think>5", "5"), ("<think>9</think>\n 5 \n", "5"),
+    ("<think>a</think>b<think>c</think>d", "d"), ("a</think>b</think>c", "c"), ("a</think>", ""),
+    ("<think>The answer is 5.", ""), ("The answer is 5. <think>no", ""), ("<think>a</think>b<think>c", ""),
+    ("<think>a<think>b</think>c", "c"), ("<think></think>", ""), ("<THINK>a", "<THINK>a"), ("<think >a", "<think >a"),
+    ("</think", "</think"), ("<think>a</think>5</think", "5</think"), ("\uff1cthink>5", "\uff1cthink>5")])
+def test_what_follows_the_thinking(text, rest):
+    assert after_thinking(text) == rest
 
 
 def test_a_verifier_of_ones_own(tmp_path, monkeypatch):
@@ -1475,6 +1608,164 @@ def test_format_pays_one_closed_thought_and_an_answer(text, pays):
     assert float(VERIFIERS["format"]({}, text, True)) == pays and not VERIFIERS["format"]({}, text, False)
 
 
+@pytest.mark.parametrize("text, answer", [
+    ("#### 5", 5), ("2*3=6\n#### 6", 6), ("a, b\nc\n#### 0", 0), ("#### 1,080", 1080), ("#### -1,080", -1080),
+    ("#### 109,200,000", 109_200_000), ("#### 1080", 1080), ("#### 5\n", 5), ("#### 5 \n\n ", 5), ("#### -3", -3),
+    ("42 is wrong, 42 is wrong\n#### 41", 41), ("<think>17 - 8 = 9</think>\n#### 9", 9),
+    ("", None), ("5", None), ("####", None), ("#### ", None), ("### 5", None), ("##### 5", None), ("# 1\n#### 5", None),
+    ("#### 5\n#### 5", None), ("#### 5 #### 6", None), ("#### 42 is wrong\n#### 42", None), ("<think>#### 5</think>", None),
+    ("<think>#### 5</think>#### 5", None), ("#### 5 or 6", None), ("#### 5, 6", None), ("#### 5 is it", None),
+    ("#### 1,08", None), ("#### 1,0800", None), ("#### 10,80", None), ("#### ,080", None), ("#### 1,", None),
+    ("#### 1080,000", None), ("#### 1,,080", None), ("#### 1, 080", None), ("#### 1 080", None), ("#### 1_080", None),
+    ("#### 5.", None), ("#### 5.0", None), ("#### .5", None), ("#### $5", None), ("#### 5%", None), ("#### 5e3", None),
+    ("#### +5", None), ("#### --5", None), ("#### - 5", None), ("#### -", None), ("#### five", None), ("#### 0x5", None),
+    ("#### \u22125", None), ("#### \u0665", None), ("#### \uff15", None), ("#### \u00b2", None), ("#### 5\u0660", None),
+    ("\uff03\uff03\uff03\uff03 5", None), ("#### 5<|end|>", None), ("#### " + "9" * 15, 10 ** 15 - 1),
+    pytest.param("#### " + "9" * 16, None, id="16 digits"), pytest.param("#### 1" + ",000" * 5, None, id="16 grouped"),
+    pytest.param("#### " + "9" * 100_000, None, id="100k digits"), pytest.param("#" * 100_000, None, id="100k marks"),
+    pytest.param("#### 1" + ",000" * 25_000, None, id="25k groups"), pytest.param("#### " * 20_000, None, id="20k marks"),
+    pytest.param("a" * 100_000 + "#### 5", 5, id="after 100k"), pytest.param("#### 5" + " " * 100_000, 5, id="100k spaces"),
+    pytest.param("#### 5" + " " * 100_000 + "x", None, id="100k spaces and more")])
+def test_hash_answer_reads_the_whole_text_or_nothing(text, answer):
+    assert hash_answer(text) == answer and type(hash_answer(text)) is type(answer)
+    verify = VERIFIERS["gsm8k"]
+    assert [bool(verify({"answer": n}, text, True)) for n in (answer, 77)] == [True, False] or answer is None
+    assert not verify({"answer": answer}, text, False) and not verify({"answer": str(answer)}, text, True)
+    assert not verify({}, text, True) and not any(verify({"answer": n}, text, True) for n in (6, 42) if n != answer)
+
+
+def test_hash_answer_against_a_slow_reader():
+    def slow(text):
+        if text.count("#") != 4 or "####" not in text:
+            return None
+        said = text.split("####")[1].rstrip(" \n")
+        said = said[1:] if said.startswith(" ") else said
+        sign, said = (-1, said[1:]) if said.startswith("-") else (1, said)
+        first, *groups = said.split(",")
+        if not all(c in "0123456789" for c in said.replace(",", "")) or not first:
+            return None
+        if any(len(g) != 3 for g in groups) or (groups and len(first) > 3) or len(said.replace(",", "")) > 15:
+            return None
+        value = 0
+        for c in said.replace(",", ""):
+            value = 10 * value + "0123456789".index(c)
+        return sign * value
+    rng, right = random.Random(0), 0
+    for _ in range(20_000):
+        text = "".join(rng.choices(["####", "#", " ", ",", "-", "\n", "x", "0", "1", "9", "000", "123"],
+                                   [6, .3, 5, 4, 2, 1, .5, 3, 4, 3, 3, 3], k=rng.randint(1, 9)))
+        assert hash_answer(text) == slow(text), repr(text)
+        right += slow(text) is not None
+    assert right > 500                                              # the alphabet makes enough of both
+
+
+@pytest.mark.parametrize("text, found", [
+    ("", ""), ("none", ""), ("5", "5"), ("5,000 of 12.5", "5000 12.5"), ("1,234,567", "1234567"), ("12.", "12"),
+    ("1,23", "1 23"), ("3, 4", "3 4"), ("3,4", "3 4"), ("a5b", "5"), ("-7", "7"), ("$1,000.50!", "1000.50"), ("7 7", "7"),
+    ("1.2.3", "1.2 3"), ("5 + 3 = 8", "5 3 8"), ("007", "007"), ("\u0665\uff15\u00b2", "")])
+def test_numbers_of_a_text(text, found):
+    assert numbers(text) == set(found.split())
+
+
+@pytest.mark.parametrize("text, pays", [
+    ("It costs 5,000.", 1), ("It costs 5000.", 1), ("12.5 of 5000, 5000 of 12.5", 1), ("", 1), ("Five thousand.", 1),
+    ("It costs 5,001.", 0), ("5", 0), ("500", 0), ("000", 0), ("12", 0), ("12.50", 0), ("2.5", 0), ("5000 and 7.", 1),
+    ("50,00", 0), ("5000.0", 0), ("5000 12.5 3", 0), ("In 2020, 5000", 0), ("<think>3</think>5000", 0), ("5000-12.5", 1)])
+def test_faithful_pays_numbers_of_the_prompt_only(text, pays):
+    record = {"prompt": [system("Use 7 words."), user("5,000 coins"), assistant("Yes"), user("and 12.5 pens, short?")]}
+    assert float(VERIFIERS["faithful"](record, text, True)) == pays and not VERIFIERS["faithful"](record, text, False)
+
+
+@pytest.mark.parametrize("script, text, share", [
+    (None, "the cat", 1), (None, "", 1), (None, "3 + 4 = 7.", 1), (None, "the \u043a\u043e\u0442", .5),
+    (None, "\u043a\u043e\u0442", 0), (None, "na\u00efve \u00dcber", 1), (None, "c\u0430t", 0), (None, "c\u0430t cat cat", 2 / 3),
+    (None, "<think>the cat</think>\u043a\u043e\u0442", 1), (None, "<think>\u043a\u043e\u0442</think>the cat", 0),
+    (None, "<think>the\n\u043a\u043e\u0442</think>cat", .5), (None, "<think></think>\u043a\u043e\u0442", 1),
+    (None, "\u043a\u043e\u0442<think>cat</think>\u043a\u043e\u0442<think>\u043a\u043e\u0442</think>", 1), (None, "snake_\u043a\u043e\u0442", .5),
+    ("LATIN", "cat", 1), ("CYRILLIC", "\u043a\u043e\u0442", 1), ("CYRILLIC", "<think>\u043a\u043e\u0442 17 cat</think>", .5),
+    ("CJK", "\u4e2d\u6587", 1), ("CJK", "\u4e2d\u6587 cat", .5), ("GREEK", "\u03c0\u03c0", 1)])
+def test_language_is_the_share_of_words_in_one_script(script, text, share):
+    record = {"script": script} if script else {}
+    for finished in (True, False):
+        assert VERIFIERS["language"](record, text, finished) == pytest.approx(share, abs=1e-12)
+
+
+def test_language_against_a_slow_reader():
+    letters = {"a": "LATIN", "Z": "LATIN", "\u00e9": "LATIN", "\u0431": "CYRILLIC", "\u4e2d": "CJK", "\u03c9": "GREEK"}
+    rng = random.Random(1)
+    for _ in range(2000):
+        text, script = "".join(rng.choices([*letters, " ", "3", "_", "-"], k=rng.randint(0, 12))), rng.choice("LCG")
+        script = {"L": "LATIN", "C": "CYRILLIC", "G": "GREEK"}[script]
+        spoken = "".join(c if c in letters else " " for c in text).split()
+        good = sum(all(letters[c] == script for c in word) for word in spoken)
+        want = good / len(spoken) if spoken else 1
+        assert VERIFIERS["language"]({"script": script}, text, True) == pytest.approx(want, abs=1e-12)
+        shown = f"\u0431 a<think>{text}</think>\u03c9 \u4e2d"
+        assert VERIFIERS["language"]({"script": script}, shown, True) == pytest.approx(want, abs=1e-12)
+
+
+@pytest.mark.xfail(reason="language counts them as words of no script", strict=True)
+def test_language_takes_numbers_in_superscript_and_fractions_for_no_words():
+    assert unicodedata.category("\u00b2") == unicodedata.category("\u00bd") == "No"
+    assert [VERIFIERS["language"]({}, text, True) for text in ("\u00bd", "4\u00b2 is sixteen")] == [1, 1]
+
+
+@pytest.mark.parametrize("keyword, text, pays", [
+    ("hat", "A hat.", 1), ("hat", "hat", 1), ("hat", "cap, hat and coat", 1), ("hat", "hat-box", 1), ("hat", "<b>hat</b>", 1),
+    ("hat", "hats", 0), ("hat", "chat", 0), ("hat", "hat_1", 0), ("hat", "Hat", 0), ("hat", "h at", 0), ("hat", "", 0),
+    ("hat", "h\u0430t", 0), ("hat", "that hatter", 0), ("a.b", "see a.b now", 1), ("a.b", "see axb now", 0),
+    ("(x|y)", "x", 0), ("red hat", "a red hat", 1), ("red hat", "a red  hat", 0)])
+def test_keyword_is_looked_for_as_a_word(keyword, text, pays):
+    verify = VERIFIERS["keyword"]
+    assert float(verify({"keyword": keyword}, text, True)) == pays and not verify({"keyword": keyword}, text, False)
+    assert not verify({}, text, True)
+
+
+@pytest.mark.parametrize("text, items", [
+    ("", ""), ("hat", ""), ("hat, cap", ""), ("hat and cap", "hat cap"), ("hat, cap and coat.", "hat cap coat"),
+    ("hat, cap, and coat.", "hat cap coat"), ("Here you are: hat, cap and coat. Thank you.", "hat cap coat"),
+    ("hat, hat and cap", "hat cap"), ("hat and hat", "hat"), ("Sue and Ben. hat, cap, sock and coat.", "hat cap sock coat"),
+    ("hat, cap, sock and coat. Sue and Ben.", "hat cap sock coat"), ("hat,cap and coat", "cap coat"), ("hat & cap", ""),
+    ("hat and", ""), ("and cap", ""), ("sand castle", ""), ("Hello, red hat, cap and coat", "hat cap coat")])
+def test_the_items_of_a_list(text, items):
+    assert listed(text) == set(items.split())
+    for n in range(1, 6):
+        assert bool(VERIFIERS["count"]({"count": n}, text, True)) == (n == len(items.split()))
+        assert not VERIFIERS["count"]({"count": n}, text, False)
+    assert not VERIFIERS["count"]({}, text, True)
+
+
+def test_keyword_and_count_agree_with_what_the_demonstrations_list():
+    right = Counter()
+    for task, answer in demos("fmt"):
+        items = re.split(", | and ", Fmt.LIST.fullmatch(answer)[2])
+        for name, kept in (("count", len(items) == task["count"]), ("keyword", task["keyword"] in items)):
+            assert bool(VERIFIERS[name](task, answer, True)) == kept
+            right[name] += kept
+    assert all(.5 * N < n < N for n in right.values())
+
+
+LONG = 100_000
+QUADRATIC = pytest.mark.xfail(reason="backtracks over every start: minutes", run=False)
+STALLS = {("count", "a"), ("count", "a, "), ("count", "1,"), ("count", "9"), ("count", "\u0660"), ("count", "a_"),
+          ("language", "<think>")}
+
+
+@pytest.mark.parametrize("name, unit", [pytest.param(name, unit, marks=QUADRATIC if (name, unit) in STALLS else ())
+                                        for name in VERIFIERS for unit in (
+    "a", " ", "\n", "9", "1,", "a, ", "a and ", "a, and ", "#", "####", "<think>", "</think>", "<think></think>", "<", "-",
+    ".", "The answer is 5.", "\u0660", "\u4e2d", "Sure. ", "a_")])
+def test_no_text_however_long_stalls_a_verifier(name, unit):
+    """A pattern that backtracks would hang here."""
+    rng = random.Random(0)
+    records = [toy_record("prompt", "train", [f], rng) for f in (FAMILIES if name == "gold" else ["fmt"])]
+    for record in records:
+        for text in (unit * (LONG // len(unit)), "<think>a" + unit * (LONG // len(unit)), "<think>a</think>" +
+                     unit * (LONG // len(unit)) + "x"):
+            score = float(VERIFIERS[name]({"answer": 5} | record, text, True))
+            assert score == score and not (name in ("exact", "gsm8k") and score)
+
+
 # ==== python data.py
 
 def test_it_shows_every_family_with_its_gold(monkeypatch, capsys):
@@ -1484,7 +1775,10 @@ def test_it_shows_every_family_with_its_gold(monkeypatch, capsys):
     code, out, _ = told(capsys, script(monkeypatch, "data.py", "--families", "safe,fmt"))
     assert not code and "safe" in out and "── arith" not in out
     assert told(capsys, script(monkeypatch, "data.py", "--families", "safe,math"))[::2] == (
-        2, "error: --families: there is no 'math'; the toy world has arith, write, safe, fmt\n")
+        2, "error: --families: there is no 'math'; the toy world has arith, write, safe, fmt, "
+           "and arith1, arith2, arith3, arith4 for sums of one length\n")
+    code, out, _ = told(capsys, script(monkeypatch, "data.py", "--families", "arith2", "--n", "4"))
+    assert not code and "── arith2 ──" in out and out.count("gold 1.00") == 4
 
 
 def test_it_shows_a_file_as_the_trainers_read_it(monkeypatch, capsys, tmp_path):

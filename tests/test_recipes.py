@@ -29,7 +29,7 @@ RECIPES = sorted((ROOT / "configs").glob("*.sh"))
 TOMLS = sorted((ROOT / "configs").glob("*.toml"))
 # What shrinks a stage to a moment; each stage takes of these what it has. A model that answers needs a few dozen steps.
 TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=128, steps=2, batch=16, n=48, max_new=40, prompts=8, ptx_batch=4,
-            epochs=1, device="cpu", dtype="fp32", threads=1, show=1)
+            epochs=1, device="cpu", dtype="fp32", threads=1, show=1, group=4, samples=2, guesses=0, cuts=1)
 SFT = dict(steps=25, lr=1e-2)
 
 
@@ -81,9 +81,9 @@ def reads(name, cfg, folders):
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         if field.name in ("init", "policy", "critic", "ref", "teacher", "merge_base") or field.name.endswith("data"):
-            found.append(value)
+            found += value.split(",")
         if field.name in ("reward", "judge", "proxy", "by", "cost") and getattr(cfg, "online", True):
-            found += [term for _, term in parse_rewards(value)] if value else []
+            found += [term for _, term, *_ in parse_rewards(value)] if value else []
     rule = lambda name: ":" in name or verifier(name) is not None    # a term of a reward that is no folder
     return [x for x in found if x not in ("", "new", "toy") and not rule(x)]
 
@@ -100,7 +100,7 @@ def problems(commands):
             continue
         for path in reads(name, cfg, folders):
             maker = made.get(path) or made.get(str(Path(path).parent))
-            if maker is None or (path in made and maker == "label"):
+            if maker is None or (path in made and maker in ("label", "curate")):
                 out.append(f"{line}: nothing before it makes {path}")
         if getattr(cfg, "out", None):
             made[cfg.out] = name
@@ -200,8 +200,9 @@ def snapshot(folder): return {path: (path.stat().st_mtime_ns, path.stat().st_siz
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_it_runs_through_and_a_second_time_does_nothing(recipe, shared, monkeypatch, capsys):
-    # A model trained for a moment knows no fillers to avoid.
-    monkeypatch.setitem(VERIFIERS, "no_filler", lambda record, text, finished: len(text) % 2)
+    # A model trained for a moment knows no fillers to avoid, and no sums.
+    for name in ("no_filler", "exact", "format"):
+        monkeypatch.setitem(VERIFIERS, name, lambda record, text, finished: len(text) % 2)
     commands = [shrunk(words) for words in expand(recipe, out=shared)]
     for words in commands:
         capsys.readouterr()
@@ -215,7 +216,8 @@ def test_it_runs_through_and_a_second_time_does_nothing(recipe, shared, monkeypa
                 assert (folder / "checkpoint.safetensors").exists()
                 continue
             assert (folder / "summary.json").exists() and (folder / "config.json").exists()
-            assert (folder / ("pairs.jsonl" if name == "label" else "checkpoint.safetensors")).stat().st_size > 0
+            made = dict(label="pairs.jsonl", curate="prompts.jsonl").get(name, "checkpoint.safetensors")
+            assert (folder / made).stat().st_size > 0
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             assert rows and all({"step", "seconds"} <= row.keys() for row in rows)
     before = snapshot(shared)
