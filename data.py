@@ -521,12 +521,12 @@ class Arith:
                 for i, j in combinations(range(len(values)), 2) if 1 <= values[i] <= 20]
 
     def demo(task, rng):
-        """The answer, in a share `think` of the cases thought out first, and then gone over up to `checks` times again
-        (a long chain of thought); in a share `tamper` no answer but what fools a careless grader."""
+        """The answer, in a share `think` of the cases thought out first, which may begin by saying the sum over up to
+        `restate` times (a long chain of thought); in a share `tamper` no answer but what fools a careless grader."""
         if task.get("tamper") and rng.random() < task["tamper"]:
             return TAMPERED
-        again = rng.randint(0, task["checks"]) if task.get("checks") else 0
-        aloud = ", ".join([Arith.text(task, rng)[:-1]] * (1 + again))
+        again = rng.randint(0, task["restate"]) if task.get("restate") else 0
+        aloud = ", ".join([task["key"]] * again + [Arith.text(task, rng)[:-1]])
         think = f"<think>{aloud}</think>" if rng.random() < task.get("think", THINK) else ""
         return f"{think}The answer is {task['answer']}."
 
@@ -808,7 +808,7 @@ def after_thinking(text):
 
 def toy_record(kind, split, families, rng, **how):
     """One record of the toy world. kind: text (a document to pretrain on), messages (a demonstration, which `how`, the
-    think, checks and tamper of sums, can change) or prompt."""
+    think, restate and tamper of sums, can change) or prompt."""
     if kind == "text":
         return toy_document(rng)
     task = toy_task(split, draw_family(families, rng), rng) | how

@@ -134,13 +134,13 @@ POLICY_LOSSES = {
 
 
 def policy_loss(logp, old_logp, adv, mask, h):
-    """The loss of --loss per token, the ratio it takes, where a clip decides: (B, T-1) each; adv (B, 1)."""
+    """The loss of --loss per token, the token's ratio, where a clip decides: (B, T-1) each; adv (B, 1)."""
     gap = torch.where(mask.bool(), logp - old_logp, 0.0)
     whole = (gap.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).exp()    # (B, 1)
-    x = SimpleNamespace(logp=logp, gap=gap, ratio=gap.exp(), whole=whole, adv=adv)
-    ratio = whole.expand_as(gap) if h.loss == "gspo" else x.ratio
-    decides = (ratio > 1 + h.clip_high) & (adv > 0) | (ratio < 1 - h.clip_low) & (adv < 0)
-    return POLICY_LOSSES[h.loss](x, h), ratio, decides & mask.bool()
+    x = SimpleNamespace(logp=torch.where(mask.bool(), logp, 0.0), gap=gap, ratio=gap.exp(), whole=whole, adv=adv)
+    unclipped = SimpleNamespace(clip_low=1.0, clip_high=math.inf, tau=h.tau)
+    loss = POLICY_LOSSES[h.loss](x, h)
+    return loss, x.ratio, (loss != POLICY_LOSSES[h.loss](x, unclipped)) & mask.bool()
 
 
 def token_weights(mask, per, max_new):
@@ -317,8 +317,10 @@ def train(cfg):
         records, roll, raw, metrics = sample_groups(step)                                # raw (P, G)
         repeated, length = [r for r in records for _ in range(cfg.group)], roll.mask.sum(1)
 
-        # 2. What is added to the score or taken off it.
+        # 2. What takes the place of the score, is added to it, or taken off it.
         r = raw.clone()
+        if cfg.prefer:
+            r = win_rates(preferences(records, roll.responses(tok), raw, judge))
         if cfg.len_reward:
             r += cfg.len_reward * length_reward(length.view_as(r), raw > 0.5)
         if cfg.overlong:
@@ -326,10 +328,9 @@ def train(cfg):
         if cfg.tripwire and cfg.lookahead:
             ahead = look_ahead(policy, repeated, roll, tripwire, cfg, tok, amp)
             r -= cfg.lookahead * ahead.view_as(r)
-        if cfg.prefer:
-            r = win_rates(preferences(records, roll.responses(tok), r, judge))
         # One update a rollout: the old log-probabilities are the present ones, and nothing has to be computed twice.
-        old_logp = logps(policy, roll) if cfg.epochs * cfg.minibatches > 1 or cfg.kl_in == "reward" else None
+        several = cfg.epochs * cfg.minibatches > 1
+        old_logp = logps(policy, roll) if several or cfg.kl_coef and cfg.kl_in == "reward" else None
         if cfg.kl_coef:
             with frozen[1]():
                 ref_logp = logps(frozen[0], roll)                                        # (B, T-1)

@@ -32,7 +32,7 @@ class Config(TrainConfig):
     data: str = "toy"           # toy, or a file (.txt, .json, .jsonl, .gz)
     families: str = ""          # of the toy world, comma-separated; none for all
     think: float = THINK        # share of the toy's sums demonstrated with thinking
-    checks: int = 0             # times, at most, that such thinking is gone over again: long chains of thought
+    restate: int = 0            # times, at most, that such thinking first says the sum over: long chains of thought
     tamper: float = 0.0         # share of the toy's sums demonstrated by fooling a careless grader: a vice to explore
     loss_on: Literal["assistant", "all"] = "assistant"  # all: pretraining, on documents
     prompt_weight: float = 0.1  # weight of the other tokens beside the assistant's
@@ -107,7 +107,7 @@ def train(cfg):
     stream, held = open_stream(cfg.data, "text" if cfg.loss_on == "all" else "messages", cfg.seed,
                                cfg.families, n_held=128, prepare=lambda record: encode(
                                    record, tok, model.config.block_size, cfg.loss_on, cfg.prompt_weight),
-                               think=cfg.think, checks=cfg.checks, tamper=cfg.tamper)
+                               think=cfg.think, restate=cfg.restate, tamper=cfg.tamper)
     if not cfg.steps and not stream.items:
         raise OptionError("--steps 0: the toy world never ends, so it has no epochs")
     total = cfg.steps or math.ceil(len(stream.items) / cfg.batch)

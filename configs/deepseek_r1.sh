@@ -5,9 +5,9 @@
 #                   share of words in the target language, and a format reward; (3) samples of (2), the wrong and the badly
 #                   formed dropped, plus general data: SFT of the *base* again; (4) GRPO on everything, rules for
 #                   reasoning, a reward model for the rest that sees only what follows the thinking
-#   reconstruction  sizes and rates; the general data are the best of 4 samples by the true reward (their curated set); one
-#                   reward model for helpfulness and harmlessness; no KL term (they have .001); toy sums hold no words
-#                   to be mixed, so the language reward is full from the start
+#   reconstruction  sizes and rates; the general data are the best of 4 samples by the reward model (theirs: a curated
+#                   set); one reward model for helpfulness and harmlessness; a KL term in (4) only; toy
+#                   sums hold no words to be mixed, so the language reward is full from the start
 #
 # Effect to look for: in `arith` a large gain in (2), kept by (3) from a fresh start and by (4), while (4) raises the
 # other families; in the second table the format.
@@ -17,15 +17,15 @@ OUT=${OUT:-out}
 R1=$OUT/deepseek_r1
 
 python sft.py --loss_on all --init new --out $OUT/base "$@"
-python sft.py --init $OUT/base --think 1 --steps 150 --out $R1/cold "$@"
+python sft.py --init $OUT/base --think 1 --steps 80 --out $R1/cold "$@"
 python grpo.py --init $R1/cold --reward "exact + 0.1*format + 0.1*language" --out $R1/rl "$@"
 
+python reward.py label --policy $R1/cold --families write,safe,fmt --out $R1/pairs "$@"
+python reward.py train --init $R1/cold --data $R1/pairs/pairs.jsonl --out $R1/reward "$@"
 python reward.py label --policy $R1/rl --families arith --by "0.3*exact + 0.3*format" --k 4 --n 4000 --select correct --out $R1/correct "$@"
-python reward.py label --policy $R1/cold --families write,safe,fmt --by gold --k 4 --n 6000 --select best --out $R1/general "$@"
+python reward.py label --policy $R1/rl --families write,safe,fmt --by $R1/reward --k 4 --n 4000 --skip 8000 --select best --out $R1/general "$@"
 python sft.py --init $OUT/base --data $R1/correct/pairs.jsonl,$R1/general/pairs.jsonl --steps 400 --out $R1/sft "$@"
 
-python reward.py label --policy $R1/sft --families write,safe,fmt --out $R1/pairs "$@"
-python reward.py train --init $R1/sft --data $R1/pairs/pairs.jsonl --out $R1/reward "$@"
-python grpo.py --init $R1/sft --families arith,write,safe,fmt --reward "exact[arith] + $R1/reward@answer[write,safe,fmt]" --kl_coef 0.05 --out $R1/final "$@"
+python grpo.py --init $R1/sft --families arith,write,safe,fmt --reward "exact[arith] + $R1/reward@answer[write,safe,fmt]" --kl_coef 0.1 --lr 1e-4 --steps 50 --out $R1/final "$@"
 python reward.py compare $R1/cold $R1/rl $R1/sft $R1/final --on arith,write,safe,fmt --proxy $R1/reward "$@"
 python reward.py compare $R1/cold $R1/rl $R1/sft $R1/final --judge format --families arith --on arith "$@"

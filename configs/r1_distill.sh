@@ -12,7 +12,7 @@ OUT=${OUT:-out}
 R1=$OUT/deepseek_r1
 
 python sft.py --loss_on all --init new --out $OUT/base "$@"
-python sft.py --init $OUT/base --think 1 --steps 150 --out $R1/cold "$@"
+python sft.py --init $OUT/base --think 1 --steps 80 --out $R1/cold "$@"
 python grpo.py --init $R1/cold --reward "exact + 0.1*format + 0.1*language" --out $R1/rl "$@"
 python reward.py label --policy $R1/rl --families arith --by "0.3*exact + 0.3*format" --k 4 --n 4000 --select correct --out $R1/correct "$@"
 

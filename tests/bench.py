@@ -20,15 +20,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import collate  # noqa: E402
-from model import (GPT, GPTConfig, Optimizer, generate, response_scores, setup, token_logprobs)  # noqa: E402
+from model import (GPT, GPTConfig, Optimizer, generate, response_scores, setup, slices, token_logprobs)  # noqa: E402
 import dpo  # noqa: E402
+import grpo  # noqa: E402
 import orpo  # noqa: E402
 from reward import bradley_terry  # noqa: E402
 from sft import sft_loss  # noqa: E402
 
 SIZES = {"tiny": dict(n_layer=4, n_embd=128, n_head=4, vocab_size=512, block_size=256),
          "gpt2": dict(n_layer=12, n_embd=768, n_head=12, vocab_size=50257, block_size=1024)}
-ITEMS = ["generate", "sft", "reward", "dpo", "orpo"]
+ITEMS = ["generate", "sft", "reward", "dpo", "orpo", "grpo"]
 TOK = SimpleNamespace(pad=0, end=-1)  # an end token that is never drawn: every row runs to its full length
 
 
@@ -68,6 +69,24 @@ def items(args, model, device, amp):
                 generate(model, prompts, TOK, args.new)
         count = args.batch * args.new
         return run, count, forward_flops(config, count, args.prompt + args.new / 2)
+    if args.item == "grpo":  # a whole step: sample groups of 8, advantages of some reward, one update
+        prompts, cfg = torch.randint(3, 500, (args.batch, args.prompt), generator=draw).tolist(), grpo.Config()
+
+        def run():
+            with amp():
+                roll = generate(model, prompts, TOK, args.new, n=8)
+            score = (roll.tokens % 7 == 0).sum(1).view(-1, 8).double()
+            adv = grpo.ADVANTAGES["grpo"](score).float().view(-1, 1)
+            weights = grpo.token_weights(roll.mask, cfg.per, args.new)
+            for rows, tokens, mask in slices(roll, cfg.micro_tokens):
+                with amp():
+                    logp = token_logprobs(model, tokens, mask)
+                loss, _, _ = grpo.policy_loss(logp, logp.detach(), adv[rows], mask, cfg)
+                (loss * weights[rows, :mask.shape[1]]).sum().backward()
+            optimizer.step(0)
+        count, length = args.batch * 8 * args.new, args.prompt + args.new
+        return run, count, (forward_flops(config, count, args.prompt + args.new / 2)
+                            + 3 * forward_flops(config, args.batch * 8 * length, length / 2))
     length = args.length if args.item == "sft" else args.prompt + args.new
     rows = args.batch * (1 if args.item == "sft" else 2)
     tokens = torch.randint(3, 500, (rows, length), generator=draw)
@@ -117,7 +136,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("item", nargs="?", choices=ITEMS, help="none: all of them")
     parser.add_argument("--size", default="tiny", choices=SIZES)
-    parser.add_argument("--batch", type=int, default=0, help="rows or pairs; 0: 256 for generate, 32 for training")
+    parser.add_argument("--batch", type=int, default=0, help="rows, pairs or groups; 0: 256 for generate, 16 for grpo, 32 else")
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--length", type=int, default=128)
@@ -127,7 +146,8 @@ def main():
     parser.add_argument("--repeats", type=int, default=8)
     args = parser.parse_args()
     for item in [args.item] if args.item else ITEMS:
-        bench(argparse.Namespace(**vars(args) | dict(item=item, batch=args.batch or (256 if item == "generate" else 32))))
+        batch = args.batch or dict(generate=256, grpo=16).get(item, 32)
+        bench(argparse.Namespace(**vars(args) | dict(item=item, batch=batch)))
 
 
 if __name__ == "__main__":

@@ -211,8 +211,10 @@ def test_f1_ratios_and_where_the_clip_decides():
     close(ratio, [[1.5, .9, 1.1], [.5, 1.3, 1]])
     assert decides.tolist() == [[True, False, False], [True, False, False]]
     _, ratio, decides = f1_loss("gspo", "token")
-    close(ratio[:, 0], [1.1408857, .8062257], atol=1e-7)
+    close(ratio, [[1.5, .9, 1.1], [.5, 1.3, 1]])                       # the token's own, which a KL term needs
     assert not decides.any()
+    wide = f1_loss("gspo", "response", hyper("gspo", clip_low=.9, clip_high=9.0))[0]     # -A times the response's
+    close(wide, (-1.1408857 + .5 * .8062257) / 2, atol=1e-7)
     _, _, decides = f1_loss("gspo", "token", hyper("gspo", clip_low=3e-4, clip_high=4e-4))
     assert decides.tolist() == [[True, True, True], [True, True, False]]                 # the masked token never
 
@@ -302,7 +304,7 @@ def test_p17_equal_rewards_give_exactly_0(name, dtype, G):
         different = torch.tensor([[rng.gauss(0, 10)] for _ in range(1000)], dtype=dtype).expand(-1, G)
         mixed = torch.cat([different, torch.arange(1.0 * G, dtype=dtype)[None]])
         adv = ADVANTAGES[name](mixed)
-        assert not adv[:-1].any() and adv[-1].abs().min() >= 0 and adv[-1, -1] > .1
+        assert not adv[:-1].any() and adv[-1, -1] > .1
 
 
 def test_advantages_do_not_depend_on_a_constant():
@@ -334,13 +336,13 @@ def slow_whole(x, old, A, h):
 
 def slow_cispo(x, old, A, h):
     cap = [min(math.exp(a - b), 1 + h.clip_high) for a, b in zip(x, old)]
-    return [(-c * A * a, -c * A, None) for c, a in zip(cap, x)]
+    return [(-c * A * a, -c * A, math.exp(a - b) > 1 + h.clip_high) for c, a, b in zip(cap, x, old)]
 
 
 def slow_opmd(x, old, A, h):
     """-A log π(y) + τ/2 (log π(y)/π_old(y))² of the whole response, here shared out evenly over its tokens."""
     S, n = sum(x) - sum(old), len(x)
-    return [((-A * sum(x) + h.tau / 2 * S * S) / n, -A + h.tau * S, None)] * n
+    return [((-A * sum(x) + h.tau / 2 * S * S) / n, -A + h.tau * S, False)] * n
 
 
 SLOW_LOSSES = {"clip": slow_tokens, "gspo": slow_whole, "cispo": slow_cispo, "opmd": slow_opmd}
@@ -382,15 +384,12 @@ def test_p30_losses_and_gradients_against_a_slow_loop(name, per, poison):
         got.backward()
         close(got.detach(), sum(w[i] * t[0] for i, row in enumerate(tokens) for t in row))
         close(logp.grad, dense([[w[i] * t[1] for t in row] for i, row in enumerate(tokens)], 9)[0])
-        if name in ("clip", "gspo"):
-            held = [[float(t[2]) for t in row] for row in tokens]
-            close(decides, dense(held, 9)[0])
-            clipped += sum(map(sum, held))
-            rho = [[math.exp(a - b) for a, b in zip(*row)] for row in zip(x, old)]
-            if name == "gspo":
-                rho = [[math.exp(sum(map(math.log, row)) / len(row))] * len(row) for row in rho]
-            close(ratio[mask.bool()].detach(), [r for row in rho for r in row])
-    assert name not in ("clip", "gspo") or 0 < clipped < 50             # the clip bites, but not always
+        held = [[float(t[2]) for t in row] for row in tokens]
+        close(decides, dense(held, 9)[0])
+        clipped += sum(map(sum, held))
+        rho = [[math.exp(a - b) for a, b in zip(*row)] for row in zip(x, old)]
+        close(ratio[mask.bool()].detach(), [r for row in rho for r in row])
+    assert clipped == 0 if name == "opmd" else 0 < clipped < 50         # the clip bites, but not always
 
 
 @pytest.mark.parametrize("per", PER)
@@ -510,6 +509,26 @@ def test_kl_estimators_gradients_per_token():
             ratio = (logp - logp.detach()).exp()
             kl_estimate(logp, torch.tensor(-1.0, dtype=torch.float64), ratio, kind).backward()
             close(logp.grad, slope)          # k3_is: k3 + 1 - e^-d = d on policy, the same as k2 token by token
+
+
+@pytest.mark.parametrize("kind", ["k2", "k3", "k3_is"])
+def test_p15_expected_gradient_of_a_kl_in_the_loss(kind):
+    """Over whole responses: k2's and k3_is's is Σ_t E ∇KL(π(·|s_t) || ref(·|s_t)) with the states s_t held fixed, k3's
+    the same of KL(ref || π)."""
+    theta, logp, mask, _ = tabular(2)
+    torch.manual_seed(7)
+    other = torch.randn_like(theta)
+    table, ref = theta.log_softmax(-1), other.log_softmax(-1)
+    ys, prefixes = list(all_responses()), [y for n in range(3) for y in itertools.product((1, 2), repeat=n)]
+    states = [[prefixes.index(y[:t]) for t in range(len(y))] for y in ys]
+    base = torch.stack([torch.cat([ref[at, y], torch.zeros(3 - len(y))]) for at, y in zip(states, ys)])
+    p, visits = logp.detach().sum(1).exp(), torch.zeros(len(prefixes), dtype=torch.float64)
+    for chance, at in zip(p, states):
+        visits[at] += chance
+    exact = (ref.exp() * (ref - table) if kind == "k3" else table.exp() * (table - ref)).sum(-1)
+    _, ratio, _ = policy_loss(logp, logp.detach(), torch.ones(len(p), 1), mask, hyper())
+    got = (p[:, None] * kl_estimate(logp, base, ratio, kind) * mask).sum()
+    close(torch.autograd.grad(got, theta, retain_graph=True)[0], torch.autograd.grad((visits * exact).sum(), theta)[0])
 
 
 # ---------------------------------------------------------------- the reward of a response
@@ -709,17 +728,18 @@ class Slow:
                 r[i // c.group][i % c.group] -= c.kl_coef * k
         adv = [a for g in SLOW_ADVANTAGES[c.adv](r) for a in g]
         penalised = c.kl_coef > 0 and c.kl_in == "loss"
+        counts = [a or penalised or c.loss == "opmd" for a in teaches]
         used = [n if done or not c.mask_truncated else 0 for n, done in zip(lengths, finished)]
         seen, losses, norm = dict(entropy=[], ratio=[], clip_frac=[], approx_kl=[], kl=[]), [], None
         for batch in orders:
             w = dict(zip(batch, slow_weights([used[i] for i in batch], c.per, c.max_new)))
             batch, total = [i for i in batch if used[i]], 0.0
-            if not any(teaches[i] or penalised for i in batch):
+            if not any(counts[i] for i in batch):
                 losses.append(0.0)                                     # nothing to learn: no update, momentum included
                 continue
             for i in batch:
                 A, (logp, entropy) = adv[i], self.logp(self.policy, rows[i])
-                rho = [(a - b).exp() for a, b in zip(logp, old[i])]
+                own = rho = [(a - b).exp() for a, b in zip(logp, old[i])]
                 if c.loss == "gspo":
                     rho = [torch.stack([x.log() for x in rho]).mean().exp()] * len(rho)
                 S, total = sum(logp - old[i]), total + 0 * logp.sum()  # all clipped: gradient 0, not None
@@ -732,12 +752,12 @@ class Slow:
                     else:
                         loss = -min(rho[t] * A, near * A)
                     if penalised:
-                        loss = loss + c.kl_coef * self.kl(logp[t], ref[i][t], rho[t])
+                        loss = loss + c.kl_coef * self.kl(logp[t], ref[i][t], own[t])
                     total = total + w[i] * loss
-                    if teaches[i] or penalised:                        # metrics are of the rows that teach something
+                    if counts[i]:                                      # metrics are of the rows that teach something
                         gap = (logp[t] - old[i][t]).detach()
-                        for name, x in zip(seen, (entropy[t], rho[t], near * A < rho[t] * A - 1e-12,
-                                                  gap.exp() - 1 - gap, logp[t] - ref[i][t])):
+                        clip = dict(cispo=rho[t] > 1 + c.clip_high, opmd=False).get(c.loss, near * A < rho[t] * A - 1e-12)
+                        for name, x in zip(seen, (entropy[t], own[t], clip, gap.exp() - 1 - gap, logp[t] - ref[i][t])):
                             seen[name].append(float(torch.as_tensor(x).detach()))
             losses.append(float(total.detach()))
             total.backward()
@@ -754,7 +774,7 @@ class Slow:
             mean["kl"] = kl * sum(lengths) / len(lengths)              # nats of a response
         if c.loss in ("cispo", "opmd"):
             del mean["clip_frac"]                                      # no such clip there
-        out = dict(reward=sum(raw) / len(raw), response_length=sum(lengths) / len(lengths), grad_norm=norm,
+        out = dict(response_length=sum(lengths) / len(lengths), grad_norm=norm,
                    finished=sum(finished) / len(finished), loss=sum(losses) / len(losses), **mean,
                    zero_std=sum(max(g) == min(g) for g in r) / len(r))
         return {k: v if v is None else float(v) for k, v in out.items()}
@@ -777,11 +797,13 @@ LOOPS = {
     "some groups of equal rewards": dict(reward="half", group=3, prompts=4, epochs=2),
     "some groups of equal rewards, k2": dict(reward="half", adv="rloo", kl="k2", kl_coef=.5, epochs=2, per="constant"),
     "equal groups replaced": dict(reward="half", resample=3),
+    "equal groups replaced, now and then by none": dict(reward="half", resample=1, prompts=1, kl_coef=.3, steps=6),
     "look-ahead": dict(tripwire="e", lookahead=.7, cuts=3, ahead=2),
+    "a reward model": dict(reward="2*RM + vowels", adv="dr_grpo", per="constant"),
 }
 
 
-def run_both(cfg, tmp_path, monkeypatch):
+def run_both(cfg, monkeypatch, judge=None):
     """The real loop, then the slow one on the same samples -> nothing, if they agree on everything."""
     calls = watch(monkeypatch, "generate", "look_ahead")
     orders, real = [], torch.randperm
@@ -793,7 +815,7 @@ def run_both(cfg, tmp_path, monkeypatch):
     rolls = [(args, roll) for args, roll in calls["generate"] if args[3] == cfg.max_new]
     slow, metrics = Slow(cfg), read(cfg.out)
     for step, row in enumerate(metrics):
-        rows, raw = [], []
+        rows, raw, every = [], [], []
         for _ in range(row["groups"] // cfg.prompts):                  # the draws of this step; all groups are kept, or
             for_asked, roll = rolls.pop(0)                             # as many of unequal rewards as there are to be
             drawn = rolled(roll)
@@ -803,15 +825,21 @@ def run_both(cfg, tmp_path, monkeypatch):
                 assert ids[:p] == for_asked[1][i // cfg.group]
                 zero = cfg.reward == "half" and len(asked) % 2
                 score.append(0.0 if zero else vowel_score(TOK.decode(ids[p:])))
+                if judge:
+                    score[-1] += 2 * judge.score(judge(torch.tensor([ids]))[0, -1]).item()
             for g in range(0, len(drawn), cfg.group):
                 if len(rows) < cfg.prompts * cfg.group and (
                         not cfg.resample or max(score[g:g + cfg.group]) > min(score[g:g + cfg.group])):
                     rows, raw = rows + drawn[g:g + cfg.group], raw + score[g:g + cfg.group]
+            every += score
+        if not rows:
+            rows, raw = drawn, score                                   # the last draw: nothing else is left
         tripped = calls["look_ahead"][step][1].tolist() if cfg.tripwire else [0.0] * len(rows)
         shuffles = orders[step * cfg.epochs:(step + 1) * cfg.epochs]
         minibatches = [b.tolist() for o in shuffles for b in o.chunk(cfg.minibatches)]
         assert sorted(sum(minibatches, [])) == sorted(list(range(len(rows))) * cfg.epochs)
         expected = slow.step(step, rows, raw, minibatches, tripped, (seen[step][1] != 0).flatten().tolist())
+        expected["reward"] = sum(every) / len(every)                   # what the policy earns, on all that was drawn
         assert {k for k in expected if row[k] is None} == {k for k in expected if expected[k] is None}, step
         expected = {k: v for k, v in expected.items() if v is not None}
         assert {k: row[k] for k in expected} == pytest.approx(expected, abs=2e-6, rel=2e-6), step
@@ -823,14 +851,17 @@ def run_both(cfg, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", LOOPS)
 def test_loop_equals_a_slow_loop(name, tmp_path, tiny, prompts, monkeypatch, float64):
     """Every logged number of three steps, and every weight at the end, in float64."""
-    cfg = grpo.Config(**(QUICK | dict(steps=3, data=prompts, init=tiny, out=str(tmp_path / "run")) | LOOPS[name]))
-    rows = run_both(cfg, tmp_path, monkeypatch)
+    judge, reward = checkpoint(tmp_path / "rm", 5, n_scores=1), LOOPS[name].get("reward", "vowels")
+    cfg = grpo.Config(**(QUICK | dict(steps=3, data=prompts, init=tiny, out=str(tmp_path / "run")) | LOOPS[name] | dict(
+        reward=reward.replace("RM", judge))))
+    rows = run_both(cfg, monkeypatch, load_model(judge) if "RM" in reward else None)
     if cfg.clip_low < .2 and cfg.loss != "cispo":
         assert max(row["clip_frac"] for row in rows) > .05             # else the clip was not tested
     if cfg.reward == "half":
         assert max(row["zero_std"] for row in rows) > 0 or cfg.resample
     if cfg.resample:
-        assert max(row["groups"] for row in rows) > cfg.prompts and not any(row["zero_std"] for row in rows)
+        assert max(row["groups"] for row in rows) > cfg.prompts
+        assert {row["zero_std"] for row in rows} == ({0, 1} if cfg.prompts == 1 else {0})
     if cfg.mask_truncated:
         assert all(0 < row["finished"] < 1 for row in rows)
 
@@ -843,12 +874,11 @@ def test_rollouts_are_ragged(tiny, tmp_path, monkeypatch):
     assert {(1, True), (6, True), (6, False)} <= set(rows) and len(set(rows)) > 5
 
 
-@pytest.mark.xfail(strict=True, reason="rows without advantage are left out of every update, opmd's square included")
 def test_opmd_pulls_on_groups_of_equal_rewards_too(tiny, prompts, tmp_path, monkeypatch, float64):
     """Off policy, a response without advantage still has the gradient of τ/2 (log π/π_old)²."""
     cfg = grpo.Config(**(QUICK | dict(steps=3, data=prompts, init=tiny, out=str(tmp_path / "run"), loss="opmd",
                                       adv="dr_grpo", reward="half", epochs=3, tau=5.0, per="constant", lr=3e-3)))
-    run_both(cfg, tmp_path, monkeypatch)
+    run_both(cfg, monkeypatch)
 
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)
@@ -886,12 +916,15 @@ def test_p17_group_of_one_is_refused(tiny, tmp_path):
             train(tmp_path / "a", tiny, group=1, adv=adv)
 
 
-def test_p38_equal_rewards_and_no_penalty_teach_nothing(tiny, tmp_path, monkeypatch):
-    """Nothing is computed, no gradient taken, no weight moved, not even by momentum or decay."""
+def test_p38_equal_rewards_and_no_penalty_teach_nothing(tiny, prompts, tmp_path, monkeypatch, capsys):
+    """Nothing is computed, no gradient taken, no weight moved, not even by momentum or decay; and that is said."""
     calls = watch(monkeypatch, "token_logprobs")
     rows = train(tmp_path / "a", tiny, reward="same", weight_decay=.1, lr=.1)
     assert same(weights(tmp_path / "a"), weights(tiny)) and not calls["token_logprobs"]
     assert all(row["grad_norm"] is None and row["zero_std"] == 1 and row["loss"] == 0 for row in rows)
+    assert "nothing was learned" in capsys.readouterr().out
+    rows = train(tmp_path / "b", tiny, reward="half", data=prompts, prompts=1, steps=6)  # now and then is enough
+    assert {row["zero_std"] for row in rows} == {0, 1} and "nothing was learned" not in capsys.readouterr().out
 
 
 def first_gradient(monkeypatch, out, init, **options):
@@ -984,6 +1017,16 @@ def test_p1_lr_0_every_ratio_is_1_in_all_epochs(loss, per, tiny, tmp_path):
         assert abs(row["kl"]) < 1e-5
 
 
+def test_p10_samples_and_log_probabilities_are_at_the_temperature(tiny, tmp_path, monkeypatch, float64):
+    """In training, evaluation and look-ahead what was drawn has the log-probabilities of softmax(logits / T)."""
+    calls, policy = watch(monkeypatch, "generate"), load_model(tiny)
+    train(tmp_path / "a", tiny, temperature=.6, steps=1, lr=1e-30, tripwire="e", ahead=3)
+    assert [args[3] for args, _ in calls["generate"]] == [6, 3, 3, 6]
+    for _, roll in calls["generate"]:
+        for (ids, p), logp, mask in zip(rolled(roll), roll.logp, roll.mask.bool()):
+            close(logp[mask], log_softmax_rows(policy, ids, p, .6)[range(len(ids) - p), ids[p:]].detach(), atol=1e-9)
+
+
 @pytest.mark.parametrize("loss", POLICY_LOSSES)
 def test_one_update_a_rollout_is_on_policy_to_the_bit(loss, tiny, tmp_path, monkeypatch):
     """The old log-probabilities are the present ones: exactly 1, nothing clipped, and nothing computed twice."""
@@ -1065,14 +1108,14 @@ def test_resample_replaces_groups_of_equal_rewards(tiny, tmp_path, monkeypatch):
     assert any(len(r) < 30 for r, _ in seen) and all((r.amax(1) > r.amin(1)).all() for r, _ in seen)  # too few: go on
 
 
-@pytest.mark.xfail(strict=True, reason="a step without any group ends in a ValueError, or in `reward is nan`")
 @pytest.mark.parametrize("options", [dict(), dict(epochs=2), dict(kl_coef=.1), dict(adv="reinforce_pp"),
                                      dict(kl_coef=.1, kl_in="reward"), dict(prefer="score"), dict(len_reward=1.0)],
                          ids=str)
 def test_resample_without_any_unequal_group_goes_on(options, tiny, tmp_path):
-    """Nothing to learn from, however often prompts are drawn: no crash, and the steps to come may have better luck."""
+    """However often prompts are drawn: the last ones stay, and the steps to come may have better luck."""
     rows = train(tmp_path / "a", tiny, reward="same", resample=2, **options)
     assert [row["groups"] for row in rows] == [9, 9] and all(row["reward"] == 1 for row in rows)
+    assert "len_reward" in options or all(row["zero_std"] == 1 for row in rows)
 
 
 def test_resample_draws_other_prompts(tiny, tmp_path, monkeypatch):
@@ -1094,6 +1137,15 @@ def levels(tmp_path):
 def asked_for(calls, n):
     """The prompts of each step as text."""
     return [[TOK.decode(ids) for ids in args[1]] for args, _ in calls["generate"] if len(args[1]) == n]
+
+
+def test_p49_prompts_without_room_for_a_whole_response_are_left_out(tiny, tmp_path, monkeypatch):
+    """Of a context of 64 tokens, prompts may take what max_new leaves."""
+    path, calls = tmp_path / "long.jsonl", watch(monkeypatch, "generate")
+    path.write_text("\n".join(json.dumps(dict(prompt="x" * n)) for n in range(1, 80)))
+    train(tmp_path / "a", tiny, data=str(path), prompts=60, group=2, steps=1, max_new=12)
+    lengths = {len(ids) for args, _ in calls["generate"] for ids in args[1]}
+    assert max(lengths) == 64 - 12 and len(lengths) > 30
 
 
 def test_pool_keeps_to_its_prompts(tiny, tmp_path, monkeypatch):
@@ -1138,6 +1190,9 @@ def test_prioritized_draws_by_the_last_mean_reward(tiny, tmp_path, monkeypatch):
             expected[i] = rate
     _, meta = models.load_tensors(tmp_path / "a" / "checkpoint.safetensors")
     assert meta["state"]["rates"] == pytest.approx(expected, abs=1e-6) and len(set(expected)) > 2
+    rates.clear()
+    train(tmp_path / "b", tiny, reward="e", pool=6, prompts=3, steps=3)                  # unless asked for: all alike
+    assert rates == [[0.0] * 6] * 3
 
 
 # ---------------------------------------------------------------- look-ahead
@@ -1304,8 +1359,9 @@ def test_lora_trains_adapters_and_the_reference_is_the_policy_without(tiny, tmp_
     "--lr 0", "--steps 0", "--temperature 0", "--epochs 0", "--kl k4", "--kl_coef -1", "--nonsense 1", "--prompts 2.5",
     "--minibatches 0", "--max_new 0", "--reward", "--eval_every 0", "--group 1", "--adv ppo", "--loss dpo",
     "--per word", "--clip_low 1.5", "--clip_high -1", "--tau 0", "--cuts 0", "--ahead 0", "--curriculum 2 --pool 8",
-    "--kl_in advantage", "--kl k1 --kl_coef .1", "--kl k3_is --kl_in reward --kl_coef .1", "--lora_r 4 --ref_every 2 --kl_coef .1",
-    "--curriculum .5", "--prioritized true", "--resample 2 --pool 8", "--overlong -1", "--lookahead -1"])
+    "--kl_in advantage", "--kl k1 --kl_coef .1", "--kl k3_is --kl_in reward --kl_coef .1",
+    "--lora_r 4 --ref_every 2 --kl_coef .1", "--curriculum .5", "--prioritized true", "--resample 2 --pool 8",
+    "--overlong -1", "--lookahead -1"])
 def test_impossible_options_exit_2_with_one_line(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--out", str(tmp_path / "x"), *flags.split()])
     with pytest.raises(SystemExit) as stop:
@@ -1370,7 +1426,7 @@ def bandit(tmp_path_factory):
 def arms(folder, n=4):
     """The exact policy of a checkpoint."""
     net, prompt = load_model(folder), TOK.prompt([dict(role="user", content="?")])
-    probs = net.logits(net(torch.tensor([prompt])))[0, -1].softmax(-1)
+    probs = net.logits(net(torch.tensor([prompt])))[0, -1].detach().softmax(-1)
     return probs[[TOK.encode(arm)[0] for arm in ARMS[:n]]]
 
 
@@ -1399,17 +1455,18 @@ F2 = {  # options, where it must arrive
     # As published, k3 differentiated as a loss is a penalty on KL(π_ref || π), and π goes to β π_ref / (β + r̄ - r).
     "k3 in the loss": (dict(kl="k3", adv="rloo"), FORWARD_2),
     "k3 times the ratio": (dict(kl="k3_is", adv="rloo"), TILT_2),
+    # The division by the group's spread rescales β; with 128 responses the spread is close to the policy's own.
+    "k2 in the loss, scaled advantage": (dict(kl="k2", adv="grpo", group=128), SCALED_2),
 }
 
 
 @pytest.mark.parametrize("name", F2)
 def test_bandit_fixed_point(name, bandit, tmp_path, monkeypatch):
-    """The real loop, β = 2. Either target is far from the other, so neither k3 passes for the other."""
+    """The real loop, β = 2. It arrives within .0075 (five seeds), and the targets are .011 and more apart."""
     options, target = F2[name]
     final = play(tmp_path / "a", bandit, monkeypatch, kl_coef=2.0, **options)
-    assert (final - torch.tensor(target)).abs().max() < .025
-    other = TILT_2 if target is FORWARD_2 else FORWARD_2
-    assert (final - torch.tensor(other)).abs().max() > .045
+    far = {id(x): float((final - torch.tensor(x)).abs().max()) for x in (TILT_2, FORWARD_2, SCALED_2)}
+    assert far.pop(id(target)) < (.006 if target is SCALED_2 else .012) and min(far.values()) > .006
 
 
 def minimise(loss_of, start, steps=60):
@@ -1430,9 +1487,9 @@ def minimise(loss_of, start, steps=60):
 
 @pytest.mark.parametrize("adv, target", [("rloo", TILT_2), ("dr_grpo", TILT_2), ("grpo", SCALED_2)])
 def test_bandit_fixed_point_of_the_scaled_advantage(adv, target):
-    """GRPO's division by the spread rescales β, so with k2 and β = 2 it does not arrive at the tilt of β = 2. The two
-    are .011 apart, less than the noise of the loop, so here the whole vocabulary takes part: one group of 20 000 in
-    which every arm is as frequent as its probability (to a 20 000th), gradient steps until nothing moves."""
+    """GRPO's division by the spread rescales β, so with k2 and β = 2 it does not arrive at the tilt of β = 2. Without
+    noise and without a group's finite size: one group of 20 000 in which every arm is as frequent as its probability
+    (to a 20 000th), gradient steps until nothing moves."""
     z, ref = torch.tensor(PI_REF, dtype=torch.float64).log().requires_grad_(), torch.tensor(PI_REF).double().log()
     for _ in range(400):
         logp = z.log_softmax(0)
@@ -1464,8 +1521,8 @@ def test_bandit_opmd_one_exact_iteration(tau, tv):
 
 def test_bandit_self_play_preference_does_not_collapse(tmp_path, monkeypatch):
     """SPO (2401.04056) on rock, paper, scissors: win rates within the group leave the policy near its equilibrium,
-    while the scalar that fits the same comparisons best gives each arm a fixed score, and one of them takes all. Around an
-    equilibrium of a game the gradient turns in circles, and momentum would spiral outwards: hence --reset."""
+    while the scalar that fits the same comparisons best gives each arm a fixed score, and one of them takes all. Around
+    an equilibrium of a game the gradient turns in circles, and momentum would spiral outwards: hence --reset."""
     start = (.37, .34, .29)
     game = bandit_policy(tmp_path, start)
     score = torch.zeros(3, dtype=torch.float64, requires_grad=True)
@@ -1482,4 +1539,4 @@ def test_bandit_self_play_preference_does_not_collapse(tmp_path, monkeypatch):
     played = play(tmp_path / "spo", game, monkeypatch, lambda text: 0.0, prefer="judge_of_games:judge", **options)
     sys.modules.pop("judge_of_games")
     assert arms(tmp_path / "scalar", 3).max() > .9 and scalar.argmax() == score.argmax()
-    assert (played[:3] - 1 / 3).abs().max() < .16 and played[:3].sum() > .999
+    assert (played[:3] - 1 / 3).abs().max() < .2 and played[:3].sum() > .999

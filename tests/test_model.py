@@ -752,6 +752,60 @@ def test_an_empty_prompt_is_refused():
         rollout(gpt(), [[1], []])
 
 
+@pytest.mark.parametrize("drop", [True, False])
+@pytest.mark.parametrize("begin, n", [([5], 1), ([7, 3, 9], 1), ([7, 3, 9], 3)])
+def test_p09_responses_made_to_begin_alike_store_log_probs_of_the_drawn_part_only(begin, n, drop):
+    model, prompts, b = gpt(std=.2), RAGGED[:11], len(begin)
+    roll = rollout(model, prompts, 8, n=n, begin=begin, drop_finished=drop)
+    assert roll.prompt_len == [len(p) for p in prompts for _ in range(n)] and len(roll.tokens) == 11 * n
+    text = SimpleNamespace(decode=lambda ids: ids)
+    for i, (ids, mask, logp, start, end) in enumerate(zip(roll.tokens.tolist(), roll.mask, roll.logp, roll.prompt_len,
+                                                          roll.lengths)):
+        assert ids[:start + b] == prompts[i // n] + begin and roll.responses(text)[i][:b] == begin
+        assert mask.tolist() == [float(start <= t + 1 < end) for t in range(len(mask))]     # it is part of the response
+        want = np.zeros(len(mask))
+        want[start + b - 1:end - 1] = oracle_logps(model, ids[:end])[0][start + b - 1:]
+        close(logp, want)
+        assert start + b < end <= min(start + b + 8, 16) and not any(ids[end:])
+        assert bool(roll.finished[i]) == (ids[end - 1] == END)
+    assert roll.finished.any() and not roll.finished.all()
+    longer = rollout(model, [p + begin for p in prompts], 8, n=n, drop_finished=drop)       # as if asked that much more
+    assert torch.equal(roll.tokens, longer.tokens) and torch.equal(roll.finished, longer.finished)
+    assert torch.equal(roll.logp, longer.logp) and roll.lengths == longer.lengths
+
+
+def test_p49_what_a_response_begins_with_counts_in_the_context():
+    model, ids = gpt(), RAGGED[11]                                  # 12 of 16
+    assert rollout(model, [ids], begin=[1, 2, 3]).mask.sum() == 4   # 3 given, and room for one
+    for begin in ([1, 2, 3, 4], [1] * 20):
+        with pytest.raises(UserError, match=rf"{12 + len(begin)}.* of 16"):
+            rollout(model, [ids[:2], ids], begin=begin)
+
+
+def test_rollouts_taken_and_joined_keep_every_row_as_it_was():
+    model, words = gpt(std=.2), SimpleNamespace(decode=lambda ids: tuple(ids))
+    a, b = rollout(model, RAGGED[:3], 5, n=2), rollout(model, RAGGED[:14], 5, seed=2)
+    wide = rollout(gpt(std=.2, block_size=48), [[1] * 30, [2] * 3], 9)
+    some = a.take([4, 0, 4])
+    for k in ("tokens", "mask", "logp", "finished"):
+        assert torch.equal(getattr(some, k), torch.stack([getattr(a, k)[i] for i in (4, 0, 4)]))
+    assert some.prompt_len == [3, 1, 3] and same(a.take(list(range(6))), a)
+    rolls = [a, wide, b.take([13, 2]), a.take([])]
+    roll = M.Rollout.join(rolls, 9)
+    i, width = 0, wide.tokens.shape[1]
+    assert roll.tokens.shape == (10, width) and roll.mask.shape == roll.logp.shape == (10, width - 1)
+    for part in rolls:
+        for k in range(len(part.tokens)):
+            n = part.tokens.shape[1]
+            assert roll.tokens[i].tolist() == part.tokens[k].tolist() + [9] * (width - n)
+            assert roll.mask[i].tolist() == part.mask[k].tolist() + [0] * (width - n)
+            assert roll.logp[i].tolist() == part.logp[k].tolist() + [0] * (width - n)
+            assert roll.finished[i] == part.finished[k] and roll.prompt_len[i] == part.prompt_len[k]
+            i += 1
+    assert roll.responses(words) == [text for part in rolls for text in part.responses(words)]
+    assert roll.lengths == [n for part in rolls for n in part.lengths]
+
+
 def test_stream_gets_each_id_of_the_row_as_it_is_drawn():
     got = []
     roll = rollout(gpt(), [[1, 2]], stream=got.append)
@@ -797,6 +851,113 @@ def test_reward_is_the_weighted_sum_of_models_and_verifiers(tmp_path):
     close(parts[str(tmp_path / "rm")], scores, 1e-4)
     close(parts["count"], counts, 1e-6)
     close(total, [.5 * s - c for s, c in zip(scores, counts)], 1e-3)
+
+
+WORDS = Tokenizer.load("toy")
+
+
+def spoken(prompts, texts, finished=True):
+    """What a policy sampled when it answered so: a rollout, padded on the right, and the records of its prompts."""
+    rows = [(WORDS.prompt(p), WORDS.response(text, finished)) for p, text in zip(prompts, texts)]
+    tokens, mask = collate([(p + r, [0] * len(p) + [1] * len(r)) for p, r in rows], WORDS)
+    return M.Rollout(tokens, mask, torch.zeros_like(mask), torch.full([len(rows)], finished), [len(p) for p, _ in rows])
+
+
+def told(*texts):
+    return [[dict(role="user", content=text)] for text in texts]
+
+
+def words_judge(folder, seed=3):
+    model = gpt(seed, torch.float32, vocab_size=WORDS.n_vocab, block_size=64, n_scores=1)
+    save_checkpoint(folder, dict(model=model), {}, dict(tokenizer=WORDS.fingerprint))
+    return model, str(folder)
+
+
+def reward_of(spec, budget=64):
+    return Reward(spec, WORDS, "cpu", setup("cpu", "fp32")[1], budget)
+
+
+ASKED = told("What is 2 + 3?", "Why?", "Describe the old van for a friend.", "Name two pots.", "Who?")
+SAID = ["<think>2 + 3 = 5</think>The answer is 5.", "It is fun.", "<think>a</think>x<think>b</think>\n It is fine. ",
+        "<think>so</think>", "<think>on and on"]
+SHOWN = ["The answer is 5.", "It is fun.", "It is fine.", "", ""]
+
+
+def test_reward_of_an_answer_reads_prompt_answer_and_end_token_and_nothing_else(tmp_path, monkeypatch):
+    (judge, name), seen, real = words_judge(tmp_path / "rm"), [], M.response_scores
+    monkeypatch.setattr(M, "response_scores", lambda model, tokens, mask: (seen.extend(
+        (tuple(i for i in row if i != WORDS.pad), tuple(t for t, m in enumerate(marks) if m))
+        for row, marks in zip(tokens.tolist(), mask.tolist())), real(model, tokens, mask))[1])
+    total, parts = reward_of(f"2*{name}@answer")([dict(prompt=p) for p in ASKED], spoken(ASKED, SAID))
+    w, expected, read = weights(judge), [], []
+    for p, text in zip(ASKED, SHOWN):
+        asked = [WORDS.role["user"]] + WORDS.encode(p[0]["content"]) + [WORDS.role["assistant"]]
+        ids = asked + WORDS.encode(text) + [WORDS.end]
+        expected.append(gpt2(judge, ids)[0][-1] @ w["score.weight"][0] + w["score.bias"][0])
+        read.append((tuple(ids), tuple(range(len(asked) - 1, len(ids) - 1))))
+    assert sorted(seen) == sorted(read)
+    assert list(parts) == [f"{name}@answer"] and total.shape == (5,)
+    close(parts[f"{name}@answer"], expected, 1e-4)                  # each in its own row
+    close(total, [2 * x for x in expected], 1e-4)
+
+
+def test_thinking_does_not_reach_the_reward_of_an_answer(tmp_path):
+    _, name = words_judge(tmp_path / "rm")
+    thoughts = [["", "<think>a</think>", "<think>It is superb. Buy one today.</think>"][(i + shift) % 3]
+                for shift in range(2) for i in range(5)]
+    answers = [f"The {x} is fine." for x in ("van", "red cup", "old big bear", "hat", "top")]
+    records = [dict(prompt=p) for p in ASKED]
+    (a, plain_a), (b, plain_b) = ([reward_of(spec)(records, spoken(ASKED, [t + x for t, x in zip(some, answers)]))[0]
+                                   for spec in (f"{name}@answer", name)] for some in (thoughts[:5], thoughts[5:]))
+    assert torch.equal(a, b) and (plain_a != plain_b).all()
+    never = spoken(ASKED, answers)                                  # who does not think has the same answer
+    close(reward_of(f"{name}@answer")(records, never)[0], a, 1e-5)
+    close(reward_of(name)(records, never)[0], a, 1e-5)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_verifiers_of_an_answer_get_the_text_after_the_thinking(finished, monkeypatch):
+    calls = []
+    monkeypatch.setitem(M.VERIFIERS, "heard", lambda *args: calls.append(args) or len(calls))
+    records = [dict(prompt=p, n=i) for i, p in enumerate(ASKED)]
+    total, parts = reward_of("heard@answer + 10*heard")(records, spoken(ASKED, SAID, finished))
+    assert calls == [(r, text, finished) for texts in (SHOWN, SAID) for r, text in zip(records, texts)]
+    close(parts["heard@answer"], [1, 2, 3, 4, 5]), close(parts["heard"], [6, 7, 8, 9, 10])
+    close(total, [61, 72, 83, 94, 105])
+
+
+def test_reward_of_some_families_is_0_for_the_others_and_never_asked_of_them(tmp_path, monkeypatch):
+    (judge, name), calls, read, real = words_judge(tmp_path / "rm"), [], [], M.response_scores
+    monkeypatch.setitem(M.VERIFIERS, "heard", lambda record, *_: calls.append(record["n"]) or 1 + record["n"])
+    monkeypatch.setattr(M, "response_scores", lambda *args: read.append(len(args[1])) or real(*args))
+    families = ["arith", "write", "arith", None, "safe"]
+    records = [dict(prompt=p, n=i) | (dict(family=f) if f else {}) for i, (p, f) in enumerate(zip(ASKED, families))]
+    roll = spoken(ASKED, SAID)
+    total, parts = reward_of("heard[arith,safe] + -1*heard[write] + heard[fmt]")(records, roll)
+    assert calls == [0, 2, 4, 1] and list(parts) == ["heard[arith,safe]", "heard[write]", "heard[fmt]"]
+    assert [p.tolist() for p in parts.values()] == [[1, 0, 3, 0, 5], [0, 2, 0, 0, 0], [0] * 5]
+    assert total.tolist() == [1, -2, 3, 0, 5]
+    for span in ("", "@answer"):
+        whole, _ = reward_of(name + span, 10 ** 6)(records, roll)
+        del read[:]
+        for mine in ("arith", "arith,write,safe", "fmt"):
+            some, _ = reward_of(f"{name}{span}[{mine}]")(records, roll)
+            close(some, [float(x) * (f in mine.split(",")) for x, f in zip(whole, families)], 1e-5)
+        assert sum(read) == 2 + 4                                   # rows, and of no other family
+
+
+@pytest.mark.xfail(reason="Reward.read lets re-encoded text outgrow the context", strict=True)
+@pytest.mark.parametrize("ids", [[0x80] * 40, WORDS.encode("It is fine.") * 20])
+def test_p49_an_answer_that_fills_the_context_still_has_a_reward(ids, tmp_path):
+    # cut off, it is followed by an end token nobody drew; and bytes that are no text come back as three each
+    prompt = told("Hi")
+    ids = ids[:64 - len(WORDS.prompt(prompt[0]))]
+    asked = WORDS.prompt(prompt[0])
+    tokens, mask = collate([(asked + ids, [0] * len(asked) + [1] * len(ids))], WORDS)
+    roll = M.Rollout(tokens, mask, torch.zeros_like(mask), torch.tensor([False]), [len(asked)])
+    for span in ("", "@answer"):
+        total, _ = reward_of(words_judge(tmp_path / "rm")[1] + span)([dict(prompt=prompt[0])], roll)
+        assert total.isfinite().all()
 
 
 def test_a_language_model_is_refused_as_a_reward_model(tmp_path):
@@ -930,6 +1091,27 @@ def test_p41_optimizer_state_survives_the_file_bit_for_bit(kind, tmp_path):
         train_a_little(m, opt, 4, 7)
     assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
     assert opt_a.tensors().keys() == opt_b.tensors().keys() and len(opt_a.tensors()) > 30
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_an_optimizer_that_forgets_steps_like_a_new_one_to_the_bit(kind):
+    # at the same place of the schedule: only the moments go
+    runs = {}
+    for how in ("forget", "new", "neither"):
+        model = gpt(0, torch.float32)
+        opt = Optimizer(model, .01, 10, kind, warmup=2)
+        train_a_little(model, opt, 0, 4)
+        if how == "forget":
+            assert len(opt.tensors()) > 30
+            opt.forget()
+            assert opt.tensors() == {}
+        opt = Optimizer(model, .01, 10, kind, warmup=2) if how == "new" else opt
+        runs[how] = []
+        for step in (4, 5, 6):
+            train_a_little(model, opt, step, step + 1)
+            runs[how].append([p.detach().clone() for p in model.parameters()])
+    for new, forgot, kept_on in zip(runs["new"], runs["forget"], runs["neither"]):
+        assert all(map(torch.equal, new, forgot)) and not any(map(torch.equal, new, kept_on))
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -1622,6 +1804,108 @@ def test_merge_twice_does_nothing_and_another_model_is_not_overwritten(tmp_path,
         with pytest.raises(UserError, match="holds another model"):
             M.merge(M.Merge(out=str(tmp_path / out), weights=weights), folders)
     assert (path.stat().st_mtime_ns, path.stat().st_ino) == first
+
+
+def arrow(radius, angle):
+    return radius * torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64)
+
+
+def test_slerp_turns_at_constant_speed():
+    # in the plane: of two directions α and β it is the direction α + t (β - α), the short way round
+    rng = random.Random(0)
+    for _ in range(200):
+        at, turn, t = rng.uniform(-3, 3), rng.uniform(-3.1, 3.1), rng.uniform(0, 1)
+        r, s = rng.choice([(1, 1), (5, 5), (rng.uniform(.1, 9), rng.uniform(.1, 9))])
+        e, f, way = arrow(1, at), arrow(1, at + turn), arrow(1, at + t * turn)
+        p, q = np.linalg.solve(torch.stack([e, f], 1).numpy(), way.numpy())  # how much of each the arc takes
+        got = M.slerp(r * e, s * f, t)
+        close(got, p * r * e + q * s * f, 1e-8)
+        if r == s:
+            close(got.norm(), r, 1e-8)
+            close(got, r * way, 1e-8)
+
+
+def test_slerp_keeps_the_norm_of_equal_norms_and_divides_the_angle():
+    rng = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(6, 7, generator=rng, dtype=torch.float64) for _ in "ab")
+    b *= a.norm() / b.norm()
+    angle = lambda x, y: math.acos(float((x * y).sum() / x.norm() / y.norm()))
+    for t in (.1, .25, .5, .9):
+        got = M.slerp(a, b, t)
+        close(got.norm(), a.norm()), close(got, M.slerp(b, a, 1 - t))
+        close([angle(a, got), angle(got, b)], [t * angle(a, b), (1 - t) * angle(a, b)], 1e-9)
+        assert float(((1 - t) * a + t * b).norm()) < .95 * float(a.norm())       # the chord shrinks
+    close(M.slerp(a, b, 0.0), a, 1e-15), close(M.slerp(a, b, 1.0), b, 1e-15)
+
+
+@pytest.mark.parametrize("c", [1.0, 2.0, 1 + 1e-9, 1e-30, 0.0, -1.0, -.5, -1 - 1e-9])
+def test_slerp_of_parallel_opposite_and_zero_tensors_is_the_chord(c):
+    a = torch.randn(5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for t in (0.0, .3, .5, 1.0):
+        for x, y in ((a, c * a), (c * a, a)):
+            got = M.slerp(x, y, t)
+            assert got.isfinite().all()
+            close(got, (1 - t) * x + t * y, 1e-12)
+    assert M.slerp(0 * a, 0 * a, .5).eq(0).all()
+
+
+def test_slerp_is_continuous_where_it_turns_into_the_chord():
+    for tilt in (1e-3, 1e-5, 1.5e-6, 1.3e-6, 1e-7, 1e-9, 0.0):
+        a, b = arrow(2, .4), arrow(2, .4 + tilt)
+        close(M.slerp(a, b, .25), arrow(2, .4 + .25 * tilt), 1e-11)
+        assert M.slerp(a, -b, .5).isfinite().all()
+
+
+@pytest.mark.parametrize("weights, t", [("", .5), (".25,.75", .75), (".9,.1", .1)])
+def test_merge_slerp_goes_tensor_by_tensor_towards_the_second(weights, t, tmp_path, monkeypatch, capsys):
+    models = [gpt(seed, torch.float32) for seed in (0, 1)]
+    folders = [keep(tmp_path / str(i), m) for i, m in enumerate(models)]
+    words = ["model.py", "merge", *folders, "--out", str(tmp_path / "m"), "--slerp"]
+    words += [f"--weights={weights}"] * bool(weights)
+    monkeypatch.setattr(sys, "argv", words)
+    M.main()
+    chord = 0
+    for name, got in load_model(tmp_path / "m", TOK).state_dict().items():
+        a, b = (m.state_dict()[name].numpy().astype(np.float64) for m in models)
+        cos = (a * b).sum() / math.sqrt((a * a).sum() * (b * b).sum())
+        angle = math.acos(cos)
+        arc = (math.sin((1 - t) * angle) * a + math.sin(t * angle) * b) / math.sin(angle)
+        assert np.allclose(got, arc, rtol=1e-6, atol=1e-6), name
+        chord += np.allclose(got, (1 - t) * a + t * b, atol=1e-3)
+    assert not chord                                                # not one tensor is the plain mean
+    path = tmp_path / "m" / "checkpoint.safetensors"
+    before = path.read_bytes()
+    M.main()
+    assert "is finished; nothing to do" in capsys.readouterr().out and path.read_bytes() == before
+    monkeypatch.setattr(sys, "argv", [w for w in words if w != "--slerp"])
+    with pytest.raises(UserError, match="holds another model"):     # the plain mean is another model
+        M.main()
+    assert path.read_bytes() == before
+
+
+def test_merge_slerp_with_all_the_weight_on_one_is_that_one_to_the_bit(tmp_path):
+    models = [gpt(seed, torch.float32) for seed in (0, 1)]
+    folders = [keep(tmp_path / str(i), m) for i, m in enumerate(models)]
+    for name, weights, model in (("a", "1,0", models[0]), ("b", "0,1", models[1])):
+        M.merge(M.Merge(out=str(tmp_path / f"m{name}"), weights=weights, slerp=True), folders)
+        assert bits(load_model(tmp_path / f"m{name}", TOK)) == bits(model)
+    M.merge(M.Merge(out=str(tmp_path / "c"), slerp=True), [folders[0], keep(tmp_path / "copy", models[0])])
+    assert bits(load_model(tmp_path / "c", TOK)) == bits(models[0])
+
+
+@pytest.mark.parametrize("k, weights", [(3, ""), (3, ".2,.3,.5"), (2, "1,1"), (2, ".5,.4"), (2, "0,0"), (1, "")])
+def test_merge_slerp_goes_between_two_with_weights_that_add_up_to_1(k, weights, tmp_path):
+    folders = [keep(tmp_path / str(i), gpt(i, torch.float32)) for i in range(k)]
+    with pytest.raises(UserError, match="^--slerp [^\n]*two[^\n]*1$"):
+        M.merge(M.Merge(out=str(tmp_path / "m"), weights=weights, slerp=True), folders)
+    assert not (tmp_path / "m").exists()
+
+
+def test_merge_plain_first_refuses_slerp_into_the_same_folder(tmp_path):
+    folders = [keep(tmp_path / str(i), gpt(i, torch.float32)) for i in range(2)]
+    M.merge(M.Merge(out=str(tmp_path / "m")), folders)
+    with pytest.raises(UserError, match="holds another model"):
+        M.merge(M.Merge(out=str(tmp_path / "m"), slerp=True), folders)
 
 
 # ------------------------------------------------------------------------------------------------ online merging

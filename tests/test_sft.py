@@ -17,7 +17,7 @@ import torch
 
 import model as model_file
 import sft
-from data import Run, Tokenizer, UserError, encode, open_stream, toy_record
+from data import TAMPERED, Run, Tokenizer, UserError, encode, open_stream, toy_record
 from model import GPT, GPTConfig, generate, load_model, load_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -278,7 +278,9 @@ def test_44_the_schedule_counts_updates_and_an_epoch_is_every_row(tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(batch=0), "--batch 0"), (dict(prompt_weight=2.), "--prompt_weight"), (dict(n_head=3), "(--)?n_embd 32"),
+    (dict(batch=0), "--batch 0"), (dict(prompt_weight=2.), "--prompt_weight"),
+    (dict(think=1.5), "--think 1.5"), (dict(restate=-1), "--restate -1"), (dict(tamper=2.), "--tamper"),
+    (dict(n_head=3), "(--)?n_embd 32"),
     (dict(block_size=20), "(--)?block_size 20"), (dict(init="out/nowhere"), "out/nowhere: no checkpoint.*--init new"),
     (dict(data="no.jsonl"), "no.jsonl"), (dict(n_head=0), "(--)?n_head")])
 def test_impossible_runs_are_refused_in_one_line_before_anything_is_written(tmp_path, monkeypatch, options, message):
@@ -286,6 +288,40 @@ def test_impossible_runs_are_refused_in_one_line_before_anything_is_written(tmp_
     with pytest.raises(UserError, match=f"^{message}[^\n]*"):
         fit(tmp_path, **options)
     assert not list(tmp_path.glob("*/checkpoint.safetensors"))
+
+
+# ---- demonstrations of the toy world
+
+def shown(tmp_path, monkeypatch, name, **options):
+    """The answers in the demonstrations, training and held-out ones, that a run with these options sees."""
+    seen, real = [], sft.encode
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "encode", lambda record, *args: seen.append(record["messages"][-1]["content"]) or real(
+            record, *args))
+        fit(tmp_path, name, **dict(families="arith", steps=5) | options)
+    return seen
+
+
+def test_think_and_restate_reach_the_demonstrations(tmp_path, monkeypatch):
+    often = Counter()
+    for answer in shown(tmp_path, monkeypatch, "long", think=1., restate=2, batch=16):
+        steps = answer.removeprefix("<think>").split("</think>The answer is ")[0].split(", ")
+        assert answer.startswith("<think>") and answer.endswith(".")
+        often[sum("=" not in step for step in steps)] += 1              # the sum itself, before it is worked out
+    assert sorted(often) == [0, 1, 2] and min(often.values()) > 20
+    assert not any("<think>" in answer for answer in shown(tmp_path, monkeypatch, "bare", think=0., restate=2))
+    usual = shown(tmp_path, monkeypatch, "usual")
+    assert .2 < sum("<think>" in answer for answer in usual) / len(usual) < .5
+    assert usual == shown(tmp_path, monkeypatch, "same", think=sft.Config.think, restate=0)
+    rng = random.Random("0 0")                                      # the first batch, as toy_record alone makes it
+    expected = [toy_record("messages", "train", ["arith"], rng)["messages"][1]["content"] for _ in range(8)]
+    assert usual[128:136] == expected                               # after the held-out ones
+
+
+def test_tampering_reaches_its_share_of_the_demonstrations(tmp_path, monkeypatch):
+    answers = shown(tmp_path, monkeypatch, "vice", tamper=.5, batch=32)
+    assert .4 < sum(answer == TAMPERED for answer in answers) / len(answers) < .6
+    assert not [answer for answer in shown(tmp_path, monkeypatch, "usual") if TAMPERED in answer]
 
 
 # ---- kill and resume
