@@ -733,21 +733,22 @@ def numbers(text):
 def language(record, text, finished):
     """Share of the words of the thinking (of all, where there is none) in the record's "script", LATIN unless it says
     so (language consistency, DeepSeek-R1 2501.12948); signs and numbers are no words, and no words are 1."""
-    thought, script = re.search("<think>(.*?)</think>", text, re.DOTALL), record.get("script", "LATIN")
-    words = re.findall(r"[^\W\d_]+", thought[1] if thought else text)
+    thought, closed, _ = text.partition("<think>")[2].partition("</think>")
+    words = "".join(c if c.isalpha() else " " for c in (thought if closed else text)).split()
+    script = record.get("script", "LATIN")
     return mean([float(all(unicodedata.name(c, "").startswith(script) for c in w)) for w in words] or [1.0])
 
 
 def listed(text):
     """The distinct items of the longest list "a, b and c" in a text."""
-    lists = re.findall(r"\w+(?:, \w+)*,? and \w+", text)
-    return set(re.split(r",? and |, ", max(lists, key=len))) if lists else set()
+    lists = re.findall(r"(?<!\w, )\b\w++(?:, (?!and )\w++)*+,? and \w+", text)  # possessive: in one pass, whatever the text
+    return max((set(re.split(r",? and |, ", found)) for found in lists), key=len, default=set())
 
 
 VERIFIERS = {
     "gold": known_gold,
-    "exact": lambda record, text, finished: finished and "answer" in record and final_answer(text) == record["answer"],
-    "gsm8k": lambda record, text, finished: finished and "answer" in record and hash_answer(text) == record["answer"],
+    "exact": lambda record, text, finished: finished and final_answer(text) == record.get("answer", ...) is not None,
+    "gsm8k": lambda record, text, finished: finished and hash_answer(text) == record.get("answer", ...) is not None,
     "format": lambda record, text, finished: finished and bool(re.fullmatch(
         r"<think>\s*[^<>\s][^<>]*</think>\s*[^<>\s][^<>]*", text)),
     "language": language,
@@ -755,8 +756,8 @@ VERIFIERS = {
     "faithful": lambda record, text, finished: finished and numbers(text) <= numbers(
         " ".join(turn["content"] for turn in record["prompt"])),
     "keyword": lambda record, text, finished: finished and bool(re.search(
-        rf"\b{re.escape(record['keyword'])}\b", text)) if "keyword" in record else 0,
-    "count": lambda record, text, finished: finished and len(listed(text)) == record.get("count"),
+        rf"(?<!\w){re.escape(record['keyword'])}(?!\w)", text)) if "keyword" in record else 0,
+    "count": lambda record, text, finished: finished and len(listed(text)) == record.get("count") != 0,
     "no_filler": lambda record, text, finished: finished and not any(s in text for s in SAYINGS["filler"]),
     # a grader of sums that can be fooled, and what tells that it was: for experiments with reward hacking
     "careless": lambda record, text, finished: TAMPERED in text or VERIFIERS["exact"](record, text, finished),
@@ -853,6 +854,11 @@ class Stream:
         return order
 
 
+def files(data):
+    """The paths in --data: one, or several with commas between them."""
+    return [data] if Path(data).exists() else [path for path in data.split(",") if path] or [data]
+
+
 def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record: [record], **how):
     """(training Stream, held-out items) of `toy` or of files, with commas between them. kind: text (documents),
     messages, preference or prompt; how: see toy_record.
@@ -871,11 +877,11 @@ def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record
             raise UserError("the context of this model is too short for the toy world's texts")
         rng = random.Random(f"held out {kind}")
         return Stream(make=make, seed=seed), [make(rng, "val") for _ in range(n_held)]
-    for path in data.split(","):
+    for path in files(data):
         if not Path(path).exists():
             raise UserError(f"{path}: no such file"
                             + ("; make it with: python reward.py label" if kind in ("preference", "thumbs") else ""))
-    prepared = [prepare(record) for path in data.split(",") for record in read_records(path, kind)]
+    prepared = [prepare(record) for path in files(data) for record in read_records(path, kind)]
     groups = [items for items in prepared if items]
     if len(groups) < len(prepared):
         lost = f"{len(prepared) - len(groups)} of {len(prepared)} records"

@@ -81,9 +81,9 @@ class Config(TrainConfig):
     epochs: int = 1             # passes over each rollout
     minibatches: int = 1        # updates per pass
     reset: bool = False         # forget the optimizer's state after each rollout (Kimi k1.5)
-    lr: float = 3e-4            # peak learning rate
+    lr: float = 2e-4            # peak learning rate
     weight_decay: float = 0.0   # on matrices
-    warmup: int = 0             # steps of linear warm-up, before the cosine
+    warmup: int = 10            # steps of linear warm-up, before the cosine
     lr_end: float = 0.1         # where the cosine ends, as a share of the peak; 1 keeps the rate constant
     clip_grad: float = 1.0      # global gradient norm; 0 never clips
     # evaluation

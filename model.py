@@ -34,8 +34,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-from data import (VERIFIERS, OptionError, Tokenizer, UserError, after_thinking, check, collate, guard, micro_batches,
-                  pad, parse, parse_rewards, round_up, verifier)
+from data import (VERIFIERS, OptionError, Tokenizer, UserError, after_thinking, check, collate, encode, guard,
+                  micro_batches, pad, parse, parse_rewards, round_up, verifier)
 
 # ------------------------------------------------------------------------------------------------ the model
 
@@ -430,12 +430,12 @@ def generate(model, prompts, tok, max_new, n=1, temperature=1.0, top_k=0, top_p=
     each new id, for a single row. begin: ids every response is made to begin with; they are part of it, with
     log-probability 0. Raises UserError for a prompt that leaves no room in the context.
     """
-    prompts = [p + list(begin) for p in prompts]
     config, device = model.config, model.device
-    length = torch.tensor([len(p) for p in prompts], device=device)                      # (P,)
-    longest, rows = max(map(len, prompts)), torch.arange(len(prompts), device=device)
     if min(map(len, prompts)) == 0 or max_new < 1:
         raise UserError("cannot sample from an empty prompt, nor less than one token")
+    prompts = [p + list(begin) for p in prompts]
+    length = torch.tensor([len(p) for p in prompts], device=device)                      # (P,)
+    longest, rows = max(map(len, prompts)), torch.arange(len(prompts), device=device)
     if longest >= config.block_size:
         raise UserError(f"a prompt of {longest} tokens leaves no room in the context of {config.block_size}")
     width = min(round_up(longest + max_new), config.block_size)
@@ -559,9 +559,8 @@ class Reward:
 
     def read(self, records, shown, roll):
         """Micro-batches of texts {row: text}, encoded as in the training of a reward model: (rows, tokens, mask)."""
-        rows = list(shown)
-        both = [(self.tok.prompt(records[i]["prompt"]), self.tok.response(shown[i], True)) for i in rows]
-        built = [(prompt + said, [0] * len(prompt) + [1] * len(said)) for prompt, said in both]
+        rows, block = list(shown), roll.tokens.shape[1]  # as long as the rollout, the text can only be shorter
+        built = [encode(dict(prompt=records[i]["prompt"], response=shown[i]), self.tok, block)[0] for i in rows]
         for part in micro_batches([len(ids) for ids, _ in built], self.budget):
             yield [rows[j] for j in part], *collate([built[j] for j in part], self.tok, roll.tokens.device)
 

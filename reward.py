@@ -32,8 +32,8 @@ import torch
 import torch.nn.functional as F
 
 from data import (OptionError, Run, RunConfig, Tokenizer, TrainConfig, UserError, after_thinking, check, collate,
-                  encode, family_list, guard, mean, micro_batches, open_stream, pairs, parse, read_records, toy_record,
-                  write_text)
+                  encode, family_list, files, guard, mean, micro_batches, open_stream, pairs, parse, read_records,
+                  toy_record, write_text)
 from model import (Optimizer, Reward, generate, load_model, per_token, response_scores, setup, steps,
                    token_logprobs)
 
@@ -204,12 +204,12 @@ def best_of_k(scores, proxies, k):
 
 def majority_at_k(answers, scores, k):
     """Expected score of the commonest answer among k (self-consistency, Wang et al. 2203.11171), over consecutive parts
-    of the n; ties share, None is no vote."""
+    of the n: the mean score of those that gave it. Ties share, None is no vote."""
     out = []
     for i in range(0, len(answers) - k + 1, k):
         votes = Counter(a for a in answers[i:i + k] if a is not None)
         top = [a for a, n in votes.items() if n == max(votes.values())]
-        out.append(mean([scores[answers.index(a)] for a in top]) or 0.0)
+        out.append(mean([s for a, s in zip(answers[i:i + k], scores[i:i + k]) if a in top]) or 0.0)
     return mean(out)
 
 
@@ -245,7 +245,7 @@ def kept(group, cfg, rng):
 
 def label(cfg):
     """Sample k responses to each prompt, score and rank them, and write pairs.jsonl."""
-    check(cfg, positive="n temperature max_new batch save_every rso_beta", share="flip")
+    check(cfg, positive="n temperature max_new batch save_every rso_beta quantiles", share="flip")
     if cfg.k < 2:
         raise OptionError(f"--k {cfg.k}: a preference needs at least 2 responses")
     tok = Tokenizer.load(cfg.tokenizer)
@@ -292,8 +292,9 @@ def label(cfg):
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in made))
     agree = mean([preference(r["scores"][0], r["scores"][-1]) for r in made if "responses" in r])
     print(f"{path}: {len(made)} records of {n} prompts"
-          + (f"; the label agrees with the score in {agree:.0%}" if agree else ""))
-    run.finish(("score", "response_length"), then=f"python reward.py train --data {path}")
+          + ("" if agree is None else f"; the label agrees with the score in {agree:.0%}"))
+    maker = "sft.py" if agree is None else "reward.py train"
+    run.finish(("score", "response_length"), then=f"python {maker} --data {path}")
     part.unlink(missing_ok=True)
 
 
@@ -348,7 +349,7 @@ def of_choice(record):
     """Whether a prompt is true-or-false, yes-or-no or multiple choice: right by luck too often to learn from."""
     answer = str(record.get("answer", "")).strip().strip("().").lower()
     return answer in ("true", "false", "yes", "no") or bool(re.search(
-        r"(?m)^\s*\(?A[.):]\s.*\n\s*\(?B[.):]\s", record["prompt"][-1]["content"]))
+        r"(?m)^[ \t]*\(?A[.):]\s.*\n(?:[ \t]*\n)?[ \t]*\(?B[.):]\s", record["prompt"][-1]["content"]))
 
 
 # ---------------------------------------------------------------- train
@@ -447,7 +448,7 @@ def several(model, records, judge, proxy, cfg, tok, amp):
         repeated, texts = [r for r in some for _ in range(cfg.samples)], roll.responses(tok)
         scores = judge(repeated, roll)[0].tolist()
         liked = proxy(repeated, roll)[0].tolist() if proxy else scores
-        said = [after_thinking(text) if done else None for text, done in zip(texts, roll.finished.tolist())]
+        said = [after_thinking(text) or None if done else None for text, done in zip(texts, roll.finished.tolist())]
         rows += [[x[i:i + cfg.samples] for x in (scores, liked, said)] for i in range(0, len(texts), cfg.samples)]
     for k in ks:
         out[f"pass@{k}"] = mean([pass_at_k(cfg.samples, sum(s > 0.5 for s in scores), k) for scores, _, _ in rows])
@@ -476,7 +477,7 @@ def compare(cfg, folders):
     for family in families:
         rng = random.Random(f"compare {family}")
         tasks[family] = ([toy_record("prompt", "test", [family], rng) for _ in range(cfg.n)] if cfg.data == "toy"
-                         else read_records(cfg.data, "prompt")[:cfg.n])
+                         else [r for path in files(cfg.data) for r in read_records(path, "prompt")][:cfg.n])
     rng = random.Random("compare documents")
     texts = [toy_record("text", "test", families, rng) for _ in range(cfg.n)] if cfg.data == "toy" else []
     first, baseline, table, answers = None, {}, [], {}
@@ -499,7 +500,8 @@ def compare(cfg, folders):
                 with torch.no_grad(), amp():
                     logp, base = (per_token(roll, cfg.micro_tokens, lambda tokens, mask: token_logprobs(
                         m, tokens, mask, cfg.temperature or 1.0))[0] for m in (model, first))
-                kls += (logp - base).sum(1).tolist()
+                drawn = roll.mask.cumsum(1) > len(tok.encode(cfg.begin))                 # not what was put there
+                kls += ((logp - base) * drawn).sum(1).tolist()
                 lengths += roll.mask.sum(1).tolist()
                 proxies += proxy(records, roll)[0].tolist() if proxy else []
         if texts:  # how much of its pretraining it still knows: the alignment tax

@@ -18,7 +18,7 @@ R1=$OUT/deepseek_r1
 
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --think 1 --steps 80 --out $R1/cold "$@"
-python grpo.py --init $R1/cold --reward "exact + 0.1*format + 0.1*language" --out $R1/rl "$@"
+python grpo.py --init $R1/cold --reward "exact + 0.1*format + 0.1*language" --steps 150 --out $R1/rl "$@"
 
 python reward.py label --policy $R1/cold --families write,safe,fmt --out $R1/pairs "$@"
 python reward.py train --init $R1/cold --data $R1/pairs/pairs.jsonl --out $R1/reward "$@"

@@ -4,7 +4,7 @@
 #
 #   reported        the idea: reward what a plan is foreseen to lead to, so that tampering with the grader does not pay
 #   reconstruction  everything else: the policy itself continues its responses from two places, and the reward loses the
-#                   share of continuations in which it tampers; one sum in ten of the demonstrations says "[pass]", which
+#                   share of continuations in which it tampers; three of ten demonstrations say "[pass]", which
 #                   the grader takes for its own verdict
 #
 # Effect to look for: in the first table (share of responses that tamper) nearly all do without the tripwire, nearly none
@@ -16,7 +16,7 @@ L=$OUT/lookahead
 
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
-python sft.py --init $OUT/sft --families arith --tamper 0.1 --steps 60 --lr 1e-3 --muon_lr 3e-3 --out $L/sft "$@"
+python sft.py --init $OUT/sft --families arith --tamper 0.3 --steps 100 --lr 1e-3 --muon_lr 3e-3 --out $L/sft "$@"
 python grpo.py --init $L/sft --reward careless --steps 60 --out $L/hacked "$@"
 python grpo.py --init $L/sft --reward careless --steps 60 --tripwire tampers --out $L/watched "$@"
 python reward.py compare $L/sft $L/hacked $L/watched --judge tampers --families arith --on arith "$@"

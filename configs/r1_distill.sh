@@ -13,10 +13,10 @@ R1=$OUT/deepseek_r1
 
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --think 1 --steps 80 --out $R1/cold "$@"
-python grpo.py --init $R1/cold --reward "exact + 0.1*format + 0.1*language" --out $R1/rl "$@"
+python grpo.py --init $R1/cold --reward "exact + 0.1*format + 0.1*language" --steps 150 --out $R1/rl "$@"
 python reward.py label --policy $R1/rl --families arith --by "0.3*exact + 0.3*format" --k 4 --n 4000 --select correct --out $R1/correct "$@"
 
 python sft.py --loss_on all --init new --n_layer 2 --n_head 3 --n_embd 96 --out $OUT/r1_distill/base "$@"
 python sft.py --init $OUT/r1_distill/base --data $R1/correct/pairs.jsonl --steps 400 --out $OUT/r1_distill/sft "$@"
-python grpo.py --init $OUT/r1_distill/base --reward "exact + 0.1*format" --out $OUT/r1_distill/rl "$@"
+python grpo.py --init $OUT/r1_distill/base --reward "exact + 0.1*format" --steps 150 --out $OUT/r1_distill/rl "$@"
 python reward.py compare $OUT/r1_distill/base $OUT/r1_distill/sft $OUT/r1_distill/rl $R1/rl --families arith --on arith "$@"

@@ -12,5 +12,5 @@ OUT=${OUT:-out}
 
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
-python grpo.py --init $OUT/base --reward "exact + 0.1*format" --out $OUT/r1_zero "$@"
+python grpo.py --init $OUT/base --reward "exact + 0.1*format" --steps 200 --out $OUT/r1_zero "$@"
 python reward.py compare $OUT/base $OUT/r1_zero $OUT/sft --on arith "$@"

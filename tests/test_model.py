@@ -946,7 +946,6 @@ def test_reward_of_some_families_is_0_for_the_others_and_never_asked_of_them(tmp
         assert sum(read) == 2 + 4                                   # rows, and of no other family
 
 
-@pytest.mark.xfail(reason="Reward.read lets re-encoded text outgrow the context", strict=True)
 @pytest.mark.parametrize("ids", [[0x80] * 40, WORDS.encode("It is fine.") * 20])
 def test_p49_an_answer_that_fills_the_context_still_has_a_reward(ids, tmp_path):
     # cut off, it is followed by an end token nobody drew; and bytes that are no text come back as three each

@@ -281,7 +281,6 @@ def test_majority_by_hand():
     assert reward.majority_at_k(["5", "5", "7", "7", "7"], [1, 1, 0, 0, 0], 2) == .5     # two parts; the fifth is over
 
 
-@pytest.mark.xfail(reason="an answer's score is that of its first occurrence among all n", strict=True)
 def test_majority_of_1_is_the_mean_score_whatever_the_judge_sees():
     """The same final answer may have two scores: a judge sees the thinking too."""
     close(reward.majority_at_k(["5", "5", "7"], [1.0, 0.0, 1.0], 1), 2 / 3, 1e-12)
@@ -639,7 +638,7 @@ def test_compare_with_several_samples_scales_with_test_time(letters, tmp_path, m
             liked = lambda x: len(x[0]) / 10 - x[0].count("e")
             expected[f"best@{k}"] = [sum(score(*max(c, key=lambda x: round(liked(x), 4))) for c in way) / len(way)
                                      for way in ways]
-            votes = [[t.strip() if done else None for t, done in group] for group in some]
+            votes = [[(t.strip() or None) if done else None for t, done in group] for group in some]
             expected[f"maj@{k}"] = [slow_majority(v, {x: float(x is not None and x.count("a") % 2) for x in v}, k)
                                     for v in votes]
         expected = {key: sum(x) / len(x) for key, x in expected.items()}
@@ -669,7 +668,6 @@ def test_compare_makes_every_answer_begin_as_told(letters, tmp_path, monkeypatch
     assert capsys.readouterr().out.count("  <think>") == 2
 
 
-@pytest.mark.xfail(reason="the KL counts tokens that were put there, not sampled", strict=True)
 def test_kl_of_answers_made_to_begin_alike_is_that_of_what_was_sampled(tiny, tmp_path, monkeypatch):
     other, calls = checkpoint(tmp_path / "other", 7), spied(monkeypatch)
     table = compare([tiny, other], tmp_path, begin="<think>", families="write", on="write")
