@@ -26,7 +26,8 @@ from model import GPT, GPTConfig, Rollout, load_model, save_checkpoint
 
 TOK = Tokenizer.load("toy")
 QUICK = dict(device="cpu", dtype="fp32", data="toy", families="write", steps=2, prompts=3, group=4, max_new=6,
-             micro_tokens=64, save_every=100, eval_every=100, reward="vowels", clip_grad=0.0, lr_end=1.0, lr=1e-3)
+             micro_tokens=64, save_every=100, eval_every=100, reward="vowels", clip_grad=0.0, lr_end=1.0, lr=1e-3,
+             warmup=0)
 PER = ("token", "response", "constant")
 
 
