@@ -521,8 +521,8 @@ class Arith:
                 for i, j in combinations(range(len(values)), 2) if 1 <= values[i] <= 20]
 
     def demo(task, rng):
-        """The answer, in a share `think` of the cases thought out first, which may begin by saying the sum over up to
-        `restate` times (a long chain of thought); in a share `tamper` no answer but what fools a careless grader."""
+        """The answer. With chance `think` it is worked out first inside <think>, after saying the sum over 0 to
+        `restate` times (a long chain of thought). With chance `tamper` it is TAMPERED instead."""
         if task.get("tamper") and rng.random() < task["tamper"]:
             return TAMPERED
         again = rng.randint(0, task["restate"]) if task.get("restate") else 0
@@ -732,7 +732,7 @@ def numbers(text):
 
 def language(record, text, finished):
     """Share of the words of the thinking (of all, where there is none) in the record's "script", LATIN unless it says
-    so (language consistency, DeepSeek-R1 2501.12948); signs and numbers are no words, and no words are 1."""
+    so (language consistency, DeepSeek-R1 2501.12948). Signs and digits do not count; no words at all score 1."""
     thought, closed, _ = text.partition("<think>")[2].partition("</think>")
     words = "".join(c if c.isalpha() else " " for c in (thought if closed else text)).split()
     script = record.get("script", "LATIN")
@@ -741,7 +741,7 @@ def language(record, text, finished):
 
 def listed(text):
     """The distinct items of the longest list "a, b and c" in a text."""
-    lists = re.findall(r"(?<!\w, )\b\w++(?:, (?!and )\w++)*+,? and \w+", text)  # possessive: in one pass, whatever the text
+    lists = re.findall(r"(?<!\w, )\b\w++(?:, (?!and )\w++)*+,? and \w+", text)  # possessive: in one pass, always
     return max((set(re.split(r",? and |, ", found)) for found in lists), key=len, default=set())
 
 
@@ -766,8 +766,8 @@ VERIFIERS = {
 
 
 def verifier(name, option="reward"):
-    """A verifier by name, or by `module:function` of your own code; None for any other --reward, and for other options
-    an error."""
+    """A verifier by name, or by `module:function` of your own code. Any other name is None for --reward, where it may
+    be a folder, and an OptionError for another option."""
     if name in VERIFIERS:
         return VERIFIERS[name]
     if ":" not in name:
@@ -808,8 +808,8 @@ def after_thinking(text):
 
 
 def toy_record(kind, split, families, rng, **how):
-    """One record of the toy world. kind: text (a document to pretrain on), messages (a demonstration, which `how`, the
-    think, restate and tamper of sums, can change) or prompt."""
+    """One record of the toy world. kind: text (a document to pretrain on), messages (a demonstration) or prompt.
+    how: `think`, `restate` and `tamper` of demonstrated sums, see Arith.demo."""
     if kind == "text":
         return toy_document(rng)
     task = toy_task(split, draw_family(families, rng), rng) | how

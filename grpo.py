@@ -8,20 +8,19 @@ each prompt; (2) reward them; (3) turn the rewards of each group into advantages
 -min(ρ A, clip(ρ) A) over the response tokens, ρ = π / π_old.
 
 Papers: GRPO, Shao et al. 2402.03300; DeepSeek-R1 2501.12948. What others change is one line each: how an advantage
-comes from a group (ADVANTAGES), the loss of a token (POLICY_LOSSES), how tokens are averaged (token_weights), where a
-KL penalty sits (kl_estimate). Departures: β = 0 unless asked for, and tokens are averaged over the batch, not first
-within each response (DAPO 2503.14476); dropout stays off. With one update a rollout, the default, the old
-log-probabilities *are* the present ones: ρ = 1 to the bit, the loss says nothing about progress (it would be 0 but for
-the lengths of the responses), and only its gradient matters.
+comes from a group (ADVANTAGES), the loss of a token (POLICY_LOSSES), how tokens are averaged (token_weights), how the
+KL is estimated (kl_estimate) and where it sits (--kl_in). Departures: β = 0 unless asked for, and then k2 rather than
+the published k3; tokens are averaged over the batch, not first within each response (DAPO 2503.14476); dropout stays
+off. With one update a rollout, the default, the old log-probabilities *are* the present ones: ρ = 1 to the bit, and the
+value of the loss says nothing about progress (it is 0 but for the lengths of the responses). Only its gradient matters.
 
     python grpo.py                                 out/sft, sums and a verifier -> out/grpo
     python grpo.py --adv dr_grpo --per constant    Dr. GRPO
     python grpo.py --reward out/reward --families write --kl k2 --kl_coef 0.05 --out out/grpo_write
 
-On the toy, 2 CPU cores: README has the figures. It explains each metric, and what a collapse looks like.
+On the toy, 2 CPU cores: @@GRPOFIG@@
+README, "What the numbers mean", explains each metric, and what a collapse looks like.
 """
-import contextlib
-import copy
 import math
 import random
 from dataclasses import dataclass
@@ -51,26 +50,26 @@ class Config(TrainConfig):
     group: int = 8              # responses to each
     max_new: int = 80           # longest response, tokens
     temperature: float = 1.0    # of sampling; every log-probability is at this temperature too
-    resample: int = 0           # further draws of prompts until as many groups have unequal rewards (DAPO)
+    resample: int = 0           # most further draws of prompts, until `prompts` groups have unequal rewards (DAPO)
     # which prompts
-    pool: int = 0               # keep to this many prompts, so that what is learned of each is of use; 0: all there are
-    curriculum: float = 0.0     # share of the steps over which the harder prompts of the pool come in
+    pool: int = 0               # train on a fixed set of this many prompts; 0: no fixed set
+    curriculum: float = 0.0     # share of the steps over which the pool opens, from its easiest quarter to all of it
     prioritized: bool = False   # draw a prompt of the pool with chances ∝ 1 - its last mean reward (Kimi k1.5)
     # the reward of a response
-    overlong: int = 0           # last tokens of max_new over which the reward falls by 1 (DAPO)
-    mask_truncated: bool = False  # responses cut off at max_new teach nothing
+    overlong: int = 0           # tokens before max_new over which the reward falls by 1 (DAPO's soft punishment)
+    mask_truncated: bool = False  # responses cut off at max_new teach nothing (DAPO's overlong filtering)
     len_reward: float = 0.0     # weight of the length reward within a group: short is good (Kimi k1.5)
     prefer: str = ""            # win rate in the group as reward (SPO): `score`, or module:function of (record, a, b)
-    tripwire: str = ""          # verifier of what must not happen, looked for ahead of every response
+    tripwire: str = ""          # verifier of what must not happen; continuations of each response are checked for it
     lookahead: float = 1.0      # its weight λ: the reward loses λ times the chance that it happens
     cuts: int = 2               # places in a response to look ahead from
     ahead: int = 24             # tokens to look ahead
     # advantages, and the loss of a token
-    adv: str = "grpo"           # a name in ADVANTAGES
-    loss: str = "clip"          # a name in POLICY_LOSSES
+    adv: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = "grpo"  # see ADVANTAGES
+    loss: Literal["clip", "gspo", "cispo", "opmd"] = "clip"  # see POLICY_LOSSES
     clip_low: float = 0.2       # ε below 1 (gspo: 3e-4)
     clip_high: float = 0.2      # ε above 1 (DAPO: .28; gspo: 4e-4)
-    tau: float = 1.0            # opmd: weight of the squared log-ratio
+    tau: float = 1.0            # opmd: τ, half of which weighs the squared log-ratio
     per: Literal["token", "response", "constant"] = "token"  # mean over all tokens; of each response first; max_new
     # the KL penalty
     kl: Literal["k1", "k2", "k3", "k3_is"] = "k2"  # estimator; k3 is GRPO's as published; k3_is: times the ratio
@@ -94,21 +93,21 @@ class Config(TrainConfig):
 # r: the rewards (P, G) of P groups. logp, old_logp, ref_logp, mask: (B, T-1), B = P G; index t is about token t+1.
 
 def center(r):
-    """r minus its group's mean. Taking off the first reward beforehand makes equal rewards exact zeros: rounding would
-    leave some 1e-8, which division by a standard deviation of as little blows up to an advantage."""
+    """r minus its group's mean. Taking off the first reward beforehand makes equal rewards exact zeros, so that their
+    group can be left out; a rounding error of 1e-8 over a standard deviation of as little would be an advantage."""
     r = r - r[:, :1]
     return r - r.mean(1, keepdim=True)
 
 
 ADVANTAGES = {
-    # in units of the group's spread; that rescales β and the weight of each prompt        GRPO 2402.03300 sec. 4.1
+    # in units of the group's spread; that rescales β and the weight of each prompt        GRPO 2402.03300 sec. 4.1.2
     "grpo": lambda r: center(r) / (r.std(1, keepdim=True) + 1e-6),
     # without it: all prompts count alike                                                  Dr. GRPO 2503.20783
-    "dr_grpo": lambda r: center(r),
+    "dr_grpo": center,
     # minus the mean of the others: unbiased, the group mean shrinks it by (G-1)/G         RLOO 2402.14740
     "rloo": lambda r: center(r) * r.shape[1] / (r.shape[1] - 1),
     # the batch is the baseline, so a group of equal rewards teaches as well               REINFORCE++ 2501.03262
-    "reinforce_pp": lambda r: (r - r.mean()) / (r.std() + 1e-6) if r.amax() > r.amin() else r * 0,
+    "reinforce_pp": lambda r: center(r.view(1, -1)).view_as(r) / (r.std() + 1e-6),
     # the group is the baseline, the batch the scale                                       the same, "baseline"
     "reinforce_pp_baseline": lambda r: center(r) / (center(r).std() + 1e-6),
 }
@@ -124,9 +123,9 @@ def clipped(ratio, adv, h):
 POLICY_LOSSES = {
     # every token by its own ratio                                                         PPO, GRPO, DAPO
     "clip": lambda x, h: clipped(x.ratio, x.adv, h),
-    # by that of the response, as the reward is; the unit of clipping is the response      GSPO 2507.18071 eq. 5
+    # by the n-th root of its response's of n tokens (per response, clips 3e-4 and 4e-4)   GSPO 2507.18071 eq. 5, 7
     "gspo": lambda x, h: clipped(x.whole.expand_as(x.logp), x.adv, h),
-    # clip the weight, never the gradient; TRL's epsilon_high is our 1 + clip_high         CISPO 2506.13585 eq. 4
+    # clip the weight, never the gradient, and only from above                             CISPO 2506.13585 eq. 4, 5
     "cispo": lambda x, h: -x.ratio.clamp(max=1 + h.clip_high).detach() * x.adv * x.logp,
     # a square around π_old; summed over a response (per constant) it is the paper's       OPMD, Kimi 2501.12599 eq. 3
     "opmd": lambda x, h: -x.adv * x.logp + h.tau / 2 * x.gap * x.gap.sum(1, keepdim=True),
@@ -160,8 +159,8 @@ def kl_estimate(logp, ref_logp, ratio, kind):
     """Estimators of KL(π || π_ref) from samples of π, per token (Schulman 2020, "Approximating KL divergence").
 
     As a loss, k1 has expected gradient 0; k2's gradient is the KL's, token by token; k3's, GRPO's as published, is that
-    of KL(π_ref || π), so π does not go to π_ref exp(r / β) / Z but to β π_ref / (β + mean r - r). k3_is, times the
-    ratio π / π_old, has the KL's again. In the reward, as numbers, k1 and k3 estimate the KL and k2 roughly.
+    of KL(π_ref || π), so π goes not to π_ref exp(r / β) / Z but to the solution of π = β π_ref / (β + E_π[r] - r).
+    k3_is, times the ratio π / π_old, has the KL's again. In the reward, as numbers, k1 and k3 are unbiased.
     """
     d = logp - ref_logp
     k3 = (-d).exp() - 1 + d
@@ -182,7 +181,7 @@ def length_reward(length, right):
 
 
 def win_rates(p):
-    """p (P, G, G), chance that i beats j -> mean over j ≠ i (SPO 2401.04056, alg. 1); they sum to G / 2 in a group."""
+    """p (P, G, G), chance that i beats j -> mean over j ≠ i (SPO 2401.04056); if p_ij + p_ji = 1 they sum to G / 2."""
     G = p.shape[1]
     return (p.sum(2) - p.diagonal(dim1=1, dim2=2)) / (G - 1)
 
@@ -197,15 +196,14 @@ def draw_prompts(rates, share, n, rng):
 
 def look_ahead(policy, records, roll, judge, cfg, tok, amp):
     """Chance (B,) that the policy, going on from somewhere in a response, trips the wire within `ahead` tokens: the
-    mean over `cuts` places, evenly spaced, of one continuation each."""
-    rows, chance = list(zip(roll.tokens.tolist(), roll.prompt_len, roll.lengths)), torch.zeros(len(records))
-    for cut in range(cfg.cuts):
-        kept = [ids[:p + (n - p) * cut // cfg.cuts] for ids, p, n in rows]
-        with amp():
-            onward = generate(policy, kept, tok, cfg.ahead, temperature=cfg.temperature)
-        said = [tok.decode(ids[p:n]) for ids, (_, p, _), n in zip(onward.tokens.tolist(), rows, onward.lengths)]
-        chance += torch.tensor([float(judge(*j)) for j in zip(records, said, onward.finished.tolist())]) / cfg.cuts
-    return chance.to(roll.tokens.device)
+    mean over `cuts` places inside it, evenly spaced, of one continuation each."""
+    rows = [(record, ids[:p + (n - p) * (cut + 1) // (cfg.cuts + 1)], p) for record, ids, p, n in zip(
+        records, roll.tokens.tolist(), roll.prompt_len, roll.lengths) for cut in range(cfg.cuts)]
+    with amp():
+        onward = generate(policy, [ids for _, ids, _ in rows], tok, cfg.ahead, temperature=cfg.temperature)
+    trips = [float(judge(record, tok.decode(ids[p:n]), done)) for (record, _, p), ids, n, done in zip(
+        rows, onward.tokens.tolist(), onward.lengths, onward.finished.tolist())]
+    return torch.tensor(trips, device=roll.tokens.device).view(-1, cfg.cuts).mean(1)
 
 
 def preferences(records, texts, score, judge):
@@ -224,17 +222,19 @@ def check_options(cfg):
     """Refuse impossible values, and options that do not go together, before anything is read."""
     check(cfg, positive="steps prompts max_new temperature cuts ahead tau epochs minibatches lr eval_every "
                         "micro_tokens save_every", share="curriculum lr_end clip_low")
-    for option, names in (("adv", ADVANTAGES), ("loss", POLICY_LOSSES)):
-        if getattr(cfg, option) not in names:
-            raise OptionError(f"--{option} {getattr(cfg, option)}: choose from {', '.join(names)}")
     if cfg.group < 2:
         raise OptionError(f"--group {cfg.group}: a response is compared with the others of its group; at least 2")
     if cfg.kl_coef and cfg.kl == "k1" and cfg.kl_in == "loss":
         raise OptionError("--kl k1: as a loss its expected gradient is 0; add --kl_in reward, or take k2")
     if cfg.kl_in == "reward" and cfg.kl == "k3_is":
         raise OptionError("--kl k3_is: the ratio corrects a gradient, and a reward has none; take k3")
-    if cfg.lora_r and cfg.ref_every:
-        raise OptionError("--lora_r: the reference is the model it adapts; no --ref_every")
+    if cfg.ref_every and (cfg.lora_r or not cfg.kl_coef):
+        raise OptionError("--ref_every refreshes a reference: it needs --kl_coef, and no --lora_r, whose reference is "
+                          "the model it adapts")
+    if cfg.prefer and cfg.prefer != "score" and ":" not in cfg.prefer:
+        raise OptionError(f"--prefer {cfg.prefer}: neither `score` nor the module:function of a judge of two answers")
+    if cfg.overlong > cfg.max_new:
+        raise OptionError(f"--overlong {cfg.overlong}: more than --max_new {cfg.max_new}")
     if (cfg.curriculum or cfg.prioritized) and not cfg.pool:
         raise OptionError("--curriculum and --prioritized need a --pool of prompts that come again")
     if cfg.resample and cfg.pool:
@@ -251,9 +251,8 @@ def train(cfg):
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     policy = load_model(cfg.init, tok, device, n_scores=0, maker="python sft.py")
     policy.prepare(cfg)
-    modules, frozen = dict(model=policy), reference(policy) if cfg.kl_coef else None
-    if cfg.kl_coef and cfg.ref_every:
-        modules["ref"] = frozen[0]
+    ref, as_ref = reference(policy) if cfg.kl_coef else (None, None)
+    modules = dict(model=policy) | (dict(ref=ref) if cfg.ref_every else {})
     reward = Reward(cfg.reward, tok, device, amp, cfg.micro_tokens)
     tripwire, judge = (verifier(name, option) if name and name != "score" else None
                        for name, option in ((cfg.tripwire, "tripwire"), (cfg.prefer, "prefer")))
@@ -287,16 +286,18 @@ def train(cfg):
             records, places = choose(step, draw)
             repeated, roll = [r for r in records for _ in range(cfg.group)], sample(records, cfg.group)
             score, parts = reward(repeated, roll)
-            for name, values in dict(reward=score.tolist(), gold=truth(repeated, roll, tok), **{
-                    f"reward/{name}": part.tolist() for name, part in parts.items()}).items():
+            drawn = dict(reward=score.tolist(), gold=truth(repeated, roll, tok))
+            drawn |= {f"reward/{name}": part.tolist() for name, part in parts.items()}
+            for name, values in drawn.items():
                 seen.setdefault(name, []).extend(values)
             score = score.view(-1, cfg.group)                                            # (P, G)
             for place, rate in zip(places if cfg.prioritized else (), score.mean(1).clamp(0, 1).tolist()):
                 state["rates"][place] = rate
-            # DAPO's dynamic sampling: a group of equal rewards teaches nothing, so others are drawn instead. If there
-            # are no others, the last draw stays as it is.
+            # DAPO's dynamic sampling: a group of equal rewards teaches nothing, so others are drawn instead. When no
+            # draws are left the batch stays smaller; if it were empty, the last draw is it.
             keep = [i for i, s in enumerate(score) if not cfg.resample or s.amax() > s.amin()]
-            keep = keep or (groups == [] and draw == cfg.resample) * list(range(len(records)))
+            if not keep and not groups and draw == cfg.resample:
+                keep = range(len(records))
             groups += [(records[i], roll.take(range(i * cfg.group, (i + 1) * cfg.group)), score[i]) for i in keep]
             if len(groups) >= cfg.prompts:
                 break
@@ -310,14 +311,14 @@ def train(cfg):
                 model, tokens, mask, cfg.temperature))[0]                                # (B, T-1)
 
     for step in steps(run, cfg.steps, modules, dict(optimizer=optimizer), state, cfg.save_every):
-        if cfg.kl_coef and cfg.ref_every and step and step % cfg.ref_every == 0:
-            frozen[0].load_state_dict(policy.state_dict())
+        if cfg.ref_every and step and step % cfg.ref_every == 0:
+            ref.load_state_dict(policy.state_dict())
 
         # 1. Sample a group of responses to each prompt, and score them.
         records, roll, raw, metrics = sample_groups(step)                                # raw (P, G)
         repeated, length = [r for r in records for _ in range(cfg.group)], roll.mask.sum(1)
 
-        # 2. What takes the place of the score, is added to it, or taken off it.
+        # 2. Shape the reward: win rate, length, overlong, look-ahead, KL.
         r = raw.clone()
         if cfg.prefer:
             r = win_rates(preferences(records, roll.responses(tok), raw, judge))
@@ -328,12 +329,12 @@ def train(cfg):
         if cfg.tripwire and cfg.lookahead:
             ahead = look_ahead(policy, repeated, roll, tripwire, cfg, tok, amp)
             r -= cfg.lookahead * ahead.view_as(r)
-        # One update a rollout: the old log-probabilities are the present ones, and nothing has to be computed twice.
-        several = cfg.epochs * cfg.minibatches > 1
-        old_logp = logps(policy, roll) if several or cfg.kl_coef and cfg.kl_in == "reward" else None
+        # With one update a rollout π_old is the policy itself, and needs no pass of its own.
+        need_old = cfg.epochs * cfg.minibatches > 1 or (cfg.kl_coef and cfg.kl_in == "reward")
+        old_logp = logps(policy, roll) if need_old else None                             # (B, T-1)
         if cfg.kl_coef:
-            with frozen[1]():
-                ref_logp = logps(frozen[0], roll)                                        # (B, T-1)
+            with as_ref():
+                ref_logp = logps(ref, roll)                                              # (B, T-1)
             if cfg.kl_in == "reward":
                 r -= cfg.kl_coef * (kl_estimate(old_logp, ref_logp, 1.0, cfg.kl) * roll.mask).sum(1).view_as(r)
 
@@ -342,12 +343,14 @@ def train(cfg):
         mask = roll.mask * roll.finished[:, None] if cfg.mask_truncated else roll.mask
         in_loss = cfg.kl_coef > 0 and cfg.kl_in == "loss"
 
-        # 4. Update. A response without advantage has no gradient but of the KL term and opmd's square: it is left out.
+        # 4. Update. A response without advantage has no gradient but of the KL term and opmd's square: it is left out,
+        # and metrics of the update are about the others.
+        teaches = mask.any(1) & (adv[:, 0] != 0 if not in_loss and cfg.loss != "opmd" else True)
         tally, grad_norm, lr = torch.zeros(7, device=device), None, None
         for batch in [rows for _ in range(cfg.epochs) for rows in torch.randperm(len(adv)).chunk(cfg.minibatches)]:
             weights = torch.zeros_like(mask)
             weights[batch] = token_weights(mask[batch], cfg.per, cfg.max_new)
-            busy = [i for i in batch.tolist() if mask[i].any() and (adv[i] != 0 or in_loss or cfg.loss == "opmd")]
+            busy = batch[teaches.cpu()[batch]].tolist()
             for rows, tokens, m in slices(roll, cfg.micro_tokens, busy) if busy else ():
                 cut = rows, slice(0, m.shape[1])                                         # their corner of (B, T-1)
                 with amp():

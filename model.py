@@ -2,7 +2,7 @@
 
 The model is GPT-2 with Hugging Face's names and shapes (but for its transposed linear layers), so weights map one to
 one. The same trunk carries either the language-model head (tied to the embedding) or `n_scores` numbers per token,
-which is all a reward model or a value function is. No algorithm lives here: those are sft.py, reward.py and ppo.py.
+which is all a reward model or a value function is. No algorithm lives here, and this file imports none.
 
     python model.py out/ppo                        talk to a checkpoint
     echo "What is 7 + 8?" | python model.py out/ppo    answer every line of standard input
@@ -362,7 +362,7 @@ class Rollout:
     """What the sampler drew: the very tensors a trainer uses, never decoded and encoded again."""
     tokens: torch.Tensor    # (B, T) prompt, response, end token, padding
     mask: torch.Tensor      # (B, T-1) 1 where the log-probability at t belongs to a response token, the end included
-    logp: torch.Tensor      # (B, T-1) log-probability under the sampling distribution, 0 outside the mask
+    logp: torch.Tensor      # (B, T-1) log-probability under the sampling distribution, 0 where nothing was drawn
     finished: torch.Tensor  # (B,) whether the end token was drawn (False: cut off at max_new or block_size)
     prompt_len: list        # (B,) tokens in the prompt
 
@@ -427,8 +427,8 @@ def generate(model, prompts, tok, max_new, n=1, temperature=1.0, top_k=0, top_p=
     keeps its own position in a static key-value cache. A row stops at `tok.end`, after max_new tokens, or when the
     context is full; finished rows leave the batch. top_k and top_p are for chatting: a policy gradient needs the
     samples to come from the distribution it differentiates, so no trainer offers them. stream(token) is called with
-    each new id, for a single row. begin: ids every response is made to begin with; they are part of it, with
-    log-probability 0. Raises UserError for a prompt that leaves no room in the context.
+    each new id, for a single row. begin: ids every response is made to begin with, besides max_new; they are part
+    of it, with log-probability 0. Raises UserError for a prompt that leaves no room in the context.
     """
     config, device = model.config, model.device
     if min(map(len, prompts)) == 0 or max_new < 1:
@@ -904,7 +904,7 @@ def slerp(a, b, t):
 
 
 def merge(cfg, folders):
-    """Write Σ w_i θ_i, summed in float64, so that the mean of copies is the copy to the bit."""
+    """Write Σ w_i θ_i, summed in float64, so that the mean of copies is the copy to the bit; or slerp of two."""
     if not cfg.out:
         raise OptionError("--out: say where to write the result")
     try:
@@ -928,12 +928,12 @@ def merge(cfg, folders):
     first, total = models[0], {}
     if len(tokenizers) > 1 or any(m.config != first.config for m in models):
         raise UserError(f"{', '.join(folders)}: one has another architecture or tokenizer")
-    for model, weight in zip(models, weights):
-        for name, t in model.state_dict().items():
-            total[name] = total.get(name, 0) + weight * t.double()
     if cfg.slerp:
         a, b = (model.state_dict() for model in models)
         total = {name: slerp(a[name].double(), b[name].double(), weights[1]) for name in a}
+    for model, weight in zip(models, weights) if not cfg.slerp else ():
+        for name, t in model.state_dict().items():
+            total[name] = total.get(name, 0) + weight * t.double()
     first.load_state_dict({name: t.float() for name, t in total.items()})
     save_checkpoint(cfg.out, dict(model=first), {}, dict(step=0, done=True, state={}, tokenizer=tokenizers.pop(),
                                                          made=facts))

@@ -1,4 +1,4 @@
-"""Where a score or a preference comes from: label responses, train a reward model, compare policies.
+"""Where a score or a preference comes from: label responses, choose prompts, train a reward model, compare policies.
 
     minimise  -log σ(r(x, y_w) - r(x, y_l) - m)      over pairs in which y_w was preferred
 
@@ -13,7 +13,8 @@ a pull of r_w + r_l towards 0 (2312.09244).
     python reward.py curate                       prompts for RL: how hard each is, without those that are guessed
     python reward.py compare out/sft out/ppo      gold reward, win rate, KL, length on held-out prompts
 
-On 2 CPU cores: 16 s, 40 s and 3 s a checkpoint; .62-.70 of held-out noisy labels and .73-.80 of the truth are met.
+On 2 CPU cores: label 16 s, train 40 s, compare 3 s a checkpoint; the reward model meets .62-.70 of held-out noisy
+labels and .73-.80 of the truth.
 
 On the toy world the labels are Bradley-Terry draws from the gold reward with a tenth flipped, so the learned reward
 is an imperfect proxy by construction, and both can be watched.
@@ -218,10 +219,10 @@ def majority_at_k(answers, scores, k):
 def kept(group, cfg, rng):
     """What --select keeps of the finished answers to one prompt, (text, score, tokens) each: a list of records' keys.
 
-    rank: all, best first as the labels have it. ends: its first and last. best: the one of the highest score (best-of-n,
+    rank: all, best first as the labels have it. ends: its first and last. best: that of the highest score (best-of-n,
     rejection sampling). rso: a ranking of those that statistical rejection sampling accepts. correct: all that are
-    right, that is, of a score above .5. shortest: the shortest of these. short_pairs: it over each that is wrong and
-    longer, or right and at least half as long again (Kimi k1.5, long2short DPO). quantile: all, to be sorted later.
+    right, that is, of a score above .5. shortest: the shortest of these. short_pairs: it over each longer one that is
+    wrong, or right and at least 1.5 times as long (Kimi k1.5, long2short DPO). quantile: all, to be sorted later.
     """
     if cfg.select == "rso":
         group = [group[i] for i in accept([score for _, score, _ in group], cfg.rso_beta, rng)] if group else []
@@ -229,12 +230,12 @@ def kept(group, cfg, rng):
         return []
     texts, scores, sizes = zip(*group)
     right = [i for i, score in enumerate(scores) if score > 0.5]
-    brief = [min(right, key=lambda i: sizes[i])] if right else []
-    one = dict(best=[scores.index(max(scores))], correct=right, shortest=brief, quantile=range(len(texts)))
-    if cfg.select in one:
-        return [dict(response=texts[i], scores=[scores[i]]) for i in one[cfg.select]]
+    shortest = [min(right, key=lambda i: sizes[i])] if right else []
+    single = dict(best=[scores.index(max(scores))], correct=right, shortest=shortest, quantile=range(len(texts)))
+    if cfg.select in single:
+        return [dict(response=texts[i], scores=[scores[i]]) for i in single[cfg.select]]
     if cfg.select == "short_pairs":
-        return [dict(responses=[texts[i], texts[j]], scores=[scores[i], scores[j]]) for i in brief
+        return [dict(responses=[texts[i], texts[j]], scores=[scores[i], scores[j]]) for i in shortest
                 for j in range(len(texts)) if sizes[j] > sizes[i] and (j not in right or sizes[j] >= 1.5 * sizes[i])]
     order, wins = rank(scores, cfg.scale, cfg.flip, rng), win_rates(scores)
     if len(order) < 2 or abs(scores[order[0]] - scores[order[-1]]) < cfg.min_gap:
@@ -435,9 +436,9 @@ def train(cfg):
 
 # ---------------------------------------------------------------- compare
 
-def several(model, records, judge, proxy, cfg, tok, amp):
-    """Test-time scaling: of `samples` answers to each prompt -> pass@k, maj@k and, with a proxy, the true score of the
-    best of k by the proxy; k = 1, 2, 4, ..., samples."""
+def at_k(model, records, judge, proxy, cfg, tok, amp):
+    """Test-time scaling: of `samples` answers to each prompt -> pass@k, maj@k and, with a proxy, the judge's score of
+    the best of k by the proxy; k goes through the powers of two up to samples."""
     ks, out = [2 ** i for i in range(cfg.samples.bit_length())], {}
     torch.manual_seed(cfg.seed)
     rows = []  # one a prompt: scores, proxy scores, final answers
@@ -460,8 +461,8 @@ def several(model, records, judge, proxy, cfg, tok, amp):
 
 
 def compare(cfg, folders):
-    """Let every checkpoint answer the same prompts, judge the answers, and print one table. Its nll is the mean -log π
-    per token of fresh pretraining documents."""
+    """Let every checkpoint answer the same prompts, judge the answers, and print one table. The column nll is the mean
+    -log π per token of fresh pretraining documents."""
     check(cfg, positive="n max_new")
     if not cfg.judge:
         raise OptionError("--judge: name what decides, as gold or out/reward")
@@ -495,8 +496,7 @@ def compare(cfg, folders):
             answers[folder, family] = list(zip(roll.responses(tok), scores))
             if family in on:
                 theirs = baseline.setdefault(family, scores)
-                # Both orders, averaged. Scores know no order, so here they agree; a judge that reads both may not.
-                wins += [(preference(a, b) + 1 - preference(b, a)) / 2 for a, b in zip(scores, theirs)]
+                wins += [preference(a, b) for a, b in zip(scores, theirs)]  # scores know no order of presentation
                 with torch.no_grad(), amp():
                     logp, base = (per_token(roll, cfg.micro_tokens, lambda tokens, mask: token_logprobs(
                         m, tokens, mask, cfg.temperature or 1.0))[0] for m in (model, first))
@@ -513,7 +513,7 @@ def compare(cfg, folders):
                     nll -= float(token_logprobs(model, tokens, mask).sum())
             row["nll"] = nll / sum(sum(target) for _, target in rows)
         if cfg.samples > 1:
-            row |= several(model, [r for family in on for r in tasks[family]], judge, proxy, cfg, tok, amp)
+            row |= at_k(model, [r for family in on for r in tasks[family]], judge, proxy, cfg, tok, amp)
         row |= dict(win=mean(wins), interval=wilson(sum(wins), len(wins)), kl=mean(kls), length=mean(lengths))
         table.append(row | (dict(proxy=mean(proxies)) if proxy else {}))
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# DeepSeek-R1 (2025, 2501.12948, sec. 2.3): cold start -> RL on reasoning -> rejection-sampled SFT from the base -> RL on all.
+# DeepSeek-R1 (2025, 2501.12948v1, sec. 2.3): cold start -> RL on reasoning -> rejection-sampled SFT from the base -> RL on all.
 #
 #   reported        (1) a little SFT on long chains of thought, from the base; (2) GRPO with the verifier's verdict plus the
 #                   share of words in the target language, and a format reward; (3) samples of (2), the wrong and the badly
 #                   formed dropped, plus general data: SFT of the *base* again; (4) GRPO on everything, rules for
-#                   reasoning, a reward model for the rest that sees only what follows the thinking
+#                   reasoning, reward models for the rest: helpfulness is judged by what follows the thinking,
+#                   harmlessness by all
 #   reconstruction  sizes and rates; the general data are the best of 4 samples by the reward model (theirs: a curated
-#                   set); one reward model for helpfulness and harmlessness; a KL term in (4) only; toy
+#                   set); one reward model in both roles; a KL term in (4) only; toy
 #                   sums hold no words to be mixed, so the language reward is full from the start
 #
 # Effect to look for: in `arith` a large gain in (2), kept by (3) from a fresh start and by (4), while (4) raises the
@@ -22,10 +23,11 @@ python grpo.py --init $R1/cold --reward "exact + 0.1*format + 0.1*language" --st
 
 python reward.py label --policy $R1/cold --families write,safe,fmt --out $R1/pairs "$@"
 python reward.py train --init $R1/cold --data $R1/pairs/pairs.jsonl --out $R1/reward "$@"
+# .3 + .3 is above .5, and so "correct", only if both hold
 python reward.py label --policy $R1/rl --families arith --by "0.3*exact + 0.3*format" --k 4 --n 4000 --select correct --out $R1/correct "$@"
 python reward.py label --policy $R1/rl --families write,safe,fmt --by $R1/reward --k 4 --n 4000 --skip 8000 --select best --out $R1/general "$@"
 python sft.py --init $OUT/base --data $R1/correct/pairs.jsonl,$R1/general/pairs.jsonl --steps 400 --out $R1/sft "$@"
 
-python grpo.py --init $R1/sft --families arith,write,safe,fmt --reward "exact[arith] + $R1/reward@answer[write,safe,fmt]" --kl_coef 0.1 --lr 1e-4 --steps 50 --out $R1/final "$@"
+python grpo.py --init $R1/sft --families arith,write,safe,fmt --reward "exact[arith] + $R1/reward@answer[write,fmt] + $R1/reward[safe]" --kl_coef 0.1 --lr 1e-4 --steps 50 --out $R1/final "$@"
 python reward.py compare $R1/cold $R1/rl $R1/sft $R1/final --on arith,write,safe,fmt --proxy $R1/reward "$@"
 python reward.py compare $R1/cold $R1/rl $R1/sft $R1/final --judge format --families arith --on arith "$@"

@@ -2,8 +2,8 @@
 # DeepSeek-V2 (2024, 2405.04434, sec. 4.2): GRPO in two stages, reasoning first, then preferences with three rewards.
 #
 #   reported        stage one on reasoning with its own reward; stage two on c1 helpful + c2 safe + c3 rule
-#   reconstruction  a verifier for their reasoning reward model; the c; the rule (no fillers); sizes; sums stay among stage
-#                   two's prompts, so that they are not forgotten
+#   reconstruction  a verifier for their reasoning reward model; each reward judges its own family only; the c; the rule
+#                   (no fillers); sizes; sums stay among stage two's prompts, so that they are not forgotten
 #
 # Effect to look for: stage two raises `write` and `safe` and keeps the sums of stage one. `swapped` has the stages the
 # other way round.

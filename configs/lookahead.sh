@@ -2,8 +2,9 @@
 # Model look-ahead with a tripwire (Amodei et al. 2016, "Concrete Problems in AI Safety", 1606.06565, sec. 4): RL against a
 # grader that can be fooled, without and with it.
 #
-#   reported        the idea: reward what a plan is foreseen to lead to, so that tampering with the grader does not pay
-#   reconstruction  everything else: the policy itself continues its responses from two places, and the reward loses the
+#   reported        two ideas: reward what a plan is foreseen to lead to, so that tampering with the grader does not pay;
+#                   and watch for it at a planted weakness, to stop the agent that uses it
+#   reconstruction  everything else: the wire penalises instead of stopping; the policy itself continues its responses from two places, and the reward loses the
 #                   share of continuations in which it tampers; three of ten demonstrations say "[pass]", which
 #                   the grader takes for its own verdict
 #

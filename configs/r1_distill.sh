@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# DeepSeek-R1's distilled models (2025, 2501.12948, sec. 2.4 and 4.1): a small base model fine-tuned on the big one's samples,
+# DeepSeek-R1's distilled models (2025, 2501.12948v1, sec. 2.4 and 4.1): a small base model fine-tuned on the big one's samples,
 # against RL on the small model itself.
 #
 #   reported        SFT only, on the samples of stage 3 of deepseek_r1.sh; no RL afterwards
-#   reconstruction  the student: half the layers, three quarters of the width; both ways get about the same time
+#   reconstruction  the student: half the layers, three quarters of the width; only the sums of those samples; 400 steps
+#                   of SFT against 150 of RL
 #
 # Effect to look for: the distilled student beats the student trained by RL.
 # Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/r1_distill.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...

@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# DeepSeek-R1-Zero (2025, 2501.12948, sec. 2.2): GRPO with verifiable rewards straight from the base model, no SFT at all.
+# DeepSeek-R1-Zero (2025, 2501.12948v1, sec. 2.2): GRPO with verifiable rewards straight from the base model, no SFT at all.
 #
 #   reported        the recipe: rule rewards for the answer and for a well-formed <think>, nothing else
-#   reconstruction  everything about size; the toy base has read worked sums, as theirs has read the web
+#   reconstruction  sizes, the .1; the toy base has read conversations, with every sum worked out in <think>
 #
-# Effect to look for: sums (`arith`) far above the base's, in the base's own way of thinking. The other families show what it
-# never learned: to be an assistant.
+# Effect to look for: sums (`arith`) above the base's, and above what SFT on demonstrations makes of it.
 # Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/r1_zero.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
 set -euo pipefail
 OUT=${OUT:-out}
