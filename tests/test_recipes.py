@@ -156,6 +156,17 @@ def test_a_recipe_may_loop(tmp_path):
     assert [words[-1] for words in commands] == [f"out/{i}" for i in range(4)] and not problems(commands)
 
 
+def test_deepseek_r1_begins_its_third_stage_again_from_the_base():
+    """And on right, well-formed samples of the second, which `--select correct` alone keeps (test_reward.py)."""
+    stages = {got[2].out: got[1:3] for got in map(options, expand(ROOT / "configs/deepseek_r1.sh")[:-2])}
+    name, third = stages["out/deepseek_r1/sft"]
+    assert name == "sft" and third.init == "out/base" != stages["out/deepseek_r1/final"][1].init == third.out
+    samples = stages[str(Path(third.data.split(",")[0]).parent)][1]
+    assert samples.select == "correct" and samples.policy == "out/deepseek_r1/rl"
+    weights = {name: weight for weight, name, *_ in parse_rewards(samples.by)}
+    assert weights.keys() == {"exact", "format"} and max(weights.values()) < .5 < sum(weights.values())
+
+
 @pytest.mark.parametrize("path", TOMLS, ids=lambda path: path.stem)
 def test_every_key_of_a_toml_belongs_to_the_script_it_names(path):
     table, known = tomllib.loads(path.read_text()), scripts()
