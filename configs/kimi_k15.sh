@@ -5,7 +5,7 @@
 #                   descent (a square around the last iterate, group mean as baseline, optimizer reset every iteration),
 #                   with a curriculum and prompts drawn ∝ 1 - success; long2short by merging with the short model, SFT on
 #                   the shortest of 8 right samples, DPO of it over longer ones, and RL with a length reward
-#   reconstruction  a long chain of thought says the sum over, up to six times, before it works it out; the
+#   reconstruction  a long chain of thought says the sum over, up to five times, before it works it out; the
 #                   rater is the long model; the NLL term of the DPO; the last RL is plain GRPO; τ, rates and sizes
 #
 # Effect to look for: each of the four last rows is much shorter than `rl` and about as right.
@@ -16,9 +16,9 @@ K=$OUT/kimi_k15
 
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
-python sft.py --init $OUT/sft --families arith --think 1 --restate 6 --steps 200 --lr 1e-3 --muon_lr 3e-3 --out $K/long "$@"
+python sft.py --init $OUT/sft --families arith --think 1 --restate 5 --steps 200 --lr 1e-3 --muon_lr 3e-3 --out $K/long "$@"
 python reward.py curate --policy $K/long --n 2000 --max_new 160 --out $K/prompts "$@"
-python grpo.py --init $K/long --data $K/prompts/prompts.jsonl --pool 2000 --curriculum 0.3 --prioritized --adv dr_grpo --loss opmd --per constant --epochs 2 --reset --lr 5e-5 --steps 80 --max_new 160 --out $K/rl "$@"
+python grpo.py --init $K/long --data $K/prompts/prompts.jsonl --pool 2000 --curriculum 0.3 --prioritized --adv dr_grpo --loss opmd --per constant --epochs 2 --reset --lr 5e-5 --steps 40 --max_new 160 --out $K/rl "$@"
 
 python model.py merge $K/rl $OUT/sft --out $K/merge
 python reward.py label --policy $K/rl --families arith --by exact --k 8 --n 2000 --max_new 160 --select shortest --out $K/shortest "$@"
