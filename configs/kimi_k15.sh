@@ -6,7 +6,7 @@
 #                   with a curriculum and prompts drawn ∝ 1 - success; long2short by merging with the short model, SFT on
 #                   the shortest of 8 right samples, DPO of it over longer ones, and RL with a length reward
 #   reconstruction  a long chain of thought says the sum over, up to five times, before it works it out; the
-#                   rater is the long model; the NLL term of the DPO; the last RL is plain GRPO; τ, rates and sizes
+#                   rater is the long model; the NLL term of the DPO; the last RL is Dr. GRPO; τ, rates and sizes
 #
 # Effect to look for: each of the four last rows is much shorter than `rl` and about as right.
 # Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/kimi_k15.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
@@ -25,5 +25,5 @@ python reward.py label --policy $K/rl --families arith --by exact --k 8 --n 2000
 python sft.py --init $K/rl --data $K/shortest/pairs.jsonl --steps 60 --lr 1e-3 --muon_lr 1e-3 --out $K/shortest_sft "$@"
 python reward.py label --policy $K/rl --families arith --by exact --k 8 --n 2000 --max_new 160 --select short_pairs --out $K/short_pairs "$@"
 python dpo.py --init $K/rl --data $K/short_pairs/pairs.jsonl --nll_coef 1 --lr 1e-5 --steps 30 --max_new 160 --out $K/short_dpo "$@"
-python grpo.py --init $K/rl --len_reward 0.2 --max_new 120 --steps 50 --out $K/short_rl "$@"
+python grpo.py --init $K/rl --len_reward 0.2 --adv dr_grpo --max_new 120 --steps 50 --out $K/short_rl "$@"
 python reward.py compare $K/rl $K/long $OUT/sft $K/merge $K/shortest_sft $K/short_dpo $K/short_rl --families arith --on arith --max_new 160 "$@"
