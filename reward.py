@@ -237,8 +237,10 @@ def kept(group, cfg, rng):
     if cfg.select == "short_pairs":
         return [dict(responses=[texts[i], texts[j]], scores=[scores[i], scores[j]]) for i in shortest
                 for j in range(len(texts)) if sizes[j] > sizes[i] and (j not in right or sizes[j] >= 1.5 * sizes[i])]
+    if len(texts) < 2:
+        return []
     order, wins = rank(scores, cfg.scale, cfg.flip, rng), win_rates(scores)
-    if len(order) < 2 or abs(scores[order[0]] - scores[order[-1]]) < cfg.min_gap:
+    if abs(scores[order[0]] - scores[order[-1]]) < cfg.min_gap:
         return []
     order = [order[0], order[-1]] if cfg.select == "ends" else order
     return [dict(responses=[texts[i] for i in order], scores=[scores[i] for i in order], win=[wins[i] for i in order])]

@@ -273,6 +273,16 @@ def test_majority_at_k_against_a_slow_loop():
             close(got, slow_majority(answers, worth, k), 1e-12)
 
 
+def test_a_lone_answer_draws_no_label_noise():
+    """Whether a prompt got one answer or none must not change the labels of the prompts after it."""
+    class Never:
+        def random(self):
+            raise AssertionError("a number was drawn")
+    for select in ("rank", "ends"):
+        assert reward.kept([("It is red.", 1.0, 4)], reward.Label(select=select), Never()) == []
+        assert reward.kept([], reward.Label(select=select), Never()) == []
+
+
 def test_majority_by_hand():
     assert reward.majority_at_k(["5", "7", "7"], [1, 0, 0], 3) == 0
     assert reward.majority_at_k(["5", "7"], [1, 0], 2) == .5                         # a tie is shared
