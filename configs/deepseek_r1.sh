@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# DeepSeek-R1 (2025, 2501.12948v1, sec. 2.3): cold start -> RL on reasoning -> rejection-sampled SFT from the base -> RL on all.
+# DeepSeek-R1 (2025, 2501.12948, version 1, sec. 2.3): cold start -> RL on reasoning -> rejection-sampled SFT from the base -> RL on all.
 #
 #   reported        (1) a little SFT on long chains of thought, from the base; (2) GRPO with the verifier's verdict plus the
 #                   share of words in the target language, and a format reward; (3) samples of (2), the wrong and the badly

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# DeepSeek-R1's distilled models (2025, 2501.12948v1, sec. 2.4 and 4.1): a small base model fine-tuned on the big one's samples,
+# DeepSeek-R1's distilled models (2025, 2501.12948, version 1, sec. 2.4 and 4.1): a small base model fine-tuned on the big one's samples,
 # against RL on the small model itself.
 #
 #   reported        SFT only, on the samples of stage 3 of deepseek_r1.sh; no RL afterwards

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# DeepSeek-R1-Zero (2025, 2501.12948v1, sec. 2.2): GRPO with verifiable rewards straight from the base model, no SFT at all.
+# DeepSeek-R1-Zero (2025, 2501.12948, version 1, sec. 2.2): GRPO with verifiable rewards straight from the base model, no SFT at all.
 #
 #   reported        the recipe: rule rewards for the answer and for a well-formed <think>, nothing else
 #   reconstruction  sizes, the .1; the toy base has read conversations, with every sum worked out in <think>

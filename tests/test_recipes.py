@@ -372,5 +372,5 @@ def test_impossible_stages_are_refused_in_one_line(name, flags, message, base, t
 
 
 def test_labels_of_a_model_that_never_finishes(base, tmp_path):
-    with pytest.raises(UserError, match="nothing to rank"):
+    with pytest.raises(UserError, match="--select rank keeps"):
         perform(base, "label", tmp_path / "run", "--max_new", "1")
