@@ -18,7 +18,7 @@ value of the loss says nothing about progress (it is 0 but for the lengths of th
     python grpo.py --adv dr_grpo --per constant    Dr. GRPO
     python grpo.py --reward out/reward --families write --kl k2 --kl_coef 0.05 --out out/grpo_write
 
-On the toy, 2 CPU cores: a minute; held-out sums .54 -> .93 sampled, .43 -> .97 greedy, thinking .34 -> .99 (three seeds).
+On the toy, 2 CPU cores: a minute; held-out sums .54 -> .93 sampled, .43 -> .97 greedy; .34 -> .99 think (three seeds).
 README, "What the numbers mean", explains each metric, and what a collapse looks like.
 """
 import math
