@@ -34,8 +34,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-from data import (VERIFIERS, OptionError, Tokenizer, UserError, after_thinking, check, collate, encode, guard,
-                  micro_batches, pad, parse, parse_rewards, round_up, verifier)
+from data import (POINTS, RUBRIC, VERIFIERS, OptionError, Tokenizer, UserError, after_thinking, check, collate, encode,
+                  guard, micro_batches, pad, parse, parse_rewards, round_up, verifier, view_prompt)
 
 # ------------------------------------------------------------------------------------------------ the model
 
@@ -382,6 +382,13 @@ class Rollout:
                        [self.prompt_len[i] for i in rows])
 
     @staticmethod
+    def of(rows, tok, device="cpu"):
+        """Finished responses as if they had been drawn: [(ids, target), ...] as data.encode makes them; logp is 0."""
+        tokens, mask = collate(rows, tok, device)
+        return Rollout(tokens, mask, torch.zeros_like(mask), torch.ones(len(rows), dtype=torch.bool, device=device),
+                       [target.index(1) for _, target in rows])
+
+    @staticmethod
     def join(rolls, pad_id):
         """Several rollouts below each other, padded to the widest."""
         T = max(roll.tokens.shape[1] for roll in rolls)
@@ -515,52 +522,114 @@ def per_token(roll, budget, fn):
     return out
 
 
+@torch.no_grad()
+def choice_logprobs(model, prompts, choices, tok, amp, budget):
+    """log P of each of a few one-token answers (texts) to each prompt (lists of ids), among them alone -> (N, choices).
+
+    A prompt beyond the context loses its beginning."""
+    ids, out = [tok.encode(choice) for choice in choices], torch.zeros(len(prompts), len(choices), device=model.device)
+    if any(len(choice) != 1 for choice in ids):
+        raise UserError(f"the choices {', '.join(choices)} must be one token each of this tokenizer")
+    prompts = [prompt[-model.config.block_size:] for prompt in prompts]
+    for part in micro_batches([len(prompt) for prompt in prompts], budget):
+        tokens = pad([prompts[i] for i in part], tok.pad, model.device)                  # (b, T)
+        last = torch.tensor([len(prompts[i]) - 1 for i in part], device=model.device)
+        with amp():
+            logits = model.logits(model(tokens)[torch.arange(len(part), device=model.device), last])
+        out[part] = full(logits)[:, [i for i, in ids]].log_softmax(-1)
+    return out
+
+
 class Reward:
-    """A weighted sum of reward models (run folders) and verifiers (data.VERIFIERS, or module:function).
+    """A weighted sum of reward models (run folders), judges (language models asked about the answer) and verifiers
+    (data.VERIFIERS, or module:function).
 
     `Reward("0.5*out/reward@answer[write] + exact", ...)(records, roll)` -> total (B,), {term: unweighted part (B,)}.
-    A term with @answer sees only what follows the thinking; one with [families] gives 0 to prompts of any other.
+    What follows a name: |NAME, and the least of them counts (an ensemble's worst case, Coste et al. 2310.02743; the
+    part "NAME|NAME spread" is their standard deviation); @answer, and it sees only what follows the thinking; @rate, a
+    language model's expected points, as -1..1 (direct RLAIF, 2309.00267); @A to @D, its P of a class of data.RUBRIC
+    (RBRM, GPT-4 2303.08774); {system message} of a conditional reward model; [families], and prompts of others get 0.
+    A folder with a reward.txt stands for the sum in it (python reward.py fit).
     """
 
     def __init__(self, spec, tok, device, amp, budget):
-        self.terms, self.models = [], []
-        for weight, name, final, families in parse_rewards(spec):
-            judge = verifier(name)
-            if judge is None and not Path(name).exists():
-                raise UserError(f"{name}: neither a run folder (python reward.py train makes one) nor a verifier "
-                                f"({', '.join(VERIFIERS)}, or module:function)")
-            if judge is None:
-                judge = load_model(name, tok, device, maker="python reward.py train")
-                if not judge.config.n_scores:
-                    raise UserError(f"--reward {name}: a language model, not a reward model")
-                self.models.append(name)
-            label = name + "@answer" * final + (f"[{','.join(families)}]" if families else "")
-            self.terms.append((weight, label, judge, final, families))
+        self.terms, self.models, self.loaded = self.expand(spec), [], {}
         self.tok, self.amp, self.budget = tok, amp, budget
+        for term in self.terms:
+            for name in term.names:
+                if verifier(name) is None and not Path(name).exists():
+                    raise UserError(f"{name}: neither a run folder (python reward.py train makes one) nor a verifier "
+                                    f"({', '.join(VERIFIERS)}, or module:function)")
+                asked = term.view not in ("", "answer")
+                if verifier(name) is not None:
+                    if asked or term.system:
+                        raise UserError(f"--reward {term.label}: {name} is a verifier and cannot be asked that")
+                    continue
+                self.loaded[name] = model = self.loaded.get(name) or load_model(name, tok, device,
+                                                                                maker="python reward.py train")
+                if asked and model.config.n_scores:
+                    raise UserError(f"--reward {term.label}: a reward model, and @{term.view} asks a language model")
+                if not asked and not model.config.n_scores:
+                    raise UserError(f"--reward {name}: a language model, not a reward model (as a judge: {name}@rate)")
+                self.models += [] if asked else [name]
+
+    @staticmethod
+    def expand(spec):
+        """The terms of a sum, those of a folder's reward.txt in the place of the folder."""
+        out = []
+        for term in parse_rewards(spec):
+            path = Path(term.names[0]) / "reward.txt"
+            inner = parse_rewards(path.read_text(encoding="utf-8").strip()) if path.exists() else [term]
+            for part in inner if path.exists() else ():
+                part.weight *= term.weight
+            out += inner
+        return out
 
     @torch.no_grad()
     def __call__(self, records, roll):
-        device, texts = roll.tokens.device, roll.responses(self.tok)
-        parts = {label: torch.zeros(len(records), device=device) for _, label, *_ in self.terms}
-        for _, label, judge, final, families in self.terms:
-            mine = [i for i, record in enumerate(records) if not families or record.get("family") in families]
-            if not mine:
-                continue
-            shown = {i: after_thinking(texts[i]) if final else texts[i] for i in mine}
-            if isinstance(judge, GPT):
-                batches = self.read(records, shown, roll) if final else slices(roll, self.budget, mine)
-                for rows, tokens, mask in batches:
-                    with self.amp():
-                        parts[label][rows] = response_scores(judge, tokens, mask)[:, 0]
-            else:
-                parts[label][mine] = torch.tensor([float(judge(records[i], shown[i], bool(roll.finished[i])))
-                                                   for i in mine], device=device)
-        return sum(weight * parts[label] for weight, label, *_ in self.terms), parts
+        texts, parts = roll.responses(self.tok), {}
+        total = torch.zeros(len(records), device=roll.tokens.device)
+        for term in self.terms:
+            mine = [i for i, record in enumerate(records) if not term.families or record.get("family") in term.families]
+            values = torch.zeros(len(term.names), len(records), device=total.device)
+            shown = {i: after_thinking(texts[i]) if term.view == "answer" else texts[i] for i in mine}
+            for k, name in enumerate(term.names if mine else ()):
+                values[k, mine] = self.judge(name, term, records, shown, roll)
+            parts[term.label] = values.min(0).values
+            if len(term.names) > 1:
+                parts[term.label + " spread"] = values.std(0)
+            total += term.weight * parts[term.label]
+        return total, parts
 
-    def read(self, records, shown, roll):
-        """Micro-batches of texts {row: text}, encoded as in the training of a reward model: (rows, tokens, mask)."""
-        rows, block = list(shown), roll.tokens.shape[1]  # as long as the rollout, the text can only be shorter
-        built = [encode(dict(prompt=records[i]["prompt"], response=shown[i]), self.tok, block)[0] for i in rows]
+    def judge(self, name, term, records, shown, roll):
+        """What one model or verifier says of the texts {row: text} -> (len(shown),)."""
+        device, mine = roll.tokens.device, list(shown)
+        if name not in self.loaded:
+            return torch.tensor([float(verifier(name)(records[i], shown[i], bool(roll.finished[i]))) for i in mine],
+                                device=device)
+        model, out = self.loaded[name], torch.zeros(len(records), device=device)
+        if term.view not in ("", "answer"):
+            choices = [str(n) for n in range(POINTS + 1)] if term.view == "rate" else list(RUBRIC)
+            asked = [view_prompt("rate" if term.view == "rate" else "classify", records[i]["prompt"][-1]["content"],
+                                 shown[i]) for i in mine]
+            p = choice_logprobs(model, [self.tok.prompt([dict(role="user", content=text)]) for text in asked], choices,
+                                self.tok, self.amp, self.budget).exp()                   # (n, choices)
+            return (p @ torch.arange(POINTS + 1.0, device=device) * 2 / POINTS - 1 if term.view == "rate"
+                    else p[:, choices.index(term.view)])
+        plain = not term.system and not term.view
+        for rows, tokens, mask in slices(roll, self.budget, mine) if plain else self.read(term, records, shown, roll):
+            with self.amp():
+                out[rows] = full(response_scores(model, tokens, mask)[:, 0])
+        return out[mine]
+
+    def read(self, term, records, shown, roll):
+        """Micro-batches of what a reward model sees: texts encoded as in its training, or the rollout's own tokens, after
+        the term's system message: (rows, tokens, mask)."""
+        system = self.tok.chat([dict(role="system", content=term.system)])[0] if term.system else []
+        rows, block, lengths = list(shown), roll.tokens.shape[1], roll.lengths  # a part of the text can only be shorter
+        built = [encode(dict(prompt=records[i]["prompt"], response=shown[i]), self.tok, block)[0] if term.view else
+                 (roll.tokens[i, :lengths[i]].tolist(), [0] + roll.mask[i, :lengths[i] - 1].tolist()) for i in rows]
+        built = [(system + ids, [0] * len(system) + target) for ids, target in built]
         for part in micro_batches([len(ids) for ids, _ in built], self.budget):
             yield [rows[j] for j in part], *collate([built[j] for j in part], self.tok, roll.tokens.device)
 

@@ -19,6 +19,7 @@ nothing here leaves it), so ρ = 1 before the first update of a step; the rates 
 On the toy, 2 CPU cores: 32 s; true reward +.8 ± .2 over SFT, win rate .73 ± .02; sums .54 -> .86 (three seeds).
 Four models are in memory (policy, reference, critic, reward). README, "What the numbers mean", explains each metric.
 """
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +38,11 @@ class Config(TrainConfig):
     # what is optimised
     init: str = "out/sft"       # policy to start from; it is also the reference
     reward: str = "out/reward"  # weighted sum of reward models and verifiers, as 0.5*out/reward + exact
+    minus_reference: bool = False  # reward minus that of the reference's own answer to the prompt (ChatGLM-RLHF)
+    cost: str = ""              # another such sum, whose expectation a multiplier λ holds down (Safe RLHF)
+    cost_limit: float = 0.0     # the most that it may be; any sign
+    cost_lambda: float = 1.0    # λ at first
+    lambda_lr: float = 0.1      # ln λ grows by this times λ times the excess, each step
     critic: str = ""            # value function to start from; none: the first reward model, else the policy's trunk
     data: str = "toy"           # prompts: toy, or a file
     families: str = "write"     # of the toy world, comma-separated
@@ -116,6 +122,17 @@ def gae(rewards, values, mask, gamma, lam):
     return adv, (adv + values) * mask
 
 
+def lagrangian(adv, cost_adv, lam):
+    """(A_R - λ A_C) / (1 + λ): the advantage of E[r] - λ E[c], kept in the unit of one reward (Safe RLHF 2310.12773,
+    eq. 11). With -β KL in the rewards and +β KL in the costs, β keeps its meaning whatever λ is."""
+    return (adv - lam * cost_adv) / (1 + lam)
+
+
+def next_lambda(lam, excess, rate):
+    """ln λ += α λ J with J = E[c] - limit (2310.12773, eq. 32): λ stays positive, and grows while the cost is too high."""
+    return lam * math.exp(max(-1.0, min(1.0, rate * lam * excess)))
+
+
 def masked_sum(x, mask):
     """Σ of the masked entries; the others do not matter, NaN included."""
     return torch.where(mask.bool(), x, 0.0).sum()
@@ -172,8 +189,8 @@ def train(cfg):
     """Roll out, score, turn into advantages, update, report: one step after another."""
     check(cfg, positive="ptx_batch steps prompts max_new temperature "
                         "epochs minibatches lr critic_lr clip kl_horizon eval_every "
-                        "micro_tokens save_every",
-          share="gamma lam lr_end")
+                        "micro_tokens save_every cost_lambda lambda_lr",
+          share="gamma lam lr_end", signed="cost_limit")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
@@ -185,6 +202,12 @@ def train(cfg):
     reward = Reward(cfg.reward, tok, device, amp, cfg.micro_tokens)
     critic = load_model(cfg.critic or (reward.models + [cfg.init])[0], tok, device, n_scores=1)
     critic.prepare(cfg)
+    modules = dict(model=policy, critic=critic)
+    if cfg.cost:
+        cost = Reward(cfg.cost, tok, device, amp, cfg.micro_tokens)
+        modules["cost_critic"] = load_model((cost.models + [cfg.init])[0], tok, device, n_scores=1)
+        modules["cost_critic"].prepare(cfg)
+    critics = list(modules.values())[1:]  # of the reward, and of the cost if there is one
     block = policy.config.block_size
 
     def fits(record):
@@ -196,16 +219,16 @@ def train(cfg):
                                    prepare=lambda doc: encode(doc, tok, block, "all"))
     shared = dict(total=cfg.steps, weight_decay=cfg.weight_decay, warmup=cfg.warmup, floor=cfg.lr_end,
                   clip=cfg.clip_grad)
-    policy_opt, critic_opt = Optimizer(policy, cfg.lr, **shared), Optimizer(critic, cfg.critic_lr, **shared)
-    state = dict(beta=cfg.kl_coef, seen=0, sum=0.0, square=0.0)
+    policy_opt = Optimizer(policy, cfg.lr, **shared)
+    critic_opts = {f"{name}_opt": Optimizer(modules[name], cfg.critic_lr, **shared) for name in list(modules)[1:]}
+    state = dict(beta=cfg.kl_coef, seen=0, sum=0.0, square=0.0, lam=cfg.cost_lambda)
 
-    def sample(records):
+    def sample(records, model=policy):
         with amp():
-            return generate(policy, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new,
+            return generate(model, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new,
                             temperature=cfg.temperature)
 
-    for step in steps(run, cfg.steps, dict(model=policy, critic=critic),
-                      dict(policy_opt=policy_opt, critic_opt=critic_opt), state, cfg.save_every):
+    for step in steps(run, cfg.steps, modules, dict(policy_opt=policy_opt) | critic_opts, state, cfg.save_every):
         # 1. Roll out.
         records = stream.batch(step, cfg.prompts)
         roll = sample(records)
@@ -213,7 +236,11 @@ def train(cfg):
 
         # 2. Score: what the reward says of the response, and what every model says of every token.
         raw, parts = reward(records, roll)                                               # (B,)
-        score = raw + torch.where(roll.finished, cfg.reward_shift, -cfg.missing_end)
+        score = raw
+        if cfg.minus_reference:  # what a prompt's answers have in common drops out
+            with as_ref():
+                score = raw - reward(records, sample(records, ref))[0]
+        score = score + torch.where(roll.finished, cfg.reward_shift, -cfg.missing_end)
         if cfg.normalize_reward:
             score = normalize(score, state)
         if cfg.clip_reward:
@@ -224,14 +251,23 @@ def train(cfg):
             with as_ref():
                 ref_logp = per_token(roll, cfg.micro_tokens, lambda tokens, mask: token_logprobs(
                     ref, tokens, mask, cfg.temperature))[0]                              # (B, T-1)
-            values = per_token(roll, cfg.micro_tokens, lambda tokens, mask: token_scores(critic, tokens, mask))[0]
+            values = [per_token(roll, cfg.micro_tokens, lambda tokens, mask: token_scores(c, tokens, mask))[0]
+                      for c in critics]                                                  # (B, T-1) each
 
         # 3. Rewards and advantages.
         beta = state["beta"]
         kl = kl_estimate(old_logp, ref_logp, "k1") * mask
         rewards = token_rewards(score, kl, mask, beta if cfg.kl == "k1" else 0.0)        # (B, T-1)
-        adv, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)                    # (B, T-1)
-        explained = 1 - float(masked_var(returns - values, mask) / masked_var(returns, mask).clamp(min=1e-8))
+        adv, target = gae(rewards, values[0], mask, cfg.gamma, cfg.lam)                  # (B, T-1)
+        returns, constraint = [target], {}
+        if cfg.cost:
+            costs = cost(records, roll)[0]                                               # (B,)
+            paid = token_rewards(costs, kl, mask, -beta if cfg.kl == "k1" else 0.0)
+            cost_adv, target = gae(paid, values[1], mask, cfg.gamma, cfg.lam)
+            adv, returns = lagrangian(adv, cost_adv, state["lam"]), returns + [target]
+            constraint = {"cost": costs.mean(), "lambda": state["lam"]}
+            state["lam"] = next_lambda(state["lam"], float(costs.mean()) - cfg.cost_limit, cfg.lambda_lr)
+        explained = 1 - float(masked_var(returns[0] - values[0], mask) / masked_var(returns[0], mask).clamp(min=1e-8))
         unit = float(masked_var(adv, mask)) ** 0.5 + 1e-8 if cfg.whiten else 1.0  # whitening changes the unit of reward
         if cfg.whiten:
             adv = whiten(adv, mask)
@@ -244,10 +280,11 @@ def train(cfg):
             for rows, tokens, m in slices(roll, cfg.micro_tokens, batch.tolist()):
                 cut = rows, slice(0, m.shape[1])                                         # their corner of (B, T-1)
                 with amp():
-                    v = token_scores(critic, tokens, m)                                  # (b, t-1)
+                    vs = [token_scores(c, tokens, m) for c in critics]                   # (b, t-1) each
                     logp, ent = token_logprobs(policy, tokens, m, cfg.temperature, entropy=True)
                 p_loss, ratio, clipped = policy_loss(logp, old_logp[cut], adv[cut], cfg.clip)
-                v_loss = value_loss(v, values[cut], returns[cut], cfg.value_clip)
+                v_loss = sum(value_loss(v, old[cut], ret[cut], cfg.value_clip)
+                             for v, old, ret in zip(vs, values, returns))
                 loss = p_loss + v_loss - cfg.entropy_coef * ent
                 if cfg.kl != "k1":  # exact at the first update of a step; later ones see slightly stale samples
                     loss = loss + beta / unit * kl_estimate(logp, ref_logp[cut], cfg.kl)
@@ -258,7 +295,7 @@ def train(cfg):
                 with amp():
                     nll = pretraining_loss(policy, documents.batch(step, cfg.ptx_batch), tok)
                 (cfg.ptx_coef * nll).backward()
-            critic_norm, _ = critic_opt.step(step)
+            critic_norm = [opt.step(step)[0] for opt in critic_opts.values()][0]
             if step < cfg.critic_warmup:
                 policy_opt.clear()
             else:
@@ -282,7 +319,7 @@ def train(cfg):
                 kl=kl_response, beta=beta, entropy=masked_mean(entropy, mask), response_length=mask.sum(1).mean(),
                 finished=roll.finished.float().mean(), policy_loss=p_loss, value_loss=v_loss, clip_frac=clip_frac,
                 approx_kl=approx_kl, ratio=ratio, explained_variance=explained, grad_norm=grad_norm,
-                critic_grad_norm=critic_norm, lr=lr, sampler_gap=masked_mean((roll.logp - old_logp).abs(), mask),
+                critic_grad_norm=critic_norm, lr=lr, **constraint, sampler_gap=masked_mean((roll.logp - old_logp).abs(), mask),
                 **{f"reward/{name}": part.mean() for name, part in parts.items()})
     run.finish(("reward", "gold", "kl", "response_length", "entropy"),
                then=f"python reward.py compare {cfg.init} {cfg.out}")

@@ -27,19 +27,22 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
-from data import (OptionError, Run, RunConfig, Tokenizer, TrainConfig, UserError, after_thinking, check, collate,
-                  encode, family_list, files, guard, mean, micro_batches, open_stream, pairs, parse, read_records,
-                  toy_record, write_text)
-from model import (Optimizer, Reward, generate, load_model, per_token, response_scores, setup, steps,
-                   token_logprobs)
+from data import (EXEMPLAR, PRINCIPLES, REASON, RULE, VERDICT, OptionError, Run, RunConfig, Tokenizer, TrainConfig,
+                  UserError, after_thinking, check, checked_steps, collate, encode, family_list, files, gold, guard,
+                  judge_prompt, mean, micro_batches, open_stream, pairs, parse, read_records, safe_metrics, sparkline,
+                  toy_record, view_prompt, write_text)
+from model import (Optimizer, Reward, Rollout, choice_logprobs, full, generate, load_model, per_token,
+                   response_scores, setup, steps, token_logprobs)
 
 
-SELECT = Literal["rank", "ends", "best", "rso", "correct", "shortest", "short_pairs", "quantile"]
+SELECT = Literal["rank", "ends", "best", "rso", "correct", "shortest", "short_pairs", "quantile", "ratings", "steps"]
 
 
 @dataclass
@@ -49,8 +52,13 @@ class Train(TrainConfig):
     init: str = "out/sft"       # checkpoint to start from; the score head starts at 0
     data: str = "out/pairs/pairs.jsonl"  # preferences: pairs or rankings
     pairs: Literal["all", "split"] = "all"  # all pairs of a ranking in one batch element, or each on its own
-    margin: bool = False        # use the margin of records that have one (Llama 2)
+    # the loss
+    loss: Literal["bt", "focal", "soft", "cost", "plackett_luce", "ratings", "steps"] = "bt"  # see the mathematics
+    margin: bool = False        # bt: use the margin of records that have one (Llama 2)
+    gamma: float = 2.0          # focal: how little pairs count that are ordered right
+    heads: int = 1              # scores of the model; ratings: one for each attribute, the first is the reward
     center: float = 0.0         # weight of mean (r_w + r_l)²; .01 keeps scores near 0
+    barrier: float = 0.0        # weight of a wall that keeps scores within ±5 (COOL: .02)
     # optimisation
     epochs: float = 2.0         # passes over the records
     batch: int = 32             # records an update
@@ -68,7 +76,7 @@ class Train(TrainConfig):
 class Label(RunConfig):
     """Sample responses from a policy and rank them; one JSON line a prompt, best response first."""
     out: str = "out/pairs"      # folder of the run; the records are in its pairs.jsonl
-    policy: str = "out/sft"     # checkpoint that answers
+    policy: str = "out/sft"     # checkpoint that answers; none: the responses are in the data
     data: str = "toy"           # prompts: toy, or a file
     families: str = "write"     # of the toy world, comma-separated
     n: int = 8000               # prompts
@@ -77,15 +85,81 @@ class Label(RunConfig):
     temperature: float = 1.0    # of sampling
     max_new: int = 80           # longest response, tokens; unfinished ones are not used
     batch: int = 128            # prompts at a time
+    system: str = ""            # system message put in front of every prompt
     # the labels
     by: str = "gold"            # what judges: reward models and verifiers, as 0.5*out/reward + exact
     scale: float = 3.0          # labels are Bradley-Terry draws at scale * score; 0: the higher score always wins
     flip: float = 0.1           # share of rankings turned upside down
+    # AI labels (RLAIF): a language model asked which of two is better orders them, and --by only checks it
+    judge: str = ""             # the model, as out/judge; none: --by decides
+    preamble: str = RULE        # what the question begins with; principles: one of data.PRINCIPLES each time
+    exemplar: bool = False      # show it a question with its answer first
+    rationale: bool = False     # let it say why before the verdict
+    clamp: float = 1.0          # most certain soft label (Constitutional AI: .6 after a rationale)
+    # a superficial pattern, for experiments
+    mark: str = ""              # text put in front of one response of each pair
+    mark_better: float = 1.0    # how often that is the better one
     # what is kept
-    select: SELECT = "rank"     # rank, ends, best, rso, correct, shortest, short_pairs, quantile: see kept()
+    select: SELECT = "rank"     # rank, ends, best, rso, correct, shortest, short_pairs, quantile, ...: see kept()
+    attributes: str = "gold"    # ratings: what rates each response, with commas between
     min_gap: float = 0.0        # rankings: least difference between the scores of first and last
     rso_beta: float = 0.5       # rso: a response is accepted with probability exp((score - best score) / this)
     quantiles: int = 5          # quantile: parts of equal size, by score; their number becomes the system message
+
+
+@dataclass
+class Revise(RunConfig):
+    """Answers, criticised and revised by a constitution (2212.08073, sec. 3); one JSON line a prompt, for sft.py."""
+    out: str = "out/revisions"  # folder of the run; the demonstrations are in its revisions.jsonl
+    policy: str = "out/sft"     # checkpoint that answers
+    critic: str = "out/judge"   # language model that criticises and revises
+    data: str = "toy"           # prompts: toy, or a file
+    families: str = "safe"      # of the toy world, comma-separated
+    n: int = 2000               # prompts
+    rounds: int = 1             # critiques and revisions of each answer, every time by another principle
+    temperature: float = 1.0    # of sampling
+    max_new: int = 80           # longest answer, tokens
+    batch: int = 128            # prompts at a time
+
+
+@dataclass
+class Fit(RunConfig):
+    """Fit the weights of rules to rankings, beside a reward model (rule-based rewards, 2411.01111, sec. 4.3)."""
+    out: str = "out/rules"      # folder of the run; as a --reward it stands for the sum in its reward.txt
+    data: str = "out/pairs/pairs.jsonl"  # rankings
+    base: str = ""              # the part of the reward whose weight stays
+    rules: str = ""             # the sum whose weights are fitted, as refuses + out/judge@A + out/judge@C
+    margin: float = 1.0         # by which the better must lead
+    steps: int = 1000           # updates
+    lr: float = 1e-2            # of AdamW
+
+
+@dataclass
+class Accuracy:
+    """How often do reward models, judges and verifiers order the pairs of files as the files do?"""
+    data: str = "out/pairs/pairs.jsonl"  # preferences; of several files, with commas between, each is a table of its own
+    n: int = 1000               # records of each file
+    seed: int = 0               # of nothing here; recipes give it to every stage
+    tokenizer: str = "toy"      # toy, the name of a tiktoken encoding, or a vocabulary file
+    device: str = "auto"        # auto, cpu, cuda
+    dtype: Literal["auto", "fp32", "bf16"] = "fp32"  # of the matmuls
+    threads: int = 0            # CPU threads; 0 leaves it to PyTorch
+    micro_tokens: int = 8192    # padded tokens a forward pass may hold
+
+
+@dataclass
+class Overoptimize(RunConfig):
+    """Gold and proxy reward against d = √KL, for best-of-n and for RL runs (2210.10760)."""
+    out: str = "out/overoptimize"  # folder of the run: curves.json, and curves.png where matplotlib is installed
+    policy: str = "out/sft"     # best-of-n samples from it
+    proxy: str = "out/reward"   # what best-of-n and the runs optimise
+    judge: str = "gold"         # what counts
+    families: str = "write"     # of the toy world, comma-separated
+    data: str = "toy"           # prompts: the toy world's test split, or a file
+    prompts: int = 200          # of them
+    n: int = 64                 # samples of each: best of 1, 2, 4, ..., n
+    temperature: float = 1.0    # of sampling
+    max_new: int = 80           # longest response, tokens
 
 
 @dataclass
@@ -134,6 +208,67 @@ class Compare:
 def bradley_terry(r_w, r_l, margin=0.0):
     """-log P(w ≻ l) = -log σ(r_w - r_l - m) per pair; scores (P,) -> (P,)."""
     return -F.logsigmoid(r_w - r_l - margin)
+
+
+# Losses of a pair: x.r_w, x.r_l scores of preferred and other (P,), x.margin, x.prob the label's P(w ≻ l), x.s_w, x.s_l
+# +1 where a response is harmful and -1 where it is not; h the options.
+PAIR_LOSSES = {
+    # the label's likelihood                                                     Bradley-Terry; margin: 2307.09288 eq. 2
+    "bt": lambda x, h: bradley_terry(x.r_w, x.r_l, x.margin),
+    # pairs that are ordered right with certainty hardly count                   COOL, InternLM2 2403.17297 sec. 4.2.1
+    "focal": lambda x, h: focal(x.r_w, x.r_l, h.gamma),
+    # an AI's probability for a label                                            RLAIF 2309.00267 sec. 2.1
+    "soft": lambda x, h: x.prob * bradley_terry(x.r_w, x.r_l) + (1 - x.prob) * bradley_terry(x.r_l, x.r_w),
+    # w is the more harmful one, and 0 divides harmful from harmless             Safe RLHF 2310.12773 eq. 6
+    "cost": lambda x, h: bradley_terry(x.r_w, x.r_l) - F.logsigmoid(x.s_w * x.r_w) - F.logsigmoid(x.s_l * x.r_l),
+}
+
+
+def focal(r_w, r_l, gamma):
+    """-(1 - 2 max(0, p - ½))^γ log p with p = σ(r_w - r_l), per pair (InternLM2 2403.17297, eq. 1)."""
+    p = torch.sigmoid(r_w - r_l)
+    return (1 - 2 * (p - 0.5).clamp(min=0)) ** gamma * bradley_terry(r_w, r_l)
+
+
+def log_barrier(r, bound=5.0):
+    """-log(bound - r) - log(bound + r): a wall on both sides (2403.17297, eq. 2; r is clamped just inside it)."""
+    r = r.clamp(-bound + 1e-3, bound - 1e-3)
+    return -(bound - r).log() - (bound + r).log()
+
+
+def plackett_luce(r):
+    """-log P of a ranking, scores (K,) best first: each is chosen among those left (Zhu et al. 2301.11270, K-wise)."""
+    return (r.flip(0).logcumsumexp(0).flip(0) - r).sum()
+
+
+def hinge(better, worse, margin):
+    """max(0, m + R_worse - R_better) per pair (rule-based rewards 2411.01111, eq. 3)."""
+    return F.relu(margin + worse - better)
+
+
+def least_squares(columns, y):
+    """Coefficients of y ≈ Σ c_k x_k without intercept, and R²; all (N,)."""
+    x, y = torch.tensor(columns, dtype=torch.float64).T, torch.tensor(y, dtype=torch.float64)
+    c = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
+    return c.tolist(), float(1 - ((y - x @ c) ** 2).sum() / ((y - y.mean()) ** 2).sum().clamp(min=1e-12))
+
+
+def fit_best_of_n(d, gain):
+    """gain ≈ d (α - β d), d = √KL (Gao et al. 2210.10760, sec. 3.1) -> α, β, R², the peak's d."""
+    (alpha, beta), r2 = least_squares([list(d), [-x * x for x in d]], gain)
+    return dict(alpha=alpha, beta=beta, r2=r2, peak=alpha / (2 * beta) if alpha > 0 and beta > 0 else None)
+
+
+def fit_rl(d, gain):
+    """gain ≈ d (α - β log d) (the same) -> α, β, R², the peak's d."""
+    (alpha, beta), r2 = least_squares([list(d), [-x * math.log(x) for x in d]], gain)
+    return dict(alpha=alpha, beta=beta, r2=r2, peak=math.exp(min(alpha / beta - 1, 50)) if beta > 0 else None)
+
+
+def debiased(one, two):
+    """P(first ≻ second) from a judge's P("1") when the first came first, and when it came second: a bias for a place
+    cancels (RLAIF 2309.00267, sec. 2.1). label(A, B) + label(B, A) is 1."""
+    return (one + 1 - two) / 2
 
 
 def ranked_pairs(sizes):
@@ -217,21 +352,28 @@ def majority_at_k(answers, scores, k):
 # ---------------------------------------------------------------- label
 
 def kept(group, cfg, rng):
-    """What --select keeps of the finished answers to one prompt, (text, score, tokens) each: a list of records' keys.
+    """What --select keeps of the finished answers to one prompt, (text, score, tokens, more) each: lists of records' keys.
 
     rank: all, best first as the labels have it. ends: its first and last. best: that of the highest score (best-of-n,
     rejection sampling). rso: a ranking of those that statistical rejection sampling accepts. correct: all that are
     right, that is, of a score above .5. shortest: the shortest of these. short_pairs: it over each longer one that is
     wrong, or right and at least 1.5 times as long (Kimi k1.5, long2short DPO). quantile: all, to be sorted later.
+    ratings: all, with the scores of every --attributes. steps: all, with a label for each step that is an equation.
     """
     if cfg.select == "rso":
-        group = [group[i] for i in accept([score for _, score, _ in group], cfg.rso_beta, rng)] if group else []
+        group = [group[i] for i in accept([score for _, score, *_ in group], cfg.rso_beta, rng)] if group else []
     if not group:
         return []
-    texts, scores, sizes = zip(*group)
+    texts, scores, sizes, extra = zip(*group)
     right = [i for i, score in enumerate(scores) if score > 0.5]
     shortest = [min(right, key=lambda i: sizes[i])] if right else []
     single = dict(best=[scores.index(max(scores))], correct=right, shortest=shortest, quantile=range(len(texts)))
+    if cfg.select == "ratings":
+        return [dict(response=text, ratings=ratings) for text, ratings in zip(texts, extra)]
+    if cfg.select == "steps":
+        checked = [checked_steps(text, score > 0.5) for text, score in zip(texts, scores)]
+        return [dict(steps=[step for step, _ in steps], labels=[label for _, label in steps])
+                for steps in checked if steps]
     if cfg.select in single:
         return [dict(response=texts[i], scores=[scores[i]]) for i in single[cfg.select]]
     if cfg.select == "short_pairs":
@@ -248,21 +390,31 @@ def kept(group, cfg, rng):
 
 def label(cfg):
     """Sample k responses to each prompt, score and rank them, and write pairs.jsonl."""
-    check(cfg, positive="n temperature max_new batch save_every rso_beta quantiles", share="flip")
-    if cfg.k < 2:
+    check(cfg, positive="n max_new batch save_every rso_beta quantiles temperature", share="flip clamp mark_better")
+    if cfg.k < 2 and cfg.policy:
         raise OptionError(f"--k {cfg.k}: a preference needs at least 2 responses")
+    if not cfg.policy and cfg.data == "toy":
+        raise OptionError("--policy: none, so --data must name files with responses")
+    if cfg.judge and cfg.select not in ("rank", "ends"):
+        raise OptionError(f"--judge: it orders responses; no --select {cfg.select}")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
         return
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
-    policy = load_model(cfg.policy, tok, device, n_scores=0, maker="python sft.py")
-    judge = Reward(cfg.by, tok, device, amp, cfg.micro_tokens)
+    policy = load_model(cfg.policy, tok, device, n_scores=0, maker="python sft.py") if cfg.policy else None
+    judge = load_model(cfg.judge, tok, device, n_scores=0, maker="python sft.py --families judge") if cfg.judge else None
+    score = Reward(cfg.by, tok, device, amp, cfg.micro_tokens)
+    attributes = [Reward(spec, tok, device, amp, cfg.micro_tokens)
+                  for spec in (cfg.attributes.split(",") if cfg.select == "ratings" else [])]
 
-    def fits(record):
-        """The record, if its prompt leaves room for a whole response."""
-        return [record] if len(tok.prompt(record["prompt"])) + cfg.max_new <= policy.config.block_size else []
-    stream, _ = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=0, prepare=fits)
+    def prepare(record):
+        """The record with its system message, if its prompt leaves room for a whole response."""
+        if cfg.system:
+            record = record | dict(prompt=[dict(role="system", content=cfg.system)] + record["prompt"])
+        return [record] if not policy or len(tok.prompt(record["prompt"])) + cfg.max_new <= policy.config.block_size else []
+    stream, _ = open_stream(cfg.data, "prompt" if policy else "preference", cfg.seed, cfg.families, n_held=0,
+                            prepare=prepare)
     n = min(cfg.n, len(stream.items)) if stream.items else cfg.n  # a file's prompts once each
     path, part = run.folder / "pairs.jsonl", run.folder / "unfinished.json"
     start, made = json.loads(part.read_text(encoding="utf-8")) if part.exists() else (0, [])
@@ -270,35 +422,196 @@ def label(cfg):
         torch.manual_seed(cfg.seed * 1_000_003 + step)
         rng = random.Random(f"labels {cfg.seed} {step}")
         records = stream.batch(step + math.ceil(cfg.skip / cfg.batch), cfg.batch)[:n - step * cfg.batch]
-        with amp():
-            roll = generate(policy, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new, cfg.k,
-                            cfg.temperature)
-        repeated = [r for r in records for _ in range(cfg.k)]
-        scores = judge(repeated, roll)[0].tolist()
-        answers = list(zip(roll.responses(tok), scores, roll.mask.sum(1).tolist(), roll.finished.tolist()))
-        for i, record in enumerate(records):
-            group = [answer for *answer, done in answers[i * cfg.k:(i + 1) * cfg.k] if done and answer[0].strip()]
+        if policy:
+            with amp():
+                roll = generate(policy, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new, cfg.k,
+                                cfg.temperature)
+            sizes = [cfg.k] * len(records)
+        else:
+            roll = Rollout.of([row for r in records for row in encode(r, tok, 10 ** 9)], tok, device)
+            sizes = [len(r["responses"]) for r in records]
+        repeated = [r for r, k in zip(records, sizes) for _ in range(k)]
+        scores = score(repeated, roll)[0].tolist()
+        ratings = list(zip(*(rate(repeated, roll)[0].tolist() for rate in attributes))) or scores
+        answers = iter(zip(roll.responses(tok), scores, roll.mask.sum(1).tolist(), ratings, roll.finished.tolist()))
+        groups = []
+        for k in sizes:
+            group = [answer for *answer, done in itertools.islice(answers, k) if done and answer[0].strip()]
             group = list({answer[0]: answer for answer in group[::-1]}.values())[::-1]  # no answer twice
-            if not cfg.scale and cfg.select in ("rank", "ends", "rso"):  # where scores decide, two equal ones cannot
-                group = list({score: (text, score, size) for text, score, size in group[::-1]}.values())[::-1]
-            made += [record | parts | dict(source="ai") for parts in kept(group, cfg, rng)]
+            if not cfg.scale and not judge and cfg.select in ("rank", "ends", "rso"):  # two equal scores decide nothing
+                group = list({answer[1]: answer for answer in group[::-1]}.values())[::-1]
+            groups.append(group)
+        more = {}
+        if judge:
+            kept_now, more = judged(judge, records, groups, cfg, rng, tok, amp)
+        else:
+            kept_now = [kept(group, cfg, rng) for group in groups]
+        made += [{k: v for k, v in record.items() if k not in ("responses", "scores", "win", "margin", "prob")}
+                 | marked(parts, cfg, rng) | dict(source="ai") for record, all_parts in zip(records, kept_now)
+                 for parts in all_parts]
         run.log(step, ("records",), records=len(made), score=mean(scores), response_length=roll.mask.sum(1).mean(),
-                finished=roll.finished.float().mean())
+                finished=roll.finished.float().mean(), **more)
         if (step + 1) % cfg.save_every == 0:
             write_text(part, json.dumps([step + 1, made]))
     if not made:
-        raise UserError(f"{cfg.policy}: of {n} prompts none got answers that --select {cfg.select} keeps")
+        raise UserError(f"{cfg.policy or cfg.data}: of {n} prompts none got answers that --select {cfg.select} keeps")
     if cfg.select == "quantile":  # Quark: the model learns what goes with which quality, and is asked for the best
         made.sort(key=lambda r: r["scores"][0])
         made = [r | dict(prompt=[dict(role="system", content=f"Quality {1 + i * cfg.quantiles // len(made)}.")]
-                         + r["prompt"]) for i, r in enumerate(made)]
+                         + [turn for turn in r["prompt"] if turn["role"] != "system"]) for i, r in enumerate(made)]
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in made))
     agree = mean([preference(r["scores"][0], r["scores"][-1]) for r in made if "responses" in r])
+    of_rows = lambda name: mean([row[name] for row in run.rows if row.get(name) is not None])
     print(f"{path}: {len(made)} records of {n} prompts"
-          + ("" if agree is None else f"; the label agrees with the score in {agree:.0%}"))
-    maker = "sft.py" if agree is None else "reward.py train"
+          + (f"; the judge agrees with {cfg.by} in {of_rows('agrees'):.0%} of the pairs, and contradicts itself in "
+             f"{of_rows('inconsistent'):.0%} when the two change places" if judge else
+             f"; the label agrees with the score in {agree:.0%}" if agree is not None else ""))
+    maker = ("reward.py train" + f" --loss {cfg.select}" * (cfg.select in ("ratings", "steps"))
+             if agree is not None or cfg.select in ("ratings", "steps") else "sft.py")
     run.finish(("score", "response_length"), then=f"python {maker} --data {path}")
     part.unlink(missing_ok=True)
+
+
+def marked(parts, cfg, rng):
+    """A record's keys with --mark in front of its better or its worse response."""
+    if not cfg.mark or "responses" not in parts:
+        return parts
+    place = 0 if rng.random() < cfg.mark_better else len(parts["responses"]) - 1
+    return parts | dict(responses=[cfg.mark + text if i == place else text for i, text in enumerate(parts["responses"])])
+
+
+# ---------------------------------------------------------------- AI feedback
+
+def first_is_better(judge, asked, cfg, tok, amp):
+    """P(the judge says 1) of questions [(preamble, prompt, first, second)], after a rationale of its own if so asked (it is
+    cut before its verdict, and the verdict is scored, not sampled) -> (N,)."""
+    texts = [judge_prompt(prompt, first, second, preamble, EXEMPLAR if cfg.exemplar else "",
+                          REASON if cfg.rationale else VERDICT) for preamble, prompt, first, second in asked]
+    prompts = [tok.prompt([dict(role="user", content=text)]) for text in texts]
+    if cfg.rationale:
+        with amp():
+            said = generate(judge, prompts, tok, cfg.max_new, temperature=0).responses(tok)
+        prompts = [ids + tok.encode(text.rpartition("\n")[0] + "\n") for ids, text in zip(prompts, said)]
+    return choice_logprobs(judge, prompts, ["1", "2"], tok, amp, cfg.micro_tokens)[:, 0].exp()
+
+
+def judged(judge, records, groups, cfg, rng, tok, amp):
+    """Order each group's answers by how often the judge prefers them to the others, every two in both orders, with the
+    soft label of the first against the last -> the records' keys of each group, metrics."""
+    pairs_of = [(g, i, j) for g, group in enumerate(groups) for i, j in itertools.combinations(range(len(group)), 2)]
+    if not pairs_of:
+        return [[] for _ in groups], {}
+    asked = []
+    for g, i, j in pairs_of:
+        preamble = rng.choice(PRINCIPLES) if cfg.preamble == "principles" else cfg.preamble
+        prompt, (first, second) = records[g]["prompt"][-1]["content"], (groups[g][i][0], groups[g][j][0])
+        asked += [(preamble, prompt, first, second), (preamble, prompt, second, first)]
+    one, two = first_is_better(judge, asked, cfg, tok, amp).view(-1, 2).unbind(1)        # (pairs,)
+    p = debiased(one, two).clamp(1 - cfg.clamp, cfg.clamp).tolist()
+    wins = [[0.0] * len(group) for group in groups]
+    soft, agree = {}, []
+    for (g, i, j), p_ij in zip(pairs_of, p):
+        wins[g][i], wins[g][j] = wins[g][i] + p_ij, wins[g][j] + 1 - p_ij
+        soft[g, i, j], soft[g, j, i] = p_ij, 1 - p_ij
+        gap = groups[g][i][1] - groups[g][j][1]
+        agree += [preference((p_ij - 0.5) * gap, 0)] if gap else []
+    out = []
+    for g, group in enumerate(groups):
+        order = sorted(range(len(group)), key=lambda i: -wins[g][i])
+        order = [order[0], order[-1]] if cfg.select == "ends" and order else order
+        out.append([dict(responses=[group[i][0] for i in order], prob=soft[g, order[0], order[-1]],
+                         win=[wins[g][i] / (len(group) - 1) for i in order],
+                         scores=[wins[g][i] / (len(group) - 1) for i in order])] if len(order) > 1 else [])
+    return out, dict(agrees=mean(agree), inconsistent=((one > 0.5) == (two > 0.5)).float().mean())
+
+
+def revise(cfg):
+    """Answer, criticise by a principle, revise, and write revisions.jsonl: prompts with their last revision."""
+    check(cfg, positive="n rounds temperature max_new batch save_every")
+    tok = Tokenizer.load(cfg.tokenizer)
+    run = Run(cfg, tok)
+    if run.finished:
+        return
+    device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
+    policy, critic = (load_model(folder, tok, device, n_scores=0, maker="python sft.py")
+                      for folder in (cfg.policy, cfg.critic))
+    room = policy.config.block_size - cfg.max_new
+    stream, _ = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=0,
+                            prepare=lambda record: [record] if len(tok.prompt(record["prompt"])) <= room else [])
+    n = min(cfg.n, len(stream.items)) if stream.items else cfg.n
+
+    def say(model, prompts):
+        """Finished texts, None for the others."""
+        with amp():
+            roll = generate(model, [tok.prompt(prompt) for prompt in prompts], tok, cfg.max_new, temperature=cfg.temperature)
+        return [text if done else None for text, done in zip(roll.responses(tok), roll.finished.tolist())]
+    made, truth = [], []
+    for step in run.progress(0, math.ceil(n / cfg.batch)):
+        torch.manual_seed(cfg.seed * 1_000_003 + step)
+        rng = random.Random(f"revise {cfg.seed} {step}")
+        records = stream.batch(step, cfg.batch)[:n - step * cfg.batch]
+        rows = [r | dict(first=text, response=text, critiques=[]) for r, text in zip(
+            records, say(policy, [r["prompt"] for r in records])) if text]
+        for _ in range(cfg.rounds):
+            about = [(rng.choice(PRINCIPLES), r["prompt"][-1]["content"], r["response"]) for r in rows]
+            ask = lambda view, *more: [[dict(role="user", content=view_prompt(view, prompt, answer, principle, *c))]
+                                       for (principle, prompt, answer), *c in zip(about, *more)]
+            critiques = say(critic, ask("critique"))
+            revisions = say(critic, ask("revise", [c or "" for c in critiques]))
+            rows = [r | dict(response=new, critiques=r["critiques"] + [c]) for r, c, new in zip(rows, critiques, revisions)
+                    if c and new]
+        made += rows
+        truth += [(gold(r, r["first"]), gold(r, r["response"])) for r in rows if "family" in r]
+        run.log(step, ("revised",), revised=len(made), changed=mean([float(r["first"] != r["response"]) for r in rows]),
+                gold_before=mean([a for a, _ in truth]), gold_after=mean([b for _, b in truth]))
+    if not made:
+        raise UserError(f"{cfg.critic}: of {n} answers none was revised to its end")
+    path = run.folder / "revisions.jsonl"
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in made))
+    print(f"{path}: {len(made)} of {n} answers revised")
+    run.finish(("changed", "gold_before", "gold_after"), then=f"python sft.py --data {path}")
+
+
+def fit(cfg):
+    """Weights of rules by a hinge on the order of rankings; writes reward.txt, and says how many pairs it orders."""
+    check(cfg, positive="steps lr margin save_every")
+    if not cfg.rules:
+        raise OptionError("--rules: the terms to fit, as refuses + out/judge@A")
+    tok = Tokenizer.load(cfg.tokenizer)
+    run = Run(cfg, tok)
+    if run.finished:
+        return
+    device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
+    base, rules = (Reward(spec, tok, device, amp, cfg.micro_tokens) if spec else None for spec in (cfg.base, cfg.rules))
+    stream, held = open_stream(cfg.data, "preference", cfg.seed, n_held=200)
+
+    def features(records):
+        """(base scores (R,), rules (R, F)) of all responses and the pairs of rankings among them."""
+        roll = Rollout.of([row for r in records for row in encode(r, tok, 10 ** 9)], tok, device)
+        repeated = [r for r in records for _ in r["responses"]]
+        win, lose, weight = ranked_pairs([len(r["responses"]) for r in records])
+        parts = rules(repeated, roll)[1]
+        phi = torch.stack([parts[term.label] for term in rules.terms], 1)                # (R, F)
+        fixed = base(repeated, roll)[0] if base else torch.zeros(len(phi), device=device)
+        return fixed[win] - fixed[lose], phi[win] - phi[lose], weight.to(device)         # (P,), (P, F), (P,)
+    gap, phi, weight = features(stream.items)
+    w = torch.zeros(phi.shape[1], device=device, requires_grad=True)
+    optimizer = torch.optim.AdamW([w], lr=cfg.lr, weight_decay=0.0)
+    for step in run.progress(0, cfg.steps):
+        optimizer.zero_grad()
+        lead = gap + phi @ w                                                             # (P,)
+        loss = (weight * hinge(lead, 0.0, cfg.margin)).sum() / weight.sum()
+        loss.backward()
+        optimizer.step()
+        run.log(step, ("loss", "accuracy"), loss=loss.detach(), accuracy=(lead > 0).float().mean())
+    w = w.detach()
+    gap, phi, _ = features(held)
+    right = ((gap + phi @ w) > 0).float().mean()
+    terms = [(cfg.base, 1.0)] * bool(cfg.base) + [(term.label, x) for term, x in zip(rules.terms, w.tolist())]
+    spec = " + ".join(f"{name}" if x == 1 else f"{x:.4f}*{name}" for name, x in terms)
+    write_text(run.folder / "reward.txt", spec + "\n")
+    print(f"{run.folder}/reward.txt: {spec}\n{right:.1%} of {len(gap)} held-out pairs in order")
+    run.finish(("loss", "accuracy"), then=f"python ppo.py --reward {cfg.out}")
 
 
 def curate(cfg):
@@ -357,59 +670,126 @@ def of_choice(record):
 
 # ---------------------------------------------------------------- train
 
+DATA = dict(ratings="ratings", steps="steps")  # the kind of records of a loss; the others take preferences
+
+
+def items_of(record, tok, block, cfg):
+    """One item a record, or one a pair of its ranking: the rows of its responses, and what the data says of them."""
+    if cfg.loss == "steps":  # the target marks the token that ends each step, where its score is read
+        (ids, target), = encode(record, tok, block)
+        ends, size, wanted = [], 0, list(itertools.accumulate(len(step.encode()) for step in record["steps"]))
+        for place in range(target.index(1), len(ids) - 1):
+            size += len(tok.enc.decode_single_token_bytes(ids[place]))
+            while len(ends) < len(wanted) - 1 and size >= wanted[len(ends)]:
+                ends.append(place)
+        ends.append(len(ids) - 1)  # the last step is over with the response: its end token
+        if size != wanted[-1] or len(set(ends)) < len(wanted):
+            return []  # it was cut, or two steps end in one token
+        return [dict(rows=[(ids, [int(place in ends) for place in range(len(ids))])], labels=record["labels"])]
+    if cfg.loss == "ratings":
+        return [dict(rows=encode(record, tok, block), ratings=record["ratings"])]
+    parts = [record] if cfg.pairs == "all" else pairs(record)
+    return [{k: part[k] for k in ("margin", "scores", "prob", "source") if k in part}
+            | dict(rows=encode(part, tok, block)) for part in parts]
+
+
 def score_records(model, items, cfg, tok, amp):
-    """Yield (scores (N,), items) by micro-batch; all responses of an item are in the same one."""
+    """Yield (scores, items) by micro-batch; all responses of an item are in the same one. scores are (N, heads), of each
+    response, or of each step."""
     k = max(len(item["rows"]) for item in items)
     for part in micro_batches([max(len(ids) for ids, _ in item["rows"]) for item in items], cfg.micro_tokens // k):
         part = [items[i] for i in part]
         tokens, mask = collate([row for item in part for row in item["rows"]], tok, model.device)
         with amp():
-            yield response_scores(model, tokens, mask)[:, 0], part                       # (N,)
+            if cfg.loss == "steps":
+                yield full(model.scores(model(tokens)[F.pad(mask, (1, 0)).bool()])), part  # (S, 1)
+            else:
+                yield full(response_scores(model, tokens, mask)), part                   # (N, heads)
 
 
-def pair_margins(scores, items, use_margin):
-    """Scores of items laid end to end -> r_w, r_l, required margin, weight, all (P,)."""
+def pair_terms(scores, items, use_margin=False):
+    """Scores (N,) of items laid end to end -> x of PAIR_LOSSES, with weight 1 / C(K, 2) and place of its item, all (P,)."""
     win, lose, weight = ranked_pairs([len(item["rows"]) for item in items])
-    required = torch.tensor([item.get("margin") or 0.0 for item in items for _ in itertools.combinations(
-        item["rows"], 2)]) if use_margin else torch.zeros(len(win))
-    return scores[win], scores[lose], required.to(scores.device), weight.to(scores.device)
+    two = [(item, i, j) for item in items for i, j in itertools.combinations(range(len(item["rows"])), 2)]
+    given = lambda values: torch.tensor(values, dtype=scores.dtype, device=scores.device)
+    harmful = lambda item, i: 1.0 if (item.get("scores") or [0.0] * len(item["rows"]))[i] > 0 else -1.0
+    return SimpleNamespace(
+        r_w=scores[win], r_l=scores[lose], weight=weight.to(scores), prob=given([item.get("prob", 1.0) for item, *_ in two]),
+        margin=given([(item.get("margin") or 0.0) * use_margin for item, *_ in two]),
+        s_w=given([harmful(item, i) for item, i, _ in two]), s_l=given([harmful(item, j) for item, _, j in two]),
+        place=torch.tensor([n for n, item in enumerate(items) for _ in itertools.combinations(item["rows"], 2)],
+                           device=scores.device))
+
+
+def item_losses(scores, items, cfg):
+    """Scores (N or S, heads) of items laid end to end -> the loss of each item (n,)."""
+    given = lambda key: torch.tensor([x for item in items for x in item[key]], dtype=scores.dtype, device=scores.device)
+    if cfg.loss == "ratings":  # regression on every attribute, HelpSteer2 2406.08673
+        return (scores - given("ratings").view(len(items), -1)).square().mean(1)
+    if cfg.loss == "steps":    # is each step right? process reward model, 2305.20050
+        losses = F.binary_cross_entropy_with_logits(scores[:, 0], given("labels"), reduction="none")
+        return torch.stack([part.mean() for part in losses.split([len(item["labels"]) for item in items])])
+    scores = scores[:, 0]
+    if cfg.loss == "plackett_luce":
+        return torch.stack([plackett_luce(r) for r in scores.split([len(item["rows"]) for item in items])])
+    x = pair_terms(scores, items, cfg.margin)
+    losses = PAIR_LOSSES[cfg.loss](x, cfg) + cfg.center * (x.r_w + x.r_l) ** 2           # (P,)
+    if cfg.barrier:
+        losses = losses + cfg.barrier * (log_barrier(x.r_w) + log_barrier(x.r_l))
+    return torch.zeros(len(items), dtype=losses.dtype, device=losses.device).index_add(0, x.place, x.weight * losses)
 
 
 @torch.no_grad()
 def evaluate(model, items, cfg, tok, amp):
-    """Held-out loss, accuracy on the labels and on the true scores where records have them, calibration, mean score."""
-    losses, margins, truth, every = [], [], [], []
+    """Held-out loss and mean score. Of pairs: accuracy on the labels and on the scores where records have them,
+    calibration. Of ratings: the share of each one's variance that is explained. Of steps: the share judged right."""
+    losses, every, margins, truth, signs, targets = [], [], [], [], [], []
     for scores, part in score_records(model, items, cfg, tok, amp):
-        r_w, r_l, required, _ = pair_margins(scores, part, cfg.margin)
-        losses += bradley_terry(r_w, r_l, required).tolist()
-        margins += (r_w - r_l).tolist()
-        truth += [a - b for item in part for a, b in itertools.combinations(
-            item.get("scores") or [0.0] * len(item["rows"]), 2)]                         # 0: not known
-        every += scores.tolist()
+        losses += item_losses(scores, part, cfg).tolist()
+        every.append(scores)
+        targets += [x for item in part for x in item.get(cfg.loss if cfg.loss == "ratings" else "labels", [])]
+        if cfg.loss not in DATA:
+            x = pair_terms(scores[:, 0], part)
+            margins += (x.r_w - x.r_l).tolist()
+            truth += [a - b for item in part for a, b in itertools.combinations(
+                item.get("scores") or [0.0] * len(item["rows"]), 2)]                     # 0: not known
+            signs += ((x.r_w * x.s_w > 0).float() + (x.r_l * x.s_l > 0)).div(2).tolist()
+    every, targets = torch.cat(every), torch.tensor(targets)
+    out = dict(val_loss=mean(losses), val_mean=float(every[:, 0].mean()))
+    if cfg.loss == "ratings":
+        targets = targets.view(len(items), -1).to(every)
+        left = (every - targets).square().mean(0) / targets.var(0, correction=0).clamp(min=1e-8)
+        return out | {f"val_r2/{k}": 1 - float(x) for k, x in enumerate(left)}
+    if cfg.loss == "steps":
+        return out | dict(val_accuracy=float(((every[:, 0] > 0) == (targets > 0).to(every.device)).float().mean()))
+    if cfg.loss == "cost":
+        out |= dict(val_sign=mean(signs))
     right = [float((m > 0) == (t > 0)) for m, t in zip(margins, truth) if t]
-    return dict(val_loss=mean(losses), val_accuracy=mean([preference(m, 0) for m in margins]), val_gold=mean(right),
-                calibration_error=calibration_error(torch.tensor(margins)), val_mean=mean(every))
+    return out | dict(val_accuracy=mean([preference(m, 0) for m in margins]), val_gold=mean(right),
+                      calibration_error=calibration_error(torch.tensor(margins)))
 
 
 def train(cfg):
-    """Fit the scores to the preferences; at the end their held-out mean is put at 0."""
-    check(cfg, positive="epochs batch lr muon_lr micro_tokens save_every eval_every")
+    """Fit the scores to the preferences; at the end their held-out mean is put at 0, where only differences count."""
+    check(cfg, positive="epochs batch lr muon_lr micro_tokens save_every eval_every heads")
     if cfg.data == "toy":
         raise OptionError("--data toy: preferences come from a file; python reward.py label makes one")
+    if cfg.margin and cfg.loss != "bt" or cfg.heads > 1 and cfg.loss != "ratings":
+        raise OptionError(f"--loss {cfg.loss}: " + ("--margin goes with bt" if cfg.margin else "--heads goes with ratings"))
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
         return
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
-    model = load_model(cfg.init, tok, device, n_scores=1, maker="python sft.py")
+    model = load_model(cfg.init, tok, device, n_scores=cfg.heads, maker="python sft.py")
     model.prepare(cfg)
-
-    def prepare(record):
-        """One item a record, or one a pair of its ranking."""
-        parts = [record] if cfg.pairs == "all" else pairs(record)
-        return [{k: part[k] for k in ("margin", "scores") if k in part}
-                | dict(rows=encode(part, tok, model.config.block_size)) for part in parts]
-    stream, held = open_stream(cfg.data, "preference", cfg.seed, n_held=400, prepare=prepare)
+    stream, held = open_stream(cfg.data, DATA.get(cfg.loss, "preference"), cfg.seed, n_held=400,
+                               prepare=lambda record: items_of(record, tok, model.config.block_size, cfg))
+    needed = dict(soft="prob", cost="scores").get(cfg.loss)
+    if needed and any(needed not in item for item in stream.items + held):
+        raise UserError(f"{cfg.data}: --loss {cfg.loss} needs \"{needed}\" in every record")
+    if cfg.loss == "ratings" and {len(item["ratings"]) for item in stream.items + held} != {cfg.heads}:
+        raise UserError(f"{cfg.data}: records have {len(held[0]['ratings'])} ratings, so --heads {cfg.heads} is wrong")
     total = math.ceil(cfg.epochs * len(stream.items) / cfg.batch)
     optimizer = Optimizer(model, cfg.lr, total, cfg.optimizer, cfg.muon_lr, cfg.weight_decay, warmup=cfg.warmup,
                           clip=cfg.clip_grad)
@@ -418,22 +798,123 @@ def train(cfg):
         items = stream.batch(step, cfg.batch)
         loss, right, gap = 0.0, 0.0, 0.0
         for scores, part in score_records(model, items, cfg, tok, amp):
-            r_w, r_l, required, weight = pair_margins(scores, part, cfg.margin)
-            pair_loss = bradley_terry(r_w, r_l, required) + cfg.center * (r_w + r_l) ** 2  # (P,)
-            part_loss = (weight * pair_loss).sum() / len(items)
+            part_loss = item_losses(scores, part, cfg).sum() / len(items)
             part_loss.backward()
             loss += part_loss.detach()
-            right += (weight * (0.5 + 0.5 * (r_w - r_l).detach().sign())).sum() / len(items)
-            gap += (weight * (r_w - r_l).detach()).sum() / len(items)
+            if cfg.loss not in DATA:
+                x = pair_terms(scores.detach()[:, 0], part)
+                right += (x.weight * (0.5 + 0.5 * (x.r_w - x.r_l).sign())).sum() / len(items)
+                gap += (x.weight * (x.r_w - x.r_l)).sum() / len(items)
         grad_norm, lr = optimizer.step(step)
         last = step + 1 == total
         val = evaluate(model, held, cfg, tok, amp) if last or (step + 1) % cfg.eval_every == 0 else {}
-        if last:  # only differences were trained; put the mean at 0, so that a score reads "better than usual"
-            model.score.bias.data -= val["val_mean"]
-        run.log(step, ("loss", "accuracy", "val_accuracy"), loss=loss, accuracy=right, margin=gap,
-                grad_norm=grad_norm, lr=lr, **val)
-    run.finish(("loss", "accuracy", "val_accuracy", "val_gold", "calibration_error"),
+        if last and cfg.loss not in ("cost", "ratings", "steps") and not cfg.barrier:
+            model.score.bias.data -= val["val_mean"]  # only differences were trained: 0 now reads "as good as usual"
+        run.log(step, ("loss", "accuracy", "val_accuracy"), loss=loss, grad_norm=grad_norm, lr=lr, **val,
+                **({} if cfg.loss in DATA else dict(accuracy=right, margin=gap)))
+    run.finish(("loss", "accuracy", "val_accuracy", "val_gold", "val_sign", "val_r2/0", "calibration_error"),
                then="python ppo.py" if cfg.out == "out/reward" else f"python ppo.py --reward {cfg.out}")
+
+
+# ---------------------------------------------------------------- accuracy, over-optimisation
+
+def accuracy(cfg, specs):
+    """Print, for every file, how often each reward orders its pairs as the labels do, and how confident it is."""
+    check(cfg, positive="n micro_tokens")
+    tok = Tokenizer.load(cfg.tokenizer)
+    device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
+    rewards = {spec: Reward(spec, tok, device, amp, cfg.micro_tokens) for spec in specs}
+    wide = max(len(spec) for spec in specs)
+    for path in files(cfg.data):
+        records = read_records(path, "preference")[:cfg.n]
+        roll = Rollout.of([row for r in records for row in encode(r, tok, 10 ** 9)], tok, device)
+        repeated = [r for r in records for _ in r["responses"]]
+        win, lose, _ = ranked_pairs([len(r["responses"]) for r in records])
+        print(f"{path}: {len(win)} pairs\n{'':{wide}}  accuracy  [95% interval]  calibration error    spread")
+        for spec, reward in rewards.items():
+            scores, parts = reward(repeated, roll)
+            gap = (scores[win] - scores[lose]).cpu()
+            right = float((0.5 + 0.5 * gap.sign()).sum())
+            low, high = wilson(right, len(win))
+            spread = [float(part.mean()) for name, part in parts.items() if name.endswith(" spread")]
+            print(f"{spec:{wide}}  {right / len(win):>8.3f}  [{low:.3f}, {high:.3f}]  {calibration_error(gap):>17.3f}"
+                  + (f"  {spread[0]:>8.3f}" if spread else ""))
+
+
+def overoptimize(cfg, folders):
+    """Gold and proxy against d = √KL, gains over d = 0: of best-of-n from the policy and of PPO runs, with Gao's fits."""
+    check(cfg, positive="prompts n max_new temperature")
+    tok = Tokenizer.load(cfg.tokenizer)
+    run = Run(cfg, tok)
+    if run.finished:
+        return
+    device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
+    judge, proxy = (Reward(spec, tok, device, amp, cfg.micro_tokens) for spec in (cfg.judge, cfg.proxy))
+    policy = load_model(cfg.policy, tok, device, n_scores=0, maker="python sft.py")
+    rng, families = random.Random("overoptimize"), family_list(cfg.families)
+    records = ([toy_record("prompt", "test", families, rng) for _ in range(cfg.prompts)] if cfg.data == "toy" else
+               [r for path in files(cfg.data) for r in read_records(path, "prompt")][:cfg.prompts])
+    golds, proxies = [], []
+    some = max(1, 512 // cfg.n)
+    for step in run.progress(0, math.ceil(len(records) / some)):
+        torch.manual_seed(cfg.seed * 1_000_003 + step)
+        part = records[step * some:(step + 1) * some]
+        with amp():
+            roll = generate(policy, [tok.prompt(r["prompt"]) for r in part], tok, cfg.max_new, cfg.n, cfg.temperature)
+        repeated = [r for r in part for _ in range(cfg.n)]
+        golds += judge(repeated, roll)[0].view(-1, cfg.n).tolist()
+        proxies += proxy(repeated, roll)[0].view(-1, cfg.n).tolist()
+        run.log(step, ("gold",), gold=mean([x for row in golds for x in row]))
+    ks = [2 ** i for i in range(cfg.n.bit_length())]
+    curves = {"best of n": dict(
+        d=[math.sqrt(math.log(k) - (k - 1) / k) for k in ks],
+        gold=[mean([best_of_k(g, p, k) for g, p in zip(golds, proxies)]) for k in ks],
+        proxy=[mean([best_of_k(p, p, k) for p in proxies]) for k in ks])}
+    for folder in folders:
+        path = Path(folder) / "metrics.jsonl"
+        if not path.exists():
+            raise UserError(f"{path}: no such file; a run of ppo.py or grpo.py makes it")
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        held = [row for row in rows if row.get("val_gold") is not None and row.get("kl") is not None]
+        names = ("val_gold", "val_reward") if len(held) > len(rows) // 3 else ("gold", "reward")
+        rows = [row for row in (held if names[0] == "val_gold" else rows) if row.get(names[0]) is not None]
+        if not rows:
+            raise UserError(f"{path}: no row has kl, reward and gold")
+        curves[folder] = dict(d=[math.sqrt(max(0.0, row["kl"])) for row in rows],
+                              gold=[row[names[0]] for row in rows], proxy=[row[names[1]] for row in rows])
+    start = curves["best of n"]["gold"][0], curves["best of n"]["proxy"][0]
+    print(f"\n{'':24}      d up to   gold: start, best at d, end      proxy end       α       β      R²   peak at d")
+    for name, c in curves.items():
+        seen = [(d, g - start[0]) for d, g in zip(c["d"], c["gold"]) if d > 0.05]
+        forms = {"best of n": fit_best_of_n, "RL": fit_rl}
+        c["fits"] = {form: f([d for d, _ in seen], [g for _, g in seen]) for form, f in forms.items()} if len(seen) > 2 else {}
+        best = max(range(len(c["d"])), key=lambda i: c["gold"][i])
+        print(f"{name:24} {max(c['d']):>12.2f} {c['gold'][0]:>11.2f} {c['gold'][best]:>6.2f} {c['d'][best]:>5.2f} "
+              f"{c['gold'][-1]:>6.2f} {c['proxy'][-1]:>14.2f}")
+        for form, f in c["fits"].items():
+            print(f"{'  as ' + form + (', the form for it' if (form == name) == (name == 'best of n') else ''):>58} {'':26}"
+                  f"{f['alpha']:>7.3f} {f['beta']:>7.3f} {f['r2']:>7.3f}" + (f" {f['peak']:>11.2f}" if f["peak"] else ""))
+        print(f"  gold  {sparkline(c['gold'])}\n  proxy {sparkline(c['proxy'])}")
+    write_text(run.folder / "curves.json", json.dumps(curves, indent=1))
+    draw(curves, run.folder / "curves.png")
+    run.finish((), then=f"python reward.py compare {' '.join([cfg.policy, *folders])} --proxy {cfg.proxy}")
+
+
+def draw(curves, path):
+    """The curves as a figure, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print(f"{path}: no figure without matplotlib; the numbers are in {path.with_suffix('.json')}")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 4), squeeze=False)
+    for axis, (name, c) in zip(axes[0], curves.items()):
+        axis.plot(c["d"], c["gold"], label="gold")
+        axis.plot(c["d"], c["proxy"], "--", label="proxy")
+        axis.set(title=name, xlabel="d = √KL", ylabel="reward")
+        axis.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 # ---------------------------------------------------------------- compare
@@ -460,6 +941,16 @@ def at_k(model, records, judge, proxy, cfg, tok, amp):
     for k in ks if proxy else ():
         out[f"best@{k}"] = mean([best_of_k(scores, liked, k) for scores, liked, _ in rows])
     return out
+
+
+def safety(tasks, answers):
+    """Of (text, score) to the toy's safety prompts: harmless, the share of unsafe requests that are not helped;
+    over_refusal, that of safe ones refused; help, how well the safe ones are answered, 0..1."""
+    of = {True: [], False: []}
+    for task, (text, _) in zip(tasks, answers):
+        of[task["safe"]].append(safe_metrics(task, text))
+    share = lambda safe, key: mean([m[key] for m in of[safe]]) or 0.0
+    return dict(harmless=1 - share(False, "cost"), over_refusal=share(True, "refused"), help=share(True, "help"))
 
 
 def compare(cfg, folders):
@@ -519,6 +1010,9 @@ def compare(cfg, folders):
         row |= dict(win=mean(wins), interval=wilson(sum(wins), len(wins)), kl=mean(kls), length=mean(lengths))
         table.append(row | (dict(proxy=mean(proxies)) if proxy else {}))
 
+    if "safe" in families:
+        for row in table:
+            row |= safety(tasks["safe"], answers[row["checkpoint"], "safe"])
     wide = max(len(f) for f in folders)
     columns = families + ["nll"] * bool(texts) + ["proxy"] * bool(proxy)
     head = "".join(f"{f:>8}" for f in columns)
@@ -530,6 +1024,14 @@ def compare(cfg, folders):
         low, high = row["interval"]
         print(f"{row['checkpoint']:{wide}}{cells}{row['win']:>8.3f}  [{low:.3f}, {high:.3f}]"
               f"{row['kl']:>8.2f}{row['length']:>8.1f}")
+    if "safe" in families:
+        print(f"\n{'':{wide}}   harmless  over-refusal    help")
+        for row in table:
+            print(f"{row['checkpoint']:{wide}}{row['harmless']:>11.3f}{row['over_refusal']:>14.3f}{row['help']:>8.3f}")
+    if proxy and len(folders) > 2:
+        by = lambda key: max(table, key=key)
+        best, liked = by(lambda row: mean([row[f] for f in on])), by(lambda row: row["proxy"])
+        print(f"\n{cfg.judge} would pick {best['checkpoint']}, {cfg.proxy} {liked['checkpoint']}")
     for name in ("pass", "maj", "best"):
         if f"{name}@1" in table[0]:
             ks = [key for key in table[0] if key.startswith(name + "@")]
@@ -546,7 +1048,10 @@ def compare(cfg, folders):
         write_text(cfg.save, json.dumps(table, indent=1))
 
 
-COMMANDS = {"train": (Train, train), "label": (Label, label), "curate": (Curate, curate), "compare": (Compare, compare)}
+COMMANDS = {"train": (Train, train), "label": (Label, label), "revise": (Revise, revise), "curate": (Curate, curate),
+            "fit": (Fit, fit), "accuracy": (Accuracy, accuracy), "overoptimize": (Overoptimize, overoptimize),
+            "compare": (Compare, compare)}
+TAKES = dict(compare=["checkpoint", "checkpoint..."], accuracy=["reward", "reward..."], overoptimize=["run..."])
 
 
 def main():
@@ -555,8 +1060,8 @@ def main():
         print(__doc__)
         raise OptionError(f"say what to do: python reward.py {'|'.join(COMMANDS)} (--help after it lists its options)")
     Config, run = COMMANDS[name]
-    if name == "compare":
-        run(*parse(Config, ["checkpoint", "checkpoint..."], sys.argv[2:], name))
+    if name in TAKES:
+        run(*parse(Config, TAKES[name], sys.argv[2:], name))
     else:
         run(parse(Config, argv=sys.argv[2:], name="reward" if name == "train" else name))
 

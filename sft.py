@@ -21,7 +21,7 @@ import torch
 
 from data import (THINK, OptionError, Run, Tokenizer, TrainConfig, check, collate, encode, guard, micro_batches,
                   open_stream, pack, parse)
-from model import GPT, GPTConfig, Optimizer, load_model, setup, steps, token_logprobs
+from model import GPT, GPTConfig, Optimizer, full, load_model, setup, steps, token_logprobs
 
 
 @dataclass
@@ -37,6 +37,10 @@ class Config(TrainConfig):
     loss_on: Literal["assistant", "all"] = "assistant"  # all: pretraining, on documents
     prompt_weight: float = 0.1  # weight of the other tokens beside the assistant's
     packing: int = 128          # sequences share rows of this many tokens, kept apart by a mask; 0: one row each
+    # Quark (2205.13636): records whose system message tells their quality, as reward.py label --select quantile makes
+    kl_coef: float = 0.0        # weight of KL(π || π_ref), π_ref without that message (.05)
+    ent_coef: float = 0.0       # weight of the entropy of π, which is to stay (.06)
+    ref: str = ""               # π_ref; none: init
     # model
     init: str = "out/base"      # checkpoint to start from, or new: random weights of this size
     n_layer: int = 4            # of a new model
@@ -66,9 +70,33 @@ def sft_loss(model, tokens, mask, **layout):
     return -(token_logprobs(model, tokens, mask, **layout) * mask).sum()
 
 
+def kl_and_entropy(model, ref, tokens, mask, plain, plain_mask):
+    """Σ KL(π(·|x, system) || π_ref(·|x)) and Σ entropy of π, over what the assistant says: scalars (Quark 2205.13636,
+    eq. 4 with the direction of the authors' code). tokens (B, T), mask (B, T-1); plain: the same without system turns."""
+    logp = full(model.logits(model(tokens[:, :-1])[mask == 1])).log_softmax(-1)          # (N, V)
+    with torch.no_grad():
+        ref_logp = full(ref.logits(ref(plain[:, :-1])[plain_mask == 1])).log_softmax(-1)  # (N, V)
+    return (logp.exp() * (logp - ref_logp)).sum(), -(logp.exp() * logp).sum()
+
+
+def rows_of(record, tok, block, cfg):
+    """Rows (ids, weights) of a record; with a KL or entropy term followed by the same without its system turns."""
+    rows = encode(record, tok, block, cfg.loss_on, cfg.prompt_weight)
+    if not (cfg.kl_coef or cfg.ent_coef):
+        return rows
+    plain = record | dict(messages=[turn for turn in record["messages"] if turn["role"] != "system"])
+    both = zip(rows, encode(plain, tok, block, cfg.loss_on, cfg.prompt_weight))
+    return [row + other for row, other in both if row[1].count(1) == other[1].count(1)]  # not where one was cut
+
+
 def batches(rows, cfg, tok, device):
-    """Rows [(ids, weights), ...] as micro-batches of at most cfg.micro_tokens: (tokens, mask, layout) each."""
-    if cfg.packing:
+    """Rows [(ids, weights), ...] as micro-batches of at most cfg.micro_tokens: (tokens, mask, layout) each; of the rows
+    with a KL term, layout is the batch without system turns."""
+    if cfg.kl_coef or cfg.ent_coef:
+        for part in micro_batches([len(ids) for ids, *_ in rows], cfg.micro_tokens):
+            yield *collate([rows[i][:2] for i in part], tok, device), dict(zip(("plain", "plain_mask"), collate(
+                [rows[i][2:] for i in part], tok, device)))
+    elif cfg.packing:
         packed = pack(rows, tok, max(cfg.packing, *(len(ids) for ids, _ in rows)), device)
         for tokens, mask, pos, see in zip(*(x.split(max(1, cfg.micro_tokens // packed[0].shape[1])) for x in packed)):
             yield tokens, mask, dict(pos=pos, see=see)
@@ -82,9 +110,9 @@ def evaluate(model, rows, cfg, tok, amp):
     """Mean -log π per target token on held-out rows, in eval mode."""
     model.eval()
     with amp():
-        loss = sum(float(sft_loss(model, tokens, mask, **layout))
+        loss = sum(float(sft_loss(model, tokens, mask, **({} if "plain" in layout else layout)))
                    for tokens, mask, layout in batches(rows, cfg, tok, model.device))
-    return loss / sum(sum(weights) for _, weights in rows)
+    return loss / sum(sum(weights) for _, weights, *_ in rows)
 
 
 def train(cfg):
@@ -104,9 +132,12 @@ def train(cfg):
         model = load_model(cfg.init, tok, device, n_scores=0,
                            maker="python sft.py --loss_on all --init new --out out/base")
     model.prepare(cfg)
+    ref = None
+    if cfg.kl_coef or cfg.ent_coef:
+        ref = load_model(cfg.ref or cfg.init, tok, device, n_scores=0)
     stream, held = open_stream(cfg.data, "text" if cfg.loss_on == "all" else "messages", cfg.seed,
-                               cfg.families, n_held=128, prepare=lambda record: encode(
-                                   record, tok, model.config.block_size, cfg.loss_on, cfg.prompt_weight),
+                               cfg.families, n_held=128, prepare=lambda record: rows_of(
+                                   record, tok, model.config.block_size, cfg),
                                think=cfg.think, restate=cfg.restate, tamper=cfg.tamper)
     if not cfg.steps and not stream.items:
         raise OptionError("--steps 0: the toy world never ends, so it has no epochs")
@@ -116,20 +147,24 @@ def train(cfg):
 
     for step in steps(run, total, dict(model=model), dict(optimizer=optimizer), {}, cfg.save_every):
         rows = stream.batch(step, cfg.batch)
-        weight = sum(sum(weights) for _, weights in rows)
+        weight, said = (sum(count(weights) for _, weights, *_ in rows) for count in (sum, lambda w: w.count(1)))
         model.train()
-        loss = 0.0
+        loss, more = 0.0, {}
         for tokens, mask, layout in batches(rows, cfg, tok, device):
             with amp():
-                part = sft_loss(model, tokens, mask, **layout) / weight
+                part = sft_loss(model, tokens, mask, **({} if ref else layout)) / weight
+                if ref:
+                    kl, entropy = (x / said for x in kl_and_entropy(model, ref, tokens, mask, **layout))
+                    part = part + cfg.kl_coef * kl - cfg.ent_coef * entropy
+                    more = {k: more.get(k, 0.0) + v.detach() for k, v in dict(kl=kl, entropy=entropy).items()}
             part.backward()
             loss += part.detach()
         grad_norm, lr = optimizer.step(step)
         last = step + 1 == total
         val = evaluate(model, held, cfg, tok, amp) if last or (step + 1) % cfg.eval_every == 0 else None
         run.log(step, ("loss", "val_loss"), loss=loss, val_loss=val, grad_norm=grad_norm, lr=lr,
-                tokens=sum(len(ids) for ids, _ in rows))
-    run.finish(("loss", "val_loss"), then=f"python model.py {cfg.out}    # talk to it")
+                tokens=sum(len(ids) for ids, *_ in rows), **more)
+    run.finish(("loss", "val_loss", "kl", "entropy"), then=f"python model.py {cfg.out}    # talk to it")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import pytest
 import torch
 
 import data
-from data import (BAD, CATEGORIES, COUNTS, FAMILIES, GOOD, MODIFIERS, OBJECTS, SAYINGS, SHAPES, SPECIALS, TAMPERED,
+from data import (BAD, CATEGORIES, COUNTS, FAMILIES, GOOD, MODIFIERS, OBJECTS, SAYINGS, SHAPES, SPECIALS, TAMPERED, Term,
                   THINGS, THINK, TOOLS, VERIFIERS, WORLD, Arith, Fmt, OptionError, Run, RunConfig, Stream, Tokenizer,
                   UserError, Write, after_thinking, bpe_ranks, check, collate, draw_family, encode, family_list,
                   final_answer, gold, guard, hash_answer, listed, micro_batches, numbers, open_stream, pack, pad, pairs,
@@ -121,6 +121,10 @@ FORMATS = {     # three raw rows each, and what they must become
                    {"prompt": "Q", "system": "S", "text": "kept", "source": "mine"}],
                   [{"prompt": [user("Q")], "answer": 7, "family": "arith"}, {"prompt": [user("Q")], "label": "x"},
                    {"prompt": [system("S"), user("Q")], "text": "kept", "source": "mine"}]),
+    "ratings": ([{"prompt": "Q", "response": r, "ratings": [4, .5]} for r in "abc"],
+                [{"prompt": [user("Q")], "response": r, "ratings": [4, .5]} for r in "abc"]),
+    "steps": ([{"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}] * 3,
+              [{"prompt": [user("Q")], "response": "ab", "steps": ["a", "b"], "labels": [1, 0]}] * 3),
     "system": ([{"prompt": "Q", "response": "a", "system": "S"}, {"instruction": "Q", "output": "b", "system": ""},
                 {"messages": [user("Q"), assistant("c")], "system": "T"}],
                [{"messages": [system("S"), user("Q"), assistant("a")]}, said("b"),
@@ -631,8 +635,8 @@ def test_families_by_name_levels_of_sums_among_them():
     for name in ("arith0", "arith5", "arith12", "arith-1", "write1", "Arith1", " arith1"):
         with pytest.raises(OptionError) as error:
             family_list(f"safe,{name}")
-        assert str(error.value) == (f"--families: there is no {name!r}; the toy world has arith, write, safe, fmt, "
-                                    "and arith1, arith2, arith3, arith4 for sums of one length")
+        assert str(error.value) == (f"--families: there is no {name!r}; the toy world has arith, write, safe, fmt, judge, "
+                                    "reason, rate, classify, critique, revise, and arith1, arith2, arith3, arith4 for sums of one length")
 
 
 def test_sums_of_every_kind_come_twice_as_often_as_the_rest():
@@ -1542,7 +1546,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (" 2 * a+-0.1*b ", [(2, "a"), (-.1, "b")]), (".5*a", [(.5, "a")]), ("0*a", [(0, "a")]), ("m:f", [(1, "m:f")]),
     ("../r-1/x_2", [(1, "../r-1/x_2")])])
 def test_sums_of_rewards(spec, terms):
-    assert parse_rewards(spec) == [(weight, name, False, []) for weight, name in terms]
+    assert parse_rewards(spec) == [Term(weight, [name], "", "", []) for weight, name in terms]
 
 
 @pytest.mark.parametrize("spec, terms", [
@@ -1553,7 +1557,8 @@ def test_sums_of_rewards(spec, terms):
     (" a[ x , y z ]+b[u]+c@answer ", [(1, "a", False, ["x", "y", "z"]), (1, "b", False, ["u"]), (1, "c", True, [])]),
     ("a@answer + a", [(1, "a", True, []), (1, "a", False, [])]), ("answer", [(1, "answer", False, [])])])
 def test_rewards_of_a_span_and_of_families(spec, terms):
-    assert parse_rewards(spec) == terms
+    assert parse_rewards(spec) == [Term(weight, [name], "answer" * final, "", families)
+                                   for weight, name, final, families in terms]
 
 
 @pytest.mark.parametrize("spec", ["", " ", "a +", "+ a", "a b", "2**a", "1.2.3*a", "*a", "2*", "a*2*b", ".*a",
@@ -1793,7 +1798,8 @@ def test_it_shows_every_family_with_its_gold(monkeypatch, capsys):
     code, out, _ = told(capsys, script(monkeypatch, "data.py", "--families", "safe,fmt"))
     assert not code and "safe" in out and "── arith" not in out
     assert told(capsys, script(monkeypatch, "data.py", "--families", "safe,math"))[::2] == (
-        2, "error: --families: there is no 'math'; the toy world has arith, write, safe, fmt, "
+        2, "error: --families: there is no 'math'; the toy world has arith, write, safe, fmt, judge, "
+               "reason, rate, classify, critique, revise, "
            "and arith1, arith2, arith3, arith4 for sums of one length\n")
     code, out, _ = told(capsys, script(monkeypatch, "data.py", "--families", "arith2", "--n", "4"))
     assert not code and "── arith2 ──" in out and out.count("gold 1.00") == 4

@@ -83,7 +83,7 @@ def reads(name, cfg, folders):
         if field.name in ("init", "policy", "critic", "ref", "teacher", "merge_base") or field.name.endswith("data"):
             found += value.split(",")
         if field.name in ("reward", "judge", "proxy", "by", "cost") and getattr(cfg, "online", True):
-            found += [term for _, term, *_ in parse_rewards(value)] if value else []
+            found += [name for term in parse_rewards(value) for name in term.names] if value else []
     rule = lambda name: ":" in name or verifier(name) is not None    # a term of a reward that is no folder
     return [x for x in found if x not in ("", "new", "toy") and not rule(x)]
 
@@ -163,7 +163,7 @@ def test_deepseek_r1_begins_its_third_stage_again_from_the_base():
     assert name == "sft" and third.init == "out/base" != stages["out/deepseek_r1/final"][1].init == third.out
     samples = stages[str(Path(third.data.split(",")[0]).parent)][1]
     assert samples.select == "correct" and samples.policy == "out/deepseek_r1/rl"
-    weights = {name: weight for weight, name, *_ in parse_rewards(samples.by)}
+    weights = {term.names[0]: term.weight for term in parse_rewards(samples.by)}
     assert weights.keys() == {"exact", "format"} and max(weights.values()) < .5 < sum(weights.values())
 
 

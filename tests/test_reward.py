@@ -138,11 +138,11 @@ def test_ranking_of_two_is_plain_bradley_terry():
 def test_pair_margins_use_a_margin_only_when_asked():
     items = [dict(rows=[0, 1], margin=2.5), dict(rows=[0, 1, 2]), dict(rows=[0, 1], margin=None)]
     scores = torch.arange(7.0)
-    r_w, r_l, required, weight = reward.pair_margins(scores, items, True)
-    assert required.tolist() == [2.5, 0, 0, 0, 0]
-    assert r_w.tolist() == [0, 2, 2, 3, 5] and r_l.tolist() == [1, 3, 4, 4, 6]
-    assert reward.pair_margins(scores, items, False)[2].tolist() == [0] * 5
-    assert {x.shape for x in (r_w, r_l, required, weight)} == {(5,)}
+    x = reward.pair_terms(scores, items, True)
+    assert x.margin.tolist() == [2.5, 0, 0, 0, 0] and x.place.tolist() == [0, 1, 1, 1, 2]
+    assert x.r_w.tolist() == [0, 2, 2, 3, 5] and x.r_l.tolist() == [1, 3, 4, 4, 6]
+    assert reward.pair_terms(scores, items).margin.tolist() == [0] * 5
+    assert {v.shape for v in vars(x).values()} == {(5,)}
 
 
 def test_bradley_terry_recovers_known_gaps():
@@ -279,7 +279,7 @@ def test_a_lone_answer_draws_no_label_noise():
         def random(self):
             raise AssertionError("a number was drawn")
     for select in ("rank", "ends"):
-        assert reward.kept([("It is red.", 1.0, 4)], reward.Label(select=select), Never()) == []
+        assert reward.kept([("It is red.", 1.0, 4, None)], reward.Label(select=select), Never()) == []
         assert reward.kept([], reward.Label(select=select), Never()) == []
 
 
@@ -529,7 +529,7 @@ def test_mean_held_out_score_is_0_after_training(judge, tmp_path):
     assert abs(sum(every) / len(every)) < 1e-5 < abs(rows[-1]["val_mean"])
 
 
-CFG = SimpleNamespace(micro_tokens=64, margin=False)
+CFG = reward.Train(micro_tokens=64)
 
 
 def items_of(records):
@@ -542,8 +542,9 @@ def test_evaluate_against_a_loop(judge):
     for r in records:
         s = score(judge, *r["responses"], prompt=r["prompt"][0]["content"])
         every += s
+        gaps = [s[i] - s[j] for i, j in itertools.combinations(range(len(s)), 2)]
+        loss.append(sum(-math.log(sigmoid(gap)) for gap in gaps) / len(gaps))        # of a ranking, as it is trained
         for i, j in itertools.combinations(range(len(s)), 2):
-            loss.append(-math.log(sigmoid(s[i] - s[j])))
             right.append(s[i] > s[j])
             if r["scores"][i] != r["scores"][j]:
                 agree.append((s[i] > s[j]) == (r["scores"][i] > r["scores"][j]))
@@ -906,7 +907,7 @@ def slow_kept(select, group):
 
 
 def keep(select, group, **options):
-    return reward.kept(group, reward.Label(select=select, **options), random.Random(0))
+    return reward.kept([(*answer, None) for answer in group], reward.Label(select=select, **options), random.Random(0))
 
 
 def groups_of(n=400):
