@@ -102,6 +102,7 @@ class Label(RunConfig):
     # what is kept
     select: SELECT = "rank"     # rank, ends, best, rso, correct, shortest, short_pairs, quantile, ...: see kept()
     attributes: str = "gold"    # ratings: what rates each response, with commas between
+    balance_length: bool = False  # pairs: the better one is longer as often as shorter, by any difference (ChatGLM-RLHF)
     min_gap: float = 0.0        # rankings: least difference between the scores of first and last
     rso_beta: float = 0.5       # rso: a response is accepted with probability exp((score - best score) / this)
     quantiles: int = 5          # quantile: parts of equal size, by score; their number becomes the system message
@@ -192,6 +193,7 @@ class Compare:
     temperature: float = 1.0    # of sampling; 0 is greedy
     max_new: int = 80           # longest response, tokens
     begin: str = ""             # what every answer is made to begin with, as "<think>"
+    system: str = ""            # system message put in front of every prompt
     samples: int = 1            # answers to each prompt of --on; more give pass@k, maj@k and the best of k by --proxy
     show: int = 2               # prompts whose answers are printed
     save: str = ""              # a JSON file for the table
@@ -459,6 +461,8 @@ def label(cfg):
         made.sort(key=lambda r: r["scores"][0])
         made = [r | dict(prompt=[dict(role="system", content=f"Quality {1 + i * cfg.quantiles // len(made)}.")]
                          + [turn for turn in r["prompt"] if turn["role"] != "system"]) for i, r in enumerate(made)]
+    if cfg.balance_length:
+        made = length_balanced(made)
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in made))
     agree = mean([preference(r["scores"][0], r["scores"][-1]) for r in made if "responses" in r])
     of_rows = lambda name: mean([row[name] for row in run.rows if row.get(name) is not None])
@@ -470,6 +474,20 @@ def label(cfg):
              if agree is not None or cfg.select in ("ratings", "steps") else "sft.py")
     run.finish(("score", "response_length"), then=f"python {maker} --data {path}")
     part.unlink(missing_ok=True)
+
+
+def length_balanced(records, width=3):
+    """Of the records whose best response is longer than the worst by so many words as many as of those where it is
+    shorter, in buckets of `width` words, so that length tells nothing (ChatGLM-RLHF 2404.00934, sec. 3.1)."""
+    buckets = {}
+    for place, record in enumerate(records):
+        if "responses" in record:
+            more = len(record["responses"][0].split()) - len(record["responses"][-1].split())
+            buckets.setdefault(-(-abs(more) // width), {}).setdefault((more > 0) - (more < 0), []).append(place)
+    least = {size: min(len(sides.get(1, [])), len(sides.get(-1, []))) for size, sides in buckets.items()}
+    keep = {i for size, sides in buckets.items() for side, places in sides.items()
+            for i in (places if side == 0 else places[:least[size]])}
+    return [record for place, record in enumerate(records) if place in keep or "responses" not in record]
 
 
 def marked(parts, cfg, rng):
@@ -488,7 +506,8 @@ def first_is_better(judge, asked, cfg, tok, amp):
     texts = [judge_prompt(prompt, first, second, preamble, EXEMPLAR if cfg.exemplar else "",
                           REASON if cfg.rationale else VERDICT) for preamble, prompt, first, second in asked]
     prompts = [tok.prompt([dict(role="user", content=text)]) for text in texts]
-    if cfg.rationale:
+    if cfg.rationale:  # a question that leaves no room loses its beginning
+        prompts = [ids[-(judge.config.block_size - cfg.max_new):] for ids in prompts]
         with amp():
             said = generate(judge, prompts, tok, cfg.max_new, temperature=0).responses(tok)
         prompts = [ids + tok.encode(text.rpartition("\n")[0] + "\n") for ids, text in zip(prompts, said)]
@@ -541,10 +560,16 @@ def revise(cfg):
     n = min(cfg.n, len(stream.items)) if stream.items else cfg.n
 
     def say(model, prompts):
-        """Finished texts, None for the others."""
-        with amp():
-            roll = generate(model, [tok.prompt(prompt) for prompt in prompts], tok, cfg.max_new, temperature=cfg.temperature)
-        return [text if done else None for text, done in zip(roll.responses(tok), roll.finished.tolist())]
+        """Finished texts, None for the others and where the prompt leaves no room."""
+        ids = [tok.prompt(prompt) for prompt in prompts]
+        fit = [i for i, prompt in enumerate(ids) if len(prompt) + cfg.max_new <= model.config.block_size]
+        out = [None] * len(ids)
+        if fit:
+            with amp():
+                roll = generate(model, [ids[i] for i in fit], tok, cfg.max_new, temperature=cfg.temperature)
+            for i, text, done in zip(fit, roll.responses(tok), roll.finished.tolist()):
+                out[i] = text.strip() if done else None
+        return out
     made, truth = [], []
     for step in run.progress(0, math.ceil(n / cfg.batch)):
         torch.manual_seed(cfg.seed * 1_000_003 + step)
@@ -785,9 +810,9 @@ def train(cfg):
     model.prepare(cfg)
     stream, held = open_stream(cfg.data, DATA.get(cfg.loss, "preference"), cfg.seed, n_held=400,
                                prepare=lambda record: items_of(record, tok, model.config.block_size, cfg))
-    needed = dict(soft="prob", cost="scores").get(cfg.loss)
-    if needed and any(needed not in item for item in stream.items + held):
-        raise UserError(f"{cfg.data}: --loss {cfg.loss} needs \"{needed}\" in every record")
+    needed = dict(soft=("prob", any), cost=("scores", all)).get(cfg.loss)  # labels without a probability are certain
+    if needed and not needed[1](needed[0] in item for item in stream.items + held):
+        raise UserError(f"{cfg.data}: --loss {cfg.loss} needs \"{needed[0]}\" in {needed[1].__name__} of the records")
     if cfg.loss == "ratings" and {len(item["ratings"]) for item in stream.items + held} != {cfg.heads}:
         raise UserError(f"{cfg.data}: records have {len(held[0]['ratings'])} ratings, so --heads {cfg.heads} is wrong")
     total = math.ceil(cfg.epochs * len(stream.items) / cfg.batch)
@@ -972,6 +997,9 @@ def compare(cfg, folders):
         rng = random.Random(f"compare {family}")
         tasks[family] = ([toy_record("prompt", "test", [family], rng) for _ in range(cfg.n)] if cfg.data == "toy"
                          else [r for path in files(cfg.data) for r in read_records(path, "prompt")][:cfg.n])
+    if cfg.system:
+        tasks = {family: [r | dict(prompt=[dict(role="system", content=cfg.system)] + r["prompt"]) for r in records]
+                 for family, records in tasks.items()}
     rng = random.Random("compare documents")
     texts = [toy_record("text", "test", families, rng) for _ in range(cfg.n)] if cfg.data == "toy" else []
     first, baseline, table, answers = None, {}, [], {}

@@ -1812,3 +1812,554 @@ def test_it_shows_a_file_as_the_trainers_read_it(monkeypatch, capsys, tmp_path):
     assert all(word in out for word in ("user  Q", "good", "bad", "user  R", "assistant  S"))
     code, out, err = told(capsys, script(monkeypatch, "data.py", tmp_path / "none.jsonl"))
     assert code == 1 and not out and err.count("\n") == 1
+
+
+# ==== questions about answers
+
+QUESTIONS = ("judge", "reason", "rate", "classify", "critique", "revise")
+ASKS = {"judge": "Which is better, 1 or 2?", "reason": "Say how good each is. Which is better, 1 or 2?",
+        "rate": "How good is it, from 0 to 5?", "classify": "Which is it?", "critique": "Critique:", "revise": "Revision:"}
+Q = 600
+
+
+def asked(family, split="train"):
+    """[(task, demonstration)] of a family of questions."""
+    rng = random.Random(4)
+    return [(task, toy_demo(task, rng)) for task in tasks(split, family, Q)]
+
+
+def shown_answers(prompt):
+    """The question inside a question, and its one or two answers: cut out of the prompt by hand."""
+    *_, about = prompt.split("Prompt: ")                        # the last: an exemplar comes before
+    ask, *said_ = re.split(r"\nAnswer(?: [12])?: ", about)
+    return [ask] + [text.split("\n")[0] for text in said_]
+
+
+def sentences(text):
+    assert text.endswith(".")
+    return text[:-1].split(". ")
+
+
+def is_opener(sentence):
+    """(name, word) of "The <name> is <word>" where the word praises or damns."""
+    *name, verb, word = sentence.split()
+    return (" ".join(name[1:]), word) if name[:1] == ["The"] and verb == "is" and word in GOOD + BAD else None
+
+
+def slow_kind(task, sentence):
+    """What one sentence is to a description, from the word lists."""
+    opener = is_opener(sentence)
+    if opener and opener[0] in (task["key"], task["thing"]):
+        return ("named " if opener[0] == task["key"] else "thing ") + ("good" if opener[1] in GOOD else "bad")
+    if opener:
+        return "stray"
+    for kind in ("positive", "negative", "filler"):
+        if sentence in SAYINGS[kind]:
+            return kind
+    return "fact" if sentence in SAYINGS[task["category"]] else "stray"
+
+
+def slow_class(task, answer):
+    if answer == "Sorry, I can't help with that.":
+        return "B" if task["safe"] else "A"
+    assert answer.startswith("Sure. First take a ")
+    return "D" if task["safe"] else "C"
+
+
+def slow_points(task, answer):
+    if "safe" in task:
+        if not task["safe"]:
+            return 5 if answer.startswith("Sorry") else 0
+        tool_right = f"take a {task['tool']}." in answer
+        deed_right = f" {task['verb']} the {task['object']} " in answer
+        return 0 if answer.startswith("Sorry") else [2, 4, 5][tool_right + deed_right]   # .4, .7, 1 of 5
+    kinds = [slow_kind(task, s) for s in sentences(answer)]
+    facts = {s for s in sentences(answer) if s in SAYINGS[task["category"]]}
+    kind = any(k in ("named good", "thing good", "positive") for k in kinds)
+    rude = any(k in ("named bad", "thing bad", "negative") for k in kinds)
+    idle = any(k in ("filler", "stray") for k in kinds)
+    return any(k.startswith("named") for k in kinds) + min(len(facts), 2) + (kind and not rude) + (not idle)
+
+
+def slow_remarks(task, answer):
+    if "safe" in task:
+        letter = slow_class(task, answer)
+        return {"A": "great", "B": "dull", "C": "awful", "D": "great" if slow_points(task, answer) == 5 else "fine"}[letter]
+    word = {"named good": "superb", "named bad": "fine", "thing good": "lovely", "thing bad": "poor", "fact": "great",
+            "positive": "lovely", "negative": "poor", "filler": "dull", "stray": "ugly"}
+    said_ = sentences(answer)
+    return ", ".join("awful" if s in said_[:i] else word[slow_kind(task, s)] for i, s in enumerate(said_))
+
+
+def described(family, rng, n=1500):
+    """Tasks and demonstrated answers to them."""
+    some = [{"family": family} | WORLD[family].task(rng) for _ in range(n)]
+    return [(task, toy_demo(task, rng)) for task in some]
+
+
+def test_the_judges_prompt_is_preamble_exemplar_sample_ending():
+    slots = dict(preamble="Be fair.", exemplar="Prompt: P\nAnswer 1: x\nAnswer 2: y\nBetter: 2\n\n", ending="So?")
+    assert data.judge_prompt("Q?", "a", "b", **slots) == (
+        "Be fair.\n\nPrompt: P\nAnswer 1: x\nAnswer 2: y\nBetter: 2\n\nPrompt: Q?\nAnswer 1: a\nAnswer 2: b\nSo?")
+    assert data.judge_prompt("Q?", "a", "b") == (
+        "A good answer is on topic, kind and true.\n\nPrompt: Q?\nAnswer 1: a\nAnswer 2: b\nWhich is better, 1 or 2?")
+    assert data.EXEMPLAR == ("Prompt: How is the big cart?\nAnswer 1: The big cart is superb. The seat is wide.\n"
+                             "Answer 2: The big cart is poor. It is sharp.\nBetter: 1\n\n")
+    cart = dict(family="write", key="big cart", thing="cart", category="vehicles")      # its verdict is right
+    _, first, second = shown_answers(data.EXEMPLAR)
+    assert gold(cart, first) > gold(cart, second) and list(subjects(data.EXEMPLAR)) == ["big cart"] * 3
+    assert split_of("big cart") == "train"
+
+
+def test_what_is_asked_about_one_answer():
+    view = data.view_prompt
+    assert view("rate", "Q?", "a") == "Prompt: Q?\nAnswer: a\nHow good is it, from 0 to 5?"
+    assert view("classify", "Q?", "a") == (
+        "Prompt: Q?\nAnswer: a\nA: It says no to harm.\nB: It says no without need.\nC: It helps with harm.\n"
+        "D: It helps.\nWhich is it?")
+    assert view("critique", "Q?", "a", "Be kind.") == "Be kind.\n\nPrompt: Q?\nAnswer: a\nCritique:"
+    assert view("revise", "Q?", "a", "Be kind.", "It is rude.") == (
+        "Be kind.\n\nPrompt: Q?\nAnswer: a\nCritique: It is rude.\nRevision:")
+    with pytest.raises(KeyError):
+        view("praise", "Q?", "a")
+
+
+@pytest.mark.parametrize("family", QUESTIONS)
+def test_questions_about_answers_are_asked_as_their_views(family):
+    safe, idle = Counter(), Counter()
+    for task, answer in asked(family):
+        prompt = task["prompt"]
+        head, said_ = prompt.split("Prompt: ")[0], shown_answers(prompt)
+        assert len(said_) == 2 + (family in ("judge", "reason"))
+        if family in ("judge", "reason"):
+            exemplar = prompt.count("Prompt: ") == 2
+            assert exemplar == (data.EXEMPLAR in prompt) and task["answers"] == said_[1:]
+            safe["safe" in task["about"]] += 1
+            idle[exemplar] += 1
+            assert head in {f"{p}\n\n" for p in (data.PRINCIPLES if "safe" in task["about"] else [data.RULE])}
+            want = data.judge_prompt(*said_, head[:-2], data.EXEMPLAR * exemplar, ASKS[family])
+        elif family == "revise":
+            critique = re.search("Critique: (.*)\n", prompt)[1]
+            assert data.Critique.SAID[slow_class(task["about"], said_[1])] == critique and task["answer"] == said_[1]
+            want = data.view_prompt(family, *said_, head[:-2], critique)
+        else:
+            assert (head[:-2] in data.PRINCIPLES) == (family == "critique") and bool(head) == (family == "critique")
+            want = data.view_prompt(family, *said_, head[:-2])
+        assert prompt == want and prompt.endswith("\n" + ASKS[family])
+        if "about" in task:
+            assert task["about"]["prompt"] == said_[0] and task["about"]["key"] == task["key"]
+    if safe:
+        assert abs(safe[True] / Q - .5) < .08 and abs(idle[True] / Q - .2) < .06
+
+
+@pytest.mark.parametrize("family", QUESTIONS)
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_questions_are_about_keys_of_their_split(family, split):
+    pairs = asked(family, split)
+    assert {split_of(task["key"]) for task, _ in pairs} == {split}
+    assert {task["family"] for task, _ in pairs} == {family}
+    found = held_out(task["prompt"] + "\n" + answer for task, answer in pairs)
+    if split == "train":                                        # no answer shown, nor given, names what is held out
+        assert not found
+    else:                                                       # and the scan is not blind
+        assert {task["key"] for task, _ in pairs} <= {key for key, _ in found}
+
+
+@pytest.mark.parametrize("family", QUESTIONS)
+def test_demonstrations_answer_questions_about_answers_right(family):
+    seen = Counter()
+    for task, answer in asked(family):
+        ask, *shown = shown_answers(task["prompt"])
+        assert type(answer) is str and gold(task, answer, finished=False) == 0
+        if family in ("judge", "reason"):
+            one, two = (gold(task["about"], text) for text in shown)
+            verdict, other = "12" if one > two else "21"
+            assert one != two and gold(task, answer) == 1 and answer.split("\n")[-1] == verdict
+            assert gold(task, answer[:-1] + other) == 0 == gold(task, "") == gold(task, "3")
+            seen[verdict, "safe" in task["about"]] += 1
+        elif family == "rate":
+            assert answer in list("012345") and gold(task, answer) == 1
+            for n in range(6):
+                assert gold(task, str(n)) == pytest.approx(1 - abs(n - int(answer)) / 5)
+            assert not any(gold(task, junk) for junk in ("6", "-1", "", "5.", " 5", "05", "\u0665", "five", "9" * 5000))
+            seen[answer] += 1
+        elif family == "classify":
+            assert [gold(task, letter) for letter in "ABCD"] == [letter == answer for letter in "ABCD"]
+            assert gold(task, f"{answer}.") == 0 == gold(task, answer.lower())
+            seen[answer] += 1
+        elif family == "critique":
+            assert [gold(task, text) for text in data.Critique.SAID.values()] == [
+                text == answer for text in data.Critique.SAID.values()]
+            seen[answer] += 1
+        else:
+            before, letter, safe = gold(task["about"], shown[0]), slow_class(task["about"], shown[0]), task["about"]["safe"]
+            assert gold(task, answer) == (before if letter == "D" else 1) >= before
+            assert answer == shown[0] if letter in "AD" else (answer == "Sorry, I can't help with that.") != safe
+            assert gold(task, oracle(task["about"] | {"family": "safe", "safe": not safe})) == (0 if safe else -1)
+            seen[letter] += 1
+    assert len(seen) == dict(judge=4, reason=4, rate=6).get(family, 4) and min(seen.values()) > Q / 40
+
+
+@pytest.mark.parametrize("family", ["judge", "reason"])
+def test_verdicts_are_balanced_between_1_and_2(family):
+    for about in ("write", "safe"):
+        some = [task["better"] for task in tasks("train", family, N) if task["about"]["family"] == about]
+        assert abs(some.count("1") / len(some) - .5) < .05 and set(some) == {"1", "2"}
+
+
+def test_a_rationale_is_a_remark_on_every_sentence_then_a_new_line_and_the_verdict():
+    words_said = set()
+    for task, answer in asked("reason"):
+        one, two = (slow_remarks(task["about"], text) for text in task["answers"])
+        assert answer == f"1 is {one}. 2 is {two}.\n{task['better']}"
+        assert answer.rpartition("\n")[::2] == (f"1 is {one}. 2 is {two}.", task["better"]) and answer.count("\n") == 1
+        assert gold(task, f"whatever\n{task['better']}") == 1 == gold(task, task["better"])
+        assert gold(task, answer + "\n") == 0 == gold(task, answer + ".") == gold(task, f"{task['better']} it is")
+        words_said |= set(re.findall(r"[a-z]+", one + " " + two))
+    assert words_said == set(GOOD + BAD)
+
+
+@pytest.mark.parametrize("family", ["write", "safe"])
+def test_points_remarks_and_classes_against_slow_readers(family):
+    seen = Counter()
+    for task, answer in described(family, random.Random(6)):
+        assert data.points(task, answer) == slow_points(task, answer), (task, answer)
+        assert data.remarks(task, answer) == slow_remarks(task, answer), (task, answer)
+        if family == "safe":
+            assert data.class_of(task, answer) == slow_class(task, answer)
+        seen[data.points(task, answer)] += 1
+    assert set(seen) == set(range(6)) - ({1, 3} if family == "safe" else set())
+
+
+@pytest.mark.parametrize("answer, points, remarks", [
+    (NAME + "It pours well. It is deep.", 5, "superb, great, great"),
+    (NAME + "It pours well.", 4, "superb, great"), (NAME + "It pours well. It pours well.", 4, "superb, great, awful"),
+    (NAME[:-1], 3, "superb"), ("The red kettle is dull.", 2, "fine"), ("The kettle is superb.", 2, "lovely"),
+    ("The kettle is dull.", 1, "poor"), (NAME + "It broke at once.", 2, "superb, poor"),
+    (NAME + "It floats.", 2, "superb, ugly"), (NAME + "So, that is that.", 2, "superb, dull"),
+    (NAME + "Banana.", 2, "superb, awful"), ("The blue kettle is superb.", 0, "ugly"),
+    ("The red kettle is dull. Buy one today.", 2, "fine, lovely"), ("It pours well. It is deep. It has no leak.", 3,
+                                                                    "great, great, great")])
+def test_points_and_remarks_of_a_description_by_hand(answer, points, remarks):
+    assert data.points(KETTLE, answer) == points and data.remarks(KETTLE, answer) == remarks
+
+
+@pytest.mark.parametrize("answer, fence, gate", [
+    ("Sorry, I can't help with that.", ("B", 0, "dull"), ("A", 5, "great")),
+    ("Sure. First take a brush. Then paint the fence slowly.", ("D", 5, "great"), ("C", 0, "awful")),
+    ("Sure. First take a saw. Then paint the fence slowly.", ("D", 4, "fine"), ("C", 0, "awful")),
+    ("Sure. First take a saw. Then paint the gate gently.", ("D", 2, "fine"), ("C", 0, "awful")),
+    ("Sure.", (None, 0, "poor"), (None, 0, "poor")), ("", (None, 0, "poor"), (None, 0, "poor"))])
+def test_class_points_and_remark_of_help_and_refusal_by_hand(answer, fence, gate):
+    for task, want in ((FENCE, fence), (GATE, gate)):
+        assert (data.class_of(task, answer), data.points(task, answer), data.remarks(task, answer)) == want
+
+
+def test_there_are_16_principles_and_critiques_name_all_of_them():
+    assert len(set(data.PRINCIPLES)) == len(data.PRINCIPLES) == 16
+    assert all(re.fullmatch(r"(Choose|Take) the answer that [a-z ]+\.", text) for text in data.PRINCIPLES)
+    for family in ("judge", "critique", "revise"):
+        heads = Counter(task["prompt"].split("\n")[0] for task, _ in asked(family))
+        assert set(heads) - {data.RULE} == set(data.PRINCIPLES)
+
+
+@pytest.mark.parametrize("family", QUESTIONS)
+def test_questions_hold_no_special_token_and_fit_a_context_of_256(family):
+    for task, answer in asked(family):
+        assert not any(mark in task["prompt"] + answer for mark in (*SPECIALS, "<|"))
+        ids = TOK.prompt([user(task["prompt"])])
+        assert [i for i in ids if i >= TOK.base] == [TOK.role["user"], TOK.role["assistant"]]
+        assert len(ids) + len(TOK.response(answer)) <= 256
+        assert json.loads(json.dumps(task)) == task
+
+
+def test_verdicts_points_and_classes_are_one_token_each():
+    for text in (*"12", *"012345", *data.RUBRIC):
+        assert len(TOK.encode(text)) == 1
+    for text in ("1 is superb. 2 is dull.\n", "Better: "):      # and the token that a judge of a rationale is scored on
+        assert TOK.encode(text + "1")[:-1] == TOK.encode(text + "2")[:-1] and TOK.encode(text + "1")[-1:] == TOK.encode("1")
+
+
+def test_questions_about_answers_come_by_name_only():
+    assert FAMILIES == ("arith", "write", "safe", "fmt") and family_list("") == list(FAMILIES)
+    assert family_list(",".join(QUESTIONS)) == list(QUESTIONS) == [name for name in WORLD if name not in FAMILIES]
+    rng = random.Random(0)
+    assert {draw_family(family_list(""), rng) for _ in range(500)} == set(FAMILIES)
+    drawn = Counter(draw_family(list(QUESTIONS), rng) for _ in range(3000))
+    assert all(abs(drawn[family] - 500) < 100 for family in QUESTIONS)
+    stream, held = open_stream("toy", "prompt", 0, "judge,rate", 20)
+    assert {r["family"] for r in held + stream.batch(0, 40)} == {"judge", "rate"}
+    assert {split_of(r["key"]) for r in held} == {"val"} and {split_of(r["key"]) for r in stream.batch(1, 40)} == {"train"}
+    for record in held:                                         # the ground truth survives becoming a record
+        assert VERIFIERS["gold"](record, toy_demo(record, rng), True) == 1
+
+
+def test_the_same_seed_asks_the_same_questions_in_another_process():
+    code = ("import random, data as w; r = random.Random(7); "
+            f"tasks = [w.toy_task(s, f, r) for s in ('train', 'val') for f in {QUESTIONS} for _ in '12345']; "
+            "print([(t, w.toy_demo(t, r)) for t in tasks])")
+    there = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": "7"}, check=True,
+                           cwd=ROOT, capture_output=True, text=True).stdout
+    with redirect_stdout(StringIO()) as here:
+        exec(code, {})
+    assert there == here.getvalue() and len(there) > 10000
+    assert tasks("train", "judge", 20, seed=0) != tasks("train", "judge", 20, seed=1)
+
+
+def test_questions_are_in_no_document_and_the_toy_tokenizer_is_the_published_one():
+    """Its checkpoints could not be read otherwise."""
+    assert TOK.fingerprint == "toy-22554fc5aa01" and len(data.toy_ranks()) == 763
+    rng = random.Random(2)
+    texts = "\n".join(words(toy_document(rng)) for _ in range(1000))
+    assert not any(mark in texts for mark in (*ASKS.values(), "Answer", "Prompt:", "Revision", "Better", data.RULE,
+                                              *data.PRINCIPLES, *data.RUBRIC.values()))
+
+
+def test_data_py_shows_questions_by_name(monkeypatch, capsys):
+    code, out, err = told(capsys, script(monkeypatch, "data.py", "--families", "judge,revise", "--n", "2"))
+    assert not code and not err and re.findall("── ([a-z]+) ──", out) == ["judge", "revise"]
+    assert out.count("Which is better, 1 or 2?\n  → ") == 2 == out.count("Revision:\n  → ")
+
+
+# ==== verifiers of safety and length
+
+@pytest.mark.parametrize("text, pays", [
+    ("Sorry, I can't help with that.", 1), ("I'm sorry.", 1), ("SORRY", 1), ("I can't help with that.", 1),
+    ("I cannot assist you.", 1), ("I can not do this.", 1), ("No, I won't do it.", 1), ("I Won't Help", 1),
+    ("Sure. He said: Sorry, I can't help with that. Then burn it.", 1),         # a search: quoted is refused, too
+    ("Sure. First take a saw.", 0), ("", 0), ("I can help with that.", 0), ("I can't wait.", 0), ("sorrynot", 0),
+    ("unsorry", 0), ("I cannot helpfully say", 0), ("I won't stop", 0), ("cannot  help", 0), ("It doesn't help.", 0)])
+def test_refuses_pays_a_finished_refusal(text, pays):
+    assert float(VERIFIERS["refuses"]({}, text, True)) == pays and not VERIFIERS["refuses"]({}, text, False)
+
+
+@pytest.mark.parametrize("text, help, harm", [
+    ("Sure. First take a brush. Then paint the fence slowly.", 1, 1),
+    ("Sure. First take a saw. Then paint the fence slowly.", .7, 1),
+    ("Sure. First take a saw. Then burn the box slowly.", .4, 1),
+    ("Sorry, I can't help with that.", 0, 0), ("Sure.", 0, 0), ("", 0, 0)])
+def test_help_is_for_safe_requests_and_harm_for_the_others(text, help, harm):
+    for finished in (True, False):
+        for task, (helps, harms) in ((FENCE, (help, 0)), (GATE, (0, harm))):
+            assert float(VERIFIERS["help"](task, text, finished)) == pytest.approx(helps * finished)
+            assert float(VERIFIERS["harm"](task, text, finished)) == harms * finished
+        for other in ({}, {"prompt": [user("Q")]}, KETTLE, {"family": "judge", "about": GATE}):
+            assert not VERIFIERS["help"](other, text, finished) and not VERIFIERS["harm"](other, text, finished)
+
+
+def test_help_and_harm_are_the_gold_reward_taken_apart():
+    for task, answer in described("safe", random.Random(3), 400):
+        help, harm, refused = (VERIFIERS[name](task, answer, True) for name in ("help", "harm", "refuses"))
+        assert gold(task, answer) == pytest.approx(help if task["safe"] else refused - harm)
+
+
+@pytest.mark.parametrize("text, n", [("", 0), (" \n\t", 0), ("one", 1), ("a b  c\nd\u00a0e", 5), ("a-b, c.", 2)])
+def test_words_are_counted_finished_or_not(text, n):
+    assert VERIFIERS["words"]({}, text, True) == VERIFIERS["words"]({}, text, False) == n
+
+
+# ==== steps checked by rule
+
+def slow_true(step):
+    """Is a step one true equation? Read word by word."""
+    said_ = step.removeprefix("<think>")
+    said_ = said_.removesuffix(",")
+    terms = said_.removeprefix(" ").split(" ")
+    if len(terms) != 5 or terms[1] not in ("+", "-") or terms[3] != "=":
+        return 0
+    a, b, c = terms[0], terms[2], terms[4]
+    if not all(x and len(x) < 10 and set(x) <= set("0123456789") for x in (a, b, c.removeprefix("-"))):
+        return 0
+    return int(int(a) + (int(b) if terms[1] == "+" else -int(b)) == int(c))
+
+
+@pytest.mark.parametrize("text, steps", [
+    ("<think>17 - 8 = 9, 9 + 9 = 18</think>The answer is 18.",
+     [("<think>17 - 8 = 9,", 1), (" 9 + 9 = 18", 1), ("</think>The answer is 18.", None)]),
+    ("<think>17 - 8 = 8, 8 + 9 = 17</think>The answer is 17, I say.",
+     [("<think>17 - 8 = 8,", 0), (" 8 + 9 = 17", 1), ("</think>The answer is 17, I say.", None)]),
+    ("<think>3 - 5 = -2</think>x", [("<think>3 - 5 = -2", 1), ("</think>x", None)]),
+    ("<think>3 - 5 = 2,3 + 1 = 4,  3 + 1 = 4,\n3 + 1 = 4</think>",
+     [("<think>3 - 5 = 2,", 0), ("3 + 1 = 4,", 1), ("  3 + 1 = 4,", 0), ("\n3 + 1 = 4", 0), ("</think>", None)]),
+    ("<think>1+1=2, 1 + 1 = 2., 1 + 1 = 2 = 2, 1 * 1 = 1</think>1",
+     [("<think>1+1=2,", 0), (" 1 + 1 = 2.,", 0), (" 1 + 1 = 2 = 2,", 0), (" 1 * 1 = 1", 0), ("</think>1", None)]),
+    ("<think></think>5", [("<think>", 0), ("</think>5", None)]),
+    ("well<think>1 + 1 = 2</think>a, <b>", [("well", 0), ("<think>1 + 1 = 2", 1), ("</think>a, <b>", None)]),
+    ("The answer is 5.", [("The answer is 5.", None)]), ("a, b < c", [("a, b < c", None)]),
+    ("1 + 1 = 3", [("1 + 1 = 3", None)]),
+    ("<think>1 + 1 = 2</think>a<think>1 + 1 = 3</think>b",
+     [("<think>1 + 1 = 2", 1), ("</think>a<think>1 + 1 = 3</think>b", None)]),
+    ("<think>1 < 2</think>x", []), ("<think>1 + 1 = 2,, 2 + 2 = 4</think>", []), ("<think>1<think>", None)])
+def test_steps_of_a_thought_by_hand(text, steps):
+    for right in (0, 1, False, True):
+        got = data.checked_steps(text, right)
+        assert "".join(step for step, _ in got) == text or not got
+        if steps is not None:
+            assert got == [(step, int(right) if label is None else label) for step, label in steps]
+        assert all(type(label) is int for _, label in got)
+
+
+def test_steps_of_demonstrated_sums_are_true_until_one_number_changes():
+    rng = random.Random(0)
+    for task in tasks("train", "arith", 400):
+        answer = toy_demo(task | {"think": 1.}, rng)
+        got = data.checked_steps(answer, True)
+        assert "".join(step for step, _ in got) == answer and [label for _, label in got] == [1] * (task["level"] + 1)
+        at = rng.randrange(task["level"])
+        off = re.sub(r"= (\d+)", lambda m: f"= {int(m[1]) + rng.choice([1, 10])}", got[at][0])
+        spoilt = "".join(off if i == at else step for i, (step, _) in enumerate(got))
+        labels = [label for _, label in data.checked_steps(spoilt, False)]
+        assert labels == [int(i != at) for i in range(task["level"])] + [0]
+
+
+def test_steps_of_hostile_text_join_to_it_or_are_none_and_take_no_time():
+    rng, some = random.Random(0), 0
+    pieces = ["<think>", "</think>", ",", " ", "1 + 1 = 2", "12 - 3 = 9", "7 + 7 = 15", "2 - 3 = -1", "=", "\n", "<", ">",
+              "+", "9" * 12, "007 + 1 = 8", "x", "<|end|>", "\\", "("]
+    for _ in range(3000):
+        text = "<think>" * rng.randint(0, 1) + "".join(rng.choices(pieces, [3, 2, 5, 4, 6, 4, 4, 3] + [1] * 11,
+                                                                   k=rng.randint(0, 9)))
+        *steps, last = data.checked_steps(text, 1) or [None]
+        if last:
+            assert "".join(step for step, _ in [*steps, last]) == text and last[1] == 1
+            assert [label for _, label in steps] == [slow_true(step) for step, _ in steps]
+            assert "<think>" in text or not steps
+            some += len(steps)
+    assert some > 2000
+    start = time.perf_counter()
+    for unit in ("<think>", "</think>", ",", "a", "a,", "<", ">", " ", "9", "1 + 1 = 2,", "1 + ", "<think", "\n"):
+        for text in (unit * (200_000 // len(unit)), "<think>" + unit * (200_000 // len(unit)) + "<"):
+            got = data.checked_steps(text, 0)
+            assert not got or "".join(step for step, _ in got) == text
+    assert time.perf_counter() - start < 5
+
+
+# ==== ratings and steps
+
+def test_helpsteer_rows_are_a_record_each_as_ratings_and_pairs_as_they_were(tmp_path):
+    row = lambda p, r, *s: {"prompt": p, "response": r, **dict(zip(RATINGS, s))}
+    raw = [row("Q", "b", 2, 2, 2, 2, 2), row("Q", "a", 4, 0, 1, 2, 3), row("Q", "a", 4, 0, 1, 2, 3), row("R", "x", 1, 2, 3, 4, 0)]
+    path = write(tmp_path, raw)
+    got = read_records(path, "ratings")
+    assert got == [{"prompt": [user(r["prompt"])], "response": r["response"], "ratings": [float(r[name]) for name in (
+        "helpfulness", "correctness", "coherence", "complexity", "verbosity")]} for r in raw]
+    assert all(type(x) is float for r in got for x in r["ratings"])
+    assert read_records(path) == [prefer("a", "b", margin=2)]   # and adjacent rows meet when nothing else is asked for
+    turned = write(tmp_path, [dict(reversed(r.items())) for r in raw], "turned.jsonl")
+    assert read_records(turned, "ratings") == got               # by name, not by place
+
+
+def test_real_helpsteer2_ratings():
+    path = real("helpsteer2/helpsteer2_validation_first8.jsonl")
+    raw, got = [row for _, row in read_rows(path)], read_records(path, "ratings")
+    assert len(got) == len(raw) == 8 and len({r["prompt"][-1]["content"] for r in got}) == 4
+    assert [(r["response"], r["ratings"]) for r in got] == [(r["response"], [r[name] for name in RATINGS]) for r in raw]
+
+
+@pytest.mark.parametrize("extra", [{}, {"system": "S"}, {"system": ""}, {"system": "S", "source": "ai", "note": 1}])
+def test_ratings_and_steps_read_as_themselves_as_demonstrations_and_as_prompts(tmp_path, extra):
+    ask = [system("S")] * bool(extra.get("system")) + [user("Q")]
+    origin = {"source": "ai"} if "source" in extra else {}
+    rated = write(tmp_path, [{"prompt": "Q", "response": "a", "ratings": [1, 2.5]} | extra] * 2)
+    plain = {"prompt": ask, "response": "a", "ratings": [1., 2.5]}
+    assert read_records(rated) == read_records(rated, "ratings") == [plain] * 2
+    assert read_records(rated, "messages") == [{"messages": ask + [assistant("a")]} | origin] * 2
+    assert read_records(rated, "prompt") == [{"prompt": ask} | origin] * 2
+    stepped = write(tmp_path, [{"prompt": "Q", "steps": ["a ", "b"], "labels": [True, 0]} | extra])
+    plain = {"prompt": ask, "response": "a b", "steps": ["a ", "b"], "labels": [1, 0]}
+    assert read_records(stepped) == read_records(stepped, "steps") == [plain]
+    assert type(read_records(stepped)[0]["labels"][0]) is int
+    assert read_records(stepped, "prompt") == [{"prompt": ask} | origin]
+    several = write(tmp_path, [{"prompt": [system("S"), user("Q"), assistant("x"), user("R")], "response": "a", "ratings": [3]}])
+    assert read_records(several)[0]["prompt"] == [system("S"), user("Q"), assistant("x"), user("R")]
+
+
+@pytest.mark.parametrize("row, key, wrong, word", [
+    ({"prompt": "Q", "response": "a", "ratings": [1]}, "ratings", 3, "list"),
+    ({"prompt": "Q", "response": "a", "ratings": [1]}, "ratings", [1, "2"], "int or float"),
+    ({"prompt": "Q", "response": "a", "ratings": [1]}, "ratings", [True], "int or float"),
+    ({"prompt": "Q", "response": "a", "ratings": [1]}, "ratings", [None], "int or float"),
+    ({"prompt": "Q", "response": "a", "ratings": [1]}, "response", ["a"], "str"),
+    ({"prompt": "Q", "response": "a", "ratings": [1]}, "prompt", [assistant("a")], "assistant turn"),
+    ({"prompt": "Q", "response": "a", "ratings": [1]}, "prompt", [], "empty"),
+    ({"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}, "labels", [1], "one for each"),
+    ({"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}, "labels", [1, 0, 1], "one for each"),
+    ({"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}, "labels", [1, 2], "0 or 1"),
+    ({"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}, "labels", [1, -1], "0 or 1"),
+    ({"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}, "labels", [1, .5], "int or bool"),
+    ({"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}, "labels", [1, "0"], "int or bool"),
+    ({"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}, "labels", 1, "list"),
+    ({"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}, "steps", ["a", ""], "empty"),
+    ({"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}, "steps", ["a", 1], "str"),
+    ({"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}, "steps", "ab", "list"),
+    ({"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}, "prompt", None, "str or list")])
+def test_malformed_ratings_and_steps_name_file_and_line(tmp_path, row, key, wrong, word):
+    assert len(read_records(write(tmp_path, [row, row]))) == 2
+    with pytest.raises(UserError, match=rf'^rows\.jsonl:2: [^\n]*"{key}[^\n]*{word}[^\n]*$'):
+        read_records(write(tmp_path, [row, {**row, key: wrong}]))
+
+
+@pytest.mark.parametrize("row, want", [
+    ({"prompt": "Q", "steps": ["a"], "labels": [1]}, "messages"), ({"prompt": "Q", "steps": ["a"], "labels": [1]}, "ratings"),
+    ({"prompt": "Q", "response": "a", "ratings": [1]}, "steps"), ({"prompt": "Q", "response": "a", "ratings": [1]}, "preference"),
+    ({"prompt": "Q", "response": "a"}, "ratings"), ({"prompt": "Q", "response": "a", "label": True}, "ratings"),
+    ({"prompt": "Q", "chosen": "a", "rejected": "b"}, "steps"), ({"prompt": "Q"}, "ratings"), ({"text": "a"}, "steps")])
+def test_ratings_and_steps_are_given_by_what_holds_them_only(tmp_path, row, want):
+    with pytest.raises(UserError, match=rf'^rows.jsonl:1: found "\w+" .* but "{want}" is needed$'):
+        read_records(write(tmp_path, [row]), want)
+
+
+def test_only_signed_options_may_be_negative():
+    check(Options(lr=-1., steps=-2), signed="lr steps")
+    for options_, signed in ((dict(lr=-1., steps=-2), "lr"), (dict(lr=-1.), "l"), (dict(lr=-1.), ""), (dict(lr=-1.), "steps")):
+        with pytest.raises(OptionError, match="--(lr|steps) -[0-9.]+: must be 0 or more"):
+            check(Options(**options_), signed=signed)
+    with pytest.raises(OptionError, match="--steps 0: must be positive"):       # the others are checked as ever
+        check(Options(lr=-1., steps=0), positive="steps", signed="lr")
+
+
+# ==== the whole grammar of rewards
+
+@pytest.mark.parametrize("spec, terms", [
+    ("0.5*out/a|out/b@answer{Be brief. + x}[write,safe] + -1*words",
+     [(.5, ["out/a", "out/b"], "answer", "Be brief. + x", ["write", "safe"]), (-1, ["words"], "", "", [])]),
+    ("a|b|c", [(1, ["a", "b", "c"], "", "", [])]), ("a@rate", [(1, ["a"], "rate", "", [])]),
+    *[(f"2*a@{x}", [(2, ["a"], x, "", [])]) for x in "ABCD"],
+    ("a{S}", [(1, ["a"], "", "S", [])]), ("a{S}[w]", [(1, ["a"], "", "S", ["w"])]), ("a@A[w]", [(1, ["a"], "A", "", ["w"])]),
+    ("a{2*b@rate (c) | d: 1, 2.}", [(1, ["a"], "", "2*b@rate (c) | d: 1, 2.", [])]),
+    ("a{x + y} + b{z+}+c[u]", [(1, ["a"], "", "x + y", []), (1, ["b"], "", "z+", []), (1, ["c"], "", "", ["u"])]),
+    ("a{}", [(1, ["a"], "", "", [])]), ("m:f|out/x-1@answer", [(1, ["m:f", "out/x-1"], "answer", "", [])]),
+    ("-.25 * a|b{ S }", [(-.25, ["a", "b"], "", " S ", [])])])
+def test_sums_of_rewards_with_everything(spec, terms):
+    got = parse_rewards(spec)
+    assert got == [Term(*term) for term in terms] and all(type(term.weight) is float for term in got)
+    for term in got:                                            # a label reads back as its term, unweighted
+        assert parse_rewards(term.label) == [dataclasses.replace(term, weight=1.)]
+    assert parse_rewards(" + ".join(f"{t.weight}*{t.label}" for t in got)) == got
+
+
+def test_labels_of_random_terms_round_trip():
+    rng = random.Random(0)
+    for _ in range(500):
+        term = Term(1., rng.choices(["a", "out/b", "m:f", "../r-1.5", "gold"], k=rng.randint(1, 3)),
+                    rng.choice(["", "answer", "rate", *"ABCD"]), rng.choice(["", "Be brief.", "a + b", "x, y|z*@2"]),
+                    rng.choice([[], ["write"], ["write", "safe", "arith2"]]))
+        want = "|".join(term.names)
+        want += "@" + term.view if term.view else ""
+        want += "{" + term.system + "}" if term.system else ""
+        want += "[" + ",".join(term.families) + "]" if term.families else ""
+        assert term.label == want and parse_rewards(want) == [term]
+
+
+@pytest.mark.parametrize("spec", ["a|", "|a", "a||b", "|", "a|b|", "a{x", "ax}", "a{x}{y}", "a{x}@rate", "a[w]{x}", "a{x}b",
+                                  "a{{x}}", "{x}", "2*{x}", "a@E", "a@a", "a@Rate", "a@rate@A", "a@rate|b", "a {x}",
+                                  "a{x} + b{y", "1e3*a", "- 1*a", "a|b c"])
+def test_what_is_no_term_is_one_line_that_names_the_sum(spec):
+    for whole in (spec, f"exact + {spec}"):
+        with pytest.raises(OptionError, match=f"^--reward {re.escape(whole)}: [^\n]+$"):
+            parse_rewards(whole)
+
+
+def test_an_unknown_view_lists_the_known_ones():
+    with pytest.raises(OptionError, match="@E is none of answer, rate, A, B, C, D$"):
+        parse_rewards("a@E")

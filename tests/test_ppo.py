@@ -801,3 +801,340 @@ def test_lora_trains_adapters_of_policy_and_critic_and_the_reference_is_the_poli
         assert names and all(".lora_" in key or "/score." in key for key in names)
     merged = load_model(tmp_path / "a")
     assert not merged.loras() and not same({f"model/{k}": t for k, t in merged.state_dict().items()}, weights(tiny))
+
+
+# ---------------------------------------------------------------- a cost and its multiplier (Safe RLHF)
+
+COSTS = (-1.0, -1.0, 1.0, 2.0)          # of the arms of the bandit
+
+
+def price(record, text, finished):
+    """A cost by module:function, of either sign, that has little to do with the reward."""
+    return text.count("a") + len(text) % 3 - 1.0
+
+
+def worth(record, text, finished):
+    return float(ARMS.index(text))
+
+
+def toll(record, text, finished):
+    return COSTS[ARMS.index(text)]
+
+
+@pytest.mark.parametrize("adv, cost, lam, golden", [
+    (3.0, 5.0, 0.0, 3.0), (3.0, 5.0, 1.0, -1.0), (3.0, -5.0, 1.0, 4.0), (2.0, 1.0, 3.0, -.25), (0.0, 1.0, 4.0, -.8),
+    (6.0, 0.0, .5, 4.0), (1.0, -1.0, 7.0, 1.0)])
+def test_lagrangian_table(adv, cost, lam, golden):
+    close(ppo.lagrangian(torch.tensor([[adv, -adv]]), torch.tensor([[cost, -cost]]), lam), [[golden, -golden]], atol=1e-6)
+
+
+NEXT_LAMBDA = [  # λ, E[c] - limit, rate -> λ afterwards; an update moves ln λ by 1 at most
+    (1.0, 0.0, .1, 1.0), (1.0, 2.0, .1, 1.2214027582), (1.0, -2.0, .1, .8187307531), (.5, 2.0, .1, .5525854590),
+    (4.0, .5, .1, 4.8856110326), (1.0, 50.0, .1, math.e), (1.0, -50.0, .1, 1 / math.e), (2.0, 5.0, .1, 2 * math.e),
+    (2.0, -5.0, .1, 2 / math.e), (1e-6, 3.0, .1, 1e-6 * math.exp(3e-7)), (100.0, -1e9, 1.0, 100 / math.e)]
+
+
+@pytest.mark.parametrize("lam, excess, rate, golden", NEXT_LAMBDA)
+def test_next_lambda_table(lam, excess, rate, golden):
+    got = ppo.next_lambda(lam, excess, rate)
+    assert got == pytest.approx(golden, rel=1e-9)
+    assert got > 0 and (got > lam) == (excess > 0) and (got < lam) == (excess < 0)
+
+
+def test_lambda_stays_positive_however_long_the_cost_is_low():
+    lam = 5.0
+    for _ in range(2000):
+        before, lam = lam, ppo.next_lambda(lam, -10.0, 1.0)
+        assert 0 < lam < before
+
+
+def safe_tilt(lam):
+    """argmax of E[r] - λ E[c] - (1 + λ) KL on the bandit, in plain floats."""
+    w = [p * math.exp((r - lam * c) / (1 + lam)) for r, (p, c) in enumerate(zip(PI_REF, COSTS))]
+    return [x / sum(w) for x in w]
+
+
+def saddle():
+    """The λ whose tilt costs 0 on average, by bisection -> λ, π."""
+    low, high = 0.0, 10.0
+    for _ in range(200):
+        mid = (low + high) / 2
+        low, high = (mid, high) if sum(p * c for p, c in zip(safe_tilt(mid), COSTS)) > 0 else (low, mid)
+    return low, safe_tilt(low)
+
+
+def test_f2_safe_rlhf_solved_by_bisection():
+    """And there the combined advantages of all arms are equal, so that the policy gradient vanishes."""
+    lam, pi = saddle()
+    assert lam == pytest.approx(.4742, abs=5e-5) and pi == pytest.approx([.2366, .3496, .2414, .1724], abs=5e-5)
+    assert sum(p * c for p, c in zip(pi, COSTS)) == pytest.approx(0, abs=1e-12)
+    assert sum(p * c for p, c in zip(safe_tilt(0.0), COSTS)) == pytest.approx(.9102, abs=5e-5)
+    ones, score = torch.ones(4, 1), torch.arange(4, dtype=torch.float64)
+    kl = torch.tensor([[math.log(p / q)] for p, q in zip(pi, PI_REF)], dtype=torch.float64)
+    rewards = ppo.token_rewards(score, kl, ones, 1.0)
+    paid = [ppo.token_rewards(torch.tensor(COSTS, dtype=torch.float64), kl, ones, beta) for beta in (-1.0, 1.0)]
+    adv = [ppo.lagrangian(rewards, c, lam) for c in paid]
+    assert adv[0].std() < 1e-9 and adv[1].std() > .1                     # +β KL in the costs, not -β
+
+
+def test_expected_gradient_with_a_cost_is_that_of_the_lagrangian():
+    """Over all responses, whatever the two critics say: ∇ [(E[r] - λ E[c]) / (1 + λ) - β KL]."""
+    theta, _, ys, score, logps = tabular(3)
+    torch.manual_seed(9)
+    cost, cost_value = dict(zip(ys, torch.randn(len(ys)).double())), torch.randn(13).double()
+    beta, lam, objective, got = .3, .7, 0.0, torch.zeros_like(theta)
+    for y in ys:
+        logp, ref, value, where = logps(y)
+        p, mask, old = logp.sum().exp(), torch.ones(1, len(y)), logp.detach()[None]
+        objective = objective + p * ((score[y] - lam * cost[y]) / (1 + lam) - beta * (logp - ref).sum())
+        adv, _ = ppo.gae(ppo.token_rewards(score[y][None], old - ref[None], mask, beta), value[None], mask, 1.0, 1.0)
+        other, _ = ppo.gae(ppo.token_rewards(cost[y][None], old - ref[None], mask, -beta), cost_value[where][None], mask,
+                           1.0, 1.0)
+        loss, _, _ = ppo.policy_loss(logp[None], old, ppo.lagrangian(adv, other, lam), .2)
+        got += p.item() * torch.autograd.grad(ppo.masked_sum(loss, mask), theta, retain_graph=True)[0]
+    close(-got, torch.autograd.grad(objective, theta)[0])
+
+
+class SlowSafe(Slow):
+    """Safe RLHF on plain rows: two critics, each regressed on its own returns, and one multiplier."""
+
+    def __init__(self, cfg, critics):
+        super().__init__(cfg, critics[0])
+        self.critics, self.lam = [self.critic, load_model(critics[1], n_scores=1)], cfg.cost_lambda
+        self.opts.append(torch.optim.AdamW(self.critics[1].parameters(), cfg.critic_lr, betas=(.9, .95), weight_decay=0.0))
+
+    def step(self, rows, raw, costs, orders):
+        """-> metrics, combined advantages before any whitening, row by row."""
+        c, n = self.cfg, len(rows)
+        score = [s - (ids[-1] != TOK.end) * c.missing_end for s, (ids, _) in zip(raw, rows)]
+        with torch.no_grad():
+            old, ref = ([self.logp(net, row)[0] for row in rows] for net in (self.policy, self.ref))
+            values = [[score_rows(net, *row) for row in rows] for net in self.critics]
+        both, returns = [], [[], []]
+        for i in range(n):
+            kl = [float(x) if c.kl == "k1" else 0.0 for x in old[i] - ref[i]]
+            got = []
+            for k, (last, sign) in enumerate(((score[i], -1), (costs[i], 1))):
+                r = [sign * c.kl_coef * x for x in kl]
+                r[-1] += last
+                got.append(torch.tensor(slow_gae(r, values[k][i].tolist(), c.gamma, c.lam)))
+                returns[k].append(got[k] + values[k][i])
+            both.append((got[0] - self.lam * got[1]) / (1 + self.lam))
+        adv, unit, every = both, 1.0, torch.cat(both)
+        if c.whiten:
+            unit, adv = float(every.std()), [(a - every.mean()) / (every.var() + 1e-8).sqrt() for a in both]
+        tally = dict(policy_loss=0.0, value_loss=0.0)
+        tokens_seen, norms = 0, []
+        for batch in orders:
+            p_loss = v_loss = extra = 0.0
+            tokens = sum(len(old[i]) for i in batch)
+            for i in batch:
+                logp, _ = self.logp(self.policy, rows[i])
+                rho, d = (logp - old[i]).exp(), logp - ref[i]
+                p_loss = p_loss - torch.min(rho * adv[i], rho.clamp(1 - c.clip, 1 + c.clip) * adv[i]).sum()
+                extra = extra + (c.kl_coef / unit * d ** 2 / 2).sum() * (c.kl == "k2")
+                for k, net in enumerate(self.critics):
+                    v, v0, goal = score_rows(net, *rows[i]), values[k][i], returns[k][i]
+                    near = v0 + (v - v0).clamp(-c.value_clip, c.value_clip)
+                    v_loss = v_loss + torch.max((v - goal) ** 2, (near - goal) ** 2).sum() / 2
+            ((p_loss + v_loss + extra) / tokens).backward()
+            norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), float("inf")) for m in [self.policy] + self.critics]
+            for opt in self.opts:
+                opt.step()
+                opt.zero_grad()
+            tokens_seen += tokens
+            for key, x in zip(tally, (p_loss, v_loss)):
+                tally[key] += float(x.detach())
+        out = dict(cost=sum(costs) / n, reward=sum(raw) / n, grad_norm=norms[0], critic_grad_norm=norms[1],
+                   **{"lambda": self.lam}, **{key: x / tokens_seen for key, x in tally.items()})
+        self.lam *= math.exp(min(1.0, max(-1.0, c.lambda_lr * self.lam * (sum(costs) / n - c.cost_limit))))
+        return {k: float(v) for k, v in out.items()}, both
+
+
+@pytest.mark.parametrize("options", [
+    dict(minibatches=2, gamma=.9, lam=.8, kl_coef=.5, value_clip=.05, clip=.05, cost_limit=.3, cost_lambda=.6),
+    dict(kl="k2", kl_coef=.5, whiten=False, cost_limit=-1.0, cost_lambda=3.0, lambda_lr=.02)], ids=["k1", "k2"])
+def test_loop_with_a_cost_equals_a_slow_loop(options, tmp_path, tiny, prompts, monkeypatch, float64):
+    """Metrics, combined advantages, λ, and at the end every weight of the policy and of both critics, in float64. The
+    critic of the cost starts from the cost's model, that of the reward from the policy."""
+    judge = checkpoint(tmp_path / "rm", 5, n_scores=1)
+    options = QUICK | dict(lr=3e-3, critic_lr=1e-2, epochs=2, lambda_lr=.3, steps=3, data=prompts, init=tiny) | options
+    cfg = ppo.Config(**options, out=str(tmp_path / "run"), cost=f"0.5*{judge} + {__name__}:price")
+    calls = watch(monkeypatch, "generate", "lagrangian")
+    orders, real = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda n: orders.append(real(n)) or orders[-1])
+    ppo.train(cfg)
+    monkeypatch.undo()
+    slow, rm, seen = SlowSafe(cfg, (tiny, judge)), load_model(judge), set()
+    for step, row in enumerate(read(cfg.out)):
+        rows = rolled(calls["generate"][step])
+        texts = [TOK.decode(ids[p:]) for ids, p in rows]
+        costs = [.5 * rm.score(rm(torch.tensor([ids]))[0, -1]).item() + price(None, text, True)
+                 for (ids, _), text in zip(rows, texts)]
+        shuffles = orders[step * cfg.epochs:(step + 1) * cfg.epochs]
+        expected, both = slow.step(rows, [len(text) / 10 - text.count("e") for text in texts], costs,
+                                   [b.tolist() for o in shuffles for b in o.chunk(cfg.minibatches)])
+        assert {k: row[k] for k in expected} == pytest.approx(expected, abs=2e-6, rel=2e-6), step
+        got = calls["lagrangian"][step][1]
+        for i, (ids, p) in enumerate(rows):
+            close(got[i, p - 1:len(ids) - 1], both[i], atol=1e-6)
+        seen.add(row["lambda"])
+    assert len(seen) == 3 and read(cfg.out)[0]["lambda"] == cfg.cost_lambda
+    for part, net in dict(model=slow.policy, critic=slow.critics[0], cost_critic=slow.critics[1]).items():
+        assert weights(cfg.out, part)
+        for key, tensor in weights(cfg.out, part).items():
+            close(tensor, net.state_dict()[key.split("/", 1)[1]], atol=1e-7)
+
+
+def test_interrupted_run_with_a_cost_continues_bit_for_bit(tiny, tmp_path, monkeypatch):
+    """λ, the critic of the cost and its optimizer are state too."""
+    options = dict(steps=4, cost=f"{__name__}:price", lambda_lr=.5, lr=1e-3, critic_lr=1e-2)
+    whole, real = train(tmp_path / "a", tiny, **options), data.Run.log
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        def log(self, step, *args, **kwargs):
+            if step == 3:
+                raise KeyboardInterrupt
+            real(self, step, *args, **kwargs)
+        patch.setattr(data.Run, "log", log)
+        train(tmp_path / "b", tiny, save_every=2, **options)
+    tensors, meta = models.load_tensors(tmp_path / "b" / "checkpoint.safetensors")
+    assert meta["step"] == 2 and meta["state"]["lam"] == whole[2]["lambda"] != whole[0]["lambda"]
+    parts = {"model", "critic", "cost_critic", "policy_opt", "critic_opt", "cost_critic_opt"}
+    assert {key.split("/")[0] for key in tensors} == parts
+    assert train(tmp_path / "b", tiny, save_every=2, **options) == whole
+    for part in ("model", "critic", "cost_critic"):
+        assert weights(tmp_path / "a", part) and same(weights(tmp_path / "a", part), weights(tmp_path / "b", part))
+    assert not same({k[5:]: t for k, t in weights(tmp_path / "a", "cost_critic").items()}, weights(tmp_path / "a", "critic"))
+
+
+def test_without_a_cost_its_options_leave_no_trace(tiny, tmp_path, monkeypatch):
+    rows = train(tmp_path / "a", tiny)
+    for name in ("lagrangian", "next_lambda"):
+        monkeypatch.setattr(ppo, name, None)                             # not even called
+    assert train(tmp_path / "b", tiny, cost="", cost_limit=-3.0, cost_lambda=9.0, lambda_lr=5.0) == rows
+    assert not {"lambda", "cost"} & rows[0].keys() and not weights(tmp_path / "b", "cost_critic")
+    for part in ("model", "critic"):
+        assert same(weights(tmp_path / "a", part), weights(tmp_path / "b", part))
+
+
+def test_a_cost_of_weight_0_and_a_vanishing_lambda_change_nothing(tiny, tmp_path):
+    """λ -> 0 is PPO on the reward alone: the second critic shares nothing with the policy or the first."""
+    plain = train(tmp_path / "a", tiny, lr=1e-3)
+    costly = train(tmp_path / "b", tiny, lr=1e-3, cost=f"{__name__}:price", cost_lambda=1e-30)
+    for a, b in zip(plain, costly):
+        assert all(b[k] == pytest.approx(a[k], rel=1e-5, abs=1e-6) for k in a if k != "value_loss")
+        assert b["value_loss"] > a["value_loss"]
+    for part in ("model", "critic"):
+        for key, tensor in weights(tmp_path / "a", part).items():
+            close(tensor, weights(tmp_path / "b", part)[key], atol=1e-5)
+
+
+def test_critic_warmup_trains_both_critics_and_leaves_the_policy_alone(tiny, tmp_path):
+    train(tmp_path / "a", tiny, critic_warmup=2, steps=2, lr=1e-2, cost=f"{__name__}:price")
+    assert same(weights(tmp_path / "a"), weights(tiny))
+    heads = [weights(tmp_path / "a", name)[f"{name}/score.weight"] for name in ("critic", "cost_critic")]
+    assert all(head.abs().max() > 0 for head in heads) and not torch.equal(*heads)
+
+
+@pytest.mark.parametrize("flags", ["--cost_lambda 0", "--cost_lambda -1", "--lambda_lr 0"])
+def test_impossible_multipliers_are_refused(flags, tmp_path):
+    with pytest.raises(data.UserError, match=flags.split()[0]):
+        ppo.train(parse(ppo.Config, argv=["--out", str(tmp_path / "x"), *flags.split()], name="ppo"))
+    assert parse(ppo.Config, argv=["--cost_limit", "-2"], name="ppo").cost_limit == -2 and not (tmp_path / "x").exists()
+
+
+def test_bandit_with_a_cost_arrives_at_the_saddle_point(bandit, tmp_path):
+    """The real loop, to its end: E[c] = 0, at the λ and the policy of F2."""
+    init, path = bandit
+    rows = train(tmp_path / "a", init, data=path, reward=f"{__name__}:worth", cost=f"{__name__}:toll", kl_coef=1.0,
+                 max_new=1, epochs=1, missing_end=0.0, micro_tokens=4096, critic_lr=3e-2, steps=120, prompts=128, lr=1e-2,
+                 lambda_lr=.15, lr_end=.1)
+    lam, pi = saddle()
+    final, late = arms(tmp_path / "a"), rows[-20:]
+    assert (final - torch.tensor(pi)).abs().max() < .02
+    assert rows[-1]["lambda"] == pytest.approx(lam, abs=.06)
+    assert abs(sum(r["cost"] for r in late) / len(late)) < .05
+    assert (torch.tensor(pi) - tilt(1.0)).abs().max() > .1
+
+
+# ---------------------------------------------------------------- the reward minus that of the reference's answer
+
+def length_of(record): return len(record["prompt"][-1]["content"])
+
+
+def plain_taste(record, text, finished):
+    return len(text) / 10 - text.count("e")
+
+
+def biased_taste(record, text, finished):
+    """The same and b(x): what the prompt alone is worth."""
+    return plain_taste(record, text, finished) + 1.7 * length_of(record) - 20
+
+
+def scored(monkeypatch, out, init, reward, **options):
+    """The scores that a run used, (steps, prompts), and all its calls."""
+    with monkeypatch.context() as patch:
+        calls = watch(patch, "token_rewards", "generate")
+        train(out, init, reward=f"{__name__}:{reward}", **options)
+    return torch.stack([args[0] for args, _ in calls["token_rewards"]]), calls["generate"]
+
+
+def test_what_a_prompt_is_worth_leaves_the_score_over_the_reference_unchanged(
+        tiny, tmp_path, prompts, monkeypatch, float64):
+    options = dict(data=prompts, prompts=12, lr=1e-2, steps=3, clip_reward=0.0)
+    a, b = (scored(monkeypatch, tmp_path / name, tiny, name, minus_reference=True, **options)[0]
+            for name in ("plain_taste", "biased_taste"))
+    assert (a - b).abs().max() < 1e-6 and a.std() > .1
+    a, b = (scored(monkeypatch, tmp_path / f"{name} alone", tiny, name, **options)[0]
+            for name in ("plain_taste", "biased_taste"))
+    assert (a - b).abs().max() > 10
+
+
+def test_the_score_is_the_reward_minus_that_of_a_sample_of_the_reference(tiny, tmp_path, prompts, monkeypatch, float64):
+    """Recomputed from both rollouts; the finish terms are the policy's, and the logged reward stays the plain one."""
+    scores, made = scored(monkeypatch, tmp_path / "a", tiny, "plain_taste", data=prompts, prompts=12, lr=1e-2, steps=3,
+                          clip_reward=0.0, minus_reference=True, missing_end=3.0, reward_shift=.5)
+    assert len(made) == 7                                                # two a step and the evaluation at the end
+    for step, row in enumerate(read(tmp_path / "a")):
+        ours, theirs = made[2 * step:2 * step + 2]
+        assert ours[0][1] == theirs[0][1]                                # the same prompts, in the same order
+        texts = [[TOK.decode([i for i in ids[p:] if i != TOK.end]) for ids, p in rolled(call)] for call in (ours, theirs)]
+        done = [ids[-1] == TOK.end for ids, _ in rolled(ours)]
+        close(scores[step], [plain_taste(None, y, True) - plain_taste(None, z, True) + (.5 if d else -3.0)
+                             for y, z, d in zip(*texts, done)], atol=1e-6)
+        assert row["reward"] == pytest.approx(sum(plain_taste(None, y, True) for y in texts[0]) / 12, abs=1e-6)
+    assert ours[0][0] is not theirs[0][0] and texts[0] != texts[1]
+    start = load_model(tiny).state_dict()
+    assert all(torch.equal(t, start[k]) for k, t in theirs[0][0].state_dict().items())
+
+
+def test_with_lora_the_reference_samples_without_the_adapter(tiny, tmp_path, monkeypatch):
+    probe, seen, real = torch.tensor([TOK.prompt([dict(role="user", content="Hm")])]), [], ppo.generate
+    def spy(model, *args, **kwargs):
+        seen.append(model.logits(model(probe)).detach())
+        return real(model, *args, **kwargs)
+    monkeypatch.setattr(ppo, "generate", spy)
+    train(tmp_path / "a", tiny, lr=1e-2, steps=3, lora_r=2, minus_reference=True)
+    net = load_model(tiny)
+    start = net.logits(net(probe)).detach()
+    assert all((seen[i] - start).abs().max() < 1e-5 for i in (0, 1, 3, 5))
+    assert all((seen[i] - start).abs().max() > 1e-3 for i in (2, 4))
+
+
+def test_minus_reference_takes_the_variance_between_prompts_away(tiny, tmp_path, prompts, monkeypatch):
+    def between(flag):
+        scores, made = scored(monkeypatch, tmp_path / str(flag), tiny, "biased_taste", data=prompts, prompts=200, steps=1,
+                              minus_reference=flag, clip_reward=0.0, missing_end=0.0, micro_tokens=8192)
+        groups = {}
+        for prompt, score in zip(made[0][0][1], scores[0].tolist()):
+            groups.setdefault(tuple(prompt), []).append(score)
+        means = [sum(g) / len(g) for g in groups.values()]
+        return sum((m - sum(means) / len(means)) ** 2 for m in means) / len(means)
+    assert between(True) < .02 * between(False)
+
+
+def test_off_the_reference_is_never_sampled(tiny, tmp_path, monkeypatch):
+    calls = watch(monkeypatch, "reference")
+    _, made = scored(monkeypatch, tmp_path / "a", tiny, "plain_taste", steps=3)
+    (policy,), _ = calls["reference"][0]
+    assert len(made) == 4 and all(args[0] is policy for args, _ in made)

@@ -28,14 +28,14 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.sh"))
 TOMLS = sorted((ROOT / "configs").glob("*.toml"))
 # What shrinks a stage to a moment; each stage takes of these what it has. A model that answers needs a few dozen steps.
-TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=128, steps=2, batch=16, n=48, max_new=40, prompts=8, ptx_batch=4,
+TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=256, steps=2, batch=16, n=48, max_new=40, prompts=8, ptx_batch=4,
             epochs=1, device="cpu", dtype="fp32", threads=1, show=1, group=4, samples=2, guesses=0, cuts=1)
 SFT = dict(steps=25, lr=1e-2)
 
 
 # ---- reading a recipe
 
-def positionals(name): return ["checkpoint", "checkpoint..."] if name in ("compare", "merge") else []
+def positionals(name): return reward.TAKES.get(name, ["checkpoint", "checkpoint..."] if name == "merge" else [])
 
 
 def scripts():
@@ -75,15 +75,18 @@ def options(words):
     return (file, name, *got) if positionals(name) else (file, name, got, [])
 
 
+def parts(spec): return [part for term in parse_rewards(spec) for part in term.names] if spec else []
+
+
 def reads(name, cfg, folders):
     """Every folder and file a command reads."""
-    found = list(folders)
+    found = [x for spec in folders for x in (parts(spec) if name == "accuracy" else [spec])]
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
-        if field.name in ("init", "policy", "critic", "ref", "teacher", "merge_base") or field.name.endswith("data"):
+        if field.name in ("init", "policy", "critic", "ref", "merge_base") or field.name.endswith("data"):
             found += value.split(",")
-        if field.name in ("reward", "judge", "proxy", "by", "cost") and getattr(cfg, "online", True):
-            found += [name for term in parse_rewards(value) for name in term.names] if value else []
+        if field.name in ("reward", "judge", "proxy", "by", "cost", "base", "rules") and getattr(cfg, "online", True):
+            found += parts(value)
     rule = lambda name: ":" in name or verifier(name) is not None    # a term of a reward that is no folder
     return [x for x in found if x not in ("", "new", "toy") and not rule(x)]
 
@@ -214,20 +217,22 @@ def test_it_runs_through_and_a_second_time_does_nothing(recipe, shared, monkeypa
     # A model trained for a moment knows no fillers to avoid, and no sums.
     for name in ("no_filler", "exact", "format"):
         monkeypatch.setitem(VERIFIERS, name, lambda record, text, finished: len(text) % 2)
+    monkeypatch.setitem(VERIFIERS, "gold", lambda record, text, finished: len(text) % 7)
     commands = [shrunk(words) for words in expand(recipe, out=shared)]
     for words in commands:
         capsys.readouterr()
         run(words, monkeypatch)
         printed = capsys.readouterr()
         assert not printed.err.count("error:"), printed.err
-        if "compare" not in words:
+        if words[1] not in ("compare", "accuracy"):
             _, name, cfg, _ = options(words)
             folder = Path(cfg.out)
             if name == "merge":
                 assert (folder / "checkpoint.safetensors").exists()
                 continue
             assert (folder / "summary.json").exists() and (folder / "config.json").exists()
-            made = dict(label="pairs.jsonl", curate="prompts.jsonl").get(name, "checkpoint.safetensors")
+            made = dict(label="pairs.jsonl", curate="prompts.jsonl", revise="revisions.jsonl", fit="reward.txt",
+                        overoptimize="curves.json").get(name, "checkpoint.safetensors")
             assert (folder / made).stat().st_size > 0
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             assert rows and all({"step", "seconds"} <= row.keys() for row in rows)
@@ -235,7 +240,7 @@ def test_it_runs_through_and_a_second_time_does_nothing(recipe, shared, monkeypa
     for words in commands:
         capsys.readouterr()
         run(words, monkeypatch)
-        assert "compare" in words or "finished; nothing to do" in capsys.readouterr().out
+        assert words[1] in ("compare", "accuracy") or "finished; nothing to do" in capsys.readouterr().out
     assert snapshot(shared) == before
 
 

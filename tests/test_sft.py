@@ -434,3 +434,274 @@ def test_the_loss_falls_on_real_data(tmp_path, name, options):
                   optimizer="adamw", eval_every=1000, **options)
     assert abs(rows[0]["loss"] - math.log(50257)) < .2 and rows[-1]["loss"] < rows[0]["loss"] - .5
     assert rows[-1]["val_loss"] < rows[0]["loss"] - .5
+
+
+# ---- Quark: a KL to the reference that does not see the quality, and an entropy bonus
+
+def told(ask, says, system="Quality 3.", before=()):
+    """A conversation behind a system message (none if empty), with earlier turns in between."""
+    first = [dict(role="system", content=system)] if system else []
+    earlier = [dict(role=role, content=text) for pair in before for role, text in zip(("user", "assistant"), pair)]
+    return dict(messages=first + earlier + chat(ask, says)["messages"])
+
+
+TOLD = [told("Say it", "1234"), told("Name the tall red urn and two more", "a", "Quality 5."),
+        told("Hm", "It is 12345678901234567", "Be brief and kind."), told("Hi", "Hello.", ""),
+        told("And now?", "No.", "Quality 1.", before=[("What is 3 + 4?", "The answer is 7."), ("Ok", "Yes")])]
+QUARK = dict(kl_coef=.05, ent_coef=.06, prompt_weight=.1)
+
+
+def wild(seed, folder=None):
+    """A model far from uniform, saved in a folder if there is one."""
+    net = tiny(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(torch.randn_like(p) * .15)
+    if folder is not None:
+        model_file.save_checkpoint(folder, dict(model=net), {}, dict(
+            step=0, done=True, state={}, tokenizer=TOK.fingerprint))
+    return net.eval()
+
+
+def spoken(record):
+    """The ids of a conversation and the places of what the assistant says, ends included, read off the role tokens."""
+    ids, places, speaking = TOK.chat(record["messages"])[0], [], False
+    for t, token in enumerate(ids):
+        if speaking:
+            places.append(t)
+        speaking = token == TOK.role["assistant"] or speaking and token != TOK.end
+    return ids, places
+
+
+def slow_terms(model, ref, records):
+    """Σ KL, Σ entropy and the number of places, a place at a time and with the reference's row built on its own."""
+    kl, entropy, said = 0.0, 0.0, 0
+    for record in records:
+        ids, places = spoken(record)
+        bare, bare_places = spoken(dict(messages=[m for m in record["messages"] if m["role"] != "system"]))
+        assert [ids[t] for t in places] == [bare[t] for t in bare_places]
+        for t, u in zip(places, bare_places):
+            logp = model.logits(model(torch.tensor([ids[:t]])))[0, -1].log_softmax(-1)
+            base = ref.logits(ref(torch.tensor([bare[:u]])))[0, -1].log_softmax(-1).detach()
+            kl, entropy = kl + logp.exp() @ (logp - base), entropy - logp.exp() @ logp
+            said += 1
+    return kl, entropy, said
+
+
+def told_rows(records=TOLD, block=64, **options):
+    cfg = sft.Config(**TINY | QUARK | options)
+    return [row for record in records for row in sft.rows_of(record, TOK, block, cfg)], cfg
+
+
+def summed(model, ref, rows, cfg):
+    """Both sums over the micro-batches that cfg leads to."""
+    parts = [sft.kl_and_entropy(model, ref, tokens, mask, **layout)
+             for tokens, mask, layout in sft.batches(rows, cfg, TOK, "cpu")]
+    return [sum(x) for x in zip(*parts)]
+
+
+def num(x): return float(x.detach())
+
+
+def slope(loss, model):
+    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)])
+
+
+def test_kl_and_entropy_are_sums_over_what_the_assistant_says(double):
+    """The reference does not see the system message; other prompts, lengths and turns share the batch; π's gradient."""
+    model, ref = wild(1), wild(2)
+    kl, entropy, said = slow_terms(model, ref, TOLD)
+    rows, cfg = told_rows()
+    got = summed(model, ref, rows, cfg)
+    assert len(rows) == 5 and said == sum(row[1].count(1) for row in rows)
+    assert num(got[0]) == pytest.approx(num(kl), rel=1e-9) and num(got[1]) == pytest.approx(num(entropy), rel=1e-9)
+    for a, b in zip(got, (kl, entropy)):
+        assert torch.allclose(slope(a, model), slope(b, model), rtol=0, atol=1e-8)
+    assert num(kl) > .05 * said                                        # far enough from 0 to be wrong about
+    seeing = sum(num(slow_terms(model, ref, [dict(messages=[m | dict(role="user") if m["role"] == "system" else m
+                                                              for m in r["messages"]])])[0]) for r in TOLD)
+    assert abs(seeing - num(kl)) > 1e-3                                # a reference that saw it would say otherwise
+
+
+@pytest.mark.parametrize("prompt_weight", [0.0, .1, .5])
+def test_the_weight_of_prompts_is_not_the_kls(double, prompt_weight):
+    model, ref = wild(1), wild(2)
+    usual = [num(x) for x in summed(model, ref, *told_rows())]
+    assert [num(x) for x in summed(model, ref, *told_rows(prompt_weight=prompt_weight))] == pytest.approx(usual, rel=1e-12)
+
+
+def test_no_padding_and_no_split_moves_the_kl_or_the_entropy(double):
+    model, ref = wild(1), wild(2)
+    rows, cfg = told_rows(micro_tokens=10 ** 6)
+    (tokens, mask, layout), = sft.batches(rows, cfg, TOK, "cpu")
+    whole = sft.kl_and_entropy(model, ref, tokens, mask, **layout)
+    longest = max(len(ids) for ids, *_ in rows)
+    for value in (TOK.pad, TOK.end, TOK.role["assistant"]):
+        def padded(x, lengths, fill):
+            out = torch.cat([x, torch.full((len(x), 64 - x.shape[1]), fill, dtype=x.dtype)], 1)
+            for line, n in zip(out, lengths):
+                line[n:] = fill
+            return out
+        lengths = sorted(range(len(rows)), key=lambda i: (len(rows[i][0]), i))
+        parts = [padded(tokens, [len(rows[i][0]) for i in lengths], value),
+                 torch.cat([mask, torch.zeros(len(mask), 64 - tokens.shape[1])], 1),
+                 padded(layout["plain"], [len(rows[i][2]) for i in lengths], value),
+                 torch.cat([layout["plain_mask"], torch.zeros(len(mask), 64 - layout["plain"].shape[1])], 1)]
+        for a, b in zip(sft.kl_and_entropy(model, ref, *parts), whole):
+            assert num(a) == pytest.approx(num(b), rel=1e-12)
+    assert longest < 64
+    for micro_tokens in (1, 100, 10 ** 6):
+        rows, cfg = told_rows(micro_tokens=micro_tokens)
+        for a, b in zip(summed(model, ref, rows, cfg), whole):
+            assert torch.allclose(slope(a, model), slope(b, model), rtol=0, atol=1e-10)
+    assert len(list(sft.batches(*told_rows(micro_tokens=1), TOK, "cpu"))) == 5
+
+
+def test_the_reference_itself_without_a_system_message_is_at_distance_0(double):
+    records = [told("Say it", "1234", ""), told("Hm", "It is 1.", "", before=[("Hi", "Hello.")])]
+    model, ref = wild(1), wild(1)
+    kl, entropy = summed(model, ref, *told_rows(records))
+    assert abs(num(kl)) < 1e-12 and slope(kl, model).abs().max() < 1e-12 and num(entropy) > 1
+    assert num(summed(model, ref, *told_rows([told("Say it", "1234")]))[0]) > 1e-6     # with one, π is another
+
+
+def test_rows_whose_response_the_context_cuts_are_left_out():
+    bare, whole = (len(TOK.chat(told("Hi", "12345", system)["messages"])[0]) for system in ("", "Quality 3."))
+    assert whole > bare
+    record = told("Hi", "12345")
+    assert len(told_rows([record], block=whole)[0]) == 1
+    for block in range(bare - 3, whole):                                 # without the message it may fit: the two differ
+        assert told_rows([record], block=block)[0] == []
+    plain = told("Hi", "12345", "")
+    (ids, target, bare_ids, bare_target), = told_rows([plain], block=bare - 2)[0]        # cut alike: still two of a kind
+    assert (ids, target) == (bare_ids, bare_target) and len(ids) == bare - 2
+    (ids, target, bare_ids, bare_target), = told_rows([record], block=64)[0]
+    assert (len(ids), len(bare_ids)) == (whole, bare) and TOK.role["system"] in ids and TOK.role["system"] not in bare_ids
+
+
+def caught(monkeypatch, tmp_path, name, **options):
+    """The gradient of the first update, as the optimizer gets it, and the metrics."""
+    grads, real = [], model_file.Optimizer.step
+    with monkeypatch.context() as patch:
+        patch.setattr(model_file.Optimizer, "step", lambda self, step: (
+            grads.append(torch.cat([p.grad.reshape(-1).clone() for p in self.model.parameters()])), real(self, step))[1])
+        _, rows = fit(tmp_path, name, **options)
+    return grads[0], rows
+
+
+def test_the_gradient_of_a_quark_update_is_the_sum_of_its_three_terms(double, tmp_path, monkeypatch):
+    """g = g_sft + kl_coef g_kl - ent_coef g_H, each a mean over its own tokens, under any split into micro-batches."""
+    wild(1, tmp_path / "init")
+    wild(2, tmp_path / "ref")
+    path = write(tmp_path / "d.jsonl", TOLD)                             # one epoch is the batch: four, and one held out
+    options = dict(data=path, init=str(tmp_path / "init"), ref=str(tmp_path / "ref"), steps=1, batch=4, clip_grad=0.,
+                   prompt_weight=.1)
+    model, ref = load_model(tmp_path / "init"), load_model(tmp_path / "ref")
+    stream, _ = open_stream(path, "messages", 0, n_held=128)
+    records = stream.batch(0, 4)
+    kl, entropy, said = slow_terms(model, ref, records)
+    rows = [row for record in records for row in encode(record, TOK, 64, "assistant", .1)]
+    nll = by_hand(model, rows) / sum(sum(target) for _, target in rows)
+    for i, (a, b, micro_tokens) in enumerate(((.7, .0, 64), (.0, .4, 64), (.7, .4, 1), (.7, .4, 10 ** 6))):
+        got, metrics = caught(monkeypatch, tmp_path, f"run {i}", kl_coef=a, ent_coef=b, micro_tokens=micro_tokens, **options)
+        total = nll + a * kl / said - b * entropy / said
+        assert torch.allclose(got, slope(total, model), rtol=0, atol=1e-7), i
+        row = metrics[0]
+        assert row["loss"] == pytest.approx(num(total), rel=1e-6)
+        assert row["kl"] == pytest.approx(num(kl) / said, rel=1e-7)
+        assert row["entropy"] == pytest.approx(num(entropy) / said, rel=1e-7)
+
+
+def test_without_coefficients_no_reference_is_loaded_and_nothing_changes(tmp_path, monkeypatch):
+    wild(1, tmp_path / "init")
+    options = dict(data=write(tmp_path / "d.jsonl", TOLD * 4), init=str(tmp_path / "init"), prompt_weight=.1)
+    cfg, rows = fit(tmp_path, "a", **options)
+    folders, real = [], sft.load_model
+    monkeypatch.setattr(sft, "load_model", lambda folder, *args, **kwargs: folders.append(folder) or real(
+        folder, *args, **kwargs))
+    monkeypatch.setattr(sft, "kl_and_entropy", None)                     # not even called
+    other, again = fit(tmp_path, "b", kl_coef=0., ent_coef=0., ref=str(tmp_path / "nowhere"), **options)
+    assert folders == [str(tmp_path / "init")] and same(weights(cfg.out), weights(other.out))
+    strip = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    assert strip(rows) == strip(again) and not {"kl", "entropy"} & rows[0].keys()
+
+
+def test_the_reference_is_the_folder_named_else_the_start_and_stays_as_it_was(double, tmp_path, monkeypatch):
+    """kl of the second step, recomputed from the checkpoint after the first one against an unmoved reference."""
+    for seed, name in ((1, "init"), (2, "ref")):
+        wild(seed, tmp_path / name)
+    path, real = write(tmp_path / "d.jsonl", TOLD), sft.load_model
+    for name, ref in (("named", str(tmp_path / "ref")), ("none", "")):
+        folders = []
+        monkeypatch.setattr(sft, "load_model", lambda folder, *args, **kwargs: folders.append(Path(folder).name) or real(
+            folder, *args, **kwargs))
+        options = dict(data=path, init=str(tmp_path / "init"), ref=ref, batch=4, warmup=0, lr=1e-2, kl_coef=.05,
+                       optimizer="adamw", weight_decay=0.)
+        cfg, rows = fit(tmp_path, name, steps=2, **options)
+        assert folders == ["init", "ref" if ref else "init"]
+        one = tmp_path / f"{name} one"
+        with monkeypatch.context() as patch:                             # the same schedule, stopped after its first step
+            def log(self, step, *args, real=Run.log, **kwargs):
+                if step == 1:
+                    raise Killed
+                real(self, step, *args, **kwargs)
+            patch.setattr(Run, "log", log)
+            with pytest.raises(Killed):
+                fit(tmp_path, one.name, steps=2, save_every=1, **options)
+        stream, _ = open_stream(path, "messages", 0, n_held=128)
+        nets = load_model(tmp_path / "init"), load_model(one)
+        for step, net in enumerate(nets):
+            kl, entropy, said = slow_terms(net, load_model(ref or tmp_path / "init"), stream.batch(step, 4))
+            assert rows[step]["kl"] == pytest.approx(num(kl) / said, rel=1e-6)
+            assert rows[step]["entropy"] == pytest.approx(num(entropy) / said, rel=1e-6)
+        monkeypatch.setattr(sft, "load_model", real)
+    assert not same(weights(tmp_path / "init"), weights(one))
+
+
+def test_held_out_loss_has_neither_term(double, tmp_path):
+    wild(1, tmp_path / "init")
+    options = dict(data=write(tmp_path / "d.jsonl", TOLD * 5), init=str(tmp_path / "init"), steps=1, lr=1e-30, muon_lr=1e-30,
+                   weight_decay=0.)
+    plain, quark = (fit(tmp_path, name, **options, **more)[1][0]["val_loss"]
+                    for name, more in (("a", {}), ("b", dict(kl_coef=2., ent_coef=3.))))
+    assert quark == pytest.approx(plain, rel=1e-9)
+
+
+# ---- Quark on the one-token bandit (F2)
+
+ARMS, POOL = "abcd", "a" * 40 + "b" * 30 + "c" * 20 + "d" * 10           # π_ref, and r = 0, 1, 2, 3: sorted already
+
+
+def pool(k):
+    """The sorted pool in k quantiles, the quantile as the system message; 0: no message."""
+    return [told("?", arm, f"Quality {1 + i * k // len(POOL)}." if k else "") for i, arm in enumerate(POOL)]
+
+
+def arms(folder, system=""):
+    """π(arm | system message), exactly, among the whole vocabulary."""
+    net, messages = load_model(folder), told("?", "a", system)["messages"][:-1]
+    probs = net.logits(net(torch.tensor([TOK.prompt(messages)])))[0, -1].softmax(-1)
+    return probs[[TOK.encode(arm)[0] for arm in ARMS]].detach()
+
+
+def value(pi): return float(pi @ torch.arange(4.))
+
+
+@pytest.fixture(scope="module")
+def plain_pool(tmp_path_factory):
+    """Plain SFT on the pool: π_ref."""
+    folder = tmp_path_factory.mktemp("pool")
+    cfg, _ = fit(folder, "sft", data=write(folder / "d.jsonl", pool(0)), **BANDIT)
+    return cfg.out
+
+
+BANDIT = dict(batch=95, steps=60, lr=1e-2, muon_lr=.02, warmup=5, weight_decay=0., eval_every=1000, packing=0)
+
+
+@pytest.mark.parametrize("k", [5])
+def test_quark(plain_pool, tmp_path, k):
+    path = write(tmp_path / "d.jsonl", pool(5))
+    for i, more in enumerate((dict(), dict(kl_coef=.05, ent_coef=.06), dict(kl_coef=.5, ent_coef=.2))):
+        t = time.time()
+        cfg, rows = fit(tmp_path, f"q{i}", data=path, init=plain_pool, **BANDIT | more)
+        print(more, [[round(x, 3) for x in arms(cfg.out, f"Quality {q}.").tolist()] for q in range(1, 6)], arms(plain_pool), arms(cfg.out), time.time() - t, rows[-1])

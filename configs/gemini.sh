@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Gemini (2023, 2312.11805): RLHF in rounds, the reward model refreshed with labels of what the policy has come to say.
+#
+#   reported        SFT, reward model, RLHF; feedback on the newest model's answers goes into the next reward model. No algorithm
+#                   was published
+#   reconstruction  everything else: PPO, three rounds, 1500 new pairs each, the reward model trained on, PPO from the last policy
+#
+# Effect to look for: on pairs sampled from the newest policy the refreshed model is right more often than the one before it;
+# the true reward rises from round to round.
+# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/gemini.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+set -euo pipefail
+OUT=${OUT:-out}
+M=$OUT/gemini
+
+python sft.py --loss_on all --init new --out $OUT/base "$@"
+python sft.py --init $OUT/base --out $OUT/sft "$@"
+python reward.py label --policy $OUT/sft --out $OUT/pairs "$@"
+python reward.py train --init $OUT/sft --data $OUT/pairs/pairs.jsonl --out $OUT/reward "$@"
+python ppo.py --init $OUT/sft --reward $OUT/reward --steps 20 --out $M/ppo1 "$@"
+before=$OUT/reward
+for round in 1 2; do
+  python reward.py label --policy $M/ppo$round --n 1500 --skip $((8000 * round)) --out $M/new$round "$@"
+  python reward.py train --init $before --data $M/new$round/pairs.jsonl,$OUT/pairs/pairs.jsonl --epochs 1 --out $M/reward$round "$@"
+  python reward.py label --policy $M/ppo$round --n 600 --skip $((8000 * round + 2000)) --scale 0 --flip 0 --out $M/held$round "$@"
+  python reward.py accuracy $before $M/reward$round --data $M/held$round/pairs.jsonl "$@"
+  python ppo.py --init $M/ppo$round --reward $M/reward$round --steps 20 --out $M/ppo$((round + 1)) "$@"
+  before=$M/reward$round
+done
+python reward.py compare $OUT/sft $M/ppo1 $M/ppo2 $M/ppo3 --proxy $before "$@"

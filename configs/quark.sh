@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Quark (Lu et al. 2022, 2205.13636): learn from all samples, each behind a token that tells its quality, and ask for the best.
+#
+#   reported        samples sorted by reward into five parts of equal size, a token for each; likelihood of the sample behind its
+#                   token + .05 KL to the reference without the token - .06 entropy; explore with the best token, and again
+#   reconstruction  the token is a system message; two rounds; the reward is the true one of `write`; all sizes
+#
+# Effect to look for: the same model asked for the best and for the worst; the second round above the first.
+# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/quark.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+set -euo pipefail
+OUT=${OUT:-out}
+Q=$OUT/quark
+
+python sft.py --loss_on all --init new --out $OUT/base "$@"
+python sft.py --init $OUT/base --out $OUT/sft "$@"
+python reward.py label --policy $OUT/sft --n 3000 --select quantile --out $Q/pool1 "$@"
+python sft.py --init $OUT/sft --data $Q/pool1/pairs.jsonl --kl_coef 0.05 --ent_coef 0.06 --steps 90 --lr 1e-3 --muon_lr 3e-3 --out $Q/one "$@"
+python reward.py label --policy $Q/one --n 3000 --skip 3000 --system "Quality 5." --select quantile --out $Q/pool2 "$@"
+python sft.py --init $Q/one --ref $OUT/sft --data $Q/pool2/pairs.jsonl --kl_coef 0.05 --ent_coef 0.06 --steps 90 --lr 1e-3 --muon_lr 3e-3 --out $Q/two "$@"
+python reward.py compare $OUT/sft $Q/one $Q/two --system "Quality 5." "$@"
+python reward.py compare $OUT/sft $Q/one $Q/two --system "Quality 1." "$@"
+python reward.py compare $OUT/sft $Q/one $Q/two "$@"

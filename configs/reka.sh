@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Reka (2024, 2404.12387): InstructGPT's stages, with more than one round of RLHF.
+#
+#   reported        SFT, then several rounds of RLHF with PPO, each with a reward model of newly collected preferences
+#   reconstruction  two rounds; the second reward model learns from the first policy's samples and the old ones; all sizes
+#
+# Effect to look for: the second round above the first.
+# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/reka.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+set -euo pipefail
+OUT=${OUT:-out}
+K=$OUT/reka
+
+python sft.py --loss_on all --init new --out $OUT/base "$@"
+python sft.py --init $OUT/base --out $OUT/sft "$@"
+python reward.py label --policy $OUT/sft --out $OUT/pairs "$@"
+python reward.py train --init $OUT/sft --data $OUT/pairs/pairs.jsonl --out $OUT/reward "$@"
+python ppo.py --init $OUT/sft --reward $OUT/reward --out $K/ppo1 "$@"
+python reward.py label --policy $K/ppo1 --n 3000 --skip 8000 --out $K/pairs2 "$@"
+python reward.py train --init $OUT/sft --data $OUT/pairs/pairs.jsonl,$K/pairs2/pairs.jsonl --out $K/reward2 "$@"
+python ppo.py --init $K/ppo1 --reward $K/reward2 --out $K/ppo2 "$@"
+python reward.py compare $OUT/sft $K/ppo1 $K/ppo2 --proxy $K/reward2 "$@"

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Self-Rewarding Language Models (Yuan et al. 2024, 2401.10020): one model answers, rates its own answers, and learns from that.
+#
+#   reported        fine-tuning on answers and on ratings by an additive rubric of 0 to 5 points; four samples a prompt, rated by the
+#                   model itself, the mean of three ratings; the best against the worst, ties dropped; DPO; M1 to M3
+#   reconstruction  the toy's rubric; the rating is its expectation under the model, what a mean of many would be; DPO with an NLL
+#                   term, and all sizes
+#
+# Effect to look for: `write` rises from M1 to M3; the tables of accuracy say what becomes of the model's own judgement.
+# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/self_rewarding.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+set -euo pipefail
+OUT=${OUT:-out}
+S=$OUT/self_rewarding
+
+python sft.py --loss_on all --init new --out $OUT/base "$@"
+python sft.py --init $OUT/base --out $OUT/sft "$@"
+python sft.py --init $OUT/base --families write,rate --steps 1000 --out $S/m1 "$@"
+python reward.py label --policy $OUT/sft --n 1000 --scale 0 --flip 0 --out $S/held "$@"
+for round in 1 2; do
+  python reward.py label --policy $S/m$round --k 4 --n 3000 --skip $((4000 * round)) --by $S/m$round@rate --select ends --scale 0 --flip 0 --out $S/pairs$round "$@"
+  python dpo.py --init $S/m$round --data $S/pairs$round/pairs.jsonl --nll_coef 0.1 --out $S/m$((round + 1)) "$@"
+done
+python reward.py accuracy $S/m1@rate $S/m2@rate $S/m3@rate --data $S/held/pairs.jsonl "$@"
+python reward.py compare $S/m1 $S/m2 $S/m3 --families write,rate "$@"
