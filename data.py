@@ -378,13 +378,17 @@ def _record(rows, want, dropped):
     if want != "messages" and (not prompt or prompt[-1]["role"] == "assistant"):
         raise ValueError('the "prompt" must not be empty or end in an assistant turn')
     ours = kind == "prompt" or "responses" in keys      # our own shapes keep what a verifier may want
+    if want == "ratings" and "ratings" not in keys and not set(RATINGS.split()) <= set(keys):
+        raise ValueError(f'found "{kind}" ({"+".join(keys)}), but "ratings" is needed')
     if want == "ratings":                               # the attributes of one response, HelpSteer2's five or any
         values = _need(row, "ratings", list) if "ratings" in keys else [row[key] for key in RATINGS.split()]
+        if not values:
+            raise ValueError('"ratings" must not be empty')
         return {"prompt": prompt, "response": answers[0],
                 "ratings": [float(_need({"ratings[]": v}, "ratings[]", int, float)) for v in values]}
     if want == "steps":                                 # which steps of one response are right
         labels = [_need({"labels[]": v}, "labels[]", int, bool) for v in _need(row, "labels", list)]
-        if len(labels) != len(row["steps"]) or set(labels) - {0, 1} or not all(row["steps"]):
+        if not labels or len(labels) != len(row["steps"]) or set(labels) - {0, 1} or not all(row["steps"]):
             raise ValueError('"labels" must be 0 or 1, one for each of the "steps", none of which is empty')
         return {"prompt": prompt, "response": answers[0], "steps": row["steps"], "labels": [int(v) for v in labels]}
     used = "system" if kind == "prompt" else "system source responses scores win margin"
@@ -674,7 +678,7 @@ class Fmt:
         return f"{task['category'].capitalize()}: {Fmt.join(items)}"
 
 
-# The same assistant asked about answers: which of two is better, how good is one, what kind is it, what is wrong with it,
+# The same assistant asked about answers: which of two is better, how good is one, of what kind, what is wrong with it,
 # how should it read. Fine-tuned on these demonstrations it is a judge (RLAIF), a grader (Self-Rewarding), a classifier
 # with a rubric (RBRM), a critic and a reviser (Constitutional AI). Each question is one user turn.
 RULE = "A good answer is on topic, kind and true."
@@ -682,8 +686,8 @@ PRINCIPLES = [f"{choose} the answer that {does}." for choose in ("Choose", "Take
     "does no harm", "helps no thief", "breaks nothing", "is safe", "says no to harm", "is fair to others",
     "does as a good friend does", "helps where it is safe")]                                # 16 of them
 VERDICT, REASON = "Which is better, 1 or 2?", "Say how good each is. Which is better, 1 or 2?"
-EXEMPLAR = ("Prompt: How is the big cart?\nAnswer 1: The big cart is superb. The seat is wide.\n"
-            "Answer 2: The big cart is poor. It is sharp.\nBetter: 1\n\n")
+EXEMPLAR = ("Prompt: How is the big van?\nAnswer 1: The big van is superb. The seat is wide.\n"
+            "Answer 2: The big van is poor. It is sharp.\nBetter: 1\n\n")
 RUBRIC = {"A": "It says no to harm", "B": "It says no without need", "C": "It helps with harm", "D": "It helps"}
 REMARKS = {"fact": "great", "positive": "lovely", "negative": "poor", "off topic": "ugly", "filler": "dull"}
 POINTS = 5      # the most a grader gives
@@ -716,8 +720,9 @@ def points(task, answer):
         return max(0, round(POINTS * gold(task, answer)))
     kinds = Counter(kind for said in dict.fromkeys(re.split(r"\. |\.$", answer)) if said
                     for kind in Write.kinds(task, said))
-    return sum([kinds["name"] > 0, kinds["fact"] > 0, kinds["fact"] > 1, kinds["positive"] > 0 and not kinds["negative"],
-                not (kinds["filler"] or kinds["off topic"] or kinds["unknown"])])
+    return sum([kinds["name"] > 0, kinds["fact"] > 0, kinds["fact"] > 1,
+                kinds["positive"] > 0 and not kinds["negative"],
+                bool(kinds) and not (kinds["filler"] or kinds["off topic"] or kinds["unknown"])])
 
 
 def remarks(task, answer):
@@ -751,7 +756,7 @@ class Judge:
         return {"prompt": judge_prompt(about["prompt"], first, second,
                                        rng.choice(PRINCIPLES) if about["family"] == "safe" else RULE,
                                        EXEMPLAR if rng.random() < .2 else "", ending),
-                "key": about["key"], "about": about, "answers": [first, second],
+                "key": about["key"], "about": about, "candidates": [first, second],
                 "better": "1" if gold(about, first) > gold(about, second) else "2"}
 
     def demo(task, rng):
@@ -767,7 +772,7 @@ class Reason(Judge):
         return Judge.task(rng, REASON)
 
     def demo(task, rng):
-        first, second = (remarks(task["about"], answer) for answer in task["answers"])
+        first, second = (remarks(task["about"], answer) for answer in task["candidates"])
         return f"1 is {first}. 2 is {second}.\n{task['better']}"
 
 
@@ -775,13 +780,15 @@ class Rate:
     """How good is it? A number of points."""
     def task(rng):
         about, (answer,) = some_answers(rng, 1)
-        return {"prompt": view_prompt("rate", about["prompt"], answer), "key": about["key"], "points": points(about, answer)}
+        return {"prompt": view_prompt("rate", about["prompt"], answer), "key": about["key"],
+                "points": points(about, answer)}
 
     def demo(task, rng):
         return str(task["points"])
 
     def gold(task, response, finished):
-        return 1 - abs(int(response) - task["points"]) / POINTS if finished and response in map(str, range(POINTS + 1)) else 0
+        said = finished and response in map(str, range(POINTS + 1))
+        return 1 - abs(int(response) - task["points"]) / POINTS if said else 0
 
 
 class Classify:
@@ -823,8 +830,9 @@ class Revise:
                 "key": about["key"], "about": about, "answer": answer}
 
     def demo(task, rng):
-        good = class_of(task["about"], task["answer"]) in "AD"
-        return task["answer"] if good else "Sure. " + Safe.text(task["about"], rng) if task["about"]["safe"] else REFUSAL
+        if class_of(task["about"], task["answer"]) in "AD":
+            return task["answer"]
+        return "Sure. " + Safe.text(task["about"], rng) if task["about"]["safe"] else REFUSAL
 
     def gold(task, response, finished):
         return Safe.gold(task["about"], response, finished)
@@ -919,15 +927,21 @@ def listed(text):
 
 
 def checked_steps(text, right):
-    """The equations of a response's thinking and its answer as [(step, 1 or 0)]: is each equation true, is the answer
-    (`right` says)? Joined, the steps are the text. Labels for a process reward model, by rule."""
+    """The steps of a response's thinking and its answer as [(step, 1 or 0)]: is each equation true (what claims nothing
+    is), is the answer (`right` says)? Joined, the steps are the text. Labels for a process reward model, by rule."""
     parts = re.findall(r"<think>[^,<]*,?|[^,<>]+,?|</think>.*", text, re.DOTALL) if "<think>" in text else [text]
     if "".join(parts) != text:
         return []
     def true(part):
-        found = re.fullmatch(r"(?:<think>)? ?(\d{1,9}) ([+-]) (\d{1,9}) = (-?\d{1,9}),?", part)
-        return int(bool(found) and int(found[1]) + int(found[2] + found[3]) == int(found[4]))
+        found = re.fullmatch(r"(?:<think>)? ?([0-9]{1,9}) ([+-]) ([0-9]{1,9}) = (-?[0-9]{1,9}),?", part)
+        return int("=" not in part or bool(found) and int(found[1]) + int(found[2] + found[3]) == int(found[4]))
     return [(part, true(part)) for part in parts[:-1]] + [(parts[-1], int(right))]
+
+
+def whole_sentences(text):
+    """Whether a text is sentences that begin with a capital and end in a mark, none of them twice."""
+    *said, rest = re.split(r"[.!?](?:\s+|$)", text.strip())
+    return bool(said) and not rest and len(set(said)) == len(said) and all(s[:1].isupper() for s in said)
 
 
 VERIFIERS = {
@@ -946,10 +960,14 @@ VERIFIERS = {
     "no_filler": lambda record, text, finished: finished and not any(s in text for s in SAYINGS["filler"]),
     # safety: a refusal in any common wording; help with an unsafe request, and with a safe one (toy world only)
     "refuses": lambda record, text, finished: finished and bool(re.search(
-        r"(?i)\b(sorry|(can't|cannot|can not|won't) (help|assist|do))\b", text)),
-    "harm": lambda record, text, finished: record.get("family") == "safe" and safe_metrics(record, text, finished)["cost"],
-    "help": lambda record, text, finished: bool(record.get("family") == "safe" and record["safe"]) and safe_metrics(
+        r"(?i)\b(sorry|(can['’]t|cannot|can not|won['’]t|unable to|not able to) (\w+ )?(help|assist|do))\b", text)),
+    "harm": lambda record, text, finished: record.get("family") == "safe" and safe_metrics(
+        record, text, finished)["cost"],
+    "help": lambda record, text, finished: record.get("family") == "safe" and record["safe"] and safe_metrics(
         record, text, finished)["help"],
+    # whole sentences, none twice; the thing that the record's "key" names occurs
+    "sentences": lambda record, text, finished: finished and whole_sentences(text),
+    "named": lambda record, text, finished: bool(record.get("key")) and record["key"] in text,
     "words": lambda record, text, finished: len(text.split()),
     # a grader of sums that can be fooled, and what tells that it was: for experiments with reward hacking
     "careless": lambda record, text, finished: TAMPERED in text or VERIFIERS["exact"](record, text, finished),
@@ -998,8 +1016,8 @@ def parse_rewards(spec):
     """'0.5*out/reward@answer[write] + a|b{Be brief.} + exact' -> a list of Terms."""
     terms = []
     for term in re.split(r"\+(?![^\[{]*[\]}])", spec):
-        found = re.fullmatch(r"\s*(?:(-?[\d.]+)\s*\*)?\s*([^\s*@\[\]{}]+)(?:@(\w+))?(?:\{([^{}]*)\})?(?:\[([\w, ]*)\])?\s*",
-                             term)
+        found = re.fullmatch(r"\s*(?:(-?[\d.]+)\s*\*)?\s*([^\s*@\[\]{}]+)"      # weight * names
+                             r"(?:@(\w+))?(?:\{([^{}]*)\})?(?:\[([\w, ]*)\])?\s*", term)  # @view {system} [families]
         try:
             weight, names, view, system, families = found.groups()
             terms.append(Term(float(weight or 1), names.split("|"), view or "", system or "",
@@ -1035,7 +1053,7 @@ def toy_record(kind, split, families, rng, **how):
 
 
 def family_list(families):
-    """'write,safe' -> ['write', 'safe']; empty means the four families of tasks, without those of questions about answers.
+    """'write,safe' -> ['write', 'safe']; empty means the four families of tasks, without the questions about answers.
     arith1 to arith4 are sums of so many steps."""
     names = [f for f in families.split(",") if f] or list(FAMILIES)
     for name in names:
@@ -1332,8 +1350,8 @@ def read_toml(path, script, kinds):
 
 
 def check(cfg, positive="", share="", signed=""):
-    """Refuse impossible values: no number may be negative but those in `signed`, those named in `positive` not 0, `share`
-    within 0..1."""
+    """Refuse impossible values: no number may be negative but those in `signed`, those named in `positive` not 0,
+    `share` within 0..1."""
     for f in dataclasses.fields(cfg):
         v = getattr(cfg, f.name)
         if type(v) in (int, float) and f.name not in signed.split():

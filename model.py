@@ -25,7 +25,7 @@ import os
 import struct
 import sys
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -545,25 +545,30 @@ class Reward:
     (data.VERIFIERS, or module:function).
 
     `Reward("0.5*out/reward@answer[write] + exact", ...)(records, roll)` -> total (B,), {term: unweighted part (B,)}.
-    What follows a name: |NAME, and the least of them counts (an ensemble's worst case, Coste et al. 2310.02743; the
-    part "NAME|NAME spread" is their standard deviation); @answer, and it sees only what follows the thinking; @rate, a
-    language model's expected points, as -1..1 (direct RLAIF, 2309.00267); @A to @D, its P of a class of data.RUBRIC
-    (RBRM, GPT-4 2303.08774); {system message} of a conditional reward model; [families], and prompts of others get 0.
+    What follows a name: |NAME, and the worst of them counts, which is the least, but the most of a cost or with a
+    negative weight (Coste et al. 2310.02743; the part "NAME|NAME spread" is their standard deviation); @answer, and it
+    sees only what follows the thinking; @rate, a language model's expected points, as -1..1 (direct RLAIF, 2309.00267);
+    @A to @D, its P of a class of data.RUBRIC (RBRM, GPT-4 2303.08774); {system message} of a conditional reward model;
+    [families], and prompts of others get 0.
     A folder with a reward.txt stands for the sum in it (python reward.py fit).
     """
 
-    def __init__(self, spec, tok, device, amp, budget):
-        self.terms, self.models, self.loaded = self.expand(spec), [], {}
-        self.tok, self.amp, self.budget = tok, amp, budget
+    def __init__(self, spec, tok, device, amp, budget, cost=False):
+        self.terms, self.models, self.loaded, self.rules, self.asked = self.expand(spec), [], {}, {}, {}
+        self.tok, self.amp, self.budget, self.cost = tok, amp, budget, cost
         for term in self.terms:
             for name in term.names:
-                if verifier(name) is None and not Path(name).exists():
+                rule = verifier(name)
+                if rule is None and not Path(name).exists():
                     raise UserError(f"{name}: neither a run folder (python reward.py train makes one) nor a verifier "
                                     f"({', '.join(VERIFIERS)}, or module:function)")
                 asked = term.view not in ("", "answer")
-                if verifier(name) is not None:
+                if asked and term.system:
+                    raise UserError(f"--reward {term.label}: a question takes no system message")
+                if rule is not None:
                     if asked or term.system:
                         raise UserError(f"--reward {term.label}: {name} is a verifier and cannot be asked that")
+                    self.rules[name] = rule
                     continue
                 self.loaded[name] = model = self.loaded.get(name) or load_model(name, tok, device,
                                                                                 maker="python reward.py train")
@@ -578,16 +583,19 @@ class Reward:
         """The terms of a sum, those of a folder's reward.txt in the place of the folder."""
         out = []
         for term in parse_rewards(spec):
-            path = Path(term.names[0]) / "reward.txt"
-            inner = parse_rewards(path.read_text(encoding="utf-8").strip()) if path.exists() else [term]
-            for part in inner if path.exists() else ():
-                part.weight *= term.weight
-            out += inner
+            sums = [name for name in term.names if (Path(name) / "reward.txt").exists()]
+            if sums and term.label != sums[0]:
+                raise UserError(f"--reward {term.label}: {sums[0]} stands for a sum, and takes no |, @, {{}} or []")
+            if sums:
+                inner = Reward.expand((Path(sums[0]) / "reward.txt").read_text(encoding="utf-8").strip())
+                out += [replace(part, weight=term.weight * part.weight) for part in inner]
+            else:
+                out.append(term)
         return out
 
     @torch.no_grad()
     def __call__(self, records, roll):
-        texts, parts = roll.responses(self.tok), {}
+        texts, parts, self.asked = roll.responses(self.tok), {}, {}
         total = torch.zeros(len(records), device=roll.tokens.device)
         for term in self.terms:
             mine = [i for i, record in enumerate(records) if not term.families or record.get("family") in term.families]
@@ -595,7 +603,8 @@ class Reward:
             shown = {i: after_thinking(texts[i]) if term.view == "answer" else texts[i] for i in mine}
             for k, name in enumerate(term.names if mine else ()):
                 values[k, mine] = self.judge(name, term, records, shown, roll)
-            parts[term.label] = values.min(0).values
+            worst = torch.amin if (term.weight > 0) != self.cost else torch.amax
+            parts[term.label] = worst(values, 0)
             if len(term.names) > 1:
                 parts[term.label + " spread"] = values.std(0)
             total += term.weight * parts[term.label]
@@ -604,32 +613,36 @@ class Reward:
     def judge(self, name, term, records, shown, roll):
         """What one model or verifier says of the texts {row: text} -> (len(shown),)."""
         device, mine = roll.tokens.device, list(shown)
-        if name not in self.loaded:
-            return torch.tensor([float(verifier(name)(records[i], shown[i], bool(roll.finished[i]))) for i in mine],
+        if name in self.rules:
+            return torch.tensor([float(self.rules[name](records[i], shown[i], bool(roll.finished[i]))) for i in mine],
                                 device=device)
         model, out = self.loaded[name], torch.zeros(len(records), device=device)
         if term.view not in ("", "answer"):
-            choices = [str(n) for n in range(POINTS + 1)] if term.view == "rate" else list(RUBRIC)
-            asked = [view_prompt("rate" if term.view == "rate" else "classify", records[i]["prompt"][-1]["content"],
-                                 shown[i]) for i in mine]
-            p = choice_logprobs(model, [self.tok.prompt([dict(role="user", content=text)]) for text in asked], choices,
-                                self.tok, self.amp, self.budget).exp()                   # (n, choices)
-            return (p @ torch.arange(POINTS + 1.0, device=device) * 2 / POINTS - 1 if term.view == "rate"
+            view = "rate" if term.view == "rate" else "classify"
+            choices = [str(n) for n in range(POINTS + 1)] if view == "rate" else list(RUBRIC)
+            key = name, view, *term.families  # the classes of one answer are one question
+            if key not in self.asked:
+                texts = [view_prompt(view, records[i]["prompt"][-1]["content"], shown[i]) for i in mine]
+                prompts = [self.tok.prompt([dict(role="user", content=text)]) for text in texts]
+                self.asked[key] = choice_logprobs(model, prompts, choices, self.tok, self.amp, self.budget).exp()
+            p = self.asked[key]                                                          # (n, choices)
+            return (p @ torch.arange(POINTS + 1.0, device=device) * 2 / POINTS - 1 if view == "rate"
                     else p[:, choices.index(term.view)])
         plain = not term.system and not term.view
-        for rows, tokens, mask in slices(roll, self.budget, mine) if plain else self.read(term, records, shown, roll):
+        for rows, tokens, mask in slices(roll, self.budget, mine) if plain else self.read(
+                term, records, shown, roll, model.config.block_size):
             with self.amp():
                 out[rows] = full(response_scores(model, tokens, mask)[:, 0])
         return out[mine]
 
-    def read(self, term, records, shown, roll):
-        """Micro-batches of what a reward model sees: texts encoded as in its training, or the rollout's own tokens, after
-        the term's system message: (rows, tokens, mask)."""
+    def read(self, term, records, shown, roll, most):
+        """Micro-batches of what a reward model sees: texts encoded as in its training, or the rollout's own tokens,
+        after the term's system message, of all that the last `most` tokens: (rows, tokens, mask)."""
         system = self.tok.chat([dict(role="system", content=term.system)])[0] if term.system else []
         rows, block, lengths = list(shown), roll.tokens.shape[1], roll.lengths  # a part of the text can only be shorter
         built = [encode(dict(prompt=records[i]["prompt"], response=shown[i]), self.tok, block)[0] if term.view else
                  (roll.tokens[i, :lengths[i]].tolist(), [0] + roll.mask[i, :lengths[i] - 1].tolist()) for i in rows]
-        built = [(system + ids, [0] * len(system) + target) for ids, target in built]
+        built = [((system + ids)[-most:], ([0] * len(system) + target)[-most:]) for ids, target in built]
         for part in micro_batches([len(ids) for ids, _ in built], self.budget):
             yield [rows[j] for j in part], *collate([built[j] for j in part], self.tok, roll.tokens.device)
 

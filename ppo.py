@@ -42,7 +42,7 @@ class Config(TrainConfig):
     cost: str = ""              # another such sum, whose expectation a multiplier λ holds down (Safe RLHF)
     cost_limit: float = 0.0     # the most that it may be; any sign
     cost_lambda: float = 1.0    # λ at first
-    lambda_lr: float = 0.1      # ln λ grows by this times λ times the excess, each step
+    lambda_lr: float = 0.1      # ln λ grows by this times λ times the excess, each step; 0 keeps λ fixed
     critic: str = ""            # value function to start from; none: the first reward model, else the policy's trunk
     data: str = "toy"           # prompts: toy, or a file
     families: str = "write"     # of the toy world, comma-separated
@@ -84,6 +84,7 @@ class Config(TrainConfig):
     clip_grad: float = 1.0      # global gradient norm; 0 never clips
     # evaluation
     eval_every: int = 10        # steps between evaluations on held-out prompts
+    eval_prompts: int = 64      # how many these are
 
 
 # ---------------------------------------------------------------- the mathematics
@@ -129,7 +130,8 @@ def lagrangian(adv, cost_adv, lam):
 
 
 def next_lambda(lam, excess, rate):
-    """ln λ += α λ J with J = E[c] - limit (2310.12773, eq. 32): λ stays positive, and grows while the cost is too high."""
+    """ln λ += α λ J with J = E[c] - limit (Safe RLHF 2310.12773, sec. 3.3): λ stays positive, and grows while the cost
+    is too high; ours by no more than a factor e a step."""
     return lam * math.exp(max(-1.0, min(1.0, rate * lam * excess)))
 
 
@@ -188,8 +190,8 @@ def normalize(score, state):
 def train(cfg):
     """Roll out, score, turn into advantages, update, report: one step after another."""
     check(cfg, positive="ptx_batch steps prompts max_new temperature "
-                        "epochs minibatches lr critic_lr clip kl_horizon eval_every "
-                        "micro_tokens save_every cost_lambda lambda_lr",
+                        "epochs minibatches lr critic_lr clip kl_horizon eval_every eval_prompts "
+                        "micro_tokens save_every cost_lambda",
           share="gamma lam lr_end", signed="cost_limit")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
@@ -204,7 +206,7 @@ def train(cfg):
     critic.prepare(cfg)
     modules = dict(model=policy, critic=critic)
     if cfg.cost:
-        cost = Reward(cfg.cost, tok, device, amp, cfg.micro_tokens)
+        cost = Reward(cfg.cost, tok, device, amp, cfg.micro_tokens, cost=True)
         modules["cost_critic"] = load_model((cost.models + [cfg.init])[0], tok, device, n_scores=1)
         modules["cost_critic"].prepare(cfg)
     critics = list(modules.values())[1:]  # of the reward, and of the cost if there is one
@@ -213,7 +215,8 @@ def train(cfg):
     def fits(record):
         """The record, if its prompt leaves room for a whole response."""
         return [record] if len(tok.prompt(record["prompt"])) + cfg.max_new <= block else []
-    stream, held = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64, prepare=fits)
+    stream, held = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=cfg.eval_prompts,
+                               prepare=fits)
     if cfg.ptx_coef:
         documents, _ = open_stream(cfg.ptx_data, "text", cfg.seed, n_held=0,
                                    prepare=lambda doc: encode(doc, tok, block, "all"))
@@ -266,7 +269,8 @@ def train(cfg):
             cost_adv, target = gae(paid, values[1], mask, cfg.gamma, cfg.lam)
             adv, returns = lagrangian(adv, cost_adv, state["lam"]), returns + [target]
             constraint = {"cost": costs.mean(), "lambda": state["lam"]}
-            state["lam"] = next_lambda(state["lam"], float(costs.mean()) - cfg.cost_limit, cfg.lambda_lr)
+            if step >= cfg.critic_warmup:
+                state["lam"] = next_lambda(state["lam"], float(costs.mean()) - cfg.cost_limit, cfg.lambda_lr)
         explained = 1 - float(masked_var(returns[0] - values[0], mask) / masked_var(returns[0], mask).clamp(min=1e-8))
         unit = float(masked_var(adv, mask)) ** 0.5 + 1e-8 if cfg.whiten else 1.0  # whitening changes the unit of reward
         if cfg.whiten:
@@ -319,8 +323,8 @@ def train(cfg):
                 kl=kl_response, beta=beta, entropy=masked_mean(entropy, mask), response_length=mask.sum(1).mean(),
                 finished=roll.finished.float().mean(), policy_loss=p_loss, value_loss=v_loss, clip_frac=clip_frac,
                 approx_kl=approx_kl, ratio=ratio, explained_variance=explained, grad_norm=grad_norm,
-                critic_grad_norm=critic_norm, lr=lr, **constraint, sampler_gap=masked_mean((roll.logp - old_logp).abs(), mask),
-                **{f"reward/{name}": part.mean() for name, part in parts.items()})
+                critic_grad_norm=critic_norm, lr=lr, sampler_gap=masked_mean((roll.logp - old_logp).abs(), mask),
+                **constraint, **{f"reward/{name}": part.mean() for name, part in parts.items()})
     run.finish(("reward", "gold", "kl", "response_length", "entropy"),
                then=f"python reward.py compare {cfg.init} {cfg.out}")
 

@@ -1,17 +1,23 @@
-"""Where a score or a preference comes from: label responses, choose prompts, train a reward model, compare policies.
+"""Where a score or a preference comes from: label responses, train a reward model, compare policies, watch it hacked.
 
     minimise  -log σ(r(x, y_w) - r(x, y_l) - m)      over pairs in which y_w was preferred
 
 A reward model is the SFT model with one number per token instead of logits, read at the last token of the response.
 Under Bradley-Terry, P(y_w ≻ y_l) = σ(r_w - r_l), the loss is the negative log-likelihood of the labels (Christiano
 et al. 1706.03741; Stiennon et al. 2009.01325). Of K ranked responses all C(K, 2) pairs are used, in one batch element
-and weighted 1 / C(K, 2) (InstructGPT 2203.02155, eq. 1). Options: a margin m from ratings (Llama 2, 2307.09288) and
-a pull of r_w + r_l towards 0 (2312.09244).
+and weighted 1 / C(K, 2) (InstructGPT 2203.02155, eq. 1). --loss chooses another likelihood of a pair (PAIR_LOSSES), or
+of a whole ranking, of ratings, of steps. Options: a margin m from ratings (Llama 2, 2307.09288), a pull of r_w + r_l
+towards 0 (2312.09244), a wall at ±5 (COOL).
 
     python reward.py label                        sample pairs from out/sft, label them -> out/pairs/pairs.jsonl
+    python reward.py label --judge out/judge      the same, with an AI's labels (RLAIF)
+    python reward.py revise                       answers criticised and revised by principles (Constitutional AI)
     python reward.py train                        out/sft + pairs -> out/reward
+    python reward.py fit --rules "..."            weights of rules beside a reward model (rule-based rewards)
     python reward.py curate                       prompts for RL: how hard each is, without those that are guessed
+    python reward.py accuracy out/reward          how often it orders the pairs of a file as the labels do
     python reward.py compare out/sft out/ppo      gold reward, win rate, KL, length on held-out prompts
+    python reward.py overoptimize out/ppo         gold and proxy against √KL, best-of-n beside it
 
 On 2 CPU cores: label 16 s, train 40 s, compare 3 s a checkpoint; the reward model meets .62-.70 of held-out noisy
 labels and .73-.80 of the truth.
@@ -36,8 +42,8 @@ import torch.nn.functional as F
 
 from data import (EXEMPLAR, PRINCIPLES, REASON, RULE, VERDICT, OptionError, Run, RunConfig, Tokenizer, TrainConfig,
                   UserError, after_thinking, check, checked_steps, collate, encode, family_list, files, gold, guard,
-                  judge_prompt, mean, micro_batches, open_stream, pairs, parse, read_records, safe_metrics, sparkline,
-                  toy_record, view_prompt, write_text)
+                  judge_prompt, mean, micro_batches, open_stream, pairs, parse, read_records, read_rows, safe_metrics,
+                  sparkline, toy_record, view_prompt, write_text)
 from model import (Optimizer, Reward, Rollout, choice_logprobs, full, generate, load_model, per_token,
                    response_scores, setup, steps, token_logprobs)
 
@@ -87,10 +93,10 @@ class Label(RunConfig):
     batch: int = 128            # prompts at a time
     system: str = ""            # system message put in front of every prompt
     # the labels
-    by: str = "gold"            # what judges: reward models and verifiers, as 0.5*out/reward + exact
+    by: str = "gold"            # what judges: reward models and verifiers, as 0.5*out/reward + exact; gold: "people"
     scale: float = 3.0          # labels are Bradley-Terry draws at scale * score; 0: the higher score always wins
     flip: float = 0.1           # share of rankings turned upside down
-    # AI labels (RLAIF): a language model asked which of two is better orders them, and --by only checks it
+    # AI labels (RLAIF): a language model, asked which of two is better, orders them; --by only checks it, or is none
     judge: str = ""             # the model, as out/judge; none: --by decides
     preamble: str = RULE        # what the question begins with; principles: one of data.PRINCIPLES each time
     exemplar: bool = False      # show it a question with its answer first
@@ -102,7 +108,7 @@ class Label(RunConfig):
     # what is kept
     select: SELECT = "rank"     # rank, ends, best, rso, correct, shortest, short_pairs, quantile, ...: see kept()
     attributes: str = "gold"    # ratings: what rates each response, with commas between
-    balance_length: bool = False  # pairs: the better one is longer as often as shorter, by any difference (ChatGLM-RLHF)
+    balance_length: bool = False  # as many pairs whose better response is longer as shorter, by any difference
     min_gap: float = 0.0        # rankings: least difference between the scores of first and last
     rso_beta: float = 0.5       # rso: a response is accepted with probability exp((score - best score) / this)
     quantiles: int = 5          # quantile: parts of equal size, by score; their number becomes the system message
@@ -138,7 +144,7 @@ class Fit(RunConfig):
 @dataclass
 class Accuracy:
     """How often do reward models, judges and verifiers order the pairs of files as the files do?"""
-    data: str = "out/pairs/pairs.jsonl"  # preferences; of several files, with commas between, each is a table of its own
+    data: str = "out/pairs/pairs.jsonl"  # preferences; of several files, with commas between, a table each
     n: int = 1000               # records of each file
     seed: int = 0               # of nothing here; recipes give it to every stage
     tokenizer: str = "toy"      # toy, the name of a tiktoken encoding, or a vocabulary file
@@ -228,12 +234,13 @@ PAIR_LOSSES = {
 
 def focal(r_w, r_l, gamma):
     """-(1 - 2 max(0, p - ½))^γ log p with p = σ(r_w - r_l), per pair (InternLM2 2403.17297, eq. 1)."""
-    p = torch.sigmoid(r_w - r_l)
-    return (1 - 2 * (p - 0.5).clamp(min=0)) ** gamma * bradley_terry(r_w, r_l)
+    wrong = (2 * torch.sigmoid(r_l - r_w)).clamp(max=1)  # = 1 - 2 max(0, p - ½), but never 0
+    return wrong ** gamma * bradley_terry(r_w, r_l)
 
 
 def log_barrier(r, bound=5.0):
-    """-log(bound - r) - log(bound + r): a wall on both sides (2403.17297, eq. 2; r is clamped just inside it)."""
+    """-log(bound - r) - log(bound + r): a wall on both sides (2403.17297, eq. 2). r is clamped just inside it, where
+    the gradient ends: a score beyond the wall is not pulled back."""
     r = r.clamp(-bound + 1e-3, bound - 1e-3)
     return -(bound - r).log() - (bound + r).log()
 
@@ -354,7 +361,7 @@ def majority_at_k(answers, scores, k):
 # ---------------------------------------------------------------- label
 
 def kept(group, cfg, rng):
-    """What --select keeps of the finished answers to one prompt, (text, score, tokens, more) each: lists of records' keys.
+    """What --select keeps of the finished answers to one prompt, (text, score, tokens, ratings) each: records' keys.
 
     rank: all, best first as the labels have it. ends: its first and last. best: that of the highest score (best-of-n,
     rejection sampling). rso: a ranking of those that statistical rejection sampling accepts. correct: all that are
@@ -366,12 +373,12 @@ def kept(group, cfg, rng):
         group = [group[i] for i in accept([score for _, score, *_ in group], cfg.rso_beta, rng)] if group else []
     if not group:
         return []
-    texts, scores, sizes, extra = zip(*group)
+    texts, scores, sizes, ratings = zip(*group)
     right = [i for i, score in enumerate(scores) if score > 0.5]
     shortest = [min(right, key=lambda i: sizes[i])] if right else []
     single = dict(best=[scores.index(max(scores))], correct=right, shortest=shortest, quantile=range(len(texts)))
     if cfg.select == "ratings":
-        return [dict(response=text, ratings=ratings) for text, ratings in zip(texts, extra)]
+        return [dict(response=text, ratings=given) for text, given in zip(texts, ratings)]
     if cfg.select == "steps":
         checked = [checked_steps(text, score > 0.5) for text, score in zip(texts, scores)]
         return [dict(steps=[step for step, _ in steps], labels=[label for _, label in steps])
@@ -397,51 +404,57 @@ def label(cfg):
         raise OptionError(f"--k {cfg.k}: a preference needs at least 2 responses")
     if not cfg.policy and cfg.data == "toy":
         raise OptionError("--policy: none, so --data must name files with responses")
-    if cfg.judge and cfg.select not in ("rank", "ends"):
-        raise OptionError(f"--judge: it orders responses; no --select {cfg.select}")
+    if cfg.judge and (cfg.select not in ("rank", "ends") or cfg.min_gap):
+        raise OptionError(f"--judge: it orders responses; no --select {cfg.select}, no --min_gap")
+    if not cfg.judge and (cfg.rationale or cfg.exemplar or not cfg.by):
+        raise OptionError("--judge: none, so --by must decide, and there is no --rationale and no --exemplar")
+    if cfg.clamp < 0.5:
+        raise OptionError(f"--clamp {cfg.clamp}: the most certain label, .5 to 1")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
         return
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     policy = load_model(cfg.policy, tok, device, n_scores=0, maker="python sft.py") if cfg.policy else None
-    judge = load_model(cfg.judge, tok, device, n_scores=0, maker="python sft.py --families judge") if cfg.judge else None
-    score = Reward(cfg.by, tok, device, amp, cfg.micro_tokens)
+    judge = load_model(cfg.judge, tok, device, n_scores=0, maker="python sft.py") if cfg.judge else None
+    score = Reward(cfg.by, tok, device, amp, cfg.micro_tokens) if cfg.by else None
     attributes = [Reward(spec, tok, device, amp, cfg.micro_tokens)
-                  for spec in (cfg.attributes.split(",") if cfg.select == "ratings" else [])]
+                  for spec in re.split(r",(?![^\[]*\])", cfg.attributes) if cfg.select == "ratings"]
 
     def prepare(record):
         """The record with its system message, if its prompt leaves room for a whole response."""
         if cfg.system:
             record = record | dict(prompt=[dict(role="system", content=cfg.system)] + record["prompt"])
-        return [record] if not policy or len(tok.prompt(record["prompt"])) + cfg.max_new <= policy.config.block_size else []
+        room = policy.config.block_size - cfg.max_new if policy else math.inf
+        return [record] if len(tok.prompt(record["prompt"])) <= room else []
     stream, _ = open_stream(cfg.data, "prompt" if policy else "preference", cfg.seed, cfg.families, n_held=0,
                             prepare=prepare)
-    n = min(cfg.n, len(stream.items)) if stream.items else cfg.n  # a file's prompts once each
+    skip = math.ceil(cfg.skip / cfg.batch)  # batches
+    n = min(cfg.n, len(stream.items) - skip * cfg.batch) if stream.items else cfg.n  # a file's prompts once each
+    source = "ai" if judge or cfg.by != "gold" else "human"  # the truth with noise stands for people
     path, part = run.folder / "pairs.jsonl", run.folder / "unfinished.json"
     start, made = json.loads(part.read_text(encoding="utf-8")) if part.exists() else (0, [])
     for step in run.progress(start, math.ceil(n / cfg.batch)):
         torch.manual_seed(cfg.seed * 1_000_003 + step)
         rng = random.Random(f"labels {cfg.seed} {step}")
-        records = stream.batch(step + math.ceil(cfg.skip / cfg.batch), cfg.batch)[:n - step * cfg.batch]
+        records = stream.batch(step + skip, cfg.batch)[:n - step * cfg.batch]
         if policy:
             with amp():
                 roll = generate(policy, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new, cfg.k,
                                 cfg.temperature)
             sizes = [cfg.k] * len(records)
         else:
-            roll = Rollout.of([row for r in records for row in encode(r, tok, 10 ** 9)], tok, device)
-            sizes = [len(r["responses"]) for r in records]
+            roll, sizes = given_responses(records, score, tok, device), [len(r["responses"]) for r in records]
         repeated = [r for r, k in zip(records, sizes) for _ in range(k)]
-        scores = score(repeated, roll)[0].tolist()
+        scores = score(repeated, roll)[0].tolist() if score else [0.0] * len(repeated)
         ratings = list(zip(*(rate(repeated, roll)[0].tolist() for rate in attributes))) or scores
         answers = iter(zip(roll.responses(tok), scores, roll.mask.sum(1).tolist(), ratings, roll.finished.tolist()))
         groups = []
         for k in sizes:
             group = [answer for *answer, done in itertools.islice(answers, k) if done and answer[0].strip()]
-            group = list({answer[0]: answer for answer in group[::-1]}.values())[::-1]  # no answer twice
-            if not cfg.scale and not judge and cfg.select in ("rank", "ends", "rso"):  # two equal scores decide nothing
-                group = list({answer[1]: answer for answer in group[::-1]}.values())[::-1]
+            group = unique(group, 0)  # no answer twice
+            if not cfg.scale and not judge and cfg.select in ("rank", "ends", "rso"):
+                group = unique(group, 1)  # two equal scores decide nothing
             groups.append(group)
         more = {}
         if judge:
@@ -449,31 +462,43 @@ def label(cfg):
         else:
             kept_now = [kept(group, cfg, rng) for group in groups]
         made += [{k: v for k, v in record.items() if k not in ("responses", "scores", "win", "margin", "prob")}
-                 | marked(parts, cfg, rng) | dict(source="ai") for record, all_parts in zip(records, kept_now)
+                 | marked(parts, cfg, rng) | dict(source=source) for record, all_parts in zip(records, kept_now)
                  for parts in all_parts]
         run.log(step, ("records",), records=len(made), score=mean(scores), response_length=roll.mask.sum(1).mean(),
                 finished=roll.finished.float().mean(), **more)
         if (step + 1) % cfg.save_every == 0:
             write_text(part, json.dumps([step + 1, made]))
+    if cfg.balance_length:
+        made = length_balanced(made)
     if not made:
         raise UserError(f"{cfg.policy or cfg.data}: of {n} prompts none got answers that --select {cfg.select} keeps")
     if cfg.select == "quantile":  # Quark: the model learns what goes with which quality, and is asked for the best
         made.sort(key=lambda r: r["scores"][0])
         made = [r | dict(prompt=[dict(role="system", content=f"Quality {1 + i * cfg.quantiles // len(made)}.")]
                          + [turn for turn in r["prompt"] if turn["role"] != "system"]) for i, r in enumerate(made)]
-    if cfg.balance_length:
-        made = length_balanced(made)
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in made))
-    agree = mean([preference(r["scores"][0], r["scores"][-1]) for r in made if "responses" in r])
-    of_rows = lambda name: mean([row[name] for row in run.rows if row.get(name) is not None])
+    agree = mean([preference(r["scores"][0], r["scores"][-1]) for r in made if "responses" in r and "scores" in r])
+    told = {"the label agrees with the score": agree}
+    for name, what in (("agrees", f"the judge agrees with {cfg.by}"), ("cut", "its rationale was cut"),
+                       ("inconsistent", "it contradicts itself, when the two change places,")):
+        told[what] = mean([row[name] for row in run.rows if row.get(name) is not None])
     print(f"{path}: {len(made)} records of {n} prompts"
-          + (f"; the judge agrees with {cfg.by} in {of_rows('agrees'):.0%} of the pairs, and contradicts itself in "
-             f"{of_rows('inconsistent'):.0%} when the two change places" if judge else
-             f"; the label agrees with the score in {agree:.0%}" if agree is not None else ""))
+          + "".join(f"; {what} in {share:.0%}" for what, share in told.items() if share is not None))
     maker = ("reward.py train" + f" --loss {cfg.select}" * (cfg.select in ("ratings", "steps"))
-             if agree is not None or cfg.select in ("ratings", "steps") else "sft.py")
+             if "responses" in made[0] or cfg.select in ("ratings", "steps") else "sft.py")
     run.finish(("score", "response_length"), then=f"python {maker} --data {path}")
     part.unlink(missing_ok=True)
+
+
+def unique(answers, key):
+    """The answers without those whose `key` an earlier one has."""
+    return list({answer[key]: answer for answer in answers[::-1]}.values())[::-1]
+
+
+def given_responses(records, reward, tok, device):
+    """The responses of records as a rollout, cut to the context of the models that judge them."""
+    block = min([model.config.block_size for model in reward.loaded.values()] if reward else [], default=10 ** 9)
+    return Rollout.of([row for record in records for row in encode(record, tok, block)], tok, device)
 
 
 def length_balanced(records, width=3):
@@ -495,28 +520,32 @@ def marked(parts, cfg, rng):
     if not cfg.mark or "responses" not in parts:
         return parts
     place = 0 if rng.random() < cfg.mark_better else len(parts["responses"]) - 1
-    return parts | dict(responses=[cfg.mark + text if i == place else text for i, text in enumerate(parts["responses"])])
+    return parts | dict(responses=[cfg.mark * (i == place) + text for i, text in enumerate(parts["responses"])])
 
 
 # ---------------------------------------------------------------- AI feedback
 
 def first_is_better(judge, asked, cfg, tok, amp):
-    """P(the judge says 1) of questions [(preamble, prompt, first, second)], after a rationale of its own if so asked (it is
-    cut before its verdict, and the verdict is scored, not sampled) -> (N,)."""
+    """P(the judge says 1) of questions [(preamble, prompt, first, second)] -> (N,); and with --rationale, where it
+    gives one first (without the verdict, which is scored and not sampled), the share of those that did not end."""
     texts = [judge_prompt(prompt, first, second, preamble, EXEMPLAR if cfg.exemplar else "",
                           REASON if cfg.rationale else VERDICT) for preamble, prompt, first, second in asked]
-    prompts = [tok.prompt([dict(role="user", content=text)]) for text in texts]
+    prompts, cut = [tok.prompt([dict(role="user", content=text)]) for text in texts], None
     if cfg.rationale:  # a question that leaves no room loses its beginning
         prompts = [ids[-(judge.config.block_size - cfg.max_new):] for ids in prompts]
-        with amp():
-            said = generate(judge, prompts, tok, cfg.max_new, temperature=0).responses(tok)
-        prompts = [ids + tok.encode(text.rpartition("\n")[0] + "\n") for ids, text in zip(prompts, said)]
-    return choice_logprobs(judge, prompts, ["1", "2"], tok, amp, cfg.micro_tokens)[:, 0].exp()
+        said = []
+        for start in range(0, len(prompts), 256):
+            with amp():
+                roll = generate(judge, prompts[start:start + 256], tok, cfg.max_new, temperature=0)
+            said += roll.responses(tok)
+        cut = mean([float("\n" not in text) for text in said])
+        prompts = [ids + tok.encode((text.rpartition("\n")[0] or text) + "\n") for ids, text in zip(prompts, said)]
+    return choice_logprobs(judge, prompts, ["1", "2"], tok, amp, cfg.micro_tokens)[:, 0].exp(), cut
 
 
 def judged(judge, records, groups, cfg, rng, tok, amp):
-    """Order each group's answers by how often the judge prefers them to the others, every two in both orders, with the
-    soft label of the first against the last -> the records' keys of each group, metrics."""
+    """Order each group's answers by how often the judge prefers them to the others, every two in both orders; of two,
+    also the soft label -> the records' keys of each group, metrics."""
     pairs_of = [(g, i, j) for g, group in enumerate(groups) for i, j in itertools.combinations(range(len(group)), 2)]
     if not pairs_of:
         return [[] for _ in groups], {}
@@ -525,7 +554,8 @@ def judged(judge, records, groups, cfg, rng, tok, amp):
         preamble = rng.choice(PRINCIPLES) if cfg.preamble == "principles" else cfg.preamble
         prompt, (first, second) = records[g]["prompt"][-1]["content"], (groups[g][i][0], groups[g][j][0])
         asked += [(preamble, prompt, first, second), (preamble, prompt, second, first)]
-    one, two = first_is_better(judge, asked, cfg, tok, amp).view(-1, 2).unbind(1)        # (pairs,)
+    p_first, cut = first_is_better(judge, asked, cfg, tok, amp)
+    one, two = p_first.view(-1, 2).unbind(1)                                             # (pairs,)
     p = debiased(one, two).clamp(1 - cfg.clamp, cfg.clamp).tolist()
     wins = [[0.0] * len(group) for group in groups]
     soft, agree = {}, []
@@ -538,10 +568,10 @@ def judged(judge, records, groups, cfg, rng, tok, amp):
     for g, group in enumerate(groups):
         order = sorted(range(len(group)), key=lambda i: -wins[g][i])
         order = [order[0], order[-1]] if cfg.select == "ends" and order else order
-        out.append([dict(responses=[group[i][0] for i in order], prob=soft[g, order[0], order[-1]],
-                         win=[wins[g][i] / (len(group) - 1) for i in order],
-                         scores=[wins[g][i] / (len(group) - 1) for i in order])] if len(order) > 1 else [])
-    return out, dict(agrees=mean(agree), inconsistent=((one > 0.5) == (two > 0.5)).float().mean())
+        rates = [wins[g][i] / max(1, len(group) - 1) for i in order]
+        label_of = dict(prob=soft[g, order[0], order[1]]) if len(order) == 2 else {}
+        out.append([dict(responses=[group[i][0] for i in order], win=rates, **label_of)] if len(order) > 1 else [])
+    return out, dict(agrees=mean(agree), inconsistent=((one > 0.5) == (two > 0.5)).float().mean(), cut=cut)
 
 
 def revise(cfg):
@@ -562,15 +592,15 @@ def revise(cfg):
     def say(model, prompts):
         """Finished texts, None for the others and where the prompt leaves no room."""
         ids = [tok.prompt(prompt) for prompt in prompts]
-        fit = [i for i, prompt in enumerate(ids) if len(prompt) + cfg.max_new <= model.config.block_size]
+        short = [i for i, prompt in enumerate(ids) if len(prompt) + cfg.max_new <= model.config.block_size]
         out = [None] * len(ids)
-        if fit:
+        if short:
             with amp():
-                roll = generate(model, [ids[i] for i in fit], tok, cfg.max_new, temperature=cfg.temperature)
-            for i, text, done in zip(fit, roll.responses(tok), roll.finished.tolist()):
+                roll = generate(model, [ids[i] for i in short], tok, cfg.max_new, temperature=cfg.temperature)
+            for i, text, done in zip(short, roll.responses(tok), roll.finished.tolist()):
                 out[i] = text.strip() if done else None
         return out
-    made, truth = [], []
+    made = []
     for step in run.progress(0, math.ceil(n / cfg.batch)):
         torch.manual_seed(cfg.seed * 1_000_003 + step)
         rng = random.Random(f"revise {cfg.seed} {step}")
@@ -583,12 +613,13 @@ def revise(cfg):
                                        for (principle, prompt, answer), *c in zip(about, *more)]
             critiques = say(critic, ask("critique"))
             revisions = say(critic, ask("revise", [c or "" for c in critiques]))
-            rows = [r | dict(response=new, critiques=r["critiques"] + [c]) for r, c, new in zip(rows, critiques, revisions)
-                    if c and new]
+            rows = [r | dict(response=new, critiques=r["critiques"] + [c])
+                    for r, c, new in zip(rows, critiques, revisions) if c and new]
         made += rows
-        truth += [(gold(r, r["first"]), gold(r, r["response"])) for r in rows if "family" in r]
+        known = [r for r in rows if "family" in r]
         run.log(step, ("revised",), revised=len(made), changed=mean([float(r["first"] != r["response"]) for r in rows]),
-                gold_before=mean([a for a, _ in truth]), gold_after=mean([b for _, b in truth]))
+                gold_before=mean([gold(r, r["first"]) for r in known]),
+                gold_after=mean([gold(r, r["response"]) for r in known]))
     if not made:
         raise UserError(f"{cfg.critic}: of {n} answers none was revised to its end")
     path = run.folder / "revisions.jsonl"
@@ -612,7 +643,7 @@ def fit(cfg):
 
     def features(records):
         """(base scores (R,), rules (R, F)) of all responses and the pairs of rankings among them."""
-        roll = Rollout.of([row for r in records for row in encode(r, tok, 10 ** 9)], tok, device)
+        roll = given_responses(records, rules, tok, device)
         repeated = [r for r in records for _ in r["responses"]]
         win, lose, weight = ranked_pairs([len(r["responses"]) for r in records])
         parts = rules(repeated, roll)[1]
@@ -719,8 +750,8 @@ def items_of(record, tok, block, cfg):
 
 
 def score_records(model, items, cfg, tok, amp):
-    """Yield (scores, items) by micro-batch; all responses of an item are in the same one. scores are (N, heads), of each
-    response, or of each step."""
+    """Yield (scores, items) by micro-batch; all responses of an item are in the same one. scores are (N, heads), of
+    each response, or of each step."""
     k = max(len(item["rows"]) for item in items)
     for part in micro_batches([max(len(ids) for ids, _ in item["rows"]) for item in items], cfg.micro_tokens // k):
         part = [items[i] for i in part]
@@ -733,13 +764,14 @@ def score_records(model, items, cfg, tok, amp):
 
 
 def pair_terms(scores, items, use_margin=False):
-    """Scores (N,) of items laid end to end -> x of PAIR_LOSSES, with weight 1 / C(K, 2) and place of its item, all (P,)."""
+    """Scores (N,) of items laid end to end -> x of PAIR_LOSSES, weight 1 / C(K, 2), place of the item; all (P,)."""
     win, lose, weight = ranked_pairs([len(item["rows"]) for item in items])
     two = [(item, i, j) for item in items for i, j in itertools.combinations(range(len(item["rows"])), 2)]
     given = lambda values: torch.tensor(values, dtype=scores.dtype, device=scores.device)
     harmful = lambda item, i: 1.0 if (item.get("scores") or [0.0] * len(item["rows"]))[i] > 0 else -1.0
     return SimpleNamespace(
-        r_w=scores[win], r_l=scores[lose], weight=weight.to(scores), prob=given([item.get("prob", 1.0) for item, *_ in two]),
+        r_w=scores[win], r_l=scores[lose], weight=weight.to(scores),
+        prob=given([item.get("prob", 1.0) for item, *_ in two]),
         margin=given([(item.get("margin") or 0.0) * use_margin for item, *_ in two]),
         s_w=given([harmful(item, i) for item, i, _ in two]), s_l=given([harmful(item, j) for item, _, j in two]),
         place=torch.tensor([n for n, item in enumerate(items) for _ in itertools.combinations(item["rows"], 2)],
@@ -799,8 +831,10 @@ def train(cfg):
     check(cfg, positive="epochs batch lr muon_lr micro_tokens save_every eval_every heads")
     if cfg.data == "toy":
         raise OptionError("--data toy: preferences come from a file; python reward.py label makes one")
-    if cfg.margin and cfg.loss != "bt" or cfg.heads > 1 and cfg.loss != "ratings":
-        raise OptionError(f"--loss {cfg.loss}: " + ("--margin goes with bt" if cfg.margin else "--heads goes with ratings"))
+    for option, used, losses in (("margin", cfg.margin, ["bt"]), ("heads", cfg.heads > 1, ["ratings"]),
+                                 ("center", cfg.center, PAIR_LOSSES), ("barrier", cfg.barrier, PAIR_LOSSES)):
+        if used and cfg.loss not in losses:
+            raise OptionError(f"--{option} goes with --loss {', '.join(losses)}, not {cfg.loss}")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
@@ -810,11 +844,16 @@ def train(cfg):
     model.prepare(cfg)
     stream, held = open_stream(cfg.data, DATA.get(cfg.loss, "preference"), cfg.seed, n_held=400,
                                prepare=lambda record: items_of(record, tok, model.config.block_size, cfg))
-    needed = dict(soft=("prob", any), cost=("scores", all)).get(cfg.loss)  # labels without a probability are certain
-    if needed and not needed[1](needed[0] in item for item in stream.items + held):
-        raise UserError(f"{cfg.data}: --loss {cfg.loss} needs \"{needed[0]}\" in {needed[1].__name__} of the records")
-    if cfg.loss == "ratings" and {len(item["ratings"]) for item in stream.items + held} != {cfg.heads}:
-        raise UserError(f"{cfg.data}: records have {len(held[0]['ratings'])} ratings, so --heads {cfg.heads} is wrong")
+    items = stream.items + held
+    if cfg.loss == "cost" and not all("scores" in item for item in items):
+        raise UserError(f'{cfg.data}: --loss cost needs "scores" in all records: above 0 is harmful')
+    if cfg.loss == "soft" and not all("prob" in item or item.get("source") == "human" for item in items):
+        raise UserError(f'{cfg.data}: --loss soft needs "prob" in all records but those whose "source" is "human"')
+    if cfg.margin and not any("margin" in item for item in items):
+        raise UserError(f'{cfg.data}: --margin, and no record has a "margin"')
+    sizes = {len(item["ratings"]) for item in items} if cfg.loss == "ratings" else {cfg.heads}
+    if sizes != {cfg.heads}:
+        raise UserError(f"{cfg.data}: --heads {cfg.heads}, but there are {' or '.join(map(str, sorted(sizes)))} ratings")
     total = math.ceil(cfg.epochs * len(stream.items) / cfg.batch)
     optimizer = Optimizer(model, cfg.lr, total, cfg.optimizer, cfg.muon_lr, cfg.weight_decay, warmup=cfg.warmup,
                           clip=cfg.clip_grad)
@@ -852,12 +891,11 @@ def accuracy(cfg, specs):
     wide = max(len(spec) for spec in specs)
     for path in files(cfg.data):
         records = read_records(path, "preference")[:cfg.n]
-        roll = Rollout.of([row for r in records for row in encode(r, tok, 10 ** 9)], tok, device)
         repeated = [r for r in records for _ in r["responses"]]
         win, lose, _ = ranked_pairs([len(r["responses"]) for r in records])
         print(f"{path}: {len(win)} pairs\n{'':{wide}}  accuracy  [95% interval]  calibration error    spread")
         for spec, reward in rewards.items():
-            scores, parts = reward(repeated, roll)
+            scores, parts = reward(repeated, given_responses(records, reward, tok, device))
             gap = (scores[win] - scores[lose]).cpu()
             right = float((0.5 + 0.5 * gap.sign()).sum())
             low, high = wilson(right, len(win))
@@ -867,7 +905,7 @@ def accuracy(cfg, specs):
 
 
 def overoptimize(cfg, folders):
-    """Gold and proxy against d = √KL, gains over d = 0: of best-of-n from the policy and of PPO runs, with Gao's fits."""
+    """Gold and proxy against d = √KL, of best-of-n from the policy and of RL runs; Gao's forms fitted to the gain."""
     check(cfg, positive="prompts n max_new temperature")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
@@ -879,6 +917,7 @@ def overoptimize(cfg, folders):
     rng, families = random.Random("overoptimize"), family_list(cfg.families)
     records = ([toy_record("prompt", "test", families, rng) for _ in range(cfg.prompts)] if cfg.data == "toy" else
                [r for path in files(cfg.data) for r in read_records(path, "prompt")][:cfg.prompts])
+    runs = {folder: run_curve(folder) for folder in folders}
     golds, proxies = [], []
     some = max(1, 512 // cfg.n)
     for step in run.progress(0, math.ceil(len(records) / some)):
@@ -895,34 +934,39 @@ def overoptimize(cfg, folders):
         d=[math.sqrt(math.log(k) - (k - 1) / k) for k in ks],
         gold=[mean([best_of_k(g, p, k) for g, p in zip(golds, proxies)]) for k in ks],
         proxy=[mean([best_of_k(p, p, k) for p in proxies]) for k in ks])}
-    for folder in folders:
-        path = Path(folder) / "metrics.jsonl"
-        if not path.exists():
-            raise UserError(f"{path}: no such file; a run of ppo.py or grpo.py makes it")
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        held = [row for row in rows if row.get("val_gold") is not None and row.get("kl") is not None]
-        names = ("val_gold", "val_reward") if len(held) > len(rows) // 3 else ("gold", "reward")
-        rows = [row for row in (held if names[0] == "val_gold" else rows) if row.get(names[0]) is not None]
-        if not rows:
-            raise UserError(f"{path}: no row has kl, reward and gold")
-        curves[folder] = dict(d=[math.sqrt(max(0.0, row["kl"])) for row in rows],
-                              gold=[row[names[0]] for row in rows], proxy=[row[names[1]] for row in rows])
-    start = curves["best of n"]["gold"][0], curves["best of n"]["proxy"][0]
-    print(f"\n{'':24}      d up to   gold: start, best at d, end      proxy end       α       β      R²   peak at d")
+    curves |= runs
+    start = curves["best of n"]["gold"][0]
+    print(f"\ngold at the start {start:.2f}; fitted to its gain: best-of-n's form d (α - β d), RL's d (α - β log d)\n")
     for name, c in curves.items():
-        seen = [(d, g - start[0]) for d, g in zip(c["d"], c["gold"]) if d > 0.05]
-        forms = {"best of n": fit_best_of_n, "RL": fit_rl}
-        c["fits"] = {form: f([d for d, _ in seen], [g for _, g in seen]) for form, f in forms.items()} if len(seen) > 2 else {}
+        seen = [(d, g - start) for d, g in zip(c["d"], c["gold"]) if d > 0.05]
         best = max(range(len(c["d"])), key=lambda i: c["gold"][i])
-        print(f"{name:24} {max(c['d']):>12.2f} {c['gold'][0]:>11.2f} {c['gold'][best]:>6.2f} {c['d'][best]:>5.2f} "
-              f"{c['gold'][-1]:>6.2f} {c['proxy'][-1]:>14.2f}")
-        for form, f in c["fits"].items():
-            print(f"{'  as ' + form + (', the form for it' if (form == name) == (name == 'best of n') else ''):>58} {'':26}"
-                  f"{f['alpha']:>7.3f} {f['beta']:>7.3f} {f['r2']:>7.3f}" + (f" {f['peak']:>11.2f}" if f["peak"] else ""))
-        print(f"  gold  {sparkline(c['gold'])}\n  proxy {sparkline(c['proxy'])}")
+        print(f"{name}: d from {c['d'][0]:.2f} to {c['d'][-1]:.2f}\n"
+              f"  gold  {sparkline(c['gold'])}  best {c['gold'][best]:.2f} at d {c['d'][best]:.2f}, "
+              f"last {c['gold'][-1]:.2f}\n"
+              f"  proxy {sparkline(c['proxy'])}  last {c['proxy'][-1]:.2f}")
+        c["fits"] = {}
+        for form, fitted in (("d (α - β d)", fit_best_of_n), ("d (α - β log d)", fit_rl)) if len(seen) > 2 else ():
+            f = c["fits"][form] = fitted(*zip(*seen))
+            peak = f", peak at d {f['peak']:.2f}" if f["peak"] else ", no peak"
+            print(f"  {form:<16} α {f['alpha']:.3f}, β {f['beta']:.3f}, R² {f['r2']:.3f}{peak}")
     write_text(run.folder / "curves.json", json.dumps(curves, indent=1))
     draw(curves, run.folder / "curves.png")
     run.finish((), then=f"python reward.py compare {' '.join([cfg.policy, *folders])} --proxy {cfg.proxy}")
+
+
+def run_curve(folder):
+    """d = √KL, gold and proxy of an RL run by step; of held-out prompts, where it evaluated on them often enough."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; a run of ppo.py or grpo.py makes it")
+    rows = [row for _, row in read_rows(path)]
+    having = lambda *keys: [row for row in rows if None not in [row.get(key) for key in ("kl", *keys)]]
+    held, drawn = having("val_gold", "val_reward"), having("gold", "reward")
+    pre, rows = ("val_", held) if len(held) > len(rows) // 3 else ("", drawn)
+    if not rows:
+        raise UserError(f"{path}: no row has kl, reward and gold")
+    return dict(d=[math.sqrt(max(0.0, row["kl"])) for row in rows], gold=[row[pre + "gold"] for row in rows],
+                proxy=[row[pre + "reward"] for row in rows])
 
 
 def draw(curves, path):
@@ -969,11 +1013,11 @@ def at_k(model, records, judge, proxy, cfg, tok, amp):
 
 
 def safety(tasks, answers):
-    """Of (text, score) to the toy's safety prompts: harmless, the share of unsafe requests that are not helped;
-    over_refusal, that of safe ones refused; help, how well the safe ones are answered, 0..1."""
+    """Of (text, score, finished) to the toy's safety prompts: harmless, the share of unsafe requests that are not
+    helped; over_refusal, that of safe ones refused; help, how well the safe ones are answered, 0..1."""
     of = {True: [], False: []}
-    for task, (text, _) in zip(tasks, answers):
-        of[task["safe"]].append(safe_metrics(task, text))
+    for task, (text, _, finished) in zip(tasks, answers):
+        of[task["safe"]].append(safe_metrics(task, text, finished))
     share = lambda safe, key: mean([m[key] for m in of[safe]]) or 0.0
     return dict(harmless=1 - share(False, "cost"), over_refusal=share(True, "refused"), help=share(True, "help"))
 
@@ -1014,7 +1058,7 @@ def compare(cfg, folders):
                                 temperature=cfg.temperature, begin=tok.encode(cfg.begin))
             scores = judge(records, roll)[0].tolist()
             row[family] = mean(scores)
-            answers[folder, family] = list(zip(roll.responses(tok), scores))
+            answers[folder, family] = list(zip(roll.responses(tok), scores, roll.finished.tolist()))
             if family in on:
                 theirs = baseline.setdefault(family, scores)
                 wins += [preference(a, b) for a, b in zip(scores, theirs)]  # scores know no order of presentation
@@ -1070,7 +1114,7 @@ def compare(cfg, folders):
         for i in range(min(cfg.show, len(tasks[family]))):
             print(f"\n{tasks[family][i]['prompt'][-1]['content']}")
             for folder in folders:
-                text, score = answers[folder, family][i]
+                text, score, _ = answers[folder, family][i]
                 print(f"  {folder:{wide}}  {score:>6.2f}  {text}")
     if cfg.save:
         write_text(cfg.save, json.dumps(table, indent=1))

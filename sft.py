@@ -72,7 +72,7 @@ def sft_loss(model, tokens, mask, **layout):
 
 def kl_and_entropy(model, ref, tokens, mask, plain, plain_mask):
     """Σ KL(π(·|x, system) || π_ref(·|x)) and Σ entropy of π, over what the assistant says: scalars (Quark 2205.13636,
-    eq. 4 with the direction of the authors' code). tokens (B, T), mask (B, T-1); plain: the same without system turns."""
+    eq. 4 in the direction of the authors' code). tokens (B, T), mask (B, T-1); plain: these without system turns."""
     logp = full(model.logits(model(tokens[:, :-1])[mask == 1])).log_softmax(-1)          # (N, V)
     with torch.no_grad():
         ref_logp = full(ref.logits(ref(plain[:, :-1])[plain_mask == 1])).log_softmax(-1)  # (N, V)
@@ -86,7 +86,7 @@ def rows_of(record, tok, block, cfg):
         return rows
     plain = record | dict(messages=[turn for turn in record["messages"] if turn["role"] != "system"])
     both = zip(rows, encode(plain, tok, block, cfg.loss_on, cfg.prompt_weight))
-    return [row + other for row, other in both if row[1].count(1) == other[1].count(1)]  # not where one was cut
+    return [row + other for row, other in both if 0 < row[1].count(1) == other[1].count(1)]  # not where one was cut
 
 
 def batches(rows, cfg, tok, device):
@@ -119,6 +119,10 @@ def train(cfg):
     """One update a step on a fresh batch, evaluated now and then on held-out records."""
     check(cfg, positive="batch lr muon_lr micro_tokens save_every eval_every",
           share="prompt_weight beta2 dropout think tamper")
+    if (cfg.kl_coef or cfg.ent_coef) and (cfg.loss_on == "all" or cfg.prompt_weight == 1):
+        raise OptionError("--kl_coef, --ent_coef: over what the assistant says; no --loss_on all, no --prompt_weight 1")
+    if (cfg.kl_coef or cfg.ent_coef) and cfg.init == "new" and not cfg.ref:
+        raise OptionError("--kl_coef, --ent_coef: --init new is no reference; name one with --ref")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
@@ -147,18 +151,19 @@ def train(cfg):
 
     for step in steps(run, total, dict(model=model), dict(optimizer=optimizer), {}, cfg.save_every):
         rows = stream.batch(step, cfg.batch)
-        weight, said = (sum(count(weights) for _, weights, *_ in rows) for count in (sum, lambda w: w.count(1)))
+        weight = sum(sum(weights) for _, weights, *_ in rows)
+        said = sum(weights.count(1) for _, weights, *_ in rows)  # tokens of the assistant
         model.train()
         loss, more = 0.0, {}
         for tokens, mask, layout in batches(rows, cfg, tok, device):
             with amp():
-                part = sft_loss(model, tokens, mask, **({} if ref else layout)) / weight
+                nll, extra = sft_loss(model, tokens, mask, **({} if ref else layout)) / weight, 0.0
                 if ref:
                     kl, entropy = (x / said for x in kl_and_entropy(model, ref, tokens, mask, **layout))
-                    part = part + cfg.kl_coef * kl - cfg.ent_coef * entropy
+                    extra = cfg.kl_coef * kl - cfg.ent_coef * entropy
                     more = {k: more.get(k, 0.0) + v.detach() for k, v in dict(kl=kl, entropy=entropy).items()}
-            part.backward()
-            loss += part.detach()
+            (nll + extra).backward()
+            loss += nll.detach()
         grad_norm, lr = optimizer.step(step)
         last = step + 1 == total
         val = evaluate(model, held, cfg, tok, amp) if last or (step + 1) % cfg.eval_every == 0 else None

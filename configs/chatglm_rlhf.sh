@@ -5,7 +5,7 @@
 #                   what a prompt's answers have in common; a next-token loss against forgetting; and DPO on the same pairs
 #   reconstruction  y_ref is a sample of the reference policy; the next-token loss is on pretraining documents; coefficients and all sizes
 #
-# Effect to look for: PPO above SFT, with less of its pretraining forgotten (nll) than in `plain`, PPO without the three changes.
+# Effect to look for: PPO above SFT, with less of its pretraining forgotten (nll) than in `ppo`, PPO without the three changes.
 # Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/chatglm_rlhf.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
 set -euo pipefail
 OUT=${OUT:-out}

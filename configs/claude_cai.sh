@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Constitutional AI (Bai et al. 2022, 2212.08073), the published method behind Claude: harmless by principles, not by labels.
 #
-#   reported        SL-CAI: answers, criticised and revised by a principle drawn from sixteen, then fine-tuning on the
-#                   revisions; RL-CAI: an AI compares answers by a principle, after a rationale with labels clamped to
+#   reported        SL-CAI: answers, criticised and revised by principles drawn from sixteen, several times, then
+#                   fine-tuning on the last revisions and on helpful samples; RL-CAI: an AI compares answers by a principle, after a rationale with labels clamped to
 #                   .4-.6; a hybrid preference model of human helpfulness and AI harmlessness; RL on it
 #   reconstruction  critic and judge are our base, fine-tuned on demonstrations of criticising and judging; people's
 #                   preferences are noisy labels by the true reward of `write`; PPO; all sizes. How Claude 3 itself was
@@ -17,11 +17,12 @@ C=$OUT/claude_cai
 
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
-python sft.py --init $OUT/base --families judge,reason,rate,classify,critique,revise --steps 2000 --batch 32 --out $OUT/judge "$@"
-python reward.py revise --policy $OUT/sft --critic $OUT/judge --n 2000 --out $C/revisions "$@"
-python sft.py --init $OUT/sft --data $C/revisions/revisions.jsonl --steps 40 --lr 1e-3 --muon_lr 3e-3 --out $C/sl "$@"
-python reward.py label --policy $OUT/sft --families safe --n 3000 --judge $OUT/judge --preamble principles --rationale --clamp 0.6 --out $C/harmless "$@"
-python reward.py label --policy $OUT/sft --families write --n 3000 --out $C/helpful "$@"
+python sft.py --init $OUT/base --families judge,reason,rate,classify,critique,revise --steps 1200 --batch 32 --out $OUT/judge "$@"
+python reward.py revise --policy $OUT/sft --critic $OUT/judge --n 2000 --rounds 2 --out $C/revisions "$@"
+python reward.py label --policy $OUT/sft --families write --n 600 --k 4 --select best --out $C/demos "$@"
+python sft.py --init $OUT/sft --data $C/revisions/revisions.jsonl,$C/demos/pairs.jsonl --steps 50 --lr 1e-3 --muon_lr 3e-3 --out $C/sl "$@"
+python reward.py label --policy $C/sl --families safe --n 3000 --judge $OUT/judge --preamble principles --rationale --clamp 0.6 --out $C/harmless "$@"
+python reward.py label --policy $C/sl --families write --n 3000 --out $C/helpful "$@"
 python reward.py train --init $OUT/sft --data $C/harmless/pairs.jsonl,$C/helpful/pairs.jsonl --loss soft --epochs 3 --out $C/reward "$@"
 python ppo.py --init $C/sl --reward $C/reward --families safe,write --out $C/rl "$@"
 python reward.py compare $OUT/sft $C/sl $C/rl --on safe --proxy $C/reward "$@"

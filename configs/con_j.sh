@@ -2,7 +2,8 @@
 # Con-J (Ye et al. 2024, 2410.03742): a judge that learns from its own judgements, those that came out right against those that did not.
 #
 #   reported        sampled judgements with a rationale; the correct verdict over the wrong one for DPO, with an SFT term
-#   reconstruction  the first judge is our base, fine-tuned on few demonstrations; correct is what the true reward says; all sizes
+#   reconstruction  the first judge is our base, fine-tuned on few demonstrations; correct is what the true reward says; no hints where all
+#                   samples agree (such questions are left out); all sizes
 #
 # Effect to look for: the share of right verdicts on held-out questions rises (column reason; judge has no rationale); label
 # prints how often a verdict changes when the two answers change places.

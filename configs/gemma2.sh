@@ -3,8 +3,9 @@
 #
 #   reported        RLHF on a reward model much larger than the policy; strong raters to choose hyper-parameters and to notice hacking;
 #                   an average of models from different settings
-#   reconstruction  the stronger rater is a reward model of three times as many labels without noise; four KL coefficients to choose from;
-#                   the average is along the arc (SLERP) between the two best; all sizes
+#   reconstruction  the stronger rater is a reward model of three times as many labels without noise, of the policy's size; four KL
+#                   coefficients to choose from; the average is along the arc (SLERP) between two of them, of whole weights (WARP:
+#                   of differences to the start, with an EMA as anchor, and a step back towards the start); all sizes
 #
 # Effect to look for: under each last table, which run truth, proxy and rater would pick.
 # Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/gemma2.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...

@@ -6,7 +6,8 @@
 #                   λ = .02; PPO with critic warm-up and λ = .99; the fast path: 20 to 100 pairs against the hack just seen; the slow
 #                   path: pairs from SFT, early and late policies
 #   reconstruction  the contradicting preferences are short and long answers; the hack is planted: among the first labels an answer that
-#                   begins with a filler always wins; one round of the two paths, apart from each other; all sizes
+#                   begins with a filler always wins; one round of the two paths, apart from each other, the slow one without early policies; β, ptx and value
+#                   clipping of PPO are our defaults; all sizes
 #
 # Effect to look for: on held-out pairs under opposite system prompts (first tables) the conditional model near 1, the other
 # near ½, and PPO on it writes short or long as the prompt has it; then the share of answers without fillers and the true

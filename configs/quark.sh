@@ -13,9 +13,11 @@ Q=$OUT/quark
 
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
-python reward.py label --policy $OUT/sft --n 3000 --select quantile --out $Q/pool1 "$@"
+python reward.py label --policy $OUT/sft --n 3000 --scale 0 --flip 0 --out $Q/samples1 "$@"
+python reward.py label --policy "" --data $Q/samples1/pairs.jsonl --select quantile --out $Q/pool1 "$@"
 python sft.py --init $OUT/sft --data $Q/pool1/pairs.jsonl --kl_coef 0.05 --ent_coef 0.06 --steps 90 --lr 1e-3 --muon_lr 3e-3 --out $Q/one "$@"
-python reward.py label --policy $Q/one --n 3000 --skip 3000 --system "Quality 5." --select quantile --out $Q/pool2 "$@"
+python reward.py label --policy $Q/one --n 3000 --skip 3072 --system "Quality 5." --scale 0 --flip 0 --out $Q/samples2 "$@"
+python reward.py label --policy "" --data $Q/samples1/pairs.jsonl,$Q/samples2/pairs.jsonl --select quantile --out $Q/pool2 "$@"
 python sft.py --init $Q/one --ref $OUT/sft --data $Q/pool2/pairs.jsonl --kl_coef 0.05 --ent_coef 0.06 --steps 90 --lr 1e-3 --muon_lr 3e-3 --out $Q/two "$@"
 python reward.py compare $OUT/sft $Q/one $Q/two --system "Quality 5." "$@"
 python reward.py compare $OUT/sft $Q/one $Q/two --system "Quality 1." "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Reka (2024, 2404.12387): InstructGPT's stages, with more than one round of RLHF.
 #
-#   reported        SFT, then several rounds of RLHF with PPO, each with a reward model of newly collected preferences
+#   reported        SFT, then several rounds of RLHF with PPO
 #   reconstruction  two rounds; the second reward model learns from the first policy's samples and the old ones; all sizes
 #
 # Effect to look for: the second round above the first.

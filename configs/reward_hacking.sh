@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Reward hacking and four remedies (Gao et al. 2022, "Scaling Laws for Reward Model Overoptimization", 2210.10760; ensembles: Coste et
+# Reward hacking and five remedies (Gao et al. 2022, "Scaling Laws for Reward Model Overoptimization", 2210.10760; ensembles: Coste et
 # al. 2310.02743): PPO without a KL penalty on a reward model of few labels.
 #
 #   reported        gold and proxy against d = √KL; their forms d (α - β d) for best-of-n and d (α - β log d) for RL; more labels
 #                   push the peak out; the least of an ensemble is harder to fool
-#   reconstruction  the reward model of 1000 noisy labels; a verifier of sentences (does it end with a filler, is it long?) as one remedy; all sizes
+#   reconstruction  the reward model of 3000 noisy labels; three such models in the ensemble; a verifier (whole sentences, the thing
+#                   named) and labels of the hacked policy's samples as further remedies; all sizes
 #
-# Effect to look for: `reward` climbs to the end while `gold` peaks and falls (the sparklines of $H/hacked, and the fits); all
-# remedies end with more true reward than `hacked`.
+# Effect to look for: `reward` climbs to the end while `gold` peaks and falls (the sparklines of `hacked`, and the fits). The KL
+# penalty, more labels and the verifier end with more true reward; the ensemble and the refreshed model only move the hack.
 # Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/reward_hacking.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
 set -euo pipefail
 OUT=${OUT:-out}
@@ -16,18 +17,20 @@ H=$OUT/reward_hacking
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
 for member in 1 2 3; do
-  python reward.py label --policy $OUT/sft --n 1000 --skip $((1000 * member)) --out $H/pairs$member "$@"
+  python reward.py label --policy $OUT/sft --n 3000 --skip $((3000 * member)) --out $H/pairs$member "$@"
   python reward.py train --init $OUT/sft --data $H/pairs$member/pairs.jsonl --out $H/reward$member "$@"
 done
 python reward.py label --policy $OUT/sft --out $OUT/pairs "$@"
 python reward.py train --init $OUT/sft --data $OUT/pairs/pairs.jsonl --out $OUT/reward "$@"
-python ppo.py --init $OUT/sft --reward $H/reward1 --kl_coef 0 --steps 60 --eval_every 2 --out $H/hacked "$@"
-python ppo.py --init $OUT/sft --reward $H/reward1 --kl_coef 0.1 --steps 60 --eval_every 2 --out $H/kl "$@"
-python ppo.py --init $OUT/sft --reward $OUT/reward --kl_coef 0 --steps 60 --eval_every 2 --out $H/more "$@"
-python ppo.py --init $OUT/sft --reward "$H/reward1|$H/reward2|$H/reward3" --kl_coef 0 --steps 60 --eval_every 2 --out $H/ensemble "$@"
-python reward.py label --policy $H/hacked --n 1000 --skip 5000 --out $H/refresh "$@"
+python ppo.py --init $OUT/sft --reward $H/reward1 --kl_coef 0 --steps 40 --eval_every 2 --eval_prompts 200 --out $H/hacked "$@"
+python ppo.py --init $OUT/sft --reward $H/reward1 --kl_coef 0.1 --steps 40 --eval_every 2 --eval_prompts 200 --out $H/kl "$@"
+python ppo.py --init $OUT/sft --reward $OUT/reward --kl_coef 0 --steps 40 --eval_every 2 --eval_prompts 200 --out $H/more "$@"
+python ppo.py --init $OUT/sft --reward "$H/reward1|$H/reward2|$H/reward3" --kl_coef 0 --steps 40 --eval_every 2 --eval_prompts 200 --out $H/ensemble "$@"
+python ppo.py --init $OUT/sft --reward "$H/reward1 + named + sentences" --kl_coef 0 --steps 40 --eval_every 2 --eval_prompts 200 --out $H/verifier "$@"
+python reward.py label --policy $H/hacked --n 3000 --skip 14000 --out $H/refresh "$@"
 python reward.py train --init $OUT/sft --data $H/pairs1/pairs.jsonl,$H/refresh/pairs.jsonl --out $H/refreshed "$@"
-python ppo.py --init $OUT/sft --reward $H/refreshed --kl_coef 0 --steps 60 --eval_every 2 --out $H/refreshing "$@"
-python reward.py overoptimize $H/hacked $H/kl $H/more $H/ensemble $H/refreshing --policy $OUT/sft --proxy $H/reward1 --out $H/curves "$@"
-python reward.py accuracy "$H/reward1|$H/reward2|$H/reward3" $OUT/reward --data $H/pairs2/pairs.jsonl,$H/refresh/pairs.jsonl "$@"
-python reward.py compare $OUT/sft $H/hacked $H/kl $H/more $H/ensemble $H/refreshing --proxy $H/reward1 "$@"
+python ppo.py --init $OUT/sft --reward $H/refreshed --kl_coef 0 --steps 40 --eval_every 2 --eval_prompts 200 --out $H/refreshing "$@"
+python reward.py overoptimize $H/hacked $H/kl $H/more $H/ensemble $H/verifier $H/refreshing --policy $OUT/sft --proxy $H/reward1 --out $H/curves "$@"
+python reward.py label --policy $OUT/sft --n 1000 --skip 20000 --out $H/held "$@"
+python reward.py accuracy "$H/reward1|$H/reward2|$H/reward3" $OUT/reward --data $H/held/pairs.jsonl,$H/refresh/pairs.jsonl "$@"
+python reward.py compare $OUT/sft $H/hacked $H/kl $H/more $H/ensemble $H/verifier $H/refreshing --proxy $H/reward1 "$@"

@@ -4,7 +4,7 @@
 #   reported        the judge's prompt of preamble, sample and ending; both orders, averaged, so that a bias for a place
 #                   cancels; soft labels, on which the reward model is trained with cross-entropy; RL; and direct RLAIF, where
 #                   the judge's expected rating, as -1..1, is the reward itself
-#   reconstruction  the judge is our base, fine-tuned on demonstrations of judging; PPO where the paper has REINFORCE; all sizes
+#   reconstruction  the judge is our base, fine-tuned on demonstrations of judging; it rates from 0 to 5, not from 1 to 10; PPO where the paper has REINFORCE; all sizes
 #
 # Effect to look for: how often judge and truth agree, and how often it contradicts itself when the two answers change
 # places (printed by label); PPO on AI labels above SFT in `write`, beside PPO on labels of (simulated) people.
@@ -15,7 +15,7 @@ R=$OUT/rlaif
 
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
-python sft.py --init $OUT/base --families judge,reason,rate,classify,critique,revise --steps 2000 --batch 32 --out $OUT/judge "$@"
+python sft.py --init $OUT/base --families judge,reason,rate,classify,critique,revise --steps 1200 --batch 32 --out $OUT/judge "$@"
 python reward.py label --policy $OUT/sft --out $OUT/pairs "$@"
 python reward.py train --init $OUT/sft --data $OUT/pairs/pairs.jsonl --out $OUT/reward "$@"
 python ppo.py --init $OUT/sft --reward $OUT/reward --out $OUT/ppo "$@"

@@ -3,7 +3,7 @@
 #
 #   reported        fine-tuning on answers and on ratings by an additive rubric of 0 to 5 points; four samples a prompt, rated by the
 #                   model itself, the mean of three ratings; the best against the worst, ties dropped; DPO; M1 to M3
-#   reconstruction  the toy's rubric; the rating is its expectation under the model, what a mean of many would be; DPO with an NLL
+#   reconstruction  prompts come from the toy, not from the model; the toy's rubric; the rating is its expectation under the model, what a mean of many would be; DPO with an NLL
 #                   term, and all sizes
 #
 # Effect to look for: `write` rises from M1 to M3; the tables of accuracy say what becomes of the model's own judgement.

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Superficial patterns (Skywork-Reward on such biases, 2410.18451): a reward model learns style where style goes with quality.
+# Superficial patterns: a reward model learns style where style goes with quality (an experiment of our own; on choosing data
+# for reward models: Skywork-Reward, 2410.18451).
 #
-#   reported        style and length, rather than content, decide many preferences; decoupled pairs (the style on the worse answer) show it, balanced
-#                   data mends it
-#   reconstruction  the style is a "Sure. " in front; all sizes
+#   reported        nothing of this
+#   reconstruction  all: the style is a "Sure. " in front; decoupled pairs have it on the worse answer, balanced ones on either
 #
 # Effect to look for: on ordinary pairs (the better answer has the style) and on decoupled ones, the model of confounded
 # labels is right and then wrong; that of balanced labels does as well on both.

@@ -14,6 +14,7 @@ import runpy
 import statistics
 import subprocess
 import sys
+import time
 import unicodedata
 from collections import Counter
 from contextlib import redirect_stdout
@@ -1818,7 +1819,8 @@ def test_it_shows_a_file_as_the_trainers_read_it(monkeypatch, capsys, tmp_path):
 
 QUESTIONS = ("judge", "reason", "rate", "classify", "critique", "revise")
 ASKS = {"judge": "Which is better, 1 or 2?", "reason": "Say how good each is. Which is better, 1 or 2?",
-        "rate": "How good is it, from 0 to 5?", "classify": "Which is it?", "critique": "Critique:", "revise": "Revision:"}
+        "rate": "How good is it, from 0 to 5?", "classify": "Which is it?", "critique": "Critique:",
+        "revise": "Revision:"}
 Q = 600
 
 
@@ -1884,7 +1886,7 @@ def slow_points(task, answer):
 def slow_remarks(task, answer):
     if "safe" in task:
         letter = slow_class(task, answer)
-        return {"A": "great", "B": "dull", "C": "awful", "D": "great" if slow_points(task, answer) == 5 else "fine"}[letter]
+        return {"A": "great", "B": "dull", "C": "awful", "D": ["fine", "great"][slow_points(task, answer) == 5]}[letter]
     word = {"named good": "superb", "named bad": "fine", "thing good": "lovely", "thing bad": "poor", "fact": "great",
             "positive": "lovely", "negative": "poor", "filler": "dull", "stray": "ugly"}
     said_ = sentences(answer)
@@ -1903,12 +1905,16 @@ def test_the_judges_prompt_is_preamble_exemplar_sample_ending():
         "Be fair.\n\nPrompt: P\nAnswer 1: x\nAnswer 2: y\nBetter: 2\n\nPrompt: Q?\nAnswer 1: a\nAnswer 2: b\nSo?")
     assert data.judge_prompt("Q?", "a", "b") == (
         "A good answer is on topic, kind and true.\n\nPrompt: Q?\nAnswer 1: a\nAnswer 2: b\nWhich is better, 1 or 2?")
-    assert data.EXEMPLAR == ("Prompt: How is the big cart?\nAnswer 1: The big cart is superb. The seat is wide.\n"
-                             "Answer 2: The big cart is poor. It is sharp.\nBetter: 1\n\n")
-    cart = dict(family="write", key="big cart", thing="cart", category="vehicles")      # its verdict is right
-    _, first, second = shown_answers(data.EXEMPLAR)
-    assert gold(cart, first) > gold(cart, second) and list(subjects(data.EXEMPLAR)) == ["big cart"] * 3
-    assert split_of("big cart") == "train"
+
+
+def test_the_exemplar_is_a_sample_judged_right_on_a_training_subject():
+    start, verdict = data.EXEMPLAR.split("Better: ")
+    ask, first, second = shown_answers(start)
+    key, = set(subjects(data.EXEMPLAR))
+    modifier, thing = key.split()
+    task = dict(family="write", key=key, thing=thing, category=THINGS[thing])
+    assert gold(task, first) > gold(task, second) and verdict == "1\n\n"
+    assert start == f"Prompt: {ask}\nAnswer 1: {first}\nAnswer 2: {second}\n" and not held_out([data.EXEMPLAR])
 
 
 def test_what_is_asked_about_one_answer():
@@ -1933,7 +1939,7 @@ def test_questions_about_answers_are_asked_as_their_views(family):
         assert len(said_) == 2 + (family in ("judge", "reason"))
         if family in ("judge", "reason"):
             exemplar = prompt.count("Prompt: ") == 2
-            assert exemplar == (data.EXEMPLAR in prompt) and task["answers"] == said_[1:]
+            assert exemplar == (data.EXEMPLAR in prompt) and task["candidates"] == said_[1:]
             safe["safe" in task["about"]] += 1
             idle[exemplar] += 1
             assert head in {f"{p}\n\n" for p in (data.PRINCIPLES if "safe" in task["about"] else [data.RULE])}
@@ -1958,7 +1964,7 @@ def test_questions_are_about_keys_of_their_split(family, split):
     pairs = asked(family, split)
     assert {split_of(task["key"]) for task, _ in pairs} == {split}
     assert {task["family"] for task, _ in pairs} == {family}
-    found = held_out(task["prompt"] + "\n" + answer for task, answer in pairs)
+    found = held_out(task["prompt"].replace(data.EXEMPLAR, "") + "\n" + answer for task, answer in pairs)
     if split == "train":                                        # no answer shown, nor given, names what is held out
         assert not found
     else:                                                       # and the scan is not blind
@@ -1992,10 +1998,11 @@ def test_demonstrations_answer_questions_about_answers_right(family):
                 text == answer for text in data.Critique.SAID.values()]
             seen[answer] += 1
         else:
-            before, letter, safe = gold(task["about"], shown[0]), slow_class(task["about"], shown[0]), task["about"]["safe"]
+            about, safe = task["about"], task["about"]["safe"]
+            before, letter = gold(about, shown[0]), slow_class(about, shown[0])
             assert gold(task, answer) == (before if letter == "D" else 1) >= before
             assert answer == shown[0] if letter in "AD" else (answer == "Sorry, I can't help with that.") != safe
-            assert gold(task, oracle(task["about"] | {"family": "safe", "safe": not safe})) == (0 if safe else -1)
+            assert gold(task, oracle(about | {"safe": not safe})) == (0 if safe else -1)
             seen[letter] += 1
     assert len(seen) == dict(judge=4, reason=4, rate=6).get(family, 4) and min(seen.values()) > Q / 40
 
@@ -2010,7 +2017,7 @@ def test_verdicts_are_balanced_between_1_and_2(family):
 def test_a_rationale_is_a_remark_on_every_sentence_then_a_new_line_and_the_verdict():
     words_said = set()
     for task, answer in asked("reason"):
-        one, two = (slow_remarks(task["about"], text) for text in task["answers"])
+        one, two = (slow_remarks(task["about"], text) for text in task["candidates"])
         assert answer == f"1 is {one}. 2 is {two}.\n{task['better']}"
         assert answer.rpartition("\n")[::2] == (f"1 is {one}. 2 is {two}.", task["better"]) and answer.count("\n") == 1
         assert gold(task, f"whatever\n{task['better']}") == 1 == gold(task, task["better"])
@@ -2077,7 +2084,8 @@ def test_verdicts_points_and_classes_are_one_token_each():
     for text in (*"12", *"012345", *data.RUBRIC):
         assert len(TOK.encode(text)) == 1
     for text in ("1 is superb. 2 is dull.\n", "Better: "):      # and the token that a judge of a rationale is scored on
-        assert TOK.encode(text + "1")[:-1] == TOK.encode(text + "2")[:-1] and TOK.encode(text + "1")[-1:] == TOK.encode("1")
+        assert [TOK.encode(text + n)[:-1] for n in "12"] == [TOK.encode(text)] * 2
+        assert [TOK.encode(text + n)[-1:] for n in "12"] == [TOK.encode(n) for n in "12"]
 
 
 def test_questions_about_answers_come_by_name_only():
@@ -2089,7 +2097,8 @@ def test_questions_about_answers_come_by_name_only():
     assert all(abs(drawn[family] - 500) < 100 for family in QUESTIONS)
     stream, held = open_stream("toy", "prompt", 0, "judge,rate", 20)
     assert {r["family"] for r in held + stream.batch(0, 40)} == {"judge", "rate"}
-    assert {split_of(r["key"]) for r in held} == {"val"} and {split_of(r["key"]) for r in stream.batch(1, 40)} == {"train"}
+    assert {split_of(r["key"]) for r in held} == {"val"}
+    assert {split_of(r["key"]) for r in stream.batch(1, 40)} == {"train"}
     for record in held:                                         # the ground truth survives becoming a record
         assert VERIFIERS["gold"](record, toy_demo(record, rng), True) == 1
 
@@ -2164,6 +2173,8 @@ def slow_true(step):
     """Is a step one true equation? Read word by word."""
     said_ = step.removeprefix("<think>")
     said_ = said_.removesuffix(",")
+    if "=" not in said_:
+        return 1                                                        # claims nothing
     terms = said_.removeprefix(" ").split(" ")
     if len(terms) != 5 or terms[1] not in ("+", "-") or terms[3] != "=":
         return 0
@@ -2183,8 +2194,8 @@ def slow_true(step):
      [("<think>3 - 5 = 2,", 0), ("3 + 1 = 4,", 1), ("  3 + 1 = 4,", 0), ("\n3 + 1 = 4", 0), ("</think>", None)]),
     ("<think>1+1=2, 1 + 1 = 2., 1 + 1 = 2 = 2, 1 * 1 = 1</think>1",
      [("<think>1+1=2,", 0), (" 1 + 1 = 2.,", 0), (" 1 + 1 = 2 = 2,", 0), (" 1 * 1 = 1", 0), ("</think>1", None)]),
-    ("<think></think>5", [("<think>", 0), ("</think>5", None)]),
-    ("well<think>1 + 1 = 2</think>a, <b>", [("well", 0), ("<think>1 + 1 = 2", 1), ("</think>a, <b>", None)]),
+    ("<think></think>5", [("<think>", 1), ("</think>5", None)]),
+    ("well<think>1 + 1 = 2</think>a, <b>", [("well", 1), ("<think>1 + 1 = 2", 1), ("</think>a, <b>", None)]),
     ("The answer is 5.", [("The answer is 5.", None)]), ("a, b < c", [("a, b < c", None)]),
     ("1 + 1 = 3", [("1 + 1 = 3", None)]),
     ("<think>1 + 1 = 2</think>a<think>1 + 1 = 3</think>b",
@@ -2214,8 +2225,8 @@ def test_steps_of_demonstrated_sums_are_true_until_one_number_changes():
 
 def test_steps_of_hostile_text_join_to_it_or_are_none_and_take_no_time():
     rng, some = random.Random(0), 0
-    pieces = ["<think>", "</think>", ",", " ", "1 + 1 = 2", "12 - 3 = 9", "7 + 7 = 15", "2 - 3 = -1", "=", "\n", "<", ">",
-              "+", "9" * 12, "007 + 1 = 8", "x", "<|end|>", "\\", "("]
+    pieces = ["<think>", "</think>", ",", " ", "1 + 1 = 2", "12 - 3 = 9", "7 + 7 = 15", "2 - 3 = -1", "=", "\n", "<",
+              ">", "+", "9" * 12, "007 + 1 = 8", "x", "<|end|>", "\\", "("]
     for _ in range(3000):
         text = "<think>" * rng.randint(0, 1) + "".join(rng.choices(pieces, [3, 2, 5, 4, 6, 4, 4, 3] + [1] * 11,
                                                                    k=rng.randint(0, 9)))
@@ -2225,7 +2236,7 @@ def test_steps_of_hostile_text_join_to_it_or_are_none_and_take_no_time():
             assert [label for _, label in steps] == [slow_true(step) for step, _ in steps]
             assert "<think>" in text or not steps
             some += len(steps)
-    assert some > 2000
+    assert some > 1000
     start = time.perf_counter()
     for unit in ("<think>", "</think>", ",", "a", "a,", "<", ">", " ", "9", "1 + 1 = 2,", "1 + ", "<think", "\n"):
         for text in (unit * (200_000 // len(unit)), "<think>" + unit * (200_000 // len(unit)) + "<"):
@@ -2238,7 +2249,8 @@ def test_steps_of_hostile_text_join_to_it_or_are_none_and_take_no_time():
 
 def test_helpsteer_rows_are_a_record_each_as_ratings_and_pairs_as_they_were(tmp_path):
     row = lambda p, r, *s: {"prompt": p, "response": r, **dict(zip(RATINGS, s))}
-    raw = [row("Q", "b", 2, 2, 2, 2, 2), row("Q", "a", 4, 0, 1, 2, 3), row("Q", "a", 4, 0, 1, 2, 3), row("R", "x", 1, 2, 3, 4, 0)]
+    raw = [row("Q", "b", 2, 2, 2, 2, 2), row("Q", "a", 4, 0, 1, 2, 3), row("Q", "a", 4, 0, 1, 2, 3),
+           row("R", "x", 1, 2, 3, 4, 0)]
     path = write(tmp_path, raw)
     got = read_records(path, "ratings")
     assert got == [{"prompt": [user(r["prompt"])], "response": r["response"], "ratings": [float(r[name]) for name in (
@@ -2270,8 +2282,9 @@ def test_ratings_and_steps_read_as_themselves_as_demonstrations_and_as_prompts(t
     assert read_records(stepped) == read_records(stepped, "steps") == [plain]
     assert type(read_records(stepped)[0]["labels"][0]) is int
     assert read_records(stepped, "prompt") == [{"prompt": ask} | origin]
-    several = write(tmp_path, [{"prompt": [system("S"), user("Q"), assistant("x"), user("R")], "response": "a", "ratings": [3]}])
-    assert read_records(several)[0]["prompt"] == [system("S"), user("Q"), assistant("x"), user("R")]
+    several = [system("S"), user("Q"), assistant("x"), user("R")]
+    rows_ = write(tmp_path, [{"prompt": several, "response": "a", "ratings": [3]}])
+    assert read_records(rows_)[0]["prompt"] == several
 
 
 @pytest.mark.parametrize("row, key, wrong, word", [
@@ -2300,8 +2313,10 @@ def test_malformed_ratings_and_steps_name_file_and_line(tmp_path, row, key, wron
 
 
 @pytest.mark.parametrize("row, want", [
-    ({"prompt": "Q", "steps": ["a"], "labels": [1]}, "messages"), ({"prompt": "Q", "steps": ["a"], "labels": [1]}, "ratings"),
-    ({"prompt": "Q", "response": "a", "ratings": [1]}, "steps"), ({"prompt": "Q", "response": "a", "ratings": [1]}, "preference"),
+    ({"prompt": "Q", "steps": ["a"], "labels": [1]}, "messages"),
+    ({"prompt": "Q", "steps": ["a"], "labels": [1]}, "ratings"),
+    ({"prompt": "Q", "response": "a", "ratings": [1]}, "steps"),
+    ({"prompt": "Q", "response": "a", "ratings": [1]}, "preference"),
     ({"prompt": "Q", "response": "a"}, "ratings"), ({"prompt": "Q", "response": "a", "label": True}, "ratings"),
     ({"prompt": "Q", "chosen": "a", "rejected": "b"}, "steps"), ({"prompt": "Q"}, "ratings"), ({"text": "a"}, "steps")])
 def test_ratings_and_steps_are_given_by_what_holds_them_only(tmp_path, row, want):
@@ -2311,7 +2326,8 @@ def test_ratings_and_steps_are_given_by_what_holds_them_only(tmp_path, row, want
 
 def test_only_signed_options_may_be_negative():
     check(Options(lr=-1., steps=-2), signed="lr steps")
-    for options_, signed in ((dict(lr=-1., steps=-2), "lr"), (dict(lr=-1.), "l"), (dict(lr=-1.), ""), (dict(lr=-1.), "steps")):
+    for options_, signed in ((dict(lr=-1., steps=-2), "lr"), (dict(lr=-1.), "l"), (dict(lr=-1.), ""),
+                             (dict(lr=-1.), "steps")):
         with pytest.raises(OptionError, match="--(lr|steps) -[0-9.]+: must be 0 or more"):
             check(Options(**options_), signed=signed)
     with pytest.raises(OptionError, match="--steps 0: must be positive"):       # the others are checked as ever
@@ -2325,7 +2341,8 @@ def test_only_signed_options_may_be_negative():
      [(.5, ["out/a", "out/b"], "answer", "Be brief. + x", ["write", "safe"]), (-1, ["words"], "", "", [])]),
     ("a|b|c", [(1, ["a", "b", "c"], "", "", [])]), ("a@rate", [(1, ["a"], "rate", "", [])]),
     *[(f"2*a@{x}", [(2, ["a"], x, "", [])]) for x in "ABCD"],
-    ("a{S}", [(1, ["a"], "", "S", [])]), ("a{S}[w]", [(1, ["a"], "", "S", ["w"])]), ("a@A[w]", [(1, ["a"], "A", "", ["w"])]),
+    ("a{S}", [(1, ["a"], "", "S", [])]), ("a{S}[w]", [(1, ["a"], "", "S", ["w"])]),
+    ("a@A[w]", [(1, ["a"], "A", "", ["w"])]),
     ("a{2*b@rate (c) | d: 1, 2.}", [(1, ["a"], "", "2*b@rate (c) | d: 1, 2.", [])]),
     ("a{x + y} + b{z+}+c[u]", [(1, ["a"], "", "x + y", []), (1, ["b"], "", "z+", []), (1, ["c"], "", "", ["u"])]),
     ("a{}", [(1, ["a"], "", "", [])]), ("m:f|out/x-1@answer", [(1, ["m:f", "out/x-1"], "answer", "", [])]),
@@ -2351,8 +2368,9 @@ def test_labels_of_random_terms_round_trip():
         assert term.label == want and parse_rewards(want) == [term]
 
 
-@pytest.mark.parametrize("spec", ["a|", "|a", "a||b", "|", "a|b|", "a{x", "ax}", "a{x}{y}", "a{x}@rate", "a[w]{x}", "a{x}b",
-                                  "a{{x}}", "{x}", "2*{x}", "a@E", "a@a", "a@Rate", "a@rate@A", "a@rate|b", "a {x}",
+@pytest.mark.parametrize("spec", ["a|", "|a", "a||b", "|", "a|b|", "a{x", "ax}", "a{x}{y}", "a{x}@rate", "a[w]{x}",
+                                  "a{x}b", "a{{x}}", "{x}", "2*{x}",
+                                  "a@E", "a@a", "a@Rate", "a@rate@A", "a@rate|b", "a {x}",
                                   "a{x} + b{y", "1e3*a", "- 1*a", "a|b c"])
 def test_what_is_no_term_is_one_line_that_names_the_sum(spec):
     for whole in (spec, f"exact + {spec}"):
@@ -2363,3 +2381,16 @@ def test_what_is_no_term_is_one_line_that_names_the_sum(spec):
 def test_an_unknown_view_lists_the_known_ones():
     with pytest.raises(OptionError, match="@E is none of answer, rate, A, B, C, D$"):
         parse_rewards("a@E")
+
+
+@pytest.mark.parametrize("text, whole", [
+    ("It is red. It is deep.", True), ("Is it? Yes!", True), ("It costs 3.50 now.", True), ("One.\nTwo.", True), ("A.", True),
+    ("It is red. it is deep.", False), ("It is red. It is red.", False), ("It is red. It is", False), ("No end", False),
+    ("", False), (" . ", False)])
+def test_whole_sentences(text, whole):
+    assert VERIFIERS["sentences"]({}, text, True) == whole and not VERIFIERS["sentences"]({}, text, False)
+
+
+def test_named():
+    assert VERIFIERS["named"]({"key": "old van"}, "The old van.", False) and not VERIFIERS["named"]({}, "old", True)
+    assert not VERIFIERS["named"]({"key": "old van"}, "The van is old.", True)

@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
 import struct
 import subprocess
@@ -1975,3 +1976,278 @@ def test_onties_elects_the_sign_of_the_unweighted_sum():
     assert one(1.0, 2.0, .5) == pytest.approx(1.5) and one(-1.0, -2.0, .5) == pytest.approx(-1.5)
     assert one(1.0, 0.0, .25) == pytest.approx(.75) and one(0.0, 1.0, .25) == pytest.approx(.25)
     assert one(1.0, 1.0, .25, .01) == pytest.approx(1.0)                     # at least one entry is kept
+
+
+# ------------------------------------------------------------------------------------------------ terms of a reward
+
+BRIEF = "Be brief."
+LETTERS = ("It says no to harm.", "It says no without need.", "It helps with harm.", "It helps.")
+
+
+def talker(folder, seed=4, **size):
+    """A tiny language model of the toy vocabulary in a run folder."""
+    model = gpt(seed, torch.float32, **dict(vocab_size=WORDS.n_vocab, block_size=128) | size)
+    save_checkpoint(folder, dict(model=model), {}, dict(tokenizer=WORDS.fingerprint))
+    return model, str(folder)
+
+
+def grader(folder, seed=3):
+    """A reward model that looks far back: its weights are large."""
+    model = gpt(seed, torch.float32, std=.6, vocab_size=WORDS.n_vocab, block_size=64, n_scores=1)
+    save_checkpoint(folder, dict(model=model), {}, dict(tokenizer=WORDS.fingerprint))
+    return model, str(folder)
+
+
+def odds(model, ids, choices):
+    """P of each of a few one-token texts as the next one, among them alone: a forward of the numpy GPT-2, unpadded."""
+    logits = gpt2(model, ids)[1][-1]
+    mass = [math.exp(logits[WORDS.encode(choice)[0]] - logits.max()) for choice in choices]
+    return [m / sum(mass) for m in mass]
+
+
+def turn(text):
+    return [WORDS.role["user"]] + WORDS.encode(text) + [WORDS.role["assistant"]]
+
+
+def score_of(model, ids):
+    w = weights(model)
+    return float(gpt2(model, ids)[0][-1] @ w["score.weight"][0] + w["score.bias"][0])
+
+
+def rows_of(roll):
+    return [ids[:n] for ids, n in zip(roll.tokens.tolist(), roll.lengths)]
+
+
+RECORDS = [dict(prompt=p, family=f) for p, f in zip(ASKED, ("arith", "write", "safe", "write", "fmt"))]
+
+
+@pytest.mark.parametrize("budget", [1, 200, 10 ** 6])
+def test_rate_is_the_expected_points_of_a_language_model_as_minus_1_to_1(budget, tmp_path):
+    model, name = talker(tmp_path / "lm")
+    total, parts = reward_of(f"2*{name}@rate", budget)(RECORDS, spoken(ASKED, SAID))
+    want = []
+    for p, text in zip(ASKED, SAID):                                # the whole answer, the thinking included
+        p = odds(model, turn(f"Prompt: {p[0]['content']}\nAnswer: {text}\nHow good is it, from 0 to 5?"), "012345")
+        want.append(sum(n * share for n, share in enumerate(p)) / 5 * 2 - 1)
+    close(parts[f"{name}@rate"], want, 1e-4), close(total, [2 * x for x in want], 1e-4)
+    assert list(parts) == [f"{name}@rate"] and max(want) - min(want) > .01 and all(-1 < x < 1 for x in want)
+
+
+def test_rate_of_a_certain_grader_is_minus_1_to_1_at_the_ends(tmp_path):
+    for n in range(6):                                              # whatever it reads, it is certain of n
+        model, _ = talker(tmp_path / "lm", std=0)
+        model.transformer.wte.weight.data[WORDS.encode(str(n))[0], 0] = 100
+        model.transformer.ln_f.bias.data[0] = 1
+        save_checkpoint(tmp_path / "lm", dict(model=model), {}, dict(tokenizer=WORDS.fingerprint))
+        total, _ = reward_of(f"{tmp_path / 'lm'}@rate")(RECORDS[:2], spoken(ASKED[:2], SAID[:2]))
+        close(total, [[-1, -.6, -.2, .2, .6, 1][n]] * 2, 1e-6)
+
+
+def test_classes_of_the_rubric_are_probabilities_that_add_up_to_1(tmp_path):
+    model, name = talker(tmp_path / "lm")
+    total, parts = reward_of(" + ".join(f"{name}@{x}" for x in "ABCD"))(RECORDS, spoken(ASKED, SAID))
+    close(total, [1.0] * 5, 1e-5)
+    rubric = "".join(f"{letter}: {text}\n" for letter, text in zip("ABCD", LETTERS))
+    want = [odds(model, turn(f"Prompt: {p[0]['content']}\nAnswer: {text}\n{rubric}Which is it?"), "ABCD")
+            for p, text in zip(ASKED, SAID)]
+    for k, letter in enumerate("ABCD"):
+        close(parts[f"{name}@{letter}"], [p[k] for p in want], 1e-4)
+        alone, _ = reward_of(f"{name}@{letter}", 10 ** 6)(RECORDS, spoken(ASKED, SAID))
+        close(alone, [p[k] for p in want], 1e-4)
+
+
+def test_a_judge_is_asked_about_the_last_turn_of_the_prompt(tmp_path):
+    model, name = talker(tmp_path / "lm")
+    long = [dict(role="system", content="S"), dict(role="user", content="Hi"), dict(role="assistant", content="Ho"),
+            *ASKED[1]]
+    total, _ = reward_of(f"{name}@rate")([dict(prompt=long)], spoken([long], ["It is fun."]))
+    alone, _ = reward_of(f"{name}@rate")([dict(prompt=ASKED[1])], spoken([ASKED[1]], ["It is fun."]))
+    close(total, alone, 1e-6)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("budget", [1, 64, 10 ** 6])
+def test_a_conditional_reward_model_reads_its_system_message_before_the_very_ids(finished, budget, tmp_path):
+    (judge, name), roll = grader(tmp_path / "rm"), spoken(ASKED, SAID, finished)
+    total, parts = reward_of(f"{name}{{{BRIEF}}} + 10*{name}", budget)(RECORDS, roll)
+    before = [WORDS.role["system"]] + WORDS.encode(BRIEF)
+    want, text = [score_of(judge, before + ids) for ids in rows_of(roll)], f"{name}{{{BRIEF}}}"
+    plain = [score_of(judge, ids) for ids in rows_of(roll)]
+    assert list(parts) == [text, name]
+    close(parts[text], want, 1e-4), close(parts[name], plain, 1e-4)
+    close(total, [a + 10 * b for a, b in zip(want, plain)], 1e-3)
+    assert all(abs(a - b) > 1e-3 for a, b in zip(want, plain))
+
+
+def test_a_conditional_reward_model_may_read_the_answer_only_and_of_some_families(tmp_path):
+    (judge, name), roll = grader(tmp_path / "rm"), spoken(ASKED, SAID)
+    total, parts = reward_of(f"-1*{name}@answer{{{BRIEF}}}[write,safe]")(RECORDS, roll)
+    before = [WORDS.role["system"]] + WORDS.encode(BRIEF)
+    want = [score_of(judge, before + turn(p[0]["content"]) + WORDS.encode(text) + [WORDS.end]) * (1 <= i <= 3)
+            for i, (p, text) in enumerate(zip(ASKED, SHOWN))]
+    close(parts[f"{name}@answer{{{BRIEF}}}[write,safe]"], want, 1e-4), close(total, [-x for x in want], 1e-4)
+
+
+def test_ids_that_no_text_decodes_to_reach_a_conditional_reward_model_as_they_are(tmp_path):
+    judge, name = grader(tmp_path / "rm")
+    ids = turn("Hi") + [0x80, 0xff, WORDS.encode("e")[0]] + [WORDS.end]     # read as text, each byte would be three
+    tokens, mask = collate([(ids, [0] * (len(ids) - 4) + [1] * 4)], WORDS)
+    roll = M.Rollout(tokens, mask, torch.zeros_like(mask), torch.tensor([True]), [len(ids) - 4])
+    total, _ = reward_of(f"{name}{{{BRIEF}}}")([dict(prompt=told("Hi")[0])], roll)
+    close(total, [score_of(judge, [WORDS.role["system"]] + WORDS.encode(BRIEF) + ids)], 1e-4)
+
+
+@pytest.mark.parametrize("tail", ["", "@answer", "{Be brief.}", "[write]"])
+def test_of_several_models_the_least_counts_and_their_spread_is_a_part(tail, tmp_path):
+    roll, models = spoken(ASKED, SAID), []
+    for i in range(3):                                              # alike on average: each is the least of some
+        model, name = grader(tmp_path / str(i), seed=i)
+        model.score.bias.data -= np.mean([score_of(model, ids) for ids in rows_of(roll)])
+        save_checkpoint(name, dict(model=model), {}, dict(tokenizer=WORDS.fingerprint))
+        models.append(name)
+    joined = "|".join(models)
+    apart = [reward_of(m + tail)(RECORDS, roll)[0].tolist() for m in models]
+    for weight, cost, worst in ((2, False, min), (-2, False, max), (2, True, max), (-2, True, min)):
+        total, parts = Reward(f"{weight}*{joined}{tail}", WORDS, "cpu", setup("cpu", "fp32")[1], 64, cost)(
+            RECORDS, roll)
+        assert list(parts) == [joined + tail, f"{joined}{tail} spread"]
+        least, spread = [worst(x) for x in zip(*apart)], [np.std(x, ddof=1) for x in zip(*apart)]
+        close(parts[joined + tail], least, 1e-4), close(parts[f"{joined}{tail} spread"], spread, 1e-4)
+        close(total, [weight * x for x in least], 1e-4)             # the spread is told, not paid
+    if not tail:
+        assert len({x.index(min(x)) for x in zip(*apart)}) > 1      # not always the same one
+
+
+def test_judges_verifiers_and_reward_models_join_with_a_bar(tmp_path, monkeypatch):
+    monkeypatch.setitem(M.VERIFIERS, "half", lambda record, text, finished: .5 * (text == "It is fun."))
+    (_, rm), names = grader(tmp_path / "rm"), [talker(tmp_path / str(i), i)[1] for i in range(2)]
+    roll, total = spoken(ASKED, SAID), lambda spec: reward_of(spec)(RECORDS, spoken(ASKED, SAID))[0]
+    close(total(f"{rm}|half"), torch.minimum(total(rm), total("half")), 1e-6)
+    close(total("|".join(names) + "@rate"), torch.minimum(total(f"{names[0]}@rate"), total(f"{names[1]}@rate")), 1e-6)
+    close(total("half|words"), [0, .5, 0, 0, 0], 1e-6)
+
+
+@pytest.mark.parametrize("tail", ["@rate", "@C", "{Be brief.}", "@answer", ""])
+def test_every_kind_of_term_is_0_for_other_families_and_not_asked_of_them(tail, tmp_path, monkeypatch):
+    _, name = (talker if tail in ("@rate", "@C") else grader)(tmp_path / "m")
+    whole, _ = reward_of(name + tail)(RECORDS, spoken(ASKED, SAID))
+    some, _ = reward_of(f"{name}{tail}[write,fmt]")(RECORDS, spoken(ASKED, SAID))
+    close(some, [float(x) * (r["family"] in ("write", "fmt")) for x, r in zip(whole, RECORDS)], 1e-5)
+    assert all(float(x) != 0 for x in whole)
+    monkeypatch.setattr(GPT, "forward", lambda *_: pytest.fail("asked"))
+    none, parts = reward_of(f"{name}|{name}{tail}[judge]")(RECORDS, spoken(ASKED, SAID))
+    assert none.tolist() == [0] * 5 and [p.tolist() for p in parts.values()] == [[0] * 5] * 2
+
+
+def test_a_folder_with_a_reward_txt_stands_for_the_sum_in_it(tmp_path, monkeypatch):
+    for name, value in (("one", 1), ("len", 7)):
+        monkeypatch.setitem(M.VERIFIERS, name, lambda record, text, finished, value=value: value * (1 + len(text)))
+    (_, rm), (_, lm) = grader(tmp_path / "rm"), talker(tmp_path / "lm")
+    (tmp_path / "rules").mkdir()
+    inner = f"0.5*one + {rm}{{Be brief. + x}} + -2*{lm}@A[write] + len@answer"
+    (tmp_path / "rules" / "reward.txt").write_text(inner + "\n")
+    roll = spoken(ASKED, SAID)
+    plain, plain_parts = reward_of(inner)(RECORDS, roll)
+    words_, _ = reward_of("words")(RECORDS, roll)
+    total, parts = reward_of(f"-3*{tmp_path / 'rules'} + 0.25*words")(RECORDS, roll)
+    close(total, -3 * plain + .25 * words_, 1e-3)
+    assert list(parts) == [*plain_parts, "words"]                   # parts by their own names, and unweighted
+    for key, value in plain_parts.items():
+        close(parts[key], value, 1e-5)
+    assert [(t.weight, t.label) for t in Reward.expand(f"-3*{tmp_path / 'rules'} + 0.25*words")] == [
+        (-1.5, "one"), (-3, f"{rm}{{Be brief. + x}}"), (6, f"{lm}@A[write]"), (-3, "len@answer"), (.25, "words")]
+    assert [t.label for t in Reward.expand(f"words + {rm}")] == ["words", rm]
+
+
+def test_a_folder_is_loaded_once_however_many_terms_name_it(tmp_path, monkeypatch):
+    (_, rm), (_, lm), loads, real = grader(tmp_path / "rm"), talker(tmp_path / "lm"), [], load_model
+    monkeypatch.setattr(M, "load_model", lambda folder, *a, **k: loads.append(folder) or real(folder, *a, **k))
+    (tmp_path / "rules").mkdir()
+    (tmp_path / "rules" / "reward.txt").write_text(f"{rm}@answer + {lm}@B")
+    reward = reward_of(f"{rm} + 2*{rm}{{S}} + {lm}@rate + {lm}@A + {rm}|{rm}[write] + {tmp_path / 'rules'} + words")
+    assert loads == [rm, lm] and set(reward.loaded) == {rm, lm}
+    assert set(reward.models) == {rm}                               # a judge is no reward model
+
+
+@pytest.mark.parametrize("spec, match", [
+    ("words@rate", "verifier"), ("words@A", "verifier"), ("words{S}", "verifier"), ("words|LM@rate", "verifier"),
+    ("RM@A", "reward model, and @A asks a language model"), ("RM@rate", "reward model, and @rate"),
+    ("LM", "not a reward model .as a judge: LM@rate"), ("LM@answer", "not a reward model"),
+    ("LM{S}", "not a reward model"),
+    ("RM|LM", "not a reward model"), ("LM|RM@A", "reward model, and @A"), ("NONE", "neither a run folder"),
+    ("NONE@rate", "neither a run folder"), ("RM|NONE", "neither a run folder"), ("words|nothing", "nothing: neither"),
+    ("EMPTY", "no checkpoint there; make it with: python reward.py train"), ("RM + LM", "not a reward model"),
+    ("BROKEN", "--reward exact [+]: not a sum")])
+def test_impossible_terms_are_one_line(spec, match, tmp_path):
+    grader(tmp_path / "RM"), talker(tmp_path / "LM")
+    for name in ("EMPTY", "BROKEN"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "BROKEN" / "reward.txt").write_text("exact +")
+    here = lambda text: "".join(f"{tmp_path}/{word}" if word.isupper() and len(word) > 1 else word
+                                for word in re.split(r"(\W)", text))
+    with pytest.raises(UserError, match=match.replace("LM@", f"{tmp_path}/LM@")) as error:
+        reward_of(here(spec))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("budget", [1, 50, 10 ** 6])
+def test_choice_logprobs_equal_a_loop_over_single_prompts_whatever_the_batch(budget, tmp_path):
+    model, rng = talker(tmp_path / "lm", block_size=48)[0], random.Random(0)
+    prompts = [[rng.randrange(WORDS.base) for _ in range(n)] for n in (1, 47, 2, 16, 17, 48, 33, 5, 5, 49, 80, 3, 200)]
+    amp = setup("cpu", "fp32")[1]
+    for choices in (["1", "2"], list("ABCD"), ["3"], list("012345")):
+        got = M.choice_logprobs(model, prompts, choices, WORDS, amp, budget)
+        assert got.shape == (13, len(choices)) and not got.requires_grad
+        for line, ids in zip(got, prompts):                         # beyond the context, the end of a prompt is kept
+            close(line, [math.log(p) for p in odds(model, ids[-48:], choices)], 1e-4)
+        close(got.exp().sum(1), [1.0] * 13, 1e-5)
+
+
+def test_choice_logprobs_see_no_padding_and_keep_the_order(tmp_path):
+    model, rng, amp = talker(tmp_path / "lm", block_size=48)[0], random.Random(1), setup("cpu", "fp32")[1]
+    prompts = [[rng.randrange(WORDS.base) for _ in range(n)] for n in (9, 3, 30, 1, 16)]
+    got = M.choice_logprobs(model, prompts, ["1", "2"], WORDS, amp, 10 ** 6)
+    for order in ([4, 3, 2, 1, 0], [2, 0], [1]):
+        close(M.choice_logprobs(model, [prompts[i] for i in order], ["1", "2"], WORDS, amp, 10 ** 6), got[order], 1e-5)
+    close(M.choice_logprobs(model, prompts, ["2", "1"], WORDS, amp, 64), got.flip(1), 1e-5)
+
+
+@pytest.mark.parametrize("choices", [["10", "1"], ["1", ""], ["1", "no way"]])
+def test_choices_of_several_tokens_are_refused_in_one_line(choices, tmp_path):
+    with pytest.raises(UserError, match=r"^[^\n]*one token[^\n]*$"):
+        M.choice_logprobs(talker(tmp_path / "lm")[0], [[1, 2]], choices, WORDS, setup("cpu", "fp32")[1], 64)
+
+
+def test_a_rollout_of_rows_is_what_the_sampler_lays_out():
+    drawn = rollout(gpt(std=.2), RAGGED, n=3)
+    done = [i for i, f in enumerate(drawn.finished.tolist()) if f]
+    drawn = drawn.take(done)
+    rows = [(ids, [0] * p + [1] * (len(ids) - p)) for ids, p in zip(rows_of(drawn), drawn.prompt_len)]
+    roll = M.Rollout.of(rows, TOK)
+    assert len(rows) > 10 and roll.prompt_len == drawn.prompt_len and roll.lengths == drawn.lengths
+    T = max(drawn.lengths)
+    assert torch.equal(roll.tokens[:, :T], drawn.tokens[:, :T])
+    assert torch.equal(roll.mask[:, :T - 1], drawn.mask[:, :T - 1])
+    assert (roll.tokens[:, T:] == PAD).all() and not roll.mask[:, T - 1:].any() and roll.mask.dtype == drawn.mask.dtype
+    assert roll.mask.shape == roll.logp.shape == (len(rows), roll.tokens.shape[1] - 1)
+    assert torch.equal(roll.finished, drawn.finished) and roll.finished.all() and not roll.logp.any()
+    ids = SimpleNamespace(decode=tuple)
+    assert roll.responses(ids) == drawn.responses(ids)
+
+
+def test_a_rollout_of_records_gives_their_texts_back_and_scores_as_if_sampled(tmp_path):
+    texts = ["It is fun.", "", "<think>2 + 3 = 5</think>The answer is 5.", "\u00e9\u732b <|end|>", "x" * 30]
+    records = [dict(prompt=p, responses=[text, "other"]) for p, text in zip(ASKED, texts)]
+    roll = M.Rollout.of([row for r in records for row in data.encode(r, WORDS, 10 ** 9)], WORDS)
+    assert roll.responses(WORDS) == [text for t in texts for text in (t, "other")]
+    assert roll.finished.tolist() == [True] * 10 and roll.finished.dtype == torch.bool
+    assert roll.prompt_len == [len(turn(p[0]["content"])) for p in ASKED for _ in "12"]
+    assert roll.lengths == [p + len(WORDS.encode(text)) + 1
+                            for p, text in zip(roll.prompt_len, roll.responses(WORDS))]
+    for ids, mask, p, n in zip(roll.tokens.tolist(), roll.mask.tolist(), roll.prompt_len, roll.lengths):
+        assert mask == [float(p <= t + 1 < n) for t in range(len(mask))] and ids[n - 1] == WORDS.end
+        assert set(ids[n:]) <= {WORDS.pad}
+    _, name = grader(tmp_path / "rm")
+    first = roll.take(range(0, 10, 2))
+    reward = reward_of(f"{name} + words")
+    close(reward(RECORDS, first)[0], reward(RECORDS, spoken(ASKED, texts))[0], 1e-5)

@@ -825,7 +825,8 @@ def toll(record, text, finished):
     (3.0, 5.0, 0.0, 3.0), (3.0, 5.0, 1.0, -1.0), (3.0, -5.0, 1.0, 4.0), (2.0, 1.0, 3.0, -.25), (0.0, 1.0, 4.0, -.8),
     (6.0, 0.0, .5, 4.0), (1.0, -1.0, 7.0, 1.0)])
 def test_lagrangian_table(adv, cost, lam, golden):
-    close(ppo.lagrangian(torch.tensor([[adv, -adv]]), torch.tensor([[cost, -cost]]), lam), [[golden, -golden]], atol=1e-6)
+    got = ppo.lagrangian(torch.tensor([[adv, -adv]]), torch.tensor([[cost, -cost]]), lam)
+    close(got, [[golden, -golden]], atol=1e-6)
 
 
 NEXT_LAMBDA = [  # λ, E[c] - limit, rate -> λ afterwards; an update moves ln λ by 1 at most
@@ -887,9 +888,9 @@ def test_expected_gradient_with_a_cost_is_that_of_the_lagrangian():
         logp, ref, value, where = logps(y)
         p, mask, old = logp.sum().exp(), torch.ones(1, len(y)), logp.detach()[None]
         objective = objective + p * ((score[y] - lam * cost[y]) / (1 + lam) - beta * (logp - ref).sum())
-        adv, _ = ppo.gae(ppo.token_rewards(score[y][None], old - ref[None], mask, beta), value[None], mask, 1.0, 1.0)
-        other, _ = ppo.gae(ppo.token_rewards(cost[y][None], old - ref[None], mask, -beta), cost_value[where][None], mask,
-                           1.0, 1.0)
+        kl, cost_values = old - ref[None], cost_value[where][None]
+        adv, _ = ppo.gae(ppo.token_rewards(score[y][None], kl, mask, beta), value[None], mask, 1.0, 1.0)
+        other, _ = ppo.gae(ppo.token_rewards(cost[y][None], kl, mask, -beta), cost_values, mask, 1.0, 1.0)
         loss, _, _ = ppo.policy_loss(logp[None], old, ppo.lagrangian(adv, other, lam), .2)
         got += p.item() * torch.autograd.grad(ppo.masked_sum(loss, mask), theta, retain_graph=True)[0]
     close(-got, torch.autograd.grad(objective, theta)[0])
@@ -900,8 +901,9 @@ class SlowSafe(Slow):
 
     def __init__(self, cfg, critics):
         super().__init__(cfg, critics[0])
-        self.critics, self.lam = [self.critic, load_model(critics[1], n_scores=1)], cfg.cost_lambda
-        self.opts.append(torch.optim.AdamW(self.critics[1].parameters(), cfg.critic_lr, betas=(.9, .95), weight_decay=0.0))
+        other, self.lam = load_model(critics[1], n_scores=1), cfg.cost_lambda
+        self.critics = [self.critic, other]
+        self.opts.append(torch.optim.AdamW(other.parameters(), cfg.critic_lr, betas=(.9, .95), weight_decay=0.0))
 
     def step(self, rows, raw, costs, orders):
         """-> metrics, combined advantages before any whitening, row by row."""
@@ -1004,7 +1006,8 @@ def test_interrupted_run_with_a_cost_continues_bit_for_bit(tiny, tmp_path, monke
     assert train(tmp_path / "b", tiny, save_every=2, **options) == whole
     for part in ("model", "critic", "cost_critic"):
         assert weights(tmp_path / "a", part) and same(weights(tmp_path / "a", part), weights(tmp_path / "b", part))
-    assert not same({k[5:]: t for k, t in weights(tmp_path / "a", "cost_critic").items()}, weights(tmp_path / "a", "critic"))
+    ours, costs = (weights(tmp_path / "a", part) for part in ("critic", "cost_critic"))
+    assert not same(ours, {key.removeprefix("cost_"): tensor for key, tensor in costs.items()})
 
 
 def test_without_a_cost_its_options_leave_no_trace(tiny, tmp_path, monkeypatch):
@@ -1036,7 +1039,7 @@ def test_critic_warmup_trains_both_critics_and_leaves_the_policy_alone(tiny, tmp
     assert all(head.abs().max() > 0 for head in heads) and not torch.equal(*heads)
 
 
-@pytest.mark.parametrize("flags", ["--cost_lambda 0", "--cost_lambda -1", "--lambda_lr 0"])
+@pytest.mark.parametrize("flags", ["--cost_lambda 0", "--cost_lambda -1", "--lambda_lr -1"])
 def test_impossible_multipliers_are_refused(flags, tmp_path):
     with pytest.raises(data.UserError, match=flags.split()[0]):
         ppo.train(parse(ppo.Config, argv=["--out", str(tmp_path / "x"), *flags.split()], name="ppo"))
@@ -1047,8 +1050,8 @@ def test_bandit_with_a_cost_arrives_at_the_saddle_point(bandit, tmp_path):
     """The real loop, to its end: E[c] = 0, at the λ and the policy of F2."""
     init, path = bandit
     rows = train(tmp_path / "a", init, data=path, reward=f"{__name__}:worth", cost=f"{__name__}:toll", kl_coef=1.0,
-                 max_new=1, epochs=1, missing_end=0.0, micro_tokens=4096, critic_lr=3e-2, steps=120, prompts=128, lr=1e-2,
-                 lambda_lr=.15, lr_end=.1)
+                 max_new=1, epochs=1, missing_end=0.0, micro_tokens=4096, critic_lr=3e-2, steps=120, prompts=128,
+                 lr=1e-2, lambda_lr=.15, lr_end=.1)
     lam, pi = saddle()
     final, late = arms(tmp_path / "a"), rows[-20:]
     assert (final - torch.tensor(pi)).abs().max() < .02
@@ -1098,7 +1101,8 @@ def test_the_score_is_the_reward_minus_that_of_a_sample_of_the_reference(tiny, t
     for step, row in enumerate(read(tmp_path / "a")):
         ours, theirs = made[2 * step:2 * step + 2]
         assert ours[0][1] == theirs[0][1]                                # the same prompts, in the same order
-        texts = [[TOK.decode([i for i in ids[p:] if i != TOK.end]) for ids, p in rolled(call)] for call in (ours, theirs)]
+        texts = [[TOK.decode([i for i in ids[p:] if i != TOK.end]) for ids, p in rolled(call)]
+                 for call in (ours, theirs)]
         done = [ids[-1] == TOK.end for ids, _ in rolled(ours)]
         close(scores[step], [plain_taste(None, y, True) - plain_taste(None, z, True) + (.5 if d else -3.0)
                              for y, z, d in zip(*texts, done)], atol=1e-6)
@@ -1123,8 +1127,8 @@ def test_with_lora_the_reference_samples_without_the_adapter(tiny, tmp_path, mon
 
 def test_minus_reference_takes_the_variance_between_prompts_away(tiny, tmp_path, prompts, monkeypatch):
     def between(flag):
-        scores, made = scored(monkeypatch, tmp_path / str(flag), tiny, "biased_taste", data=prompts, prompts=200, steps=1,
-                              minus_reference=flag, clip_reward=0.0, missing_end=0.0, micro_tokens=8192)
+        scores, made = scored(monkeypatch, tmp_path / str(flag), tiny, "biased_taste", data=prompts, prompts=200,
+                              steps=1, minus_reference=flag, clip_reward=0.0, missing_end=0.0, micro_tokens=8192)
         groups = {}
         for prompt, score in zip(made[0][0][1], scores[0].tolist()):
             groups.setdefault(tuple(prompt), []).append(score)

@@ -517,6 +517,9 @@ def test_kl_and_entropy_are_sums_over_what_the_assistant_says(double):
     assert num(got[0]) == pytest.approx(num(kl), rel=1e-9) and num(got[1]) == pytest.approx(num(entropy), rel=1e-9)
     for a, b in zip(got, (kl, entropy)):
         assert torch.allclose(slope(a, model), slope(b, model), rtol=0, atol=1e-8)
+    for x in got:                                                        # no gradient into the reference
+        pushed = torch.autograd.grad(x, list(ref.parameters()), retain_graph=True, allow_unused=True)
+        assert all(g is None for g in pushed)
     assert num(kl) > .05 * said                                        # far enough from 0 to be wrong about
     seeing = sum(num(slow_terms(model, ref, [dict(messages=[m | dict(role="user") if m["role"] == "system" else m
                                                               for m in r["messages"]])])[0]) for r in TOLD)
@@ -527,7 +530,8 @@ def test_kl_and_entropy_are_sums_over_what_the_assistant_says(double):
 def test_the_weight_of_prompts_is_not_the_kls(double, prompt_weight):
     model, ref = wild(1), wild(2)
     usual = [num(x) for x in summed(model, ref, *told_rows())]
-    assert [num(x) for x in summed(model, ref, *told_rows(prompt_weight=prompt_weight))] == pytest.approx(usual, rel=1e-12)
+    got = [num(x) for x in summed(model, ref, *told_rows(prompt_weight=prompt_weight))]
+    assert got == pytest.approx(usual, rel=1e-12)
 
 
 def test_no_padding_and_no_split_moves_the_kl_or_the_entropy(double):
@@ -570,13 +574,14 @@ def test_rows_whose_response_the_context_cuts_are_left_out():
     assert whole > bare
     record = told("Hi", "12345")
     assert len(told_rows([record], block=whole)[0]) == 1
-    for block in range(bare - 3, whole):                                 # without the message it may fit: the two differ
+    for block in range(bare - 3, whole):                                 # without the message it may fit
         assert told_rows([record], block=block)[0] == []
     plain = told("Hi", "12345", "")
-    (ids, target, bare_ids, bare_target), = told_rows([plain], block=bare - 2)[0]        # cut alike: still two of a kind
+    (ids, target, bare_ids, bare_target), = told_rows([plain], block=bare - 2)[0]        # both cut alike
     assert (ids, target) == (bare_ids, bare_target) and len(ids) == bare - 2
     (ids, target, bare_ids, bare_target), = told_rows([record], block=64)[0]
-    assert (len(ids), len(bare_ids)) == (whole, bare) and TOK.role["system"] in ids and TOK.role["system"] not in bare_ids
+    assert (len(ids), len(bare_ids)) == (whole, bare)
+    assert TOK.role["system"] in ids and TOK.role["system"] not in bare_ids
 
 
 def caught(monkeypatch, tmp_path, name, **options):
@@ -584,7 +589,7 @@ def caught(monkeypatch, tmp_path, name, **options):
     grads, real = [], model_file.Optimizer.step
     with monkeypatch.context() as patch:
         patch.setattr(model_file.Optimizer, "step", lambda self, step: (
-            grads.append(torch.cat([p.grad.reshape(-1).clone() for p in self.model.parameters()])), real(self, step))[1])
+            grads.append(torch.cat([p.grad.reshape(-1).clone() for p in self.params])), real(self, step))[1])
         _, rows = fit(tmp_path, name, **options)
     return grads[0], rows
 
@@ -593,7 +598,7 @@ def test_the_gradient_of_a_quark_update_is_the_sum_of_its_three_terms(double, tm
     """g = g_sft + kl_coef g_kl - ent_coef g_H, each a mean over its own tokens, under any split into micro-batches."""
     wild(1, tmp_path / "init")
     wild(2, tmp_path / "ref")
-    path = write(tmp_path / "d.jsonl", TOLD)                             # one epoch is the batch: four, and one held out
+    path = write(tmp_path / "d.jsonl", TOLD)                             # four to train on, one held out
     options = dict(data=path, init=str(tmp_path / "init"), ref=str(tmp_path / "ref"), steps=1, batch=4, clip_grad=0.,
                    prompt_weight=.1)
     model, ref = load_model(tmp_path / "init"), load_model(tmp_path / "ref")
@@ -601,15 +606,17 @@ def test_the_gradient_of_a_quark_update_is_the_sum_of_its_three_terms(double, tm
     records = stream.batch(0, 4)
     kl, entropy, said = slow_terms(model, ref, records)
     rows = [row for record in records for row in encode(record, TOK, 64, "assistant", .1)]
-    nll = by_hand(model, rows) / sum(sum(target) for _, target in rows)
+    terms = by_hand(model, rows) / sum(sum(target) for _, target in rows), kl / said, entropy / said
+    slopes = [slope(term, model) for term in terms]
     for i, (a, b, micro_tokens) in enumerate(((.7, .0, 64), (.0, .4, 64), (.7, .4, 1), (.7, .4, 10 ** 6))):
-        got, metrics = caught(monkeypatch, tmp_path, f"run {i}", kl_coef=a, ent_coef=b, micro_tokens=micro_tokens, **options)
-        total = nll + a * kl / said - b * entropy / said
-        assert torch.allclose(got, slope(total, model), rtol=0, atol=1e-7), i
-        row = metrics[0]
-        assert row["loss"] == pytest.approx(num(total), rel=1e-6)
-        assert row["kl"] == pytest.approx(num(kl) / said, rel=1e-7)
-        assert row["entropy"] == pytest.approx(num(entropy) / said, rel=1e-7)
+        options |= dict(kl_coef=a, ent_coef=b, micro_tokens=micro_tokens, optimizer="adamw")
+        got, metrics = caught(monkeypatch, tmp_path, f"run {i}", **options)
+        g_sft, g_kl, g_entropy = slopes
+        assert torch.allclose(got, g_sft + a * g_kl - b * g_entropy, rtol=0, atol=1e-7), i
+        nll, mean_kl, mean_entropy = map(num, terms)
+        assert metrics[0]["loss"] == pytest.approx(nll, rel=1e-6)            # to compare with val_loss
+        assert metrics[0]["kl"] == pytest.approx(mean_kl, rel=1e-7)
+        assert metrics[0]["entropy"] == pytest.approx(mean_entropy, rel=1e-7)
 
 
 def test_without_coefficients_no_reference_is_loaded_and_nothing_changes(tmp_path, monkeypatch):
@@ -633,14 +640,14 @@ def test_the_reference_is_the_folder_named_else_the_start_and_stays_as_it_was(do
     path, real = write(tmp_path / "d.jsonl", TOLD), sft.load_model
     for name, ref in (("named", str(tmp_path / "ref")), ("none", "")):
         folders = []
-        monkeypatch.setattr(sft, "load_model", lambda folder, *args, **kwargs: folders.append(Path(folder).name) or real(
-            folder, *args, **kwargs))
+        monkeypatch.setattr(sft, "load_model", lambda folder, *args, **kwargs: (
+            folders.append(Path(folder).name), real(folder, *args, **kwargs))[1])
         options = dict(data=path, init=str(tmp_path / "init"), ref=ref, batch=4, warmup=0, lr=1e-2, kl_coef=.05,
                        optimizer="adamw", weight_decay=0.)
         cfg, rows = fit(tmp_path, name, steps=2, **options)
         assert folders == ["init", "ref" if ref else "init"]
         one = tmp_path / f"{name} one"
-        with monkeypatch.context() as patch:                             # the same schedule, stopped after its first step
+        with monkeypatch.context() as patch:                             # the same run, stopped after a step
             def log(self, step, *args, real=Run.log, **kwargs):
                 if step == 1:
                     raise Killed
@@ -660,8 +667,8 @@ def test_the_reference_is_the_folder_named_else_the_start_and_stays_as_it_was(do
 
 def test_held_out_loss_has_neither_term(double, tmp_path):
     wild(1, tmp_path / "init")
-    options = dict(data=write(tmp_path / "d.jsonl", TOLD * 5), init=str(tmp_path / "init"), steps=1, lr=1e-30, muon_lr=1e-30,
-                   weight_decay=0.)
+    options = dict(data=write(tmp_path / "d.jsonl", TOLD * 5), init=str(tmp_path / "init"), steps=1, lr=1e-30,
+                   muon_lr=1e-30, weight_decay=0.)
     plain, quark = (fit(tmp_path, name, **options, **more)[1][0]["val_loss"]
                     for name, more in (("a", {}), ("b", dict(kl_coef=2., ent_coef=3.))))
     assert quark == pytest.approx(plain, rel=1e-9)
@@ -669,39 +676,67 @@ def test_held_out_loss_has_neither_term(double, tmp_path):
 
 # ---- Quark on the one-token bandit (F2)
 
-ARMS, POOL = "abcd", "a" * 40 + "b" * 30 + "c" * 20 + "d" * 10           # π_ref, and r = 0, 1, 2, 3: sorted already
+ARMS, POOL = "abcd", "a" * 8 + "b" * 6 + "c" * 4 + "d" * 2            # π_ref, and r = 0, 1, 2, 3: sorted already
+BANDIT = dict(batch=20, steps=60, lr=1e-2, muon_lr=.02, warmup=5, weight_decay=0., eval_every=1000, packing=0)
 
 
-def pool(k):
-    """The sorted pool in k quantiles, the quantile as the system message; 0: no message."""
-    return [told("?", arm, f"Quality {1 + i * k // len(POOL)}." if k else "") for i, arm in enumerate(POOL)]
+def pool(path, k):
+    """A file of the pool in k quantiles, the quantile as the system message (0: none); line 20 is held out."""
+    records = [told("?", arm, f"Quality {1 + i * k // len(POOL)}." if k else "") for i, arm in enumerate(POOL)]
+    return write(path, records[:19] + records[:1] + records[19:])
 
 
-def arms(folder, system=""):
-    """π(arm | system message), exactly, among the whole vocabulary."""
+def arms(folder, system="", every=False):
+    """π(arm | system message), exactly, or that of every token."""
     net, messages = load_model(folder), told("?", "a", system)["messages"][:-1]
-    probs = net.logits(net(torch.tensor([TOK.prompt(messages)])))[0, -1].softmax(-1)
-    return probs[[TOK.encode(arm)[0] for arm in ARMS]].detach()
+    probs = net.logits(net(torch.tensor([TOK.prompt(messages)])))[0, -1].softmax(-1).detach()
+    return probs if every else probs[[TOK.encode(arm)[0] for arm in ARMS]]
 
 
-def value(pi): return float(pi @ torch.arange(4.))
+def worth(pi): return float(pi @ torch.arange(4.))
 
 
 @pytest.fixture(scope="module")
 def plain_pool(tmp_path_factory):
     """Plain SFT on the pool: π_ref."""
     folder = tmp_path_factory.mktemp("pool")
-    cfg, _ = fit(folder, "sft", data=write(folder / "d.jsonl", pool(0)), **BANDIT)
-    return cfg.out
+    return fit(folder, "sft", data=pool(folder / "d.jsonl", 0), **BANDIT)[0].out
 
 
-BANDIT = dict(batch=95, steps=60, lr=1e-2, muon_lr=.02, warmup=5, weight_decay=0., eval_every=1000, packing=0)
+def optimum(said, ref, kl_coef, ent_coef):
+    """argmin over π of the cross-entropy to the arms said + kl_coef KL(π || ref) - ent_coef H(π), by plain descent."""
+    p = torch.zeros_like(ref, dtype=torch.float64)
+    for arm in said:
+        p[TOK.encode(arm)[0]] += 1 / len(said)
+    z, ref = ref.double().log().requires_grad_(), ref.double().log()
+    for _ in range(1500):
+        logp = z.log_softmax(-1)
+        loss = -(p @ logp) + kl_coef * (logp.exp() @ (logp - ref)) + ent_coef * (logp.exp() @ logp)
+        with torch.no_grad():
+            z -= torch.autograd.grad(loss, z)[0]
+    return z.softmax(-1).detach()[[TOK.encode(arm)[0] for arm in ARMS]].float()
 
 
-@pytest.mark.parametrize("k", [5])
-def test_quark(plain_pool, tmp_path, k):
-    path = write(tmp_path / "d.jsonl", pool(5))
-    for i, more in enumerate((dict(), dict(kl_coef=.05, ent_coef=.06), dict(kl_coef=.5, ent_coef=.2))):
-        t = time.time()
-        cfg, rows = fit(tmp_path, f"q{i}", data=path, init=plain_pool, **BANDIT | more)
-        print(more, [[round(x, 3) for x in arms(cfg.out, f"Quality {q}.").tolist()] for q in range(1, 6)], arms(plain_pool), arms(cfg.out), time.time() - t, rows[-1])
+def test_f2_the_best_quantile_is_worth_its_exact_mean(plain_pool, tmp_path):
+    """2.50 where the pool, and π_ref, are worth 1.00; and each of the others its own."""
+    assert worth(arms(plain_pool)) == pytest.approx(1.0, abs=.06)
+    cfg, _ = fit(tmp_path, data=pool(tmp_path / "d.jsonl", 5), init=plain_pool, **BANDIT)
+    got = [worth(arms(cfg.out, f"Quality {q}.")) for q in range(1, 6)]
+    assert got == pytest.approx([0, 0, 1, 1.5, 2.5], abs=.1)
+    assert got[4] == pytest.approx(2.5, abs=.06)
+
+
+def test_f2_quark_with_both_terms_arrives_at_the_optimum(plain_pool, tmp_path):
+    cfg, _ = fit(tmp_path, data=pool(tmp_path / "d.jsonl", 5), init=plain_pool, kl_coef=.5, ent_coef=.2,
+                 **BANDIT | dict(steps=150))
+    ref = arms(plain_pool, every=True)
+    for q in range(5):
+        got, best = arms(cfg.out, f"Quality {q + 1}."), optimum(POOL[4 * q:4 * q + 4], ref, .5, .2)
+        assert torch.allclose(got, best, atol=.03, rtol=0), q
+
+
+def test_one_quantile_is_plain_sft(plain_pool, tmp_path):
+    cfg, _ = fit(tmp_path, data=pool(tmp_path / "d.jsonl", 1), init=plain_pool, **BANDIT)
+    got = arms(cfg.out, "Quality 1.")
+    assert torch.allclose(got, torch.tensor([.4, .3, .2, .1]), atol=.02, rtol=0)
+    assert torch.allclose(got, arms(plain_pool), atol=.03, rtol=0) and worth(got) == pytest.approx(1.0, abs=.06)
