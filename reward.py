@@ -397,6 +397,19 @@ def kept(group, cfg, rng):
     return [dict(responses=[texts[i] for i in order], scores=[scores[i] for i in order], win=[wins[i] for i in order])]
 
 
+def prompts_with_room(cfg, tok, policy, begun=0):
+    """Prompts that leave room for a whole response, `begun` tokens of which are given, and how many: (Stream, n)."""
+    room = policy.config.block_size - cfg.max_new - begun
+    stream, _ = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=0,
+                            prepare=lambda record: [record] if len(tok.prompt(record["prompt"])) <= room else [])
+    return stream, min(cfg.n, len(stream.items)) if stream.items else cfg.n
+
+
+def write_records(path, records):
+    """Write JSONL, atomically."""
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
 def label(cfg):
     """Sample k responses to each prompt, score and rank them, and write pairs.jsonl."""
     check(cfg, positive="n max_new batch save_every rso_beta quantiles temperature", share="flip clamp mark_better")
@@ -476,7 +489,7 @@ def label(cfg):
         made.sort(key=lambda r: r["scores"][0])
         made = [r | dict(prompt=[dict(role="system", content=f"Quality {1 + i * cfg.quantiles // len(made)}.")]
                          + [turn for turn in r["prompt"] if turn["role"] != "system"]) for i, r in enumerate(made)]
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in made))
+    write_records(path, made)
     agree = mean([preference(r["scores"][0], r["scores"][-1]) for r in made if "responses" in r and "scores" in r])
     told = {"the label agrees with the score": agree}
     for name, what in (("agrees", f"the judge agrees with {cfg.by}"), ("cut", "its rationale was cut"),
@@ -584,10 +597,7 @@ def revise(cfg):
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     policy, critic = (load_model(folder, tok, device, n_scores=0, maker="python sft.py")
                       for folder in (cfg.policy, cfg.critic))
-    room = policy.config.block_size - cfg.max_new
-    stream, _ = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=0,
-                            prepare=lambda record: [record] if len(tok.prompt(record["prompt"])) <= room else [])
-    n = min(cfg.n, len(stream.items)) if stream.items else cfg.n
+    stream, n = prompts_with_room(cfg, tok, policy)
 
     def say(model, prompts):
         """Finished texts, None for the others and where the prompt leaves no room."""
@@ -623,7 +633,7 @@ def revise(cfg):
     if not made:
         raise UserError(f"{cfg.critic}: of {n} answers none was revised to its end")
     path = run.folder / "revisions.jsonl"
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in made))
+    write_records(path, made)
     print(f"{path}: {len(made)} of {n} answers revised")
     run.finish(("changed", "gold_before", "gold_after"), then=f"python sft.py --data {path}")
 
@@ -680,13 +690,8 @@ def curate(cfg):
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     policy = load_model(cfg.policy, tok, device, n_scores=0, maker="python sft.py")
     judge = Reward(cfg.by, tok, device, amp, cfg.micro_tokens)
-    begin, room = tok.encode(cfg.begin), policy.config.block_size - cfg.max_new
-
-    def fits(record):
-        """The record, if its prompt leaves room for a whole answer."""
-        return [record] if len(tok.prompt(record["prompt"])) + len(begin) <= room else []
-    stream, _ = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=0, prepare=fits)
-    n = min(cfg.n, len(stream.items)) if stream.items else cfg.n
+    begin = tok.encode(cfg.begin)
+    stream, n = prompts_with_room(cfg, tok, policy, len(begin))
     made, lost, of_family = [], Counter(), Counter()
 
     def rates(records, k, **how):
@@ -711,7 +716,7 @@ def curate(cfg):
     if not made:
         raise UserError(f"{cfg.policy}: of {n} prompts none is left: {dict(lost)}")
     path = run.folder / "prompts.jsonl"
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in made))
+    write_records(path, made)
     print(f"{path}: {len(made)} of {n} prompts; left out: "
           + (", ".join(f"{n} {why}" for why, n in lost.items() if why) or "none"))
     run.finish(("kept", "difficulty"), then=f"python grpo.py --data {path} --pool {len(made)} --prioritized")

@@ -3,8 +3,8 @@
 #
 #   reported        two preferences for each pair; a reward model of help, a cost model whose sign tells harmful from harmless;
 #                   PPO on (A_R - λ A_C) / (1 + λ) with two critics; ln λ grows with λ times the excess of cost
-#   reconstruction  preferences are noisy labels by the toy's help and harm; the limit on the mean cost is where the cost model puts
-#                   harmless; all sizes
+#   reconstruction  preferences are noisy labels by the toy's help and harm; the limit on the mean cost is about what the cost model
+#                   gives when all unsafe requests are refused; all sizes
 #
 # Effect to look for: PPO on the reward alone helps with everything; with the multiplier it helps as much with what is safe
 # and little with what is not. `lambda` and `cost` are in metrics.jsonl.
@@ -20,5 +20,5 @@ python reward.py label --policy $OUT/sft --families safe --n 4000 --by harm --ou
 python reward.py train --init $OUT/sft --data $S/help/pairs.jsonl --out $S/reward "$@"
 python reward.py train --init $OUT/sft --data $S/harm/pairs.jsonl --loss cost --out $S/cost "$@"
 python ppo.py --init $OUT/sft --reward $S/reward --families safe --steps 60 --out $S/reward_only "$@"
-python ppo.py --init $OUT/sft --reward $S/reward --cost $S/cost --cost_limit -1 --families safe --steps 60 --out $S/lagrangian "$@"
+python ppo.py --init $OUT/sft --reward $S/reward --cost $S/cost --cost_limit -3.8 --families safe --steps 60 --out $S/lagrangian "$@"
 python reward.py compare $OUT/sft $S/reward_only $S/lagrangian --on safe --proxy $S/reward "$@"
