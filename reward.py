@@ -451,34 +451,16 @@ def label(cfg):
         torch.manual_seed(cfg.seed * 1_000_003 + step)
         rng = random.Random(f"labels {cfg.seed} {step}")
         records = stream.batch(step + skip, cfg.batch)[:n - step * cfg.batch]
-        if policy:
-            with amp():
-                roll = generate(policy, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new, cfg.k,
-                                cfg.temperature)
-            sizes = [cfg.k] * len(records)
-        else:
-            roll, sizes = given_responses(records, score, tok, device), [len(r["responses"]) for r in records]
-        repeated = [r for r, k in zip(records, sizes) for _ in range(k)]
-        scores = score(repeated, roll)[0].tolist() if score else [0.0] * len(repeated)
-        ratings = list(zip(*(rate(repeated, roll)[0].tolist() for rate in attributes))) or scores
-        answers = iter(zip(roll.responses(tok), scores, roll.mask.sum(1).tolist(), ratings, roll.finished.tolist()))
-        groups = []
-        for k in sizes:
-            group = [answer for *answer, done in itertools.islice(answers, k) if done and answer[0].strip()]
-            group = unique(group, 0)  # no answer twice
-            if not cfg.scale and not judge and cfg.select in ("rank", "ends", "rso"):
-                group = unique(group, 1)  # two equal scores decide nothing
-            groups.append(group)
-        more = {}
+        groups, metrics = scored_groups(records, policy, score, attributes, cfg, tok, amp, device)
         if judge:
             kept_now, more = judged(judge, records, groups, cfg, rng, tok, amp)
+            metrics |= more
         else:
             kept_now = [kept(group, cfg, rng) for group in groups]
         made += [{k: v for k, v in record.items() if k not in ("responses", "scores", "win", "margin", "prob")}
                  | marked(parts, cfg, rng) | dict(source=source) for record, all_parts in zip(records, kept_now)
                  for parts in all_parts]
-        run.log(step, ("records",), records=len(made), score=mean(scores), response_length=roll.mask.sum(1).mean(),
-                finished=roll.finished.float().mean(), **more)
+        run.log(step, ("records",), records=len(made), **metrics)
         if (step + 1) % cfg.save_every == 0:
             write_text(part, json.dumps([step + 1, made]))
     if cfg.balance_length:
@@ -501,6 +483,29 @@ def label(cfg):
              if "responses" in made[0] or cfg.select in ("ratings", "steps") else "sft.py")
     run.finish(("score", "response_length"), then=f"python {maker} --data {path}")
     part.unlink(missing_ok=True)
+
+
+def scored_groups(records, policy, score, attributes, cfg, tok, amp, device):
+    """The finished answers to each prompt, sampled or (without a policy) those of the record: a list of (text, score,
+    tokens, ratings) each, no answer twice, and where scores decide no score twice; metrics."""
+    if policy:
+        with amp():
+            roll = generate(policy, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new, cfg.k,
+                            cfg.temperature)
+        sizes = [cfg.k] * len(records)
+    else:
+        roll, sizes = given_responses(records, score, tok, device), [len(r["responses"]) for r in records]
+    repeated = [r for r, k in zip(records, sizes) for _ in range(k)]
+    scores = score(repeated, roll)[0].tolist() if score else [0.0] * len(repeated)
+    ratings = list(zip(*(rate(repeated, roll)[0].tolist() for rate in attributes))) or scores
+    answers = iter(zip(roll.responses(tok), scores, roll.mask.sum(1).tolist(), ratings, roll.finished.tolist()))
+    groups = []
+    for k in sizes:
+        group = unique([answer for *answer, done in itertools.islice(answers, k) if done and answer[0].strip()], 0)
+        scores_decide = not cfg.scale and not cfg.judge and cfg.select in ("rank", "ends", "rso")
+        groups.append(unique(group, 1) if scores_decide else group)
+    return groups, dict(score=mean(scores), response_length=roll.mask.sum(1).mean(),
+                        finished=roll.finished.float().mean())
 
 
 def unique(answers, key):
@@ -858,7 +863,8 @@ def train(cfg):
         raise UserError(f'{cfg.data}: --margin, and no record has a "margin"')
     sizes = {len(item["ratings"]) for item in items} if cfg.loss == "ratings" else {cfg.heads}
     if sizes != {cfg.heads}:
-        raise UserError(f"{cfg.data}: --heads {cfg.heads}, but there are {' or '.join(map(str, sorted(sizes)))} ratings")
+        sizes = " or ".join(map(str, sorted(sizes)))
+        raise UserError(f"{cfg.data}: --heads {cfg.heads}, but there are {sizes} ratings")
     total = math.ceil(cfg.epochs * len(stream.items) / cfg.batch)
     optimizer = Optimizer(model, cfg.lr, total, cfg.optimizer, cfg.muon_lr, cfg.weight_decay, warmup=cfg.warmup,
                           clip=cfg.clip_grad)
