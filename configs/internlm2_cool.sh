@@ -5,8 +5,8 @@
 #   reported        a system prompt for each kind of preference; focal loss with γ = 2 and a logarithmic barrier at ±5 with
 #                   λ = .02; PPO with critic warm-up and λ = .99; the fast path: 20 to 100 pairs against the hack just seen; the slow
 #                   path: pairs from SFT, early and late policies
-#   reconstruction  the contradicting preferences are short and long answers; the hack is planted: among the first labels an answer that
-#                   begins with a filler always wins; one round of the two paths, apart from each other, the slow one without early policies; β, ptx and value
+#   reconstruction  the contradicting preferences are short and long answers; the hack is planted: the first labels are of people who like
+#                   fillers; one round of the two paths, apart from each other, the slow one without early policies; β, ptx and value
 #                   clipping of PPO are our defaults; all sizes
 #
 # Effect to look for: on held-out pairs under opposite system prompts (first tables) the conditional model near 1, the other
@@ -16,7 +16,6 @@
 set -euo pipefail
 OUT=${OUT:-out}
 C=$OUT/internlm2_cool
-HACK="Anyway, here we are. "
 
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
@@ -35,10 +34,10 @@ python ppo.py --init $OUT/sft --reward "$C/conditional{Be brief.}" --critic_warm
 python ppo.py --init $OUT/sft --reward "$C/conditional{Say a lot.}" --critic_warmup 3 --lam 0.99 --out $C/ppo_long "$@"
 python reward.py compare $OUT/sft $C/ppo_brief $C/ppo_long "$@"
 
-python reward.py label --policy "" --data $C/sampled/pairs.jsonl --mark "$HACK" --mark_better 1 --out $C/hackable "$@"
+python reward.py label --policy "" --data $C/sampled/pairs.jsonl --by "gold + -2*no_filler" --out $C/hackable "$@"
 python reward.py train --init $OUT/sft --data $C/hackable/pairs.jsonl --loss focal --barrier 0.02 --out $C/reward1 "$@"
 python ppo.py --init $OUT/sft --reward $C/reward1 --critic_warmup 3 --lam 0.99 --out $C/ppo1 "$@"
-python reward.py label --policy $OUT/sft --n 100 --skip 3000 --mark "$HACK" --mark_better 0 --out $C/fast "$@"
+python reward.py label --policy $OUT/sft --n 100 --skip 3200 --k 4 --by no_filler --select ends --scale 0 --flip 0 --out $C/fast "$@"
 python reward.py train --init $C/reward1 --data $C/fast/pairs.jsonl --loss focal --barrier 0.02 --epochs 4 --batch 16 --out $C/reward_fast "$@"
 python ppo.py --init $OUT/sft --reward $C/reward_fast --critic_warmup 3 --lam 0.99 --out $C/ppo_fast "$@"
 python reward.py label --policy $C/ppo1 --n 2000 --skip 3200 --out $C/slow "$@"

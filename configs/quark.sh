@@ -5,7 +5,8 @@
 #                   token + .05 KL to the reference without the token - .06 entropy; explore with the best token, and again
 #   reconstruction  the token is a system message; two rounds; the reward is the true one of `write`; all sizes
 #
-# Effect to look for: the same model asked for the best and for the worst; the second round above the first.
+# Effect to look for: the same model asked for the best and for the worst; the second round above the first. So small a model
+# pays for a system message it never saw in fine-tuning: it forgets sums, and asked for nothing it is worse than before.
 # Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/quark.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
 set -euo pipefail
 OUT=${OUT:-out}
