@@ -958,7 +958,7 @@ def overoptimize(cfg, folders):
         c["fits"] = {}
         for form, fitted in (("d (α - β d)", fit_best_of_n), ("d (α - β log d)", fit_rl)) if len(seen) > 2 else ():
             f = c["fits"][form] = fitted(*zip(*seen))
-            peak = f", peak at d {f['peak']:.2f}" if f["peak"] else ", no peak"
+            peak = f", peak at d {f['peak']:.2f}" if f["peak"] and f["peak"] < 3 * max(c["d"]) else ", no peak in sight"
             print(f"  {form:<16} α {f['alpha']:.3f}, β {f['beta']:.3f}, R² {f['r2']:.3f}{peak}")
     write_text(run.folder / "curves.json", json.dumps(curves, indent=1))
     draw(curves, run.folder / "curves.png")
