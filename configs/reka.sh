@@ -4,7 +4,7 @@
 #   reported        SFT, then several rounds of RLHF with PPO
 #   reconstruction  two rounds; the second reward model learns from the first policy's samples and the old ones; all sizes
 #
-# Effect to look for: the second round above the first.
+# Effect to look for: the second round against the first (here it moves on, and gains nothing).
 # Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/reka.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
 set -euo pipefail
 OUT=${OUT:-out}

@@ -6,7 +6,8 @@
 #   reconstruction  prompts come from the toy, not from the model; the toy's rubric; the rating is its expectation under the model, what a mean of many would be; DPO with an NLL
 #                   term, and all sizes
 #
-# Effect to look for: `write` rises from M1 to M3; the tables of accuracy say what becomes of the model's own judgement.
+# Effect to look for: `write` rises from M1 to M2 (here not again to M3); the table of accuracy says what becomes of the model's
+# own judgement.
 # Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/self_rewarding.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
 set -euo pipefail
 OUT=${OUT:-out}
