@@ -822,7 +822,7 @@ def evaluate(model, items, cfg, tok, amp):
                 item.get("scores") or [0.0] * len(item["rows"]), 2)]                     # 0: not known
             signs += ((x.r_w * x.s_w > 0).float() + (x.r_l * x.s_l > 0)).div(2).tolist()
     every, targets = torch.cat(every), torch.tensor(targets)
-    out = dict(val_loss=mean(losses), val_mean=float(every[:, 0].mean()))
+    out = dict(val_loss=mean(losses), val_mean=mean(every[:, 0].tolist()))
     if cfg.loss == "ratings":
         targets = targets.view(len(items), -1).to(every)
         left = (every - targets).square().mean(0) / targets.var(0, correction=0).clamp(min=1e-8)
