@@ -344,13 +344,12 @@ def rank(responses, scores):
     return parts
 
 
-def pairs(record):
-    """The two-response records of a ranking, in its order: A > C > B gives A > C, A > B and C > B."""
-    if len(record["responses"]) == 2:
-        return [record]
-    lists = [key for key in ("responses", "scores", "win") if key in record]
+def pairs(record, which="all"):
+    """The two-response records of a ranking, in its order: A > C > B gives A > C, A > B and C > B; with which="ends"
+    only A > B, the best against the worst."""
+    n, lists = len(record["responses"]), [key for key in ("responses", "scores", "win") if key in record]
     return [record | {key: [record[key][i] for i in two] for key in lists}
-            for two in itertools.combinations(range(len(record["responses"])), 2)]
+            for two in ([(0, n - 1)] if which == "ends" else itertools.combinations(range(n), 2))]
 
 
 def _record(rows, want, dropped):
@@ -874,6 +873,11 @@ def gold(task: dict, response: str, finished: bool = True) -> float:
     return round(float(WORLD[task["family"]].gold(task, response, finished)), 3)
 
 
+def truth(records, texts, finished):
+    """The true scores of answers to prompts of the toy world, no others: to watch, never to train on."""
+    return [gold(*judged) for judged in zip(records, texts, finished.tolist()) if "family" in judged[0]]
+
+
 def toy_document(rng: random.Random) -> dict:
     """One pretraining document on training tasks: mostly a conversation, a quarter of the time plain text.
     As on the web, some answers (one in twenty) belong to another question; sums come worked out, as in a textbook, so
@@ -1130,6 +1134,11 @@ def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record
     return Stream(items=train, seed=seed), held or train[:1] * bool(n_held)  # one record alone is its own judge
 
 
+def fits(tok, block_size, max_new):
+    """Prepare prompts for open_stream: the record, if its prompt leaves room for a response of max_new tokens."""
+    return lambda record: [record] if len(tok.prompt(record["prompt"])) + max_new <= block_size else []
+
+
 def encode(record, tok, block_size, loss_on="assistant", prompt_weight=0.0):
     """A record -> rows [(ids, target), ...]; target is the weight of each token in a loss.
 
@@ -1151,6 +1160,57 @@ def encode(record, tok, block_size, loss_on="assistant", prompt_weight=0.0):
     # The first token of a row has nothing to be predicted from.
     rows = [(ids[i:i + block_size], [0] + target[i + 1:i + block_size]) for i in range(0, len(ids), block_size)]
     return [row for row in rows if any(row[1])]
+
+
+# An item of preferences is a pair (its rows good first, bad last) or a single response. rows: [(ids, target)], up: which
+# of them are good; and what the data says of how good.
+
+def make_item(record, rows, up):
+    """An item: gap, the difference in scores, else a margin; p, P(w ≻ l), σ(gap) (Bradley-Terry at scale 1) without a
+    `prob`; p_w and p_l, how often each wins; r, a score of each row, else its label. What is not known is None."""
+    scores = record.get("scores")
+    gap = scores[0] - scores[-1] if scores and len(rows) > 1 else record.get("margin")
+    p = record.get("prob", None if gap is None else 1 / (1 + math.exp(min(-gap, 700))))
+    win = record.get("win") or [p, None if p is None else 1 - p]
+    return dict(record=record, rows=rows, up=up, gap=gap, p=p, p_w=win[0], p_l=win[-1],
+                r=scores or [float(u) for u in up])
+
+
+def singles(item):
+    """A pair as a thumb up and a thumb down."""
+    return [item | dict(rows=[row], up=[up], r=[r]) for row, up, r in zip(item["rows"], item["up"], item["r"])]
+
+
+def preference_items(record, tok, block_size, unit="pair", which="all", one=False):
+    """The items of one record: for the unit `pair` the pairs of its ranking (all, or the ends), one: a single item of
+    all, only the last of them bad; for another unit single responses, of a ranking its ends, since an answer in the
+    middle would be both up and down."""
+    if "response" in record:
+        return [make_item(record, encode(record, tok, block_size), [record["label"]])]
+    if one:
+        return [make_item(record, encode(record, tok, block_size), [True] * (len(record["responses"]) - 1) + [False])]
+    made = [make_item(part, encode(part, tok, block_size), [True, False])
+            for part in pairs(record, which if unit == "pair" else "ends")]
+    return made if unit == "pair" else [single for item in made for single in singles(item)]
+
+
+def add_mismatched(items, block_size):
+    """Give every single response as `other` its prompt with the response to another prompt (KTO)."""
+    split = [(ids[:n], ids[n:]) for (ids, _), n in ((i["rows"][0], i["rows"][0][1].index(1)) for i in items)]
+    for i, (item, (prompt, _)) in enumerate(zip(items, split)):
+        later = (split[j % len(items)] for j in range(i + 1, i + len(items)))
+        said = next((said for asked, said in later if asked != prompt), None)
+        if said is None:
+            raise UserError("--loss kto: all responses are to one prompt, and it needs one to another prompt")
+        prompt = prompt[-(block_size - len(said)):]
+        item["other"] = (prompt + said, [0] * len(prompt) + [1] * len(said))
+
+
+def item_batches(items, budget):
+    """Micro-batches of items; all rows of one are in the same, and rows of like length together."""
+    most = max(len(item["rows"]) for item in items)
+    for part in micro_batches([max(len(ids) for ids, _ in item["rows"]) for item in items], budget // most):
+        yield [items[i] for i in part]
 
 
 def round_up(n, multiple=16):
@@ -1456,9 +1516,10 @@ class Run:
             raise UserError(f"{self.folder}/metrics.jsonl: {e.strerror}; the last checkpoint is intact") from None
         self.bar.set_postfix({k: f"{metrics[k]:.3g}" for k in show if metrics.get(k) is not None}, refresh=False)
 
-    def samples(self, step, blocks):
-        """A few samples as text a person can read, one file a step."""
-        write_text(self.folder / "samples" / f"{step:06d}.txt", "\n\n".join(blocks) + "\n")
+    def samples(self, step, records, texts):
+        """A few prompts and answers as text a person can read, one file a step."""
+        blocks = [f"{record['prompt'][-1]['content']}\n→ {text}\n" for record, text in zip(records[:8], texts)]
+        write_text(self.folder / "samples" / f"{step:06d}.txt", "\n".join(blocks))
 
     def finish(self, show, then=""):
         """Print the key curves and the command to try next, and mark the run as finished."""

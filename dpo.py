@@ -26,13 +26,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from data import (OptionError, Run, Tokenizer, TrainConfig, UserError, check, collate, encode, gold, guard, mean,
-                  micro_batches, open_stream, pairs, parse)
-from model import (Optimizer, Reward, full, generate, load_model, per_token, reference, setup, steps, token_logprobs,
-                   token_scores)
+from data import (OptionError, Run, Tokenizer, TrainConfig, UserError, add_mismatched, check, collate, fits, guard,
+                  item_batches, make_item, mean, open_stream, parse, preference_items, singles, truth)
+from model import (Optimizer, Reward, at_positions, full, generate, load_model, log_ratios, reference, setup, steps,
+                   token_logprobs, token_scores)
 
 
 @dataclass
@@ -142,8 +141,13 @@ LOSSES = {
     # forget the bad; unlike gradient ascent it stops when they are gone                     NPO 2404.05868 eq. 3
     "npo": ("bad", lambda x, h: -2 / h.beta * logsig(-h.beta * x.b)),
 }
-NEEDS = dict(rpo_squared="gap", rpo_backward="gap", rpo_forward="gap", dno="p", sppo="p_w")  # of the records
+NEEDS = dict(rpo_squared=["gap"], rpo_backward=["gap"], rpo_forward=["gap"], dno=["p"], sppo=["p_w", "p_l"])
 NO_MARGIN = ("d2o", "sppo", "sppo_hard", "apo_zero")  # a and b do not meet in a difference
+
+
+def needs(cfg):
+    """What of x comes from the records."""
+    return NEEDS.get(cfg.loss, []) + (["gap"] if cfg.margin else [])
 
 
 def bernoulli_kl(s, t):
@@ -160,72 +164,22 @@ def response_logps(logp, mask, skip=None, mean=False):
 
 def sequence_kl(policy, ref, as_ref, tokens, mask, chunk=None):
     """TDPO's D = Σ_t KL(π_ref || π) over the response positions, whole vocabulary: (B, T), (B, T-1) -> (B,). The
-    gradient goes through π; chunks of positions are recomputed in the backward pass, so no (B, T, V) is kept."""
+    gradient goes through π."""
     def head(hidden, ref_hidden):
-        logp, ref_logp = (full(m.logits(h)).log_softmax(-1) for m, h in ((policy, hidden), (ref, ref_hidden)))
-        return (ref_logp.exp() * (ref_logp - logp)).sum(-1)                              # (N,)
-    where, chunk = mask.bool(), chunk or max(64, 2 ** 24 // policy.config.vocab_size)
-    hidden = policy(tokens[:, :-1])[where]                                               # (N, C)
+        logp = full(policy.logits(hidden)).log_softmax(-1)                               # (N, V)
+        with torch.no_grad():
+            ref_logp = full(ref.logits(ref_hidden)).log_softmax(-1)                      # (N, V)
+        return ((ref_logp.exp() * (ref_logp - logp)).sum(-1),)                           # (N,)
+    where = mask.bool()
     with torch.no_grad(), as_ref():
-        ref_hidden = ref(tokens[:, :-1])[where]
-    kl = torch.cat([recompute(head, h, r, use_reentrant=False)
-                    for h, r in zip(hidden.split(chunk), ref_hidden.split(chunk))])
-    return torch.zeros(mask.shape, device=mask.device, dtype=kl.dtype).masked_scatter(where, kl).sum(1)
+        ref_hidden = ref(tokens[:, :-1])[where]                                          # (N, C)
+    return at_positions(head, where, policy(tokens[:, :-1])[where], ref_hidden,
+                        chunk=chunk or max(64, 2 ** 24 // policy.config.vocab_size))[0].sum(1)
 
 
-# ---------------------------------------------------------------- rows
-# An item is a pair (its rows good first, bad last; d2o: several good ones) or a single response. rows: [(ids, target)];
-# up: which are good; ref: log π_ref of each row, once known; other: KTO's mismatched row.
-
-def make_item(record, rows, up):
-    """An item, with what the data says of how good each row is: scores, else a margin, a label. Without `prob` or
-    `win` of its own, P(w ≻ l) is σ(gap): Bradley-Terry at scale 1."""
-    scores = record.get("scores")
-    gap = scores[0] - scores[-1] if scores and len(rows) > 1 else record.get("margin")
-    p = record.get("prob", None if gap is None else 1 / (1 + math.exp(min(-gap, 700))))
-    win = record.get("win") or [p, None if p is None else 1 - p]
-    return dict(record=record, rows=rows, up=up, gap=gap, p=p, p_w=win[0], p_l=win[-1],
-                r=scores or [float(u) for u in up])
-
-
-def items_of(record, tok, block, cfg):
-    """The items of one record of a file: the pairs of a ranking, or single responses."""
-    if "response" in record:
-        return [make_item(record, encode(record, tok, block), [record["label"]])]
-    if cfg.loss == "d2o":
-        return [make_item(record, encode(record, tok, block), [True] * (len(record["responses"]) - 1) + [False])]
-    ends = record | {k: [record[k][0], record[k][-1]] for k in ("responses", "scores", "win") if k in record}
-    paired = LOSSES[cfg.loss][0] == "pair"  # of thumbs, an answer in the middle would be both up and down
-    made = [make_item(part, encode(part, tok, block), [True, False])
-            for part in (pairs(record) if paired and cfg.pairs == "all" else [ends])]
-    return made if paired else [single for item in made for single in singles(item)]
-
-
-def singles(item):
-    """A pair as a thumb up and a thumb down."""
-    return [item | dict(rows=[row], up=[up], r=[r]) for row, up, r in zip(item["rows"], item["up"], item["r"])]
-
-
-def add_mismatched(items, block):
-    """KTO: give every item its prompt with the response to another prompt, whose mean log-ratio estimates the KL."""
-    def split(ids, target):
-        return ids[:target.index(1)], ids[target.index(1):]
-    asked, said = zip(*(split(*item["rows"][0]) for item in items))
-    for i, item in enumerate(items):
-        prompt, later = asked[i], (j % len(items) for j in range(i + 1, i + len(items)))
-        other = next((said[j] for j in later if asked[j] != prompt), None)
-        if other is None:
-            raise UserError("--loss kto: all responses are to one prompt, and it needs one to another prompt")
-        prompt = prompt[-(block - len(other)):]
-        item["other"] = (prompt + other, [0] * len(prompt) + [1] * len(other))
-
-
-def split_up(items, budget):
-    """Micro-batches of items; all rows of one are in the same, and rows of like length together."""
-    most = max(len(item["rows"]) for item in items)
-    for part in micro_batches([max(len(ids) for ids, _ in item["rows"]) for item in items], budget // most):
-        yield [items[i] for i in part]
-
+# ---------------------------------------------------------------- rows of policy and reference
+# An item (data.preference_items) is a pair or a single response. Here it gets ref, log π_ref of each of its rows, and
+# for KTO other, a mismatched row, with other_ref.
 
 def sample_items(policy, records, reward, cfg, tok, amp):
     """Online: of cfg.k samples to each prompt the best against the worst; none where all are equally good -> items,
@@ -233,15 +187,13 @@ def sample_items(policy, records, reward, cfg, tok, amp):
     with amp():
         roll = generate(policy, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new, cfg.k, cfg.temperature)
     scores = reward([r for r in records for _ in range(cfg.k)], roll)[0] - cfg.missing_end * ~roll.finished
-    scores, items = scores.view(-1, cfg.k), []
-    rows = [(ids[:n], [0] * p + [1] * (n - p))
-            for ids, n, p in zip(roll.tokens.tolist(), roll.lengths, roll.prompt_len)]
+    scores, rows, items = scores.view(-1, cfg.k), roll.rows(), []
     for i, (record, group) in enumerate(zip(records, scores)):
-        two = [int(group.argmax()), int(group.argmin())]
-        if group[two[0]] > group[two[1]]:
+        best, worst = int(group.argmax()), int(group.argmin())
+        if group[best] > group[worst]:
             beats = (torch.sigmoid(group[:, None] - group).sum(1) - .5) / (cfg.k - 1)    # (k,) win rates
-            item = make_item(record | dict(scores=group[two].tolist(), win=beats[two].tolist()),
-                             [rows[i * cfg.k + j] for j in two], [True, False])
+            told = {key: [float(x[best]), float(x[worst])] for key, x in (("scores", group), ("win", beats))}
+            item = make_item(record | told, [rows[i * cfg.k + j] for j in (best, worst)], [True, False])
             items += [item] if LOSSES[cfg.loss][0] == "pair" else singles(item)
     if cfg.loss == "kto":
         if len({str(item["record"]["prompt"]) for item in items}) < 2:
@@ -249,8 +201,6 @@ def sample_items(policy, records, reward, cfg, tok, amp):
         add_mismatched(items, policy.config.block_size)
     return items, scores
 
-
-# ---------------------------------------------------------------- policy and reference on rows
 
 def row_logps(model, rows, cfg, tok, amp):
     """What the preference term takes of each row (R,), log π of all its response tokens (R,), tokens, mask."""
@@ -263,10 +213,13 @@ def row_logps(model, rows, cfg, tok, amp):
 
 @torch.no_grad()
 def add_reference(items, frozen, cfg, tok, amp, bar=False):
-    """Give every item log π_ref of its rows, and of the mismatched row."""
+    """Give the items that lack it log π_ref of their rows, and of the mismatched row."""
+    items = [item for item in items if "ref" not in item]
+    if not items:
+        return
     ref, as_ref = frozen
     with as_ref(), tqdm(total=len(items), desc="reference", disable=not bar, leave=False) as progress:
-        for part in split_up(items, cfg.micro_tokens):
+        for part in item_batches(items, cfg.micro_tokens):
             logps = row_logps(ref, [row for item in part for row in item["rows"]], cfg, tok, amp)[0]
             for item, s in zip(part, logps.split([len(item["rows"]) for item in part])):
                 item["ref"] = s
@@ -280,7 +233,7 @@ def add_reference(items, frozen, cfg, tok, amp, bar=False):
 def reference_point(policy, items, cfg, tok, amp):
     """KTO's z = max(0, mean log-ratio of mismatched responses), an estimate of KL(π || π_ref) (2402.01306, sec. 4)."""
     gaps = [row_logps(policy, [item["other"] for item in part], cfg, tok, amp)[0]
-            - torch.stack([item["other_ref"] for item in part]) for part in split_up(items, cfg.micro_tokens)]
+            - torch.stack([item["other_ref"] for item in part]) for part in item_batches(items, cfg.micro_tokens)]
     return torch.cat(gaps).mean().clamp(min=0)
 
 
@@ -293,13 +246,10 @@ def measure(policy, items, frozen, critic, cfg, tok, amp):
     x = SimpleNamespace(a=ratio[up], b=ratio[~up], lw=whole[up], ll=whole[~up], n_w=mask.sum(1)[up])
     if cfg.loss == "d2o":
         x.a = torch.stack([part.mean() for part in x.a.split([len(item["rows"]) - 1 for item in items])])
+    for key in needs(cfg):
+        setattr(x, key, given([item[key] for item in items]))                            # (P,)
     if LOSSES[cfg.loss][0] == "pair":
-        x.d = x.a - x.b
-        known = {k: given([item[k] for item in items]) for k in ("gap", "p", "p_w", "p_l")
-                 if None not in [item[k] for item in items]}
-        x = SimpleNamespace(**vars(x), **known)
-        if cfg.margin:
-            x.d = x.d - cfg.margin / cfg.beta * x.gap
+        x.d = x.a - x.b - (cfg.margin / cfg.beta * x.gap if cfg.margin else 0)
     if cfg.loss.startswith("tdpo"):
         with amp():
             kl = sequence_kl(policy, *frozen, tokens, mask)                              # (R,)
@@ -315,12 +265,13 @@ def measure(policy, items, frozen, critic, cfg, tok, amp):
 def batch_loss(policy, items, frozen, critic, cfg, tok, amp):
     """Loss and metrics of a batch, micro-batch by micro-batch; in training the gradient is added up on the way."""
     unit, loss_of = LOSSES[cfg.loss]
+    add_reference(items, frozen, cfg, tok, amp)
     z = reference_point(policy, items, cfg, tok, amp) if cfg.loss == "kto" else None
     n = max(1, sum(not item["up"][0] for item in items)) if unit == "bad" else len(items)
     n_good = sum(u for item in items for u in item["up"])
     n_w = sum(sum(target) for item in items for (_, target), u in zip(item["rows"], item["up"]) if u)
     loss, xs = 0.0, []
-    for part in split_up(items, cfg.micro_tokens):
+    for part in item_batches(items, cfg.micro_tokens):
         x = measure(policy, part, frozen, critic, cfg, tok, amp)
         x.z = z
         term = loss_of(x, cfg).sum() / n
@@ -340,24 +291,6 @@ def batch_loss(policy, items, frozen, critic, cfg, tok, amp):
     if unit == "pair":
         out["rewards/accuracy"] = of(0.5 + 0.5 * (a - b).sign())
     return out
-
-
-@torch.no_grad()
-def evaluate(policy, prompts, frozen, cfg, tok, amp):
-    """Samples to held-out prompts: KL(π || π_ref), length, true score in the toy world -> metrics, texts."""
-    torch.manual_seed(cfg.seed)
-    ref, as_ref = frozen
-    with amp():
-        roll = generate(policy, [tok.prompt(r["prompt"]) for r in prompts], tok, cfg.max_new,
-                        temperature=cfg.temperature)
-        logps = lambda model: per_token(roll, cfg.micro_tokens, lambda tokens, mask: token_logprobs(
-            model, tokens, mask, cfg.temperature))[0]                                    # (B, T-1)
-        kl = logps(policy)
-        with as_ref():
-            kl = (kl - logps(ref)).sum(1).mean()
-    texts = roll.responses(tok)
-    scores = [gold(*j) for j in zip(prompts, texts, roll.finished.tolist()) if "family" in j[0]]
-    return dict(kl=kl, response_length=roll.mask.sum(1).mean(), gold=mean(scores)), texts
 
 
 # ---------------------------------------------------------------- the loop
@@ -393,24 +326,22 @@ def train(cfg):
     policy = load_model(cfg.init, tok, device, n_scores=0, maker="python sft.py")
     policy.prepare(cfg)
     frozen, block = reference(policy), policy.config.block_size
+    fit = fits(tok, block, cfg.max_new)
 
     # Where rows come from: the policy itself, or a file whose reference log-probs are computed once.
-    def fits(record):
-        """The record, if its prompt leaves room for a whole response."""
-        return [record] if len(tok.prompt(record["prompt"])) + cfg.max_new <= block else []
     if cfg.online:
         reward = Reward(cfg.reward, tok, device, amp, cfg.micro_tokens)
-        stream, prompts = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64, prepare=fits)
+        stream, prompts = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64, prepare=fit)
         total, held = cfg.steps, []
     else:
         stream, held = open_stream(cfg.data, "preference" if LOSSES[cfg.loss][0] == "pair" else "thumbs", cfg.seed,
-                                   n_held=256, prepare=lambda record: items_of(record, tok, block, cfg))
-        needed = {NEEDS.get(cfg.loss), "gap" if cfg.margin else None} - {None}
-        if any(item[k] is None for item in stream.items + held for k in needed):
+                                   n_held=256, prepare=lambda record: preference_items(
+                                       record, tok, block, LOSSES[cfg.loss][0], cfg.pairs, cfg.loss == "d2o"))
+        if any(item[key] is None for item in stream.items + held for key in needs(cfg)):
             raise UserError(f"{cfg.data}: --loss {cfg.loss} needs to know how much better a response is, and some "
                             "records have neither scores nor a margin")
         total = cfg.steps or math.ceil(cfg.epochs * len(stream.items) / cfg.batch)
-        prompts = list({str(p["prompt"]): p for item in held for p in fits(item["record"])}.values())[:64]
+        prompts = list({str(p["prompt"]): p for item in held for p in fit(item["record"])}.values())[:64]
         if cfg.loss == "kto":
             add_mismatched(stream.items + held, block)
         if not cfg.ref_every:
@@ -421,46 +352,47 @@ def train(cfg):
     shared = dict(weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
     modules, optimizers = dict(model=policy), dict(optimizer=Optimizer(
         policy, cfg.lr, total, cfg.optimizer, cfg.muon_lr, **shared))
+    critic = None
     if cfg.merge_base:
         base = load_model(cfg.merge_base, tok, device, n_scores=0, maker="python sft.py --loss_on all --init new")
-        if base.config != policy.config:
-            raise UserError(f"--merge_base {cfg.merge_base}: of another architecture than {cfg.init}")
-        optimizers["optimizer"].merge = ([p.detach() - q.detach() for p, q in zip(
-            policy.parameters(), base.parameters())], cfg.merge, cfg.merge_alpha, cfg.merge_keep)
+        optimizers["optimizer"].merge_in(policy, base, cfg.merge, cfg.merge_alpha, cfg.merge_keep)
     if cfg.ref_every:
         modules["ref"] = frozen[0]
-    critic = None
     if cfg.loss == "dro":
         critic = modules["critic"] = load_model(cfg.init, tok, device, n_scores=1)
         optimizers["critic_opt"] = Optimizer(critic, cfg.critic_lr, total, **shared)
 
     for step in steps(run, total, modules, optimizers, {}, cfg.save_every):
-        more = {}
         if cfg.ref_every and step and step % cfg.ref_every == 0:
             frozen[0].load_state_dict(policy.state_dict())
+            for item in (stream.items or []) + held:
+                item.pop("ref", None)
         if cfg.online:
             items, scores = sample_items(policy, stream.batch(step, cfg.batch), reward, cfg, tok, amp)
-            more |= dict(reward=scores.mean(), items=len(items))
+            metrics = dict(reward=scores.mean(), items=len(items))
         else:
-            items = stream.batch(step, cfg.batch)
+            items, metrics = stream.batch(step, cfg.batch), {}
         if items:
-            if cfg.online or cfg.ref_every:
-                add_reference(items, frozen, cfg, tok, amp)
-            more |= batch_loss(policy, items, frozen, critic, cfg, tok, amp)
+            metrics |= batch_loss(policy, items, frozen, critic, cfg, tok, amp)
             for optimizer in reversed(optimizers.values()):  # the policy's numbers last
-                more["grad_norm"], more["lr"] = optimizer.step(step)
+                metrics["grad_norm"], metrics["lr"] = optimizer.step(step)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == total:
-            if held:
-                if cfg.ref_every:
-                    add_reference(held, frozen, cfg, tok, amp)
-                with torch.no_grad():
-                    more |= {f"val_{k}": v for k, v in batch_loss(policy, held, frozen, critic, cfg, tok, amp).items()}
-            if prompts:  # the reference comes back for a moment where it has left
-                old = frozen or (load_model(cfg.init, tok, device), contextlib.nullcontext)
-                metrics, texts = evaluate(policy, prompts, old, cfg, tok, amp)
-                more |= metrics
-                run.samples(step + 1, [f"{r['prompt'][-1]['content']}\n→ {t}" for r, t in zip(prompts[:8], texts)])
-        run.log(step, ("loss", "rewards/margin", "gold"), **more)
+            with torch.no_grad():
+                if held:
+                    val = batch_loss(policy, held, frozen, critic, cfg, tok, amp)
+                    metrics |= {f"val_{key}": value for key, value in val.items()}
+                if prompts:  # the reference comes back for a moment where it has left
+                    old = frozen or (load_model(cfg.init, tok, device), contextlib.nullcontext)
+                    torch.manual_seed(cfg.seed)
+                    with amp():
+                        roll = generate(policy, [tok.prompt(r["prompt"]) for r in prompts], tok, cfg.max_new,
+                                        temperature=cfg.temperature)
+                        kl = log_ratios(roll, policy, old, cfg.micro_tokens, cfg.temperature).sum(1)  # (B,)
+                    texts = roll.responses(tok)
+                    run.samples(step + 1, prompts, texts)
+                    metrics |= dict(kl=kl.mean(), response_length=roll.mask.sum(1).mean(),
+                                    gold=mean(truth(prompts, texts, roll.finished)))
+        run.log(step, ("loss", "rewards/margin", "gold"), **metrics)
     run.finish(("loss", "rewards/accuracy", "rewards/margin", "logps/chosen", "logps/rejected", "gold", "kl"),
                then=f"python reward.py compare {cfg.init} {cfg.out}")
 

@@ -29,7 +29,8 @@ from typing import Literal
 
 import torch
 
-from data import (OptionError, Run, Tokenizer, TrainConfig, check, gold, guard, mean, open_stream, parse, verifier)
+from data import (OptionError, Run, Tokenizer, TrainConfig, check, fits, guard, mean, open_stream, parse, truth,
+                  verifier)
 from model import (Optimizer, Reward, Rollout, generate, load_model, per_token, reference, setup, slices, steps,
                    token_logprobs)
 
@@ -256,11 +257,8 @@ def train(cfg):
     reward = Reward(cfg.reward, tok, device, amp, cfg.micro_tokens)
     tripwire, judge = (verifier(name, option) if name and name != "score" else None
                        for name, option in ((cfg.tripwire, "tripwire"), (cfg.prefer, "prefer")))
-
-    def fits(record):
-        """The record, if its prompt leaves room for a whole response."""
-        return [record] if len(tok.prompt(record["prompt"])) + cfg.max_new <= policy.config.block_size else []
-    stream, held = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64, prepare=fits)
+    stream, held = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64,
+                               prepare=fits(tok, policy.config.block_size, cfg.max_new))
     pool = (stream.items or stream.batch(0, cfg.pool))[:cfg.pool]
     pool = sorted(pool, key=lambda record: record.get("difficulty", record.get("level", 0)))
     optimizer = Optimizer(policy, cfg.lr, cfg.steps, weight_decay=cfg.weight_decay, warmup=cfg.warmup,
@@ -286,7 +284,7 @@ def train(cfg):
             records, places = choose(step, draw)
             repeated, roll = [r for r in records for _ in range(cfg.group)], sample(records, cfg.group)
             score, parts = reward(repeated, roll)
-            drawn = dict(reward=score.tolist(), gold=truth(repeated, roll, tok))
+            drawn = dict(reward=score.tolist(), gold=truth(repeated, roll.responses(tok), roll.finished))
             drawn |= {f"reward/{name}": part.tolist() for name, part in parts.items()}
             for name, values in drawn.items():
                 seen.setdefault(name, []).extend(values)
@@ -376,9 +374,10 @@ def train(cfg):
         entropy, ratio, clip_frac, approx_kl, kl = (s / count if count else None for s in sums)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             held_roll = sample(held)
-            metrics |= dict(val_reward=reward(held, held_roll)[0].mean(), val_gold=mean(truth(held, held_roll, tok)))
-            run.samples(step + 1, [f"{r['prompt'][-1]['content']}\n→ {text}" for r, text in zip(
-                held[:8], held_roll.responses(tok))])
+            texts = held_roll.responses(tok)
+            metrics |= dict(val_reward=reward(held, held_roll)[0].mean(),
+                            val_gold=mean(truth(held, texts, held_roll.finished)))
+            run.samples(step + 1, held, texts)
         if cfg.kl_coef:
             metrics["kl"] = kl and kl * float(length.mean())
         if cfg.tripwire:
@@ -393,12 +392,6 @@ def train(cfg):
               f"responses of {cfg.init} apart now and then: easier prompts, a larger --group, or more SFT first.")
     run.finish(("reward", "zero_std", "entropy", "response_length", "grad_norm"),
                then=f"python reward.py compare {cfg.init} {cfg.out}")
-
-
-def truth(records, roll, tok):
-    """The true scores, where the records are of the toy world: to watch, never to train on."""
-    judged = zip(records, roll.responses(tok), roll.finished.tolist())
-    return [gold(*j) for j in judged if "family" in j[0]]
 
 
 if __name__ == "__main__":

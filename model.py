@@ -321,18 +321,28 @@ def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, chunk=No
         logz = logits.logsumexp(-1)
         return logp, logz - ((logits - logz[:, None]).exp() * logits).sum(-1)
 
-    where, chunk = mask.bool(), chunk or max(64, 2 ** 24 // model.config.vocab_size)
+    where = mask.bool()
     if see is not None:  # packed rows: data.pack's positions and mask
         pos, see = pos[:, :-1], see[:, :, :-1, :-1]
     hidden, target = model(tokens[:, :-1], pos, see)[where], tokens[:, 1:][where]
-    if len(target) > chunk and torch.is_grad_enabled():
-        parts = [recompute(head, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), target.split(chunk))]
+    out = at_positions(head, where, hidden, target, chunk=chunk or max(64, 2 ** 24 // model.config.vocab_size))
+    return out if entropy else out[0]
+
+
+def at_positions(head, where, *inputs, chunk):
+    """head(*inputs) at chosen positions, 0 elsewhere: where (B, T-1), inputs (N, ...) each -> a tuple of (B, T-1).
+
+    head gives a tuple of (N,). Beyond `chunk` positions it runs on one chunk after the other, and the backward pass
+    recomputes them, so that what it holds on the way, as (N, V) logits, never exists whole.
+    """
+    parts = list(zip(*(x.split(chunk) for x in inputs)))
+    if len(parts) > 1 and torch.is_grad_enabled():
+        parts = [recompute(head, *part, use_reentrant=False) for part in parts]
     else:
-        parts = [head(h, t) for h, t in zip(hidden.split(chunk), target.split(chunk))]
+        parts = [head(*part) for part in parts]
     # masked_scatter rather than multiplication by the mask: what is not a response token cannot leak, NaN included.
-    out = [torch.zeros(mask.shape, device=mask.device, dtype=x[0].dtype).masked_scatter(where, torch.cat(x))
-           for x in zip(*parts)]
-    return tuple(out) if entropy else out[0]
+    return tuple(torch.zeros(where.shape, device=where.device, dtype=x[0].dtype).masked_scatter(where, torch.cat(x))
+                 for x in zip(*parts))
 
 
 def token_scores(model, tokens, mask):
@@ -375,6 +385,11 @@ class Rollout:
         """The B responses as text, without the end token."""
         lengths = (self.mask.sum(1).long() - self.finished.long()).tolist()
         return [tok.decode(row[p:p + n]) for row, p, n in zip(self.tokens.tolist(), self.prompt_len, lengths)]
+
+    def rows(self):
+        """Its rows as data.encode makes them: [(ids, target), ...]."""
+        return [(ids[:n], [0] * p + [1] * (n - p))
+                for ids, n, p in zip(self.tokens.tolist(), self.lengths, self.prompt_len)]
 
     def take(self, rows):
         """Some of its rows."""
@@ -520,6 +535,16 @@ def per_token(roll, budget, fn):
         for whole, part in zip(out, got):
             whole[rows, :part.shape[1]] = part
     return out
+
+
+@torch.no_grad()
+def log_ratios(roll, policy, frozen, budget, temperature=1.0):
+    """log π - log π_ref of a rollout's tokens, without gradient -> (B, T-1); frozen: what `reference` gives."""
+    def logps(model):
+        return per_token(roll, budget, lambda tokens, mask: token_logprobs(model, tokens, mask, temperature))[0]
+    (ref, as_ref), logp = frozen, logps(policy)                                          # (B, T-1)
+    with as_ref():
+        return logp - logps(ref)
 
 
 @torch.no_grad()
@@ -728,6 +753,13 @@ class Optimizer:
                                                  weight_decay=weight_decay * lr / muon_lr))
         for group in self.groups():
             group["base_lr"] = group["lr"]
+
+    def merge_in(self, model, base, kind, alpha, keep):
+        """Become an Online Merging Optimizer: mix what made model of base into each update of its parameters."""
+        if base.config != model.config:
+            raise UserError(f"--merge_base {base.base['folder']}: of another architecture than {model.base['folder']}")
+        tau = [p.detach() - q.detach() for p, q in zip(model.parameters(), base.parameters())]
+        self.merge = tau, kind, alpha, keep
 
     def groups(self):
         return [group for optim in self.optims for group in optim.param_groups]

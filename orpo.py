@@ -24,8 +24,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from data import (OptionError, Run, Tokenizer, TrainConfig, check, collate, encode, gold, guard, mean, micro_batches,
-                  open_stream, pairs, parse)
+from data import (OptionError, Run, Tokenizer, TrainConfig, check, collate, fits, guard, item_batches, mean,
+                  open_stream, parse, preference_items, truth)
 from model import Optimizer, generate, load_model, setup, steps, token_logprobs
 
 
@@ -92,13 +92,6 @@ def log_odds(s):
 
 # ---------------------------------------------------------------- the loop
 
-def items_of(record, tok, block, cfg):
-    """The pairs of one record, each as two rows [(ids, target)], chosen first."""
-    ends = record | {"responses": [record["responses"][0], record["responses"][-1]]}
-    parts = [ends] if cfg.pairs == "ends" else pairs(record)
-    return [dict(record=record, rows=encode(part, tok, block)) for part in parts]
-
-
 def train(cfg):
     """One forward over chosen and rejected, one loss, one step."""
     check(cfg, positive="simpo_beta cpo_beta batch lr epochs max_new eval_every micro_tokens save_every",
@@ -114,9 +107,10 @@ def train(cfg):
     policy.prepare(cfg)
     block = policy.config.block_size
     stream, held = open_stream(cfg.data, "preference", cfg.seed, n_held=256,
-                               prepare=lambda record: items_of(record, tok, block, cfg))
-    prompts = list({str(item["record"]["prompt"]): item["record"] for item in held
-                    if len(tok.prompt(item["record"]["prompt"])) + cfg.max_new <= block}.values())[:64]
+                               prepare=lambda record: preference_items(
+                                   record, tok, block, which=cfg.pairs))
+    fit = fits(tok, block, cfg.max_new)
+    prompts = list({str(p["prompt"]): p for item in held for p in fit(item["record"])}.values())[:64]
     total = cfg.steps or math.ceil(cfg.epochs * len(stream.items) / cfg.batch)
     optimizer = Optimizer(policy, cfg.lr, total, weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
 
@@ -125,9 +119,8 @@ def train(cfg):
         loss, sums = 0.0, torch.zeros(6, device=device)
         weight = lambda ids, target: sum(target) + cfg.prompt_weight * (len(ids) - 1 - sum(target))
         n_nll = sum(weight(*item["rows"][0]) for item in items)
-        for part in micro_batches([max(len(ids) for ids, _ in i["rows"]) for i in items], cfg.micro_tokens // 2):
-            rows = [row for i in part for row in items[i]["rows"]]
-            tokens, mask = collate(rows, tok, device)                                    # (2P, T), (2P, T-1)
+        for part in item_batches(items, cfg.micro_tokens):
+            tokens, mask = collate([row for item in part for row in item["rows"]], tok, device)  # (2P, T), ...
             real = tokens[:, 1:] != tok.pad
             with amp():
                 logp = token_logprobs(policy, tokens, real if cfg.prompt_weight else mask)  # (2P, T-1)
@@ -155,9 +148,9 @@ def train(cfg):
             if prompts:
                 roll = generate(policy, [tok.prompt(r["prompt"]) for r in prompts], tok, cfg.max_new)
                 texts = roll.responses(tok)
-                out |= dict(response_length=float(roll.mask.sum(1).mean()), gold=mean([
-                    gold(*j) for j in zip(prompts, texts, roll.finished.tolist()) if "family" in j[0]]))
-                run.samples(step + 1, [f"{r['prompt'][-1]['content']}\n→ {t}" for r, t in zip(prompts[:8], texts)])
+                out |= dict(response_length=float(roll.mask.sum(1).mean()),
+                            gold=mean(truth(prompts, texts, roll.finished)))
+                run.samples(step + 1, prompts, texts)
         return out
 
     for step in steps(run, total, dict(model=policy), dict(optimizer=optimizer), {}, cfg.save_every):

@@ -25,7 +25,7 @@ from typing import Literal
 
 import torch
 
-from data import Run, Tokenizer, TrainConfig, check, collate, encode, gold, guard, mean, open_stream, parse
+from data import Run, Tokenizer, TrainConfig, check, collate, encode, fits, guard, mean, open_stream, parse, truth
 from model import (Optimizer, Reward, generate, load_model, per_token, reference, setup, slices, steps, token_logprobs,
                    token_scores)
 
@@ -212,11 +212,8 @@ def train(cfg):
     critics = list(modules.values())[1:]  # of the reward, and of the cost if there is one
     block = policy.config.block_size
 
-    def fits(record):
-        """The record, if its prompt leaves room for a whole response."""
-        return [record] if len(tok.prompt(record["prompt"])) + cfg.max_new <= block else []
     stream, held = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=cfg.eval_prompts,
-                               prepare=fits)
+                               prepare=fits(tok, block, cfg.max_new))
     if cfg.ptx_coef:
         documents, _ = open_stream(cfg.ptx_data, "text", cfg.seed, n_held=0,
                                    prepare=lambda doc: encode(doc, tok, block, "all"))
@@ -313,13 +310,14 @@ def train(cfg):
         if cfg.target_kl:
             state["beta"] = adapt(beta, kl_response, cfg.target_kl, len(records), cfg.kl_horizon)
         p_loss, v_loss, clip_frac, approx_kl, ratio = (tally / seen).tolist()
-        val = {}
+        gold, val = truth(records, roll.responses(tok), roll.finished), {}
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             held_roll = sample(held)
-            val = dict(val_reward=reward(held, held_roll)[0].mean(), val_gold=mean(truth(held, held_roll, tok)))
-            run.samples(step + 1, [f"{r['prompt'][-1]['content']}\n→ {text}" for r, text in zip(
-                held[:8], held_roll.responses(tok))])
-        run.log(step, ("reward", "gold", "kl"), reward=raw.mean(), gold=mean(truth(records, roll, tok)), **val,
+            texts = held_roll.responses(tok)
+            val = dict(val_reward=reward(held, held_roll)[0].mean(),
+                       val_gold=mean(truth(held, texts, held_roll.finished)))
+            run.samples(step + 1, held, texts)
+        run.log(step, ("reward", "gold", "kl"), reward=raw.mean(), gold=mean(gold), **val,
                 kl=kl_response, beta=beta, entropy=masked_mean(entropy, mask), response_length=mask.sum(1).mean(),
                 finished=roll.finished.float().mean(), policy_loss=p_loss, value_loss=v_loss, clip_frac=clip_frac,
                 approx_kl=approx_kl, ratio=ratio, explained_variance=explained, grad_norm=grad_norm,
@@ -327,12 +325,6 @@ def train(cfg):
                 **constraint, **{f"reward/{name}": part.mean() for name, part in parts.items()})
     run.finish(("reward", "gold", "kl", "response_length", "entropy"),
                then=f"python reward.py compare {cfg.init} {cfg.out}")
-
-
-def truth(records, roll, tok):
-    """The true scores, where the records are of the toy world: to watch, never to train on."""
-    judged = zip(records, roll.responses(tok), roll.finished.tolist())
-    return [gold(*j) for j in judged if "family" in j[0]]
 
 
 def pretraining_loss(policy, rows, tok):

@@ -21,7 +21,7 @@ import torch
 
 from data import (THINK, OptionError, Run, Tokenizer, TrainConfig, check, collate, encode, guard, micro_batches,
                   open_stream, pack, parse)
-from model import GPT, GPTConfig, Optimizer, full, load_model, setup, steps, token_logprobs
+from model import GPT, GPTConfig, Optimizer, at_positions, full, load_model, setup, steps, token_logprobs
 
 
 @dataclass
@@ -73,10 +73,16 @@ def sft_loss(model, tokens, mask, **layout):
 def kl_and_entropy(model, ref, tokens, mask, plain, plain_mask):
     """Σ KL(π(·|x, system) || π_ref(·|x)) and Σ entropy of π, over what the assistant says: scalars (Quark 2205.13636,
     eq. 4 in the direction of the authors' code). tokens (B, T), mask (B, T-1); plain: these without system turns."""
-    logp = full(model.logits(model(tokens[:, :-1])[mask == 1])).log_softmax(-1)          # (N, V)
+    def head(hidden, ref_hidden):
+        logp = full(model.logits(hidden)).log_softmax(-1)                                # (N, V)
+        with torch.no_grad():
+            ref_logp = full(ref.logits(ref_hidden)).log_softmax(-1)                      # (N, V)
+        return (logp.exp() * (logp - ref_logp)).sum(-1), -(logp.exp() * logp).sum(-1)    # (N,) each
     with torch.no_grad():
-        ref_logp = full(ref.logits(ref(plain[:, :-1])[plain_mask == 1])).log_softmax(-1)  # (N, V)
-    return (logp.exp() * (logp - ref_logp)).sum(), -(logp.exp() * logp).sum()
+        ref_hidden = ref(plain[:, :-1])[plain_mask == 1]                                 # (N, C)
+    kl, entropy = at_positions(head, mask == 1, model(tokens[:, :-1])[mask == 1], ref_hidden,
+                               chunk=max(64, 2 ** 24 // model.config.vocab_size))
+    return kl.sum(), entropy.sum()
 
 
 def rows_of(record, tok, block, cfg):

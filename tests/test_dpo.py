@@ -853,13 +853,14 @@ def test_val_metrics_against_a_slow_loop(files, tiny, tmp_path):
 # ---------------------------------------------------------------- shapes of feedback (C21), options, mistakes
 
 def collect_items(monkeypatch):
-    """What reaches the loss: [(responses as text, good?)] of every item ever batched, by dpo.make_item."""
-    made, real = [], dpo.make_item
+    """What reaches the loss: [(responses as text, good?)] of every item ever made, by make_item."""
+    made, real = [], data.make_item
 
     def wrap(record, rows, up):
         made.append([(TOK.decode(ids[target.index(1):]), bool(u)) for (ids, target), u in zip(rows, up)])
         return real(record, rows, up)
-    monkeypatch.setattr(dpo, "make_item", wrap)
+    for module in (data, dpo):  # of a file, and online
+        monkeypatch.setattr(module, "make_item", wrap)
     return made
 
 

@@ -19,7 +19,7 @@ import torch
 import data
 import model as models
 import orpo
-from data import Tokenizer
+from data import Tokenizer, preference_items
 from model import GPT, GPTConfig, load_model, load_tensors, save_checkpoint
 
 TOK = Tokenizer.load("toy")
@@ -341,7 +341,7 @@ def test_p25_an_overlong_prompt_or_response_is_cut_and_finite(tiny, tmp_path):
 def test_rankings_give_all_pairs_or_the_ends(tiny, tmp_path):
     record = dict(prompt=user("?"), responses=["a", "b", "c", "d"], scores=[3.0, 2, 1, 0])
     for mode, want in (("all", itertools.combinations("abcd", 2)), ("ends", [("a", "d")])):
-        items = orpo.items_of(record, TOK, 64, SimpleNamespace(pairs=mode))
+        items = preference_items(record, TOK, 64, which=mode)
         said = [tuple(TOK.decode([i for i, t in zip(*row) if t and i != TOK.end]) for row in item["rows"])
                 for item in items]
         assert said == list(want)
