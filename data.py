@@ -50,6 +50,8 @@ class OptionError(UserError):
 # ------------------------------------------------------------------------------------------------ tokenizer
 
 SPECIALS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+# The end token comes first behind GPT-2's ranks: there its own vocabulary has <|endoftext|>, which means the same.
+GPT2_SPECIALS = ("<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # The toy's own. A tag is one piece. So is every digit, and it takes no space with it, which goes to the piece before:
 # a model that sees "17" or " 7" as tokens of their own learns arithmetic far worse than one that sees "7" everywhere.
@@ -68,29 +70,31 @@ class Tokenizer:
     """
 
     def __init__(self, name, pattern, ranks):
-        base = len(ranks)
+        base, specials = len(ranks), SPECIALS if name == "toy" else GPT2_SPECIALS
         if sorted(ranks.values()) != list(range(base)) or any(bytes([b]) not in ranks for b in range(256)):
             raise ValueError("a vocabulary needs all 256 bytes, and the ranks 0, 1, 2, ... once each")
         self.enc = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
-                                     special_tokens={s: base + i for i, s in enumerate(SPECIALS)})
-        self.base, self.n_vocab = base, base + len(SPECIALS)
-        self.pad, self.end, system, user, assistant = range(base, base + len(SPECIALS))
-        self.role = dict(system=system, user=user, assistant=assistant)
-        facts = repr((pattern, sorted(ranks.items()), SPECIALS)).encode()
+                                     special_tokens={s: base + i for i, s in enumerate(specials)})
+        self.base, self.n_vocab, self.pattern, self.ranks = base, base + len(specials), pattern, ranks
+        self.special = {s: base + i for i, s in enumerate(specials)}
+        self.pad, self.end = self.special["<|pad|>"], self.special["<|end|>"]
+        self.role = {role: self.special[f"<|{role}|>"] for role in ("system", "user", "assistant")}
+        facts = repr((pattern, sorted(ranks.items()), specials)).encode()
         self.fingerprint = f"{name}-{hashlib.sha256(facts).hexdigest()[:12]}"
 
     @staticmethod
     @functools.cache
     def load(name):
         """`toy`, the name of a tiktoken encoding, a .tiktoken file of ranks, or a folder with GPT-2's encoder.json
-        and vocab.bpe. A file is split by GPT-2's pattern."""
+        and vocab.bpe (vocab.json and merges.txt at Hugging Face). A file is split by GPT-2's pattern."""
         path = Path(name)
         try:
             if name == "toy":
                 return Tokenizer("toy", TOY_PATTERN, toy_ranks())
             if path.is_dir():
                 load = tiktoken.load.data_gym_to_mergeable_bpe_ranks
-                return Tokenizer("gpt2", GPT2_PATTERN, load(str(path / "vocab.bpe"), str(path / "encoder.json")))
+                names = ("merges.txt", "vocab.json") if (path / "merges.txt").exists() else ("vocab.bpe", "encoder.json")
+                return Tokenizer("gpt2", GPT2_PATTERN, load(*(str(path / name) for name in names)))
             if path.is_file():
                 lines = (line.split() for line in path.read_bytes().splitlines() if line)
                 return Tokenizer("gpt2", GPT2_PATTERN, {base64.b64decode(piece): int(rank) for piece, rank in lines})
@@ -130,6 +134,44 @@ class Tokenizer:
         """(ids, target) of plain text for pretraining: everything after the first token is a target."""
         ids = self.response(text)
         return ids, [0] + [1] * (len(ids) - 1)
+
+    def huggingface(self):
+        """The same tokenizer as files for transformers: {name: content}. There, unlike here, text that spells out a
+        special token becomes one."""
+        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]                   # GPT-2 writes a byte as a letter
+        letter = {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(
+            b for b in range(256) if b not in plain)}
+        spell = lambda piece: "".join(letter[b] for b in piece)
+        merges = [[spell(part) for part in split_piece(piece, self.ranks)]
+                  for piece in sorted(self.ranks, key=self.ranks.get) if len(piece) > 1]
+        special = [dict(id=i, content=s, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+                   for s, i in self.special.items()]
+        level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+        split = dict(type="Split", pattern=dict(Regex=self.pattern), behavior="Isolated", invert=False)
+        template = (
+            "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}{% generation %}"
+            "{{ m['content'] + '<|end|>' }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+        return {"tokenizer.json": dict(
+                    version="1.0", truncation=None, padding=None, added_tokens=special, normalizer=None,
+                    pre_tokenizer=dict(type="Sequence", pretokenizers=[split, level]), post_processor=None,
+                    decoder=level,
+                    model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
+                               end_of_word_suffix=None, fuse_unk=False, byte_fallback=False, ignore_merges=True,
+                               vocab={spell(piece): rank for piece, rank in self.ranks.items()}, merges=merges)),
+                "tokenizer_config.json": dict(
+                    tokenizer_class="PreTrainedTokenizerFast", eos_token="<|end|>", pad_token="<|pad|>",
+                    chat_template=template, clean_up_tokenization_spaces=False),
+                "generation_config.json": dict(eos_token_id=self.end, pad_token_id=self.pad)}
+
+
+def split_piece(piece, ranks):
+    """The two parts whose merge made a token: byte pair encoding of it with the ranks before its own."""
+    parts = [piece[i:i + 1] for i in range(len(piece))]
+    while len(parts) > 2:
+        k = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
+        parts[k:k + 2] = [parts[k] + parts[k + 1]]
+    return parts
 
 
 def bpe_ranks(text, pattern, size):

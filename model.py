@@ -7,6 +7,7 @@ which is all a reward model or a value function is. No algorithm lives here, and
     python model.py out/ppo                        talk to a checkpoint
     echo "What is 7 + 8?" | python model.py out/ppo    answer every line of standard input
     python model.py merge out/a out/b --out out/c  average their weights
+    python model.py export out/a --out hf/a        for transformers, TRL, vLLM; import is the way back
 
 One layout for every sequence, in training and in sampling: prompt, response, end token, then padding on the right.
 With causal attention a real token never sees padding on its right, so no attention mask is needed, and position ids
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 from data import (POINTS, RUBRIC, VERIFIERS, OptionError, Tokenizer, UserError, after_thinking, check, collate, encode,
-                  guard, micro_batches, pad, parse, parse_rewards, round_up, verifier, view_prompt)
+                  guard, micro_batches, pad, parse, parse_rewards, round_up, verifier, view_prompt, write_text)
 
 # ------------------------------------------------------------------------------------------------ the model
 
@@ -155,7 +156,7 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd)))
         self.score = nn.Linear(config.n_embd, config.n_scores) if config.n_scores else None
         self.grad_checkpoint = False  # recompute each block in the backward pass: less memory, 4/3 of the time
-        self.base = self.adapter = None  # the folder it was loaded from; its LoRA adapters
+        self.base = self.adapter = self.tokenizer = None  # the folder it is from, its LoRA adapters, whose ids it reads
         self.apply(self._init)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):  # GPT-2: keeps the residual stream's variance at depth 2 n_layer
@@ -830,7 +831,8 @@ def save_tensors(path, tensors, meta):
     The file appears under its name only once it is complete and on the disk, so a crash, a kill or a full disk at
     any moment leaves the previous one as it was. meta (JSON) rides in the header: weights and facts cannot part.
     """
-    path, header, offset = Path(path), {"__metadata__": {"plainalign": json.dumps(meta)}}, 0
+    path, offset = Path(path), 0
+    header = {"__metadata__": {"format": "pt", "plainalign": json.dumps(meta)}}  # transformers asks for the format
     for name, t in tensors.items():
         size = t.numel() * t.element_size()
         header[name] = dict(dtype=NAMES[t.dtype], shape=list(t.shape), data_offsets=[offset, offset + size])
@@ -914,16 +916,21 @@ def compare_shapes(got, want, path):
 
 
 def load_model(folder, tok=None, device="cpu", n_scores=None, maker=""):
-    """The model of a run folder, in eval mode. A tokenizer other than the one it was trained with is an error.
+    """The model of a run folder, or of a folder with a GPT-2 of Hugging Face's, in eval mode. A tokenizer other than
+    the one it was trained with is an error.
 
     n_scores: make it a reward or value model of that many scores; the head is kept where the checkpoint has it and
     starts at zero where it has not. 0 asks for a language model and refuses any other; None takes what is there.
     maker: the command that makes this checkpoint, for the error message.
     """
     path = Path(folder) / "checkpoint.safetensors"
-    if not path.exists():
+    if not path.exists() and (foreign := Path(folder) / "config.json").exists() and "model_type" in read_json(foreign):
+        paths, tensors, meta = read_gpt2(folder, tok)
+        path = paths[0]
+    elif path.exists():
+        paths, (tensors, meta) = [path], load_tensors(path)
+    else:
         raise UserError(f"{folder}: no checkpoint there" + (f"; make it with: {maker}" if maker else ""))
-    tensors, meta = load_tensors(path)
     if tok is not None and meta.get("tokenizer") != tok.fingerprint:
         raise UserError(f"{folder} was trained with another tokenizer ({meta.get('tokenizer')}, not {tok.fingerprint})")
     try:
@@ -949,7 +956,7 @@ def load_model(folder, tok=None, device="cpu", n_scores=None, maker=""):
         tensors |= {f"model/score.{k}": t for k, t in GPT(config).score.state_dict().items()}
     model = GPT(config)
     fill(model, tensors, "model", path)
-    model.base = dict(folder=str(folder), crc32=zlib.crc32(path.read_bytes()))
+    model.base, model.tokenizer = dict(folder=str(folder), crc32=crc32_of(paths)), meta.get("tokenizer")
     return model.to(device).eval()
 
 
@@ -995,6 +1002,165 @@ def steps(run, total, modules, optimizers, state, save_every):
                             dict(step=step + 1, done=done, state=state, tokenizer=run.fingerprint))
 
 
+# ------------------------------------------------------------------------------------------------ Hugging Face's GPT-2
+# The layout that transformers, TRL and vLLM read: config.json, and weights under our names, the linear layers'
+# transposed, in model.safetensors or pytorch_model.bin, or in shards that NAME.index.json lists.
+
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+GPT2 = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
+            scale_attn_by_inverse_layer_idx=False, add_cross_attention=False, tie_word_embeddings=True)  # what ours is
+
+
+def read_json(path):
+    """The object in a JSON file."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: {e.strerror if isinstance(e, OSError) else f'no JSON ({e})'}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return found
+
+
+def crc32_of(paths):
+    """The CRC-32 of files one behind the other, read piece by piece."""
+    crc = 0
+    for path in paths:
+        with open(path, "rb") as f:
+            while piece := f.read(2 ** 24):
+                crc = zlib.crc32(piece, crc)
+    return crc
+
+
+def load_bin(path):
+    """The tensors of a pytorch_model.bin. It is a pickle, but weights_only builds tensors from it and runs nothing."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # what is wrong with such a file can surface as nearly any error
+        why = (str(e).splitlines() or [""])[0][:100]
+        raise UserError(f"{path}: not readable as weights ({type(e).__name__}: {why})") from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise UserError(f"{path}: something else than named tensors is in it")
+    return tensors
+
+
+def read_weights(folder):
+    """([path], tensors) of a Hugging Face folder, from one file or several."""
+    for name, read in (("model.safetensors", lambda path: load_tensors(path)[0]), ("pytorch_model.bin", load_bin)):
+        path, index = Path(folder) / name, Path(folder) / f"{name}.index.json"
+        if path.exists():
+            return [path], read(path)
+        if index.exists():
+            where, tensors = read_json(index).get("weight_map"), {}
+            if not isinstance(where, dict) or not all(isinstance(f, str) and Path(f).name == f for f in where.values()):
+                raise UserError(f"{index}: its weight_map does not name files of this folder")
+            for shard in sorted(set(where.values())):
+                tensors |= read(Path(folder) / shard)
+            if lost := sorted(where.keys() - tensors.keys()):
+                raise UserError(f"{index}: {lost[0]} is not in {where[lost[0]]}")
+            return [Path(folder) / shard for shard in sorted(set(where.values()))], tensors
+    raise UserError(f"{folder}: a config.json, but neither model.safetensors nor pytorch_model.bin, nor an index of one")
+
+
+def read_gpt2(folder, tok=None):
+    """A GPT-2 in Hugging Face's layout -> paths of its weights, tensors and meta as in a checkpoint of ours.
+
+    GPT-2's vocabulary ends in its end-of-text token, which is our end token. The other special tokens of ours are
+    new rows of the embedding, the mean of all others, to be learnt in fine-tuning. Dropout is not taken over.
+    """
+    there, config = read_json(Path(folder) / "config.json"), Path(folder) / "config.json"
+    for key, ours in GPT2.items():
+        if there.get(key, ours) != ours:
+            raise UserError(f"{config}: {key} is {there[key]!r}, and a GPT-2 of ours has {ours!r}")
+    paths, found = read_weights(folder)
+    names = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
+    if lost := [key for key in names.values() if key not in there]:
+        raise UserError(f"{config}: {lost[0]} is missing")
+    shape = {ours: there[key] for ours, key in names.items()}
+    if there.get("n_inner") not in (None, 4 * shape["n_embd"]):
+        raise UserError(f"{config}: n_inner is {there['n_inner']}, and a GPT-2 of ours has four times n_embd")
+    tensors, tied = {}, None
+    for name, t in found.items():
+        name = name if name.startswith(("transformer.", "lm_head.", "score.")) else f"transformer.{name}"
+        if name.endswith((".attn.bias", ".attn.masked_bias")):  # old files hold the causal mask
+            continue
+        t = (t.t() if name.endswith(TRANSPOSED) and t.ndim == 2 else t).float().contiguous()
+        tensors, tied = (tensors, t) if name == "lm_head.weight" else (tensors | {name: t}, tied)
+    wte = tensors.get("transformer.wte.weight")
+    if wte is None or wte.ndim != 2 or len(wte) != shape["vocab_size"]:
+        raise UserError(f"{paths[0]}: transformer.wte.weight is missing, or has not the {shape['vocab_size']} rows that "
+                        "config.json says")
+    if tied is not None and not torch.equal(tied, wte):
+        raise UserError(f"{paths[0]}: lm_head.weight is not the embedding; only a tied head is known here")
+    marked = there.get("plainalign")
+    meta = dict(marked) if isinstance(marked, dict) else {}
+    if tok is not None and "tokenizer" not in meta:
+        if len(wte) not in (tok.base + 1, tok.n_vocab):
+            raise UserError(f"{config}: {len(wte)} tokens, and --tokenizer has {tok.base} and {tok.n_vocab - tok.base} "
+                            "special ones of ours, the first of which is the end token")
+        meta["tokenizer"], shape["vocab_size"] = tok.fingerprint, tok.n_vocab
+    if "score.weight" in tensors:
+        shape["n_scores"] = len(tensors["score.weight"])
+        tensors.setdefault("score.bias", torch.zeros(shape["n_scores"]))
+    rows = -(-shape["vocab_size"] // 64) * 64
+    new = wte.mean(0).expand(shape["vocab_size"] - len(wte), -1)
+    tensors["transformer.wte.weight"] = torch.cat([wte, new, wte.new_zeros(rows - shape["vocab_size"], wte.shape[1])])
+    return paths, {f"model/{name}": t for name, t in tensors.items()}, meta | dict(config=dict(model=shape))
+
+
+def write_gpt2(model, tok, folder):
+    """The inverse, with the tokenizer and its chat template: a folder that transformers, TRL and vLLM load. The bias of
+    a score head, which has no place there, goes into the last norm's, where it does the same to the scores."""
+    c, state = model.config, {name: t.detach().clone() for name, t in model.state_dict().items()}
+    if c.n_scores:
+        shift = torch.linalg.pinv(state["score.weight"].double()) @ state.pop("score.bias").double()
+        state["transformer.ln_f.bias"] += shift.to(state["transformer.ln_f.bias"].dtype)
+    state["transformer.wte.weight"] = state["transformer.wte.weight"][:c.vocab_size]
+    kind = "GPT2ForSequenceClassification" if c.n_scores else "GPT2LMHeadModel"
+    facts = GPT2 | dict(
+        architectures=[kind], vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+        n_head=c.n_head, resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=0.0, dtype="float32",
+        bos_token_id=tok.end, eos_token_id=tok.end, pad_token_id=tok.pad, plainalign=dict(tokenizer=tok.fingerprint))
+    if c.n_scores:
+        facts["id2label"] = {str(k): f"score {k}" for k in range(c.n_scores)}
+    texts = dict(tok.huggingface(), **{"config.json": facts})
+    for name, content in texts.items():
+        write_text(Path(folder) / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    save_tensors(Path(folder) / "model.safetensors", {
+        name: t.t() if name.endswith(TRANSPOSED) else t for name, t in state.items()}, {})
+
+
+@dataclass
+class Convert:
+    """Hugging Face's GPT-2 to a checkpoint (import), or a checkpoint to Hugging Face's GPT-2 (export)."""
+    out: str = ""               # folder of the result
+    tokenizer: str = "toy"      # toy, the name of a tiktoken encoding, or a vocabulary file or folder
+
+
+def import_gpt2(cfg, folders):
+    """Write what load_model reads of a folder as a checkpoint of ours, LoRA adapters merged."""
+    tok, model, (out, folder) = *opened(cfg, folders), (cfg.out, folders[0])
+    save_checkpoint(out, dict(model=model), {}, dict(step=0, done=True, state={}, tokenizer=tok.fingerprint))
+    print(f"{out}: {folder}, {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+def export_gpt2(cfg, folders):
+    """Write a checkpoint, LoRA adapters merged, in Hugging Face's layout."""
+    tok, model = opened(cfg, folders)
+    write_gpt2(model, tok, cfg.out)
+    print(f"{cfg.out}: {folders[0]} for transformers, TRL and vLLM")
+
+
+def opened(cfg, folders):
+    """Tokenizer and model of a conversion to a folder that is still free."""
+    if not cfg.out:
+        raise OptionError("--out: say where to write the result")
+    if any((Path(cfg.out) / name).exists() for name in ("config.json", "checkpoint.safetensors")):
+        raise UserError(f"{cfg.out} holds another model: choose another --out, or delete that folder")
+    tok = Tokenizer.load(cfg.tokenizer)
+    return tok, load_model(folders[0], tok)
+
+
 # ------------------------------------------------------------------------------------------------ merge
 
 
@@ -1031,8 +1197,8 @@ def merge(cfg, folders):
         raise OptionError(f"--weights {cfg.weights}: not finite")
     if cfg.slerp and (len(folders) != 2 or abs(sum(weights) - 1) > 1e-9):
         raise OptionError("--slerp goes between two checkpoints, with weights that add up to 1")
-    models, tokenizers = [load_model(f) for f in folders], {
-        load_tensors(Path(f) / "checkpoint.safetensors")[1].get("tokenizer") for f in folders}
+    models = [load_model(f) for f in folders]
+    tokenizers = {m.tokenizer for m in models}
     facts = dict(merged=[m.base for m in models], weights=weights) | (dict(slerp=True) if cfg.slerp else {})
     path = Path(cfg.out) / "checkpoint.safetensors"
     if path.exists():
@@ -1040,6 +1206,9 @@ def merge(cfg, folders):
             raise UserError(f"{cfg.out} holds another model: choose another --out, or delete that folder")
         return print(f"{cfg.out} is finished; nothing to do")
     first, total = models[0], {}
+    if None in tokenizers:
+        raise UserError(f"{folders[[m.tokenizer for m in models].index(None)]}: it does not say whose tokens it reads; "
+                        "python model.py import first")
     if len(tokenizers) > 1 or any(m.config != first.config for m in models):
         raise UserError(f"{', '.join(folders)}: one has another architecture or tokenizer")
     if cfg.slerp:
@@ -1070,12 +1239,15 @@ class Config:
     device: str = "auto"        # auto, cpu, cuda
 
 
-COMMANDS = {"merge": (Merge, merge)}  # without one of these words, it chats
+# Without one of these words, it chats.
+COMMANDS = {"merge": (Merge, merge, ["checkpoint", "checkpoint..."]),
+            "import": (Convert, import_gpt2, ["folder"]), "export": (Convert, export_gpt2, ["checkpoint"])}
 
 
 def main():
-    if sys.argv[1:2] == ["merge"]:
-        return merge(*parse(Merge, ["checkpoint", "checkpoint..."], sys.argv[2:], "merge"))
+    if command := COMMANDS.get(" ".join(sys.argv[1:2])):
+        Options, run, wanted = command
+        return run(*parse(Options, wanted, sys.argv[2:], sys.argv[1]))
     cfg, (folder,) = parse(Config, positional=["checkpoint"])
     check(cfg, positive="max_new", share="top_p")
     tok, (device, _) = Tokenizer.load(cfg.tokenizer), setup(cfg.device, "fp32")

@@ -3,6 +3,7 @@
 Most models here are float64 with large random weights, so that "equal" can mean 1e-10 and no mistake hides in noise.
 """
 import ast
+import base64
 import copy
 import errno
 import json
@@ -2251,3 +2252,247 @@ def test_a_rollout_of_records_gives_their_texts_back_and_scores_as_if_sampled(tm
     first = roll.take(range(0, 10, 2))
     reward = reward_of(f"{name} + words")
     close(reward(RECORDS, first)[0], reward(RECORDS, spoken(ASKED, texts))[0], 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ Hugging Face's GPT-2
+
+BYTES = data.Tokenizer("gpt2", data.GPT2_PATTERN, {bytes([b]): b for b in range(256)})  # its end token is id 256
+SIZE = dict(vocab_size=257, n_positions=16, n_embd=8, n_layer=2, n_head=2)
+THERE = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", activation_function="gelu_new", resid_pdrop=.1, **SIZE)
+
+
+def sines(name, *shape):
+    """A weight of the golden model: a sine, about 1 for the gain of a norm."""
+    wave = .4 * torch.sin(torch.arange(math.prod(shape), dtype=torch.float64) * .7 + len(name)).view(shape)
+    return wave + ("ln_" in name and name.endswith("weight"))
+
+
+def golden_weights():
+    """{name: tensor} as transformers lays a GPT-2 out: linear layers are (in, out)."""
+    C, shapes = 8, {"wte.weight": (257, 8), "wpe.weight": (16, 8), "ln_f.weight": (8,), "ln_f.bias": (8,)}
+    for at in ("h.0.", "h.1."):
+        shapes |= {f"{at}{ln}.{part}": (C,) for ln in ("ln_1", "ln_2") for part in ("weight", "bias")}
+        for layer, i, o in (("attn.c_attn", C, 3 * C), ("attn.c_proj", C, C), ("mlp.c_fc", C, 4 * C),
+                            ("mlp.c_proj", 4 * C, C)):
+            shapes |= {f"{at}{layer}.weight": (i, o), f"{at}{layer}.bias": (o,)}
+    return {f"transformer.{name}": sines(f"transformer.{name}", *shape) for name, shape in shapes.items()}
+
+
+def safetensors(tensors):
+    """The bytes of a safetensors file, written from its specification."""
+    kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    head, body = {"__metadata__": {"format": "pt"}}, b""
+    for name, t in tensors.items():
+        raw = bytes(t.contiguous().view(torch.uint8).flatten().tolist())
+        head[name] = dict(dtype=kinds[t.dtype], shape=list(t.shape), data_offsets=[len(body), len(body) + len(raw)])
+        body += raw
+    head = json.dumps(head).encode()
+    return struct.pack("<Q", len(head)) + head + body
+
+
+def hf(folder, tensors=None, config=None, kind="safe"):
+    """A folder with a GPT-2 in Hugging Face's layout, in one of the ways in which such are found."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = golden_weights() if tensors is None else tensors
+    (folder / "config.json").write_text(json.dumps(THERE if config is None else config))
+    names = sorted(tensors)
+    halves = {"a-00001.bin": names[::2], "a-00002.bin": names[1::2]}
+    if kind == "safe":
+        (folder / "model.safetensors").write_bytes(safetensors(tensors))
+    elif kind == "safe shards":
+        for shard, held in halves.items():
+            (folder / shard).write_bytes(safetensors({n: tensors[n] for n in held}))
+        (folder / "model.safetensors.index.json").write_text(json.dumps(
+            dict(metadata={}, weight_map={n: shard for shard, held in halves.items() for n in held})))
+    elif kind == "bin shards":
+        for shard, held in halves.items():
+            torch.save({n: tensors[n] for n in held}, folder / shard)
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(
+            dict(weight_map={n: shard for shard, held in halves.items() for n in held})))
+    else:  # the oldest files: a bare trunk, masks in it, torch's first format
+        if kind == "old bin":
+            tensors = {n.removeprefix("transformer."): t for n, t in tensors.items()}
+            tensors |= {"h.0.attn.bias": torch.ones(1, 1, 16, 16).tril(), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+        torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=kind != "old bin")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["safe", "safe shards", "bin", "bin shards", "old bin"])
+def test_gpt2_of_hugging_face_gives_the_logits_of_transformers(kind, tmp_path):
+    """The numbers are what transformers 5.23 computes in float64 from the same weights."""
+    model = load_model(hf(tmp_path / "hf", kind=kind)).double()
+    out = model.logits(model(torch.tensor([[5, 250, 17, 99, 256, 0, 1]])))[0].detach()
+    want = {(0, 3): -1.987912682831762, (1, 200): .7154162144844138, (3, 0): 2.031249966184696,
+            (5, 128): 2.2609788704013063, (6, 256): 2.063353486926129}
+    assert out.shape == (7, 257)
+    for (t, v), number in want.items():
+        assert float(out[t, v]) == pytest.approx(number, abs=2e-6)  # loaded as float32
+
+
+def test_gpt2_vocabulary_grows_by_our_special_tokens_and_keeps_its_ids(tmp_path):
+    """Id 256, its end of text, is our end token; the others are the mean row; rows that only pad the matrix are 0."""
+    there, model = golden_weights()["transformer.wte.weight"].float(), load_model(hf(tmp_path / "hf"), BYTES)
+    wte = model.transformer.wte.weight.detach()
+    assert BYTES.end == 256 and model.config.vocab_size == BYTES.n_vocab == 261 and wte.shape == (320, 8)
+    assert torch.equal(wte[:257], there) and not wte[261:].any()
+    for row in wte[257:261]:
+        close(row, there.mean(0), 1e-6)
+    assert model.tokenizer == BYTES.fingerprint
+    plain = load_model(hf(tmp_path / "hf"))
+    ids = torch.tensor([[5, 250, 17, 256]])
+    close(model.logits(model(ids))[..., :257], plain.logits(plain(ids)), 1e-6)
+
+
+def test_gpt2_half_precision_weights_and_a_head_that_is_the_embedding_load_as_float32(tmp_path):
+    tensors = {n: t.half() for n, t in golden_weights().items()}
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    model = load_model(hf(tmp_path / "hf", tensors))
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert torch.equal(model.transformer.h[1].mlp.c_fc.weight, tensors["transformer.h.1.mlp.c_fc.weight"].float().T)
+
+
+def exported(tmp_path, name, n_scores=0):
+    """A model with random weights as a checkpoint of ours, and the same exported and loaded again."""
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(vocab_size=261, block_size=16, n_layer=2, n_head=2, n_embd=8, n_scores=n_scores)).eval()
+    for p in model.parameters():
+        p.data.add_(.3 * torch.randn_like(p))
+    save_checkpoint(tmp_path / "ours", dict(model=model), {}, dict(step=0, state={}, tokenizer=BYTES.fingerprint))
+    M.write_gpt2(load_model(tmp_path / "ours"), BYTES, tmp_path / name)
+    return load_model(tmp_path / "ours", BYTES), load_model(tmp_path / name, BYTES)
+
+
+def test_gpt2_export_then_import_is_the_same_to_the_bit(tmp_path):
+    ours, back = exported(tmp_path, "hf")
+    for (name, a), b in zip(ours.state_dict().items(), back.state_dict().values()):
+        assert torch.equal(a[:261], b[:261]) if "wte" in name else torch.equal(a, b), name
+    facts = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert facts["vocab_size"] == 261 and facts["eos_token_id"] == 256 and facts["architectures"] == ["GPT2LMHeadModel"]
+    raw, _ = load_tensors(tmp_path / "hf" / "model.safetensors")
+    assert raw["transformer.h.0.attn.c_attn.weight"].shape == (8, 24) and len(raw["transformer.wte.weight"]) == 261
+    head = (tmp_path / "hf" / "model.safetensors").read_bytes()
+    assert json.loads(head[8:8 + struct.unpack("<Q", head[:8])[0]])["__metadata__"]["format"] == "pt"
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_gpt2_export_of_a_reward_model_keeps_its_scores_without_a_bias(k, tmp_path):
+    ours, back = exported(tmp_path, "hf", n_scores=k)
+    assert float(ours.score.bias.abs().min()) > 0 and not back.score.bias.any() and back.config.n_scores == k
+    ids = torch.tensor([[5, 250, 17, 256]])
+    close(back.scores(back(ids)), ours.scores(ours(ids)), 1e-5)
+
+
+def test_gpt2_export_of_an_adapted_model_is_the_merged_one(tmp_path):
+    exported(tmp_path, "hf")
+    model = load_model(tmp_path / "hf", BYTES)
+    model.add_lora(2, 4)
+    for lora in model.loras():
+        torch.nn.init.normal_(lora.lora_B, std=.2)
+    save_checkpoint(tmp_path / "lora", dict(model=model), {}, dict(step=0, state={}, tokenizer=BYTES.fingerprint))
+    M.write_gpt2(load_model(tmp_path / "lora"), BYTES, tmp_path / "merged")
+    ids = torch.tensor([[5, 250, 17, 256]])
+    close(load_model(tmp_path / "merged", BYTES)(ids), model(ids), 1e-5)
+    (tmp_path / "hf" / "model.safetensors").write_bytes(safetensors(
+        {n: t * 1.01 for n, t in load_tensors(tmp_path / "hf" / "model.safetensors")[0].items()}))
+    with pytest.raises(UserError, match="which has changed since"):
+        load_model(tmp_path / "lora")
+
+
+def spoilt(config=None, drop=(), tensors=None, kind="safe", write=None):
+    """How to spoil a folder: other config values, missing tensors, changed ones, or files overwritten at the end."""
+    def make(folder):
+        found = {n: t for n, t in (golden_weights() | (tensors or {})).items() if n not in drop}
+        hf(folder, found, {k: v for k, v in (THERE | (config or {})).items() if v is not None}, kind)
+        for name, content in (write or {}).items():
+            old = (folder / name).read_bytes() if (folder / name).exists() else b""
+            (folder / name).write_bytes(content(old) if callable(content) else content)
+    return make
+
+
+@pytest.mark.parametrize("make, match", [
+    (spoilt(config=dict(activation_function="relu")), r"config.json: activation_function is 'relu'"),
+    (spoilt(config=dict(model_type="llama")), r"config.json: model_type is 'llama'"),
+    (spoilt(config=dict(n_inner=7)), r"config.json: n_inner is 7"),
+    (spoilt(config=dict(n_head=None)), r"config.json: n_head is missing"),
+    (spoilt(config=dict(n_head="2")), r"n_head 2: must be a whole number"),
+    (spoilt(config=dict(tie_word_embeddings=False)), r"config.json: tie_word_embeddings is False"),
+    (spoilt(config=dict(vocab_size=300)), r"wte.weight is missing, or has not the 300 rows"),
+    (spoilt(config=dict(n_layer=3)), r"transformer.h.2\S+ is missing"),
+    (spoilt(config=dict(n_positions=32)), r"wpe.weight is \(16, 8\), not \(32, 8\)"),
+    (spoilt(drop=["transformer.h.1.mlp.c_fc.weight"]), r"h.1.mlp.c_fc.weight is missing"),
+    (spoilt(drop=["transformer.wte.weight"]), r"wte.weight is missing"),
+    (spoilt(tensors={"transformer.h.0.extra": torch.ones(1)}), r"h.0.extra does not belong"),
+    (spoilt(tensors={"lm_head.weight": torch.ones(257, 8)}), r"lm_head.weight is not the embedding"),
+    (spoilt(write={"config.json": b'{"model_type": '}), r"config.json: no JSON"),
+    (spoilt(write={"config.json": b"\xff\xfe"}), r"config.json: no JSON"),
+    (spoilt(write={"model.safetensors": lambda old: old[:-5]}), r"model.safetensors: .*not where they should be"),
+    (spoilt(write={"model.safetensors": b""}), r"model.safetensors: not a checkpoint"),
+    (spoilt(kind="bin", write={"pytorch_model.bin": lambda old: old[:-90]}), r"pytorch_model.bin: not readable"),
+    (spoilt(kind="old bin", write={"pytorch_model.bin": lambda old: old[:-90]}), r"pytorch_model.bin: not readable"),
+    (spoilt(kind="bin", write={"pytorch_model.bin": b"a page of HTML"}), r"pytorch_model.bin: not readable"),
+    (spoilt(kind="safe shards", write={"a-00002.bin": lambda old: old[:-5]}), r"a-00002.bin: .*not where"),
+    (spoilt(kind="safe shards", write={"model.safetensors.index.json": json.dumps(
+        dict(weight_map={"x": "../other/model.safetensors"})).encode()}), r"weight_map does not name files"),
+    (spoilt(kind="safe shards", write={"model.safetensors.index.json": b"[1]"}), r"index.json: not a JSON object"),
+    (spoilt(kind="safe shards", write={"model.safetensors.index.json": json.dumps(
+        dict(weight_map={"x": "a-00001.bin"})).encode()}), r"index.json: x is not in a-00001.bin"),
+    (spoilt(kind="safe shards", write={"model.safetensors.index.json": json.dumps(
+        dict(weight_map={"x": "gone.bin"})).encode()}), r"gone.bin: no such file"),
+])
+def test_p46_a_gpt2_that_is_not_one_is_refused_in_one_line(make, match, tmp_path):
+    make(tmp_path / "hf")
+    with pytest.raises(UserError, match=match) as caught:
+        load_model(tmp_path / "hf", BYTES)
+    assert "\n" not in str(caught.value)
+
+
+def test_p46_weights_that_are_missing_and_another_vocabulary_are_named(tmp_path):
+    (hf(tmp_path / "hf") / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="neither model.safetensors nor pytorch_model.bin"):
+        load_model(tmp_path / "hf")
+    with pytest.raises(UserError, match=r"257 tokens, and --tokenizer has 763 and 5 special"):
+        load_model(hf(tmp_path / "hf"), Tokenizer.load("toy"))
+    exported(tmp_path, "ours_hf")
+    with pytest.raises(UserError, match="trained with another tokenizer"):
+        load_model(tmp_path / "ours_hf", Tokenizer.load("toy"))
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_p45_a_hostile_file_of_weights_is_refused_and_not_run(name, protocol, tmp_path):
+    bomb, folder = Bomb(), hf(tmp_path / "hf", kind="bin")
+    bomb.target = str(tmp_path / "exploded")
+    (folder / name).write_bytes(pickle.dumps(bomb, protocol))
+    with pytest.raises(UserError, match=f"{name}: not"):
+        load_model(folder, BYTES)
+    torch.save({"transformer.wte.weight": bomb}, folder / "pytorch_model.bin", pickle_protocol=max(2, protocol))
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="pytorch_model.bin: not readable"):
+        load_model(folder, BYTES)
+    torch.save([torch.ones(1)], folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="something else than named tensors"):
+        load_model(folder, BYTES)
+    assert not Path(bomb.target).exists()
+
+
+def test_gpt2_import_export_and_merge_from_the_command_line(tmp_path):
+    vocabulary = tmp_path / "bytes.tiktoken"
+    vocabulary.write_bytes(b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)))
+
+    def run(*argv):
+        done = subprocess.run([sys.executable, ROOT / "model.py", *map(str, argv)], capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+    folder, tok = hf(tmp_path / "hf"), ("--tokenizer", vocabulary)
+    assert run("import", folder, "--out", tmp_path / "a", *tok)[0] == 0
+    code, said = run("export", tmp_path / "a", "--out", tmp_path / "b", *tok)
+    assert code == 0 and "for transformers" in said
+    assert {f.name for f in (tmp_path / "b").iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    first, again = load_model(tmp_path / "a", BYTES), load_model(tmp_path / "b", BYTES)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
+    code, said = run("export", tmp_path / "a", "--out", tmp_path / "b", *tok)
+    assert code == 1 and "holds another model" in said and "Traceback" not in said
+    assert run("import", folder, *tok)[0] == 2 and run("import", "--out", "x", *tok)[0] == 2
+    code, said = run("merge", folder, folder, "--out", tmp_path / "m")
+    assert code == 1 and "import" in said and "Traceback" not in said
+    assert run("merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "m")[0] == 0
