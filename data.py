@@ -1139,12 +1139,12 @@ def files(data):
     return [data] if Path(data).exists() else [path for path in data.split(",") if path] or [data]
 
 
-def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record: [record], **how):
+def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record: [record], context=None, **how):
     """(training Stream, held-out items) of `toy` or of files, with commas between them. kind: text (documents),
     messages, preference or prompt; how: see toy_record.
 
     prepare turns one record into the items to train on (token rows, say), none if it cannot be used; those are
-    counted aloud. Of a file, every 20th record is held out, about n_held at most (of a single long document, every
+    counted aloud, and with context, a tokenizer and a block size, so are the records that `encode` cuts to it. Of a file, every 20th record is held out, about n_held at most (of a single long document, every
     20th piece); of the toy world, its val split is (documents have none: they are fresh ones on training tasks).
     """
     if data == "toy":
@@ -1161,7 +1161,11 @@ def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record
         if not Path(path).exists():
             raise UserError(f"{path}: no such file"
                             + ("; make it with: python reward.py label" if kind in ("preference", "thumbs") else ""))
-    prepared = [prepare(record) for path in files(data) for record in read_records(path, kind)]
+    records = [record for path in files(data) for record in read_records(path, kind)]
+    prepared = [prepare(record) for record in records]
+    if cut := sum(too_long(record, *context) for record, items in zip(records, prepared) if items) if context else 0:
+        print(f"{data}: {cut} of {len(records)} records are longer than the context of {context[1]} tokens and are cut "
+              "to it: a prompt loses its beginning, an answer or a conversation its end", file=sys.stderr)
     groups = [items for items in prepared if items]
     if len(groups) < len(prepared):
         lost = f"{len(prepared) - len(groups)} of {len(prepared)} records"
@@ -1253,6 +1257,16 @@ def item_batches(items, budget):
     most = max(len(item["rows"]) for item in items)
     for part in micro_batches([max(len(ids) for ids, _ in item["rows"]) for item in items], budget // most):
         yield [items[i] for i in part]
+
+
+def too_long(record, tok, block_size):
+    """Whether encode cuts a record to the context; documents it only divides."""
+    if "text" in record:
+        return False
+    if "messages" in record:
+        return len(tok.chat(record["messages"])[0]) > block_size
+    said = max(len(tok.response(text)) for text in record.get("responses") or [record["response"]])
+    return len(tok.prompt(record["prompt"])) + said > block_size
 
 
 def round_up(n, multiple=16):

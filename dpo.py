@@ -336,7 +336,7 @@ def train(cfg):
     else:
         stream, held = open_stream(cfg.data, "preference" if LOSSES[cfg.loss][0] == "pair" else "thumbs", cfg.seed,
                                    n_held=256, prepare=lambda record: preference_items(
-                                       record, tok, block, LOSSES[cfg.loss][0], cfg.pairs, cfg.loss == "d2o"))
+                                       record, tok, block, LOSSES[cfg.loss][0], cfg.pairs, cfg.loss == "d2o"), context=(tok, block))
         if any(item[key] is None for item in stream.items + held for key in needs(cfg)):
             raise UserError(f"{cfg.data}: --loss {cfg.loss} needs to know how much better a response is, and some "
                             "records have neither scores nor a margin")

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 
 from data import (EXEMPLAR, PRINCIPLES, REASON, RULE, VERDICT, OptionError, Run, RunConfig, Tokenizer, TrainConfig,
                   UserError, after_thinking, check, checked_steps, collate, encode, family_list, files, gold, guard,
-                  judge_prompt, mean, micro_batches, open_stream, pairs, parse, read_records, read_rows, safe_metrics,
+                  item_batches, judge_prompt, mean, micro_batches, open_stream, pairs, parse, read_records, read_rows, safe_metrics,
                   sparkline, toy_record, view_prompt, write_text)
 from model import (Optimizer, Reward, Rollout, choice_logprobs, full, generate, load_model, per_token,
                    response_scores, setup, steps, token_logprobs)
@@ -762,9 +762,7 @@ def items_of(record, tok, block, cfg):
 def score_records(model, items, cfg, tok, amp):
     """Yield (scores, items) by micro-batch; all responses of an item are in the same one. scores are (N, heads), of
     each response, or of each step."""
-    k = max(len(item["rows"]) for item in items)
-    for part in micro_batches([max(len(ids) for ids, _ in item["rows"]) for item in items], cfg.micro_tokens // k):
-        part = [items[i] for i in part]
+    for part in item_batches(items, cfg.micro_tokens):
         tokens, mask = collate([row for item in part for row in item["rows"]], tok, model.device)
         with amp():
             if cfg.loss == "steps":
@@ -853,7 +851,8 @@ def train(cfg):
     model = load_model(cfg.init, tok, device, n_scores=cfg.heads, maker="python sft.py")
     model.prepare(cfg)
     stream, held = open_stream(cfg.data, DATA.get(cfg.loss, "preference"), cfg.seed, n_held=400,
-                               prepare=lambda record: items_of(record, tok, model.config.block_size, cfg))
+                               prepare=lambda record: items_of(record, tok, model.config.block_size, cfg),
+                               context=(tok, model.config.block_size))
     items = stream.items + held
     if cfg.loss == "cost" and not all("scores" in item for item in items):
         raise UserError(f'{cfg.data}: --loss cost needs "scores" in all records: above 0 is harmful')

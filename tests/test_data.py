@@ -1243,6 +1243,26 @@ def test_several_files_are_one_in_their_order(tmp_path):
     assert [r["messages"][1]["content"] for r in both.items] == ["A", "good"]
 
 
+def test_26_records_that_are_cut_to_the_context_are_counted_aloud(tmp_path, capsys):
+    """By brute force: a record is cut if one of its rows would be longer in a context without end."""
+    rng, ask = random.Random(5), lambda n: [user("word " * n)]
+    chats = [dict(messages=ask(rng.randint(1, 30)) + [dict(role="assistant", content="no " * rng.randint(1, 30))])
+             for _ in range(40)]
+    ranked = [dict(prompt=ask(rng.randint(1, 30)), responses=[f"{x} " * rng.randint(1, 30) for x in "abc"])
+              for _ in range(40)]
+    for kind, records in (("messages", chats), ("preference", ranked)):
+        path = write(tmp_path, records, f"{kind}.jsonl")
+        want = [any(len(ids) > 48 for ids, _ in data.encode(r, TOK, 10 ** 6)) for r in records]
+        assert [data.too_long(r, TOK, 48) for r in records] == want and 5 < sum(want) < 35
+        stream, held = opened(path, kind, prepare=lambda r: data.encode(r, TOK, 48), context=(TOK, 48))
+        assert all(len(ids) <= 48 for ids, _ in stream.items + held)
+        cut = sum(long and bool(data.encode(r, TOK, 48)) for long, r in zip(want, records))  # not those left out
+        assert 5 < cut and f"{cut} of 40 records are longer than the context of 48 tokens" in capsys.readouterr().err
+        opened(path, kind, prepare=lambda r: data.encode(r, TOK, 10 ** 6), context=(TOK, 10 ** 6))
+        assert "longer" not in capsys.readouterr().err
+    assert not data.too_long(dict(text="long " * 100), TOK, 48)  # of a document nothing is lost
+
+
 def test_of_several_files_the_missing_or_broken_one_is_named(tmp_path):
     good, bad = write(tmp_path, [{"text": "a"}], "good.jsonl"), write(tmp_path, b'{"text": 3}', "bad.jsonl")
     for paths, message in ((f"{good},{tmp_path}/none.jsonl", f"^{tmp_path}/none.jsonl: no such file$"),
@@ -1370,7 +1390,7 @@ def commands():
     """(script, command, Config) of everything one can run that has options; found, not listed."""
     for path in sorted(ROOT.glob("*.py")):
         module = importlib.import_module(path.stem)
-        for name, (Config, _) in getattr(module, "COMMANDS", {"": (getattr(module, "Config", None), None)}).items():
+        for name, (Config, *_) in getattr(module, "COMMANDS", {"": (getattr(module, "Config", None),)}).items():
             if Config:
                 yield path.name, name, Config
 
