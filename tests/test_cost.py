@@ -1,0 +1,157 @@
+"""What a step costs: the README's table D and tests/bench.py's formulas against what really happens.
+
+FLOPs are counted by PyTorch at every matmul, bytes by watching every tensor come and go, both in the real train().
+Attention's own FLOPs are left out on both sides: on a CPU its kernel is not counted.
+"""
+import json
+import sys
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+import data
+import dpo
+import grpo
+import model as M
+import orpo
+import ppo
+import reward
+import sft
+
+TOK = data.Tokenizer.load("toy")
+SIZE = dict(n_layer=3, n_head=4, n_embd=128, block_size=256)
+COMMON = dict(seed=0, device="cpu", dtype="fp32", threads=1)
+
+
+class Live(TorchDispatchMode):
+    """The bytes of all tensors that are alive, and the most there were at any time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.known:
+                store = t.untyped_storage()
+                key, size = store._cdata, store.nbytes()
+                self.known.add(key)
+                self.now += size
+                self.most = max(self.most, self.now)
+                weakref.finalize(store, self.gone, key, size)
+        return out
+
+    def gone(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Checkpoints of a language model and of a reward model, and pairs of responses that fill half of the context."""
+    folder = tmp_path_factory.mktemp("cost")
+    torch.manual_seed(0)
+    for name, n_scores in (("lm", 0), ("rm", 1)):
+        model = M.GPT(M.GPTConfig(vocab_size=TOK.n_vocab, n_scores=n_scores, **SIZE))
+        M.save_checkpoint(folder / name, dict(model=model), {}, dict(step=0, state={}, tokenizer=TOK.fingerprint))
+    say = lambda i, c: (f"{c}{i} " * 60)[:150]
+    rows = [dict(prompt=[dict(role="user", content="?" + say(i, "q"))], responses=[say(i, "a"), say(i, "b")])
+            for i in range(40)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return SimpleNamespace(folder=folder, lm=str(folder / "lm"), rm=str(folder / "rm"), pairs=str(folder / "pairs.jsonl"),
+                           rows=rows)
+
+
+def run(kind, start, out, **more):
+    """Two steps of the real training of one kind."""
+    Config, options = {
+        "sft": (sft.Config, dict(data=start.pairs, steps=2, batch=16, packing=0)),
+        "reward": (reward.Train, dict(data=start.pairs, epochs=1, batch=16)),
+        "dpo": (dpo.Config, dict(data=start.pairs, steps=2, batch=16, max_new=8)),
+        "orpo": (orpo.Config, dict(data=start.pairs, steps=2, batch=16, max_new=8)),
+        "ppo": (ppo.Config, dict(reward=start.rm, steps=2, prompts=48, max_new=100, eval_prompts=8)),
+        "grpo": (grpo.Config, dict(reward="words", steps=2, prompts=6, max_new=100)),
+        "grpo_kl": (grpo.Config, dict(reward=start.rm, kl_coef=.1, steps=2, prompts=6, max_new=100))}[kind]
+    cfg = Config(**COMMON | dict(out=str(start.folder / out), init=start.lm) | options | more)
+    sys.modules[Config.__module__].train(cfg)
+
+
+NAMES = {"sft": "sft, dpo, orpo, grpo", "dpo": "sft, dpo, orpo, grpo", "orpo": "sft, dpo, orpo, grpo",
+         "grpo": "sft, dpo, orpo, grpo", "reward": "reward", "ppo": "ppo", "grpo_kl": "grpo, KL, reward model"}
+
+
+@pytest.mark.parametrize("kind, options", [(kind, {}) for kind in NAMES] + [
+    ("sft", dict(lora_r=8)), ("ppo", dict(lora_r=8)), ("dpo", dict(grad_checkpoint=True))])
+def test_peak_memory_is_within_15_percent_of_the_formula(kind, options, start):
+    live = Live()
+    with live:
+        run(kind, start, f"memory_{kind}{len(options)}{'lora_r' in options}", micro_tokens=2048, **options)
+    config = M.GPTConfig(vocab_size=TOK.n_vocab, **SIZE)
+    assert live.most == pytest.approx(bench.memory(NAMES[kind], config, 2048, 4, **options), rel=.15)
+
+
+def test_peak_memory_counts_what_is_alive_and_nothing_else():
+    with Live() as live:
+        a = torch.zeros(1000)
+        b = a[10:].view(-1, 10)                    # shares a's memory
+        del a, b
+        torch.zeros(500) + 1
+    assert live.now == 0 and live.most == 4000
+
+
+# ------------------------------------------------------------------------------------------------ FLOPs
+
+PROMPTS, GROUP, NEW = 8, 4, 32
+
+
+def flops_of_a_step(kind, start, tag, **options):
+    """What three steps take more than two: no evaluation, no start."""
+    counts = []
+    for steps in (2, 3):
+        with FlopCounterMode(display=False) as counter:
+            run(kind, start, f"flops_{tag}_{steps}", steps=steps, eval_every=10, **options)
+        counts.append(counter.get_total_flops())
+    return counts[1] - counts[0]
+
+
+@pytest.mark.parametrize("kind, grad, plain, options", [
+    ("sft", 1, 0, dict(batch=PROMPTS, packing=0, prompt_weight=0.0, optimizer="adamw")),
+    ("orpo", 2, 0, dict(batch=PROMPTS)),
+    ("dpo", 2, 2, dict(batch=PROMPTS, ref_every=100)),                 # 16 P T; the reference with every batch
+    ("dpo", 2, 0, dict(batch=PROMPTS)),                                # 12 P T; the reference was there before
+    ("dpo", 1, 2, dict(batch=PROMPTS, loss="kto", ref_every=100)),     # 8 P T a thumb, and 4 for the mismatched one
+])
+def test_flops_of_a_step_on_a_file_are_those_of_table_d(kind, grad, plain, options, start):
+    """grad: rows with a backward pass, thrice a forward one; plain: passes without. KTO's row here is a thumb, whose
+    mismatched twin is read by policy and reference, and whose own reference pass comes on top."""
+    config, record = M.GPTConfig(vocab_size=TOK.n_vocab, **SIZE), start.rows[0]
+    (ids, target), _ = data.encode(record, TOK, 256)
+    one = bench.forward_flops(config, data.round_up(len(ids)) - 1, 0, head=sum(target))
+    passes = 3 * grad + plain + (options.get("loss") == "kto")
+    assert flops_of_a_step(kind, start, f"{kind}{grad}{plain}", **options) == pytest.approx(PROMPTS * passes * one, rel=.05)
+
+
+@pytest.mark.parametrize("kind", ["ppo", "grpo", "grpo_kl"])
+def test_flops_of_a_rollout_and_its_update_are_those_of_table_d(kind, start):
+    """PPO: 2 P T to sample, 2 each for π_old, reference, reward model and critic, 12 an epoch. GRPO: a prompt is read
+    once for its group; 6 to update, and 4 more with a reference and a reward model."""
+    config, record = M.GPTConfig(vocab_size=TOK.n_vocab, **SIZE), start.rows[0]
+    asked, rows = len(TOK.prompt(record["prompt"])), PROMPTS * (1 if kind == "ppo" else GROUP)
+    width = data.round_up(asked + NEW)
+    full = bench.forward_flops(config, width - 1, 0, head=NEW)           # of a row, its responses' logits
+    bare = bench.forward_flops(config, width, 0, head=0)                 # of a row, scores only
+    drawn = PROMPTS * bench.forward_flops(config, asked, 0, head=1) + rows * bench.forward_flops(
+        config, NEW - 1, 0, head=NEW - 1)
+    want = drawn + rows * {"ppo": 2 * full + 2 * bare + 2 * 3 * (full + bare), "grpo": 3 * full,
+                           "grpo_kl": full + bare + 3 * full}[kind]
+    more = dict(epochs=2) if kind == "ppo" else dict(group=GROUP)
+    got = flops_of_a_step(kind, start, kind, data=start.pairs, prompts=PROMPTS, max_new=NEW, **more)
+    assert got == pytest.approx(want, rel=.05)
