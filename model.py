@@ -1240,14 +1240,14 @@ class Config:
 
 
 # Without one of these words, it chats.
-COMMANDS = {"merge": (Merge, merge, ["checkpoint", "checkpoint..."]),
-            "import": (Convert, import_gpt2, ["folder"]), "export": (Convert, export_gpt2, ["checkpoint"])}
+COMMANDS = {"merge": (Merge, merge), "import": (Convert, import_gpt2), "export": (Convert, export_gpt2)}
+TAKES = {"merge": ["checkpoint", "checkpoint..."], "import": ["folder"], "export": ["checkpoint"]}
 
 
 def main():
     if command := COMMANDS.get(" ".join(sys.argv[1:2])):
-        Options, run, wanted = command
-        return run(*parse(Options, wanted, sys.argv[2:], sys.argv[1]))
+        Options, run = command
+        return run(*parse(Options, TAKES[sys.argv[1]], sys.argv[2:], sys.argv[1]))
     cfg, (folder,) = parse(Config, positional=["checkpoint"])
     check(cfg, positive="max_new", share="top_p")
     tok, (device, _) = Tokenizer.load(cfg.tokenizer), setup(cfg.device, "fp32")

@@ -1,15 +1,19 @@
 """Every recipe in configs/ runs as written: each option exists, each file read is made earlier, all stages run at tiny
 scale, and a second time nothing does. And every stage, killed at any moment, ends as if it had not been."""
+import atexit
 import dataclasses
+import functools
 import importlib
 import itertools
 import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from pathlib import Path
@@ -18,10 +22,11 @@ from typing import get_type_hints
 import pytest
 import torch
 
+import model
 import ppo
 import reward
 import sft
-from data import VERIFIERS, OptionError, Run, UserError, convert, parse, parse_rewards, read_toml, verifier
+from data import VERIFIERS, OptionError, Run, Tokenizer, UserError, convert, parse, parse_rewards, read_toml, verifier
 from model import load_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +40,31 @@ SFT = dict(steps=25, lr=1e-2)
 
 # ---- reading a recipe
 
-def positionals(name): return reward.TAKES.get(name, ["checkpoint", "checkpoint..."] if name == "merge" else [])
+def positionals(name): return (reward.TAKES | model.TAKES).get(name, [])
+
+
+@functools.cache
+def given():
+    """{variable: path} of what a recipe asks of its user: a GPT-2, whose tokens are bytes here, and three small files."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the order of GPT-2's first 256 tokens
+    order = plain + [b for b in range(256) if b not in plain]
+    letters = [chr(b) if b in plain else chr(256 + order.index(b) - len(plain)) for b in order]
+    (folder / "gpt2").mkdir()
+    (folder / "gpt2/vocab.json").write_text(json.dumps({x: i for i, x in enumerate(letters)} | {"<|endoftext|>": 256}))
+    (folder / "gpt2/merges.txt").write_text("#version: 0.2\n")
+    tok = Tokenizer.load(str(folder / "gpt2"))
+    torch.manual_seed(0)
+    model.write_gpt2(model.GPT(model.GPTConfig(tok.n_vocab, 256, 1, 2, 32)), tok, folder / "gpt2")
+    talk = lambda i, answer: f"\n\nHuman: What is {i}?\n\nAssistant: {answer}"
+    rows = dict(
+        alpaca=[dict(instruction=f"Say {i}.", input="", output=f"It is {i}.") for i in range(60)],
+        hh=[dict(chosen=talk(i, f"It is {i}."), rejected=talk(i, "No.")) for i in range(60)],
+        gsm8k=[dict(question=f"What is {i} + 1?", answer=f"So.\n#### {i + 1}") for i in range(60)])
+    for name, lines in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    return {"GPT2": str(folder / "gpt2")} | {name.upper(): str(folder / f"{name}.jsonl") for name in rows}
 
 
 def scripts():
@@ -55,7 +84,7 @@ def expand(script, *argv, out="out"):
     """The commands of a recipe, as bash expands them, with python replaced by a recorder: lists of words."""
     recorder = 'python() { printf "%s\\t" "$@"; printf "\\n"; }; source "$0"'
     done = subprocess.run(["bash", "-c", recorder, str(script), *argv], capture_output=True, text=True, check=True,
-                          env=os.environ | {"OUT": str(out)})
+                          env=os.environ | {"OUT": str(out)} | given())
     assert not done.stderr, done.stderr
     return [line.rstrip("\t").split("\t") for line in done.stdout.splitlines()]
 
@@ -88,7 +117,7 @@ def reads(name, cfg, folders):
         if field.name in ("reward", "judge", "proxy", "by", "cost", "base", "rules") and getattr(cfg, "online", True):
             found += parts(value)
     rule = lambda name: ":" in name or verifier(name) is not None    # a term of a reward that is no folder
-    return [x for x in found if x not in ("", "new", "toy") and not rule(x)]
+    return [x for x in found if x not in ("", "new", "toy", *given().values()) and not rule(x)]
 
 
 def problems(commands):
