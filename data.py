@@ -1363,6 +1363,7 @@ class TrainConfig(RunConfig):
     grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
     lora_r: int = 0             # rank of the low-rank adapters that are then all that is trained; 0: everything is
     lora_alpha: float = 16.0    # their outputs are scaled by alpha / r
+    lora_bias: float = 0.0      # learning rate of biases and norms, trained beside the adapters; 0: they stay as they are
 
 
 def describe(Config):

@@ -157,6 +157,7 @@ class GPT(nn.Module):
         self.score = nn.Linear(config.n_embd, config.n_scores) if config.n_scores else None
         self.grad_checkpoint = False  # recompute each block in the backward pass: less memory, 4/3 of the time
         self.base = self.adapter = self.tokenizer = None  # the folder it is from, its LoRA adapters, whose ids it reads
+        self.vectors, self.vector_lr = [], 0.0  # biases and norms of an adapter: module, name, trained, old; their rate
         self.apply(self._init)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):  # GPT-2: keeps the residual stream's variance at depth 2 n_layer
@@ -176,12 +177,14 @@ class GPT(nn.Module):
         self.grad_checkpoint = cfg.grad_checkpoint
         if cfg.lora_r:
             torch.manual_seed(cfg.seed)
-            self.add_lora(cfg.lora_r, cfg.lora_alpha)
+            self.add_lora(cfg.lora_r, cfg.lora_alpha, cfg.lora_bias > 0)
+            self.vector_lr = cfg.lora_bias
         if cfg.compile:
             self.compile(dynamic=True)
 
-    def add_lora(self, r, alpha):
-        """Freeze everything but a score head, and give every linear layer of the blocks an adapter of rank r."""
+    def add_lora(self, r, alpha, bias=False):
+        """Freeze everything but a score head, and give every linear layer of the blocks an adapter of rank r. bias: its
+        biases and norms are trained too (BitFit, Ben Zaken et al. 2106.10199), as a part of the adapter."""
         if self.base is None:
             raise UserError("LoRA adapts a trained model; a new one has to be trained whole")
         self.requires_grad_(False)
@@ -189,7 +192,10 @@ class GPT(nn.Module):
             self.score.requires_grad_(True)
         for owner, name, layer in self.linears():
             setattr(owner, name, LoRA(layer, r, alpha))
-        self.adapter = dict(self.base, r=r, alpha=alpha)
+        self.vectors = [(module, name, p.requires_grad_(), p.detach().clone()) for module in self.modules()
+                        for name, p in module.named_parameters(recurse=False)
+                        if bias and p.ndim == 1 and module is not self.score]
+        self.adapter = dict(self.base, r=r, alpha=alpha, bias=bias)
 
     def linears(self):
         """[(owner, name, layer)] of every linear layer of the blocks, adapted or not."""
@@ -207,7 +213,7 @@ class GPT(nn.Module):
             linear = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], device="meta")
             linear.weight, linear.bias = layer.weight, layer.bias
             setattr(owner, name, linear)
-        self.adapter = None
+        self.adapter, self.vectors = None, []
         return self.requires_grad_(True)
 
     @contextlib.contextmanager
@@ -215,16 +221,20 @@ class GPT(nn.Module):
         """The model it was before: with LoRA, the reference costs no second model."""
         for layer in self.loras():
             layer.on = False
+        for module, name, _, old in self.vectors:  # another tensor, since autocast remembers what it made of the first
+            module._parameters[name] = old
         try:
             yield
         finally:
             for layer in self.loras():
                 layer.on = True
+            for module, name, new, _ in self.vectors:
+                module._parameters[name] = new
 
     def saved(self):
         """What a checkpoint holds: all tensors, or of an adapted model those that are trained."""
-        return {k: t for k, t in self.state_dict().items()
-                if not self.adapter or "lora_" in k or k.startswith("score.")}
+        return {k: t for k, t in self.state_dict().items() if not self.adapter or "lora_" in k
+                or k.startswith("score.") or self.vectors and t.ndim == 1}
 
     @property
     def device(self):
@@ -748,7 +758,8 @@ class Optimizer:
         decay = [p for p in self.params if p.ndim == 2 and id(p) not in ids]
         plain = [p for p in self.params if p.ndim < 2]
         self.optims = [torch.optim.AdamW([dict(params=decay, weight_decay=weight_decay),
-                                          dict(params=plain, weight_decay=0.0)], lr=lr, betas=betas, fused=True)]
+                                          dict(params=plain, weight_decay=0.0, lr=model.vector_lr or lr)],
+                                         lr=lr, betas=betas, fused=True)]
         if muon:
             self.optims.append(torch.optim.Muon(muon, lr=muon_lr,  # the decay of a step as AdamW's
                                                  weight_decay=weight_decay * lr / muon_lr))
@@ -942,10 +953,11 @@ def load_model(folder, tok=None, device="cpu", n_scores=None, maker=""):
     if adapter := meta.get("adapter", {}).get("model"):
         try:
             base, r, alpha = dict(folder=adapter["folder"], crc32=adapter["crc32"]), int(adapter["r"]), adapter["alpha"]
+            bias = bool(adapter.get("bias"))
             model = load_model(base["folder"], tok, n_scores=config.n_scores, maker=f"what {folder} was trained from")
             if model.base != base:
                 raise UserError(f"{folder} adapts {base['folder']}, which has changed since")
-            model.add_lora(r, alpha)
+            model.add_lora(r, alpha, bias)
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
             raise UserError(f"{path}: it does not say what it adapts ({e})") from None
         fill(model, tensors, "model", path)
