@@ -408,3 +408,62 @@ def test_impossible_stages_are_refused_in_one_line(name, flags, message, base, t
 def test_labels_of_a_model_that_never_finishes(base, tmp_path):
     with pytest.raises(UserError, match="--select rank keeps"):
         perform(base, "label", tmp_path / "run", "--max_new", "1")
+
+
+# ---- real files, with GPT-2's vocabulary
+
+DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def small_gpt2(tmp_path_factory):
+    """A GPT-2 with random weights and the real vocabulary, as transformers would save it: with its 50,257 tokens."""
+    if not DATA.exists():
+        pytest.skip("no ../shared/data")
+    folder = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    tok = Tokenizer.load(str(DATA / "gpt2_bpe"))
+    model.write_gpt2(model.GPT(model.GPTConfig(50257, 64, 1, 2, 32)), tok, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["plainalign"]
+    (folder / "config.json").write_text(json.dumps(config))
+    for ours, theirs in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+        (folder / theirs).symlink_to(DATA / "gpt2_bpe" / ours)
+    return folder
+
+
+def beginning(path, folder):
+    """A file, or the beginning of a long one: its first sixty rows, or lines of text."""
+    if path.suffix == ".gz":
+        return path
+    text, short = path.read_bytes(), folder / path.name
+    rows = json.dumps(json.loads(text)[:60]).encode() if path.suffix == ".json" else b"\n".join(text.split(b"\n")[:60])
+    short.write_bytes(rows)
+    return short
+
+
+@pytest.mark.parametrize("words, file", [
+    ("sft.py --loss_on all --packing 0", "plaintext/tinyshakespeare_input.txt"),
+    ("sft.py", "alpaca_and_pairs/instruction-data.json"), ("sft.py", "chat/toy_chat_fine_tuning.jsonl"),
+    ("sft.py --lora_r 4", "gsm8k/train_first4000.jsonl"),
+    ("reward.py train", "alpaca_and_pairs/instruction-data-with-preference.json"),
+    ("reward.py train", "helpsteer2/helpsteer2_validation_first8.jsonl"),
+    ("reward.py train --loss ratings --heads 5", "helpsteer2/helpsteer2_validation_first8.jsonl"),
+    ("dpo.py", "hh/harmless_first100.jsonl.gz"), ("dpo.py --loss kto", "kto/kto_en_demo.json"),
+    ("orpo.py", "alpaca_and_pairs/instruction-data-with-preference.json"),
+    ("ppo.py --reward words", "hh/harmless_first100.jsonl.gz"),
+    ("grpo.py --reward words", "gsm8k/train_first4000.jsonl")])
+def test_every_real_file_trains_from_a_gpt2_of_hugging_face(words, file, small_gpt2, tmp_path, monkeypatch):
+    lr = {} if words.startswith(("ppo", "grpo")) else dict(lr=3e-2, optimizer="adamw")
+    tiny = dict(steps=4, batch=8, prompts=4, group=2, max_new=8, epochs=1, eval_prompts=4, eval_every=100, warmup=1,
+                device="cpu", dtype="fp32", threads=1, **lr)
+    _, name, cfg, _ = options(words.split())
+    have = {field.name for field in dataclasses.fields(cfg)}
+    flags = [word for key, value in tiny.items() if key in have for word in (f"--{key}", str(value))]
+    run(words.split() + ["--tokenizer", str(small_gpt2), "--init", str(small_gpt2),
+                         "--data", str(beginning(DATA / file, tmp_path)), "--out", str(tmp_path / "run"), *flags], monkeypatch)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows and (tmp_path / "run" / "checkpoint.safetensors").exists()
+    if name == "sft":
+        assert rows[0]["loss"] == pytest.approx(10.8, abs=.1)
+        assert rows[-1]["loss"] < rows[0]["loss"] - .1 * ("lora" not in words)
