@@ -79,6 +79,8 @@ def memory_table(args):
           + ", activations recomputed" * args.grad_checkpoint)
     names, cards = [name for name in SIZES if name != "tiny"], (8, 16, 24, 80)
     print(f"{'':28}" + "".join(f"{name:>13}" for name in names) + "".join(f"{f'in {gb} GB':>13}" for gb in cards))
+    print(f"{'cache of a sampled token, kB':28}" + "".join(
+        f"{4 * SIZES[name]['n_layer'] * SIZES[name]['n_embd'] / 1e3:13.0f}" for name in names))
     for algorithm in MODELS:
         for r in (0, 16):
             gb = [memory(algorithm, GPTConfig(**SIZES[name]), args.micro_tokens, 2, r, args.grad_checkpoint) / 1e9
