@@ -1604,11 +1604,34 @@ class Config:
     tokenizer: str = "toy"      # whose tokens are counted
 
 
+def asks(record):
+    """What a record asks, whatever its case and spacing: the user's words, or a document's."""
+    turns = record.get("prompt") or record.get("messages") or [dict(role="user", content=record.get("text", ""))]
+    return " ".join(" ".join(turn["content"] for turn in turns if turn["role"] == "user").casefold().split())
+
+
+def overlaps(files):
+    """Lines that count what the records {path: records} of files repeat, and what they ask that an earlier file does:
+    a test set whose prompts are in the training set measures memory."""
+    seen, lines = {}, []
+    for path, records in files.items():
+        twice = len(records) - len({json.dumps(record, sort_keys=True) for record in records})
+        lines += [f"{path}: {twice} of {len(records)} records are there already"] if twice else []
+        prompts = [asks(record) for record in records]
+        lines += [f"{path}: {shared} of {len(records)} records ask what is asked in {earlier}"
+                  for earlier, known in seen.items() if (shared := sum(prompt in known for prompt in prompts))]
+        seen[path] = set(prompts)
+    return lines
+
+
 def main():
     cfg, files = parse(Config, positional=["file..."])
     tok, rng = Tokenizer.load(cfg.tokenizer), random.Random(cfg.seed)
-    for path in files:
-        for record in read_records(path)[:cfg.n]:
+    found = {path: read_records(path) for path in files}
+    for line in overlaps(found):
+        print(line, file=sys.stderr)
+    for records in found.values():
+        for record in records[:cfg.n]:
             for turn in record.get("prompt", record.get("messages", [])):
                 print(f"{turn['role']:>10}  {turn['content']}")
             for key in sorted(record.keys() - {"prompt", "messages"}):

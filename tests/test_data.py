@@ -1835,6 +1835,21 @@ def test_it_shows_a_file_as_the_trainers_read_it(monkeypatch, capsys, tmp_path):
     assert code == 1 and not out and err.count("\n") == 1
 
 
+def test_c30_planted_duplicates_and_test_prompts_in_the_training_set_are_counted(monkeypatch, capsys, tmp_path):
+    """Nine training records, one of them twice; of four test prompts two are in training, one in other case and spacing."""
+    train = [{"prompt": f"Question {i}?", "response": f"{i}"} for i in range(9)]
+    test = ["question  3?", "Question 30?", "Question 7?", "Question 3 ?"]
+    one = write(tmp_path, train + train[4:5], "train.jsonl")
+    two = write(tmp_path, [{"prompt": q, "chosen": "a", "rejected": "b"} for q in test], "test.jsonl")
+    code, out, err = told(capsys, script(monkeypatch, "data.py", one, two))
+    assert not code and f"{one}: 1 of 10 records are there already" in err
+    assert f"{two}: 2 of 4 records ask what is asked in {one}" in err
+    code, out, err = told(capsys, script(monkeypatch, "data.py", two))
+    assert not code and "there already" not in err and "asked in" not in err
+    assert data.overlaps({"a": [dict(text="One  text")], "b": [dict(text="one text"), dict(text="two")]}) == [
+        "b: 1 of 2 records ask what is asked in a"]
+
+
 # ==== questions about answers
 
 QUESTIONS = ("judge", "reason", "rate", "classify", "critique", "revise")
