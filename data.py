@@ -1144,8 +1144,9 @@ def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record
     messages, preference or prompt; how: see toy_record.
 
     prepare turns one record into the items to train on (token rows, say), none if it cannot be used; those are
-    counted aloud, and with context, a tokenizer and a block size, so are the records that `encode` cuts to it. Of a file, every 20th record is held out, about n_held at most (of a single long document, every
-    20th piece); of the toy world, its val split is (documents have none: they are fresh ones on training tasks).
+    counted aloud, and with context, a tokenizer and a block size, so are the records that `encode` cuts to it. Of a
+    file, every 20th record is held out, about n_held at most (of a single long document, every 20th piece); of the
+    toy world, its val split is (documents have none: they are fresh ones on training tasks).
     """
     if data == "toy":
         names = family_list(families)
@@ -1361,9 +1362,10 @@ class TrainConfig(RunConfig):
     """The options of every training run."""
     compile: bool = False       # torch.compile the training forward (a minute to warm up)
     grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    fused_bwd: bool = False     # update each weight in the backward pass and free its gradient: 4 bytes a weight less
     lora_r: int = 0             # rank of the low-rank adapters that are then all that is trained; 0: everything is
     lora_alpha: float = 16.0    # their outputs are scaled by alpha / r
-    lora_bias: float = 0.0      # learning rate of biases and norms, trained beside the adapters; 0: they stay as they are
+    lora_bias: float = 0.0      # learning rate of biases and norms, trained beside the adapters; 0: they are not
 
 
 def describe(Config):

@@ -335,8 +335,8 @@ def train(cfg):
         total, held = cfg.steps, []
     else:
         stream, held = open_stream(cfg.data, "preference" if LOSSES[cfg.loss][0] == "pair" else "thumbs", cfg.seed,
-                                   n_held=256, prepare=lambda record: preference_items(
-                                       record, tok, block, LOSSES[cfg.loss][0], cfg.pairs, cfg.loss == "d2o"), context=(tok, block))
+                                   n_held=256, context=(tok, block), prepare=lambda record: preference_items(
+                                       record, tok, block, LOSSES[cfg.loss][0], cfg.pairs, cfg.loss == "d2o"))
         if any(item[key] is None for item in stream.items + held for key in needs(cfg)):
             raise UserError(f"{cfg.data}: --loss {cfg.loss} needs to know how much better a response is, and some "
                             "records have neither scores nor a margin")

@@ -20,6 +20,7 @@ import contextlib
 import copy
 import ctypes
 import errno
+import functools
 import json
 import math
 import os
@@ -156,6 +157,7 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd)))
         self.score = nn.Linear(config.n_embd, config.n_scores) if config.n_scores else None
         self.grad_checkpoint = False  # recompute each block in the backward pass: less memory, 4/3 of the time
+        self.fused_bwd = False  # whether its Optimizer updates in the backward pass
         self.base = self.adapter = self.tokenizer = None  # the folder it is from, its LoRA adapters, whose ids it reads
         self.vectors, self.vector_lr = [], 0.0  # biases and norms of an adapter: module, name, trained, old; their rate
         self.apply(self._init)
@@ -174,7 +176,7 @@ class GPT(nn.Module):
 
     def prepare(self, cfg):
         """Switch on what the run's options ask of a model that is to be trained."""
-        self.grad_checkpoint = cfg.grad_checkpoint
+        self.grad_checkpoint, self.fused_bwd = cfg.grad_checkpoint, cfg.fused_bwd
         if cfg.lora_r:
             torch.manual_seed(cfg.seed)
             self.add_lora(cfg.lora_r, cfg.lora_alpha, cfg.lora_bias > 0)
@@ -745,6 +747,9 @@ class Optimizer:
     Decay applies to matrices only, never to biases and norms. Muon (Jordan et al. 2024) steps along
     the orthogonalised momentum of each matrix; on the toy world it decides whether the base learns arithmetic in
     time. Gradients are clipped to a global norm before either sees them.
+
+    With model.fused_bwd every parameter has an optimizer of its own, which steps as soon as its gradient is whole and
+    frees it (fused gradient descent, ChatGLM-RLHF 2404.00934; LOMO 2306.09782). Nothing is left to clip or to add to.
     """
 
     def __init__(self, model, lr, total, kind="adamw", muon_lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), warmup=0,
@@ -763,11 +768,22 @@ class Optimizer:
         if muon:
             self.optims.append(torch.optim.Muon(muon, lr=muon_lr,  # the decay of a step as AdamW's
                                                  weight_decay=weight_decay * lr / muon_lr))
+        self.fused, self.updated = model.fused_bwd, set()
+        if self.fused:
+            if clip:
+                raise OptionError("--fused_bwd: a gradient that is freed at once cannot be clipped; add --clip_grad 0")
+            self.optims = [type(optim)([group | dict(params=[p])]) for optim in self.optims
+                           for group in optim.param_groups for p in group["params"]]
+            for optim in self.optims:
+                optim.param_groups[0]["params"][0].register_post_accumulate_grad_hook(
+                    functools.partial(self.update, optim))
         for group in self.groups():
             group["base_lr"] = group["lr"]
 
     def merge_in(self, model, base, kind, alpha, keep):
         """Become an Online Merging Optimizer: mix what made model of base into each update of its parameters."""
+        if self.fused:
+            raise OptionError("--fused_bwd: no --merge_base, which mixes into a whole update")
         if base.config != model.config:
             raise UserError(f"--merge_base {base.base['folder']}: of another architecture than {model.base['folder']}")
         tau = [p.detach() - q.detach() for p, q in zip(model.parameters(), base.parameters())]
@@ -783,14 +799,29 @@ class Optimizer:
         done = (step - self.warmup) / max(1, self.total - self.warmup)
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
+    def update(self, optim, p):
+        """fused_bwd: what a parameter's own optimizer does once its gradient is there."""
+        if id(p) in self.updated:
+            raise UserError("--fused_bwd: an update has to be one backward pass; more --micro_tokens, or a smaller batch")
+        self.updated.add(id(p))
+        optim.step()
+        optim.zero_grad(set_to_none=True)
+
+    def at(self, step):
+        """Set the learning rates of a step."""
+        for group in self.groups():
+            group["lr"] = group["base_lr"] * self.scale(step)
+
     def step(self, step):
-        """Clip, update, clear the gradients; returns (gradient norm before clipping, learning rate)."""
+        """Clip, update, clear the gradients; returns (gradient norm before clipping, None if fused; learning rate)."""
+        if self.fused:
+            self.updated.clear()
+            return None, self.optims[0].param_groups[0]["lr"]
         norm = float(nn.utils.clip_grad_norm_(self.params, self.clip if self.clip else float("inf")))
         if not math.isfinite(norm):
             raise UserError(f"step {step}: the gradient is {norm}; nothing was updated, the last checkpoint is intact. "
                             "A lower --lr, or --dtype fp32, usually helps")
-        for group in self.groups():
-            group["lr"] = group["base_lr"] * self.scale(step)
+        self.at(step)
         old = [p.detach().clone() for p in self.params] if self.merge else ()
         for optim in self.optims:
             optim.step()
@@ -818,7 +849,8 @@ class Optimizer:
         want = {f"{i}.{p}.{key}": torch.Size() if key == "step" else param.shape
                 for i, optim in enumerate(self.optims)
                 for p, param in enumerate(param for group in optim.param_groups for param in group["params"])
-                for key in (("momentum_buffer",) if i else ("step", "exp_avg", "exp_avg_sq"))}
+                for key in (("momentum_buffer",) if isinstance(optim, torch.optim.Muon) else
+                            ("step", "exp_avg", "exp_avg_sq"))}
         compare_shapes(flat, want if flat else {}, path)
         for i, optim in enumerate(self.optims):
             state = {}
@@ -1007,6 +1039,8 @@ def steps(run, total, modules, optimizers, state, save_every):
         start = meta["step"]
     for step in run.progress(start, total):
         torch.manual_seed((run.seed * 1_000_003 + step) % 2 ** 63)
+        for optimizer in optimizers.values():
+            optimizer.at(step)
         yield step
         if (step + 1) % save_every == 0 or step + 1 == total:
             done = step + 1 == total

@@ -25,7 +25,8 @@ from typing import Literal
 
 import torch
 
-from data import Run, Tokenizer, TrainConfig, check, collate, encode, fits, guard, mean, open_stream, parse, truth
+from data import (OptionError, Run, Tokenizer, TrainConfig, check, collate, encode, fits, guard, mean, open_stream,
+                  parse, truth)
 from model import (Optimizer, Reward, generate, load_model, per_token, reference, setup, slices, steps, token_logprobs,
                    token_scores)
 
@@ -193,6 +194,8 @@ def train(cfg):
                         "epochs minibatches lr critic_lr clip kl_horizon eval_every eval_prompts "
                         "micro_tokens save_every cost_lambda",
           share="gamma lam lr_end", signed="cost_limit")
+    if cfg.fused_bwd and (cfg.ptx_coef or cfg.critic_warmup):
+        raise OptionError("--fused_bwd: an update is one backward pass; no --ptx_coef, no --critic_warmup")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:

@@ -42,8 +42,8 @@ import torch.nn.functional as F
 
 from data import (EXEMPLAR, PRINCIPLES, REASON, RULE, VERDICT, OptionError, Run, RunConfig, Tokenizer, TrainConfig,
                   UserError, after_thinking, check, checked_steps, collate, encode, family_list, files, gold, guard,
-                  item_batches, judge_prompt, mean, micro_batches, open_stream, pairs, parse, read_records, read_rows, safe_metrics,
-                  sparkline, toy_record, view_prompt, write_text)
+                  item_batches, judge_prompt, mean, micro_batches, open_stream, pairs, parse, read_records, read_rows,
+                  safe_metrics, sparkline, toy_record, view_prompt, write_text)
 from model import (Optimizer, Reward, Rollout, choice_logprobs, full, generate, load_model, per_token,
                    response_scores, setup, steps, token_logprobs)
 

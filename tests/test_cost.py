@@ -155,3 +155,67 @@ def test_flops_of_a_rollout_and_its_update_are_those_of_table_d(kind, start):
     more = dict(epochs=2) if kind == "ppo" else dict(group=GROUP)
     got = flops_of_a_step(kind, start, kind, data=start.pairs, prompts=PROMPTS, max_new=NEW, **more)
     assert got == pytest.approx(want, rel=.05)
+
+
+# ------------------------------------------------------------------------------------------------ fused backward
+
+
+@pytest.mark.parametrize("kind, options", [("sft", dict(optimizer="muon", batch=8)), ("dpo", dict(batch=4))])
+def test_fused_backward_gives_the_same_weights_with_no_gradient_left(kind, options, start, monkeypatch):
+    """Equal but for rounding after three updates; every weight's gradient is freed in the backward pass."""
+    common = dict(steps=3, clip_grad=0.0, micro_tokens=10 ** 5) | options
+    left, real = [], M.Optimizer.step
+    monkeypatch.setattr(M.Optimizer, "step", lambda self, step: (
+        left.append(sum(p.grad is not None for p in self.params)), real(self, step))[1])
+    for name in ("plain", "fused"):
+        run(kind, start, f"{kind}_{name}", fused_bwd=name == "fused", **common)
+    assert left[:3] == [left[0]] * 3 and left[0] > 30 and left[3:] == [0] * 3
+    a, b = (M.load_model(start.folder / f"{kind}_{name}").state_dict() for name in ("plain", "fused"))
+    before = M.load_model(start.lm).state_dict()
+    for name in a:
+        assert torch.allclose(a[name], b[name], rtol=0, atol=1e-6), name
+    assert sum(not torch.equal(a[name], before[name]) for name in a) == len(a)
+
+
+def test_fused_backward_needs_nearly_4_bytes_a_weight_less():
+    config, peaks = M.GPTConfig(vocab_size=TOK.n_vocab, **SIZE), []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        with Live() as live:
+            model = M.GPT(config)
+            model.fused_bwd = fused
+            optimizer = M.Optimizer(model, 1e-3, 10, clip=0.0)
+            for step in range(2):
+                optimizer.at(step)
+                tokens = torch.randint(0, 700, (1, 17))
+                M.token_logprobs(model, tokens, torch.ones(1, 16)).sum().backward()
+                optimizer.step(step)
+        peaks.append(live.most)
+    assert 3.2 < (peaks[0] - peaks[1]) / bench.n_params(config) < 4.1
+
+
+@pytest.mark.parametrize("kind, options, match", [
+    ("sft", dict(clip_grad=1.0), "cannot be clipped"), ("sft", dict(clip_grad=0.0, micro_tokens=512), "one backward pass"),
+    ("dpo", dict(clip_grad=0.0, merge_base="LM"), "no --merge_base"),
+    ("ppo", dict(clip_grad=0.0, critic_warmup=1), "no --ptx_coef, no --critic_warmup")])
+def test_fused_backward_refuses_what_needs_whole_gradients(kind, options, match, start, request):
+    options = {key: start.lm if value == "LM" else value for key, value in options.items()}
+    with pytest.raises(data.UserError, match=match):
+        run(kind, start, f"refused_{abs(hash(request.node.name))}", fused_bwd=True, **options)
+
+
+def test_fused_backward_resumes_bit_for_bit(start, monkeypatch):
+    options = dict(steps=4, clip_grad=0.0, micro_tokens=10 ** 5, save_every=2, fused_bwd=True)
+    run("sft", start, "fused_whole", **options)
+    real = data.Run.log
+
+    def log(self, step, *args, **kwargs):
+        if step == 3:
+            raise KeyboardInterrupt
+        real(self, step, *args, **kwargs)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data.Run, "log", log)
+        run("sft", start, "fused_cut", **options)
+    run("sft", start, "fused_cut", **options)
+    a, b = (M.load_model(start.folder / name).state_dict() for name in ("fused_whole", "fused_cut"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
