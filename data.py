@@ -92,16 +92,16 @@ class Tokenizer:
             if name == "toy":
                 return Tokenizer("toy", TOY_PATTERN, toy_ranks())
             if path.is_dir():
-                load = tiktoken.load.data_gym_to_mergeable_bpe_ranks
-                names = ("merges.txt", "vocab.json") if (path / "merges.txt").exists() else ("vocab.bpe", "encoder.json")
-                return Tokenizer("gpt2", GPT2_PATTERN, load(*(str(path / name) for name in names)))
+                return Tokenizer("gpt2", GPT2_PATTERN, read_gpt2_ranks(path))
             if path.is_file():
                 lines = (line.split() for line in path.read_bytes().splitlines() if line)
                 return Tokenizer("gpt2", GPT2_PATTERN, {base64.b64decode(piece): int(rank) for piece, rank in lines})
             if name in tiktoken.list_encoding_names():
                 enc = tiktoken.get_encoding(name)
+                if name in ("gpt2", "r50k_base"):  # one vocabulary, one fingerprint, whatever spells its pattern
+                    return Tokenizer("gpt2", GPT2_PATTERN, enc._mergeable_ranks)
                 return Tokenizer(name, enc._pat_str, enc._mergeable_ranks)
-        except (OSError, ValueError, KeyError) as e:  # requests' network errors are OSErrors
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:  # requests' network errors are OSErrors
             why = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
             raise UserError(f"--tokenizer {name}: cannot be read or fetched ({why})") from None
         raise UserError(f"--tokenizer {name}: not `toy`, no such file, and none of tiktoken's encodings "
@@ -138,16 +138,16 @@ class Tokenizer:
     def huggingface(self):
         """The same tokenizer as files for transformers: {name: content}. There, unlike here, text that spells out a
         special token becomes one."""
-        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]                   # GPT-2 writes a byte as a letter
-        letter = {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(
-            b for b in range(256) if b not in plain)}
+        letter = byte_letters()
         spell = lambda piece: "".join(letter[b] for b in piece)
-        merges = [[spell(part) for part in split_piece(piece, self.ranks)]
-                  for piece in sorted(self.ranks, key=self.ranks.get) if len(piece) > 1]
+        parts = [split_piece(piece, self.ranks) for piece in sorted(self.ranks, key=self.ranks.get) if len(piece) > 1]
+        # A token that no two others make up is only ever a whole piece, and as such is found by ignore_merges.
+        merges = [[spell(a), spell(b)] for a, b in parts if a in self.ranks and b in self.ranks]
         special = [dict(id=i, content=s, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
                    for s, i in self.special.items()]
         level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
-        split = dict(type="Split", pattern=dict(Regex=self.pattern), behavior="Isolated", invert=False)
+        # There {1,3}+ is not possessive but a repetition of the repetition; nothing follows it that would need it to be.
+        split = dict(type="Split", pattern=dict(Regex=self.pattern.replace("}+", "}")), behavior="Isolated", invert=False)
         template = (
             "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}{% generation %}"
             "{{ m['content'] + '<|end|>' }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
@@ -165,8 +165,29 @@ class Tokenizer:
                 "generation_config.json": dict(eos_token_id=self.end, pad_token_id=self.pad)}
 
 
+def byte_letters():
+    """{byte: letter} in the order of GPT-2's first 256 ranks: how its files write bytes, printable ones as themselves."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(
+        b for b in range(256) if b not in plain)}
+
+
+def read_gpt2_ranks(folder):
+    """The ranks {bytes: id} of GPT-2's two files, encoder.json and vocab.bpe, or vocab.json and merges.txt."""
+    names = ("vocab.json", "merges.txt") if (folder / "merges.txt").exists() else ("encoder.json", "vocab.bpe")
+    ids, merges = ((folder / name).read_text(encoding="utf-8") for name in names)
+    ids, letter = json.loads(ids), byte_letters()
+    byte = {x: b for b, x in letter.items()}
+    pairs = [line.split() for line in merges.split("\n")[1:] if line]  # the first line is a version
+    spelt = list(letter.values()) + ["".join(pair) for pair in pairs]
+    for rank, text in enumerate(spelt):
+        if ids.get(text) != rank:
+            raise ValueError(f"{names[1]} makes {text!r} token {rank}, {names[0]} {ids.get(text)}")
+    return {bytes(byte[x] for x in text): rank for rank, text in enumerate(spelt)}
+
+
 def split_piece(piece, ranks):
-    """The two parts whose merge made a token: byte pair encoding of it with the ranks before its own."""
+    """The two parts whose merge made a token: byte pair encoding of it that stops one merge short."""
     parts = [piece[i:i + 1] for i in range(len(piece))]
     while len(parts) > 2:
         k = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
@@ -1141,7 +1162,7 @@ def files(data):
 
 def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record: [record], context=None, **how):
     """(training Stream, held-out items) of `toy` or of files, with commas between them. kind: text (documents),
-    messages, preference or prompt; how: see toy_record.
+    messages, preference, thumbs or prompt, or another of GIVES; how: see toy_record.
 
     prepare turns one record into the items to train on (token rows, say), none if it cannot be used; those are
     counted aloud, and with context, a tokenizer and a block size, so are the records that `encode` cuts to it. Of a
@@ -1209,12 +1230,16 @@ def encode(record, tok, block_size, loss_on="assistant", prompt_weight=0.0):
     return [row for row in rows if any(row[1])]
 
 
-# An item of preferences is a pair (its rows good first, bad last) or a single response. rows: [(ids, target)], up: which
-# of them are good; and what the data says of how good.
+# An item of preferences is a pair (its rows good first, bad last; of D2O several good ones) or a single response.
 
 def make_item(record, rows, up):
-    """An item: gap, the difference in scores, else a margin; p, P(w ≻ l), σ(gap) (Bradley-Terry at scale 1) without a
-    `prob`; p_w and p_l, how often each wins; r, a score of each row, else its label. What is not known is None."""
+    """An item: its rows [(ids, target), ...], which of them are good (up), and what the record says of how good, or None:
+
+        gap        the difference of the scores, else the margin
+        p          P(w ≻ l): the record's `prob`, else σ(gap), Bradley-Terry at scale 1
+        p_w, p_l   how often each of them wins: the record's `win`, else p and 1 - p
+        r          a score of each row, else its label
+    """
     scores = record.get("scores")
     gap = scores[0] - scores[-1] if scores and len(rows) > 1 else record.get("margin")
     p = record.get("prob", None if gap is None else 1 / (1 + math.exp(min(-gap, 700))))
@@ -1349,7 +1374,7 @@ class RunConfig:
     # run
     out: str = ""               # folder of the run; the same command continues an interrupted one
     seed: int = 0               # of everything: two runs with one seed on one machine agree to the bit
-    tokenizer: str = "toy"      # toy, the name of a tiktoken encoding, or a vocabulary file
+    tokenizer: str = "toy"      # toy, the name of a tiktoken encoding, or a vocabulary file or folder
     device: str = "auto"        # auto, cpu, cuda
     dtype: typing.Literal["auto", "fp32", "bf16"] = "auto"  # of the matmuls; weights stay fp32
     threads: int = 0            # CPU threads; 0 leaves it to PyTorch
@@ -1534,7 +1559,12 @@ class Run:
         mine = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "save_every", "device", "threads")}
         path = self.folder / "config.json"
         if path.exists():
-            theirs = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                theirs = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                raise UserError(f"{path}: no JSON; choose another --out, or delete that folder") from None
+            if "model_type" in theirs:
+                raise UserError(f"{cfg.out} holds a model of Hugging Face's: choose another --out")
             for k in mine:
                 if k in theirs and theirs[k] != mine[k]:
                     raise UserError(f"{cfg.out} holds a run with --{k} {theirs.get(k)}, not {mine[k]}: "

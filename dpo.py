@@ -15,8 +15,8 @@ Around it, the same everywhere: which tokens count, summed or averaged (`length_
 
 On the toy, 2 CPU cores, 8,000 pairs: 23 s; true reward +1.0 ± .1 over SFT, win rate .78 ± .03 (three seeds).
 
-Departures: dropout stays off, so that policy and reference agree until the first update; the reference's
-log-probabilities of a file are computed once, before training, and the reference then leaves the memory.
+Departures: dropout stays off, so that policy and reference agree until the first update; a fixed reference's
+log-probabilities of a file are computed once, before training, and it then leaves the memory but for evaluations.
 """
 import contextlib
 import math
@@ -164,7 +164,7 @@ def response_logps(logp, mask, skip=None, mean=False):
 
 def sequence_kl(policy, ref, as_ref, tokens, mask, chunk=None):
     """TDPO's D = Σ_t KL(π_ref || π) over the response positions, whole vocabulary: (B, T), (B, T-1) -> (B,). The
-    gradient goes through π."""
+    gradient goes through π. The head needs no as_ref: it is the embedding, which no adapter changes."""
     def head(hidden, ref_hidden):
         logp = full(policy.logits(hidden)).log_softmax(-1)                               # (N, V)
         with torch.no_grad():
@@ -178,8 +178,8 @@ def sequence_kl(policy, ref, as_ref, tokens, mask, chunk=None):
 
 
 # ---------------------------------------------------------------- rows of policy and reference
-# An item (data.preference_items) is a pair or a single response. Here it gets ref, log π_ref of each of its rows, and
-# for KTO other, a mismatched row, with other_ref.
+# An item is what data.make_item makes. Here it gets ref, log π_ref of each of its rows, and for KTO other, a mismatched
+# row, with other_ref.
 
 def sample_items(policy, records, reward, cfg, tok, amp):
     """Online: of cfg.k samples to each prompt the best against the worst; none where all are equally good -> items,
@@ -189,6 +189,7 @@ def sample_items(policy, records, reward, cfg, tok, amp):
     scores = reward([r for r in records for _ in range(cfg.k)], roll)[0] - cfg.missing_end * ~roll.finished
     scores, rows, items = scores.view(-1, cfg.k), roll.rows(), []
     for i, (record, group) in enumerate(zip(records, scores)):
+        record = {key: value for key, value in record.items() if key not in ("prob", "margin")}  # of a file's answers
         best, worst = int(group.argmax()), int(group.argmin())
         if group[best] > group[worst]:
             beats = (torch.sigmoid(group[:, None] - group).sum(1) - .5) / (cfg.k - 1)    # (k,) win rates
@@ -268,8 +269,8 @@ def batch_loss(policy, items, frozen, critic, cfg, tok, amp):
     add_reference(items, frozen, cfg, tok, amp)
     z = reference_point(policy, items, cfg, tok, amp) if cfg.loss == "kto" else None
     n = max(1, sum(not item["up"][0] for item in items)) if unit == "bad" else len(items)
-    n_good = sum(u for item in items for u in item["up"])
-    n_w = sum(sum(target) for item in items for (_, target), u in zip(item["rows"], item["up"]) if u)
+    good = [target for item in items for (_, target), u in zip(item["rows"], item["up"]) if u]
+    n_good, n_w = len(good), sum(map(sum, good))  # responses, and their tokens
     loss, xs = 0.0, []
     for part in item_batches(items, cfg.micro_tokens):
         x = measure(policy, part, frozen, critic, cfg, tok, amp)

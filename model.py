@@ -194,9 +194,11 @@ class GPT(nn.Module):
             self.score.requires_grad_(True)
         for owner, name, layer in self.linears():
             setattr(owner, name, LoRA(layer, r, alpha))
-        self.vectors = [(module, name, p.requires_grad_(), p.detach().clone()) for module in self.modules()
+        self.vectors = [(module, name, p, p.detach().clone()) for module in self.modules()
                         for name, p in module.named_parameters(recurse=False)
                         if bias and p.ndim == 1 and module is not self.score]
+        for _, _, p, _ in self.vectors:
+            p.requires_grad_(True)
         self.adapter = dict(self.base, r=r, alpha=alpha, bias=bias)
 
     def linears(self):
@@ -348,14 +350,13 @@ def at_positions(head, where, *inputs, chunk):
     head gives a tuple of (N,). Beyond `chunk` positions it runs on one chunk after the other, and the backward pass
     recomputes them, so that what it holds on the way, as (N, V) logits, never exists whole.
     """
-    parts = list(zip(*(x.split(chunk) for x in inputs)))
-    if len(parts) > 1 and torch.is_grad_enabled():
-        parts = [recompute(head, *part, use_reentrant=False) for part in parts]
-    else:
-        parts = [head(*part) for part in parts]
+    chunks = list(zip(*(x.split(chunk) for x in inputs)))
+    again = len(chunks) > 1 and torch.is_grad_enabled()
+    run = functools.partial(recompute, head, use_reentrant=False) if again else head
+    columns = [torch.cat(column) for column in zip(*(run(*some) for some in chunks))]    # (N,) each
     # masked_scatter rather than multiplication by the mask: what is not a response token cannot leak, NaN included.
-    return tuple(torch.zeros(where.shape, device=where.device, dtype=x[0].dtype).masked_scatter(where, torch.cat(x))
-                 for x in zip(*parts))
+    return tuple(torch.zeros(where.shape, device=where.device, dtype=column.dtype).masked_scatter(where, column)
+                 for column in columns)
 
 
 def token_scores(model, tokens, mask):
@@ -555,7 +556,8 @@ def log_ratios(roll, policy, frozen, budget, temperature=1.0):
     """log π - log π_ref of a rollout's tokens, without gradient -> (B, T-1); frozen: what `reference` gives."""
     def logps(model):
         return per_token(roll, budget, lambda tokens, mask: token_logprobs(model, tokens, mask, temperature))[0]
-    (ref, as_ref), logp = frozen, logps(policy)                                          # (B, T-1)
+    ref, as_ref = frozen
+    logp = logps(policy)                                                                 # (B, T-1)
     with as_ref():
         return logp - logps(ref)
 
@@ -958,17 +960,18 @@ def compare_shapes(got, want, path):
         raise UserError(f"{path}: {'; '.join(sorted(wrong)[:3])}")
 
 
-def load_model(folder, tok=None, device="cpu", n_scores=None, maker=""):
+def load_model(folder, tok=None, device="cpu", n_scores=None, maker="", vocab_size=None):
     """The model of a run folder, or of a folder with a GPT-2 of Hugging Face's, in eval mode. A tokenizer other than
     the one it was trained with is an error.
 
     n_scores: make it a reward or value model of that many scores; the head is kept where the checkpoint has it and
     starts at zero where it has not. 0 asks for a language model and refuses any other; None takes what is there.
-    maker: the command that makes this checkpoint, for the error message.
+    maker: the command that makes this checkpoint, for the error message. vocab_size: for a GPT-2 of Hugging Face's,
+    where there is no tok to tell how many tokens it is to have.
     """
     path = Path(folder) / "checkpoint.safetensors"
     if not path.exists() and (foreign := Path(folder) / "config.json").exists() and "model_type" in read_json(foreign):
-        paths, tensors, meta = read_gpt2(folder, tok)
+        paths, tensors, meta = read_gpt2(folder, tok, vocab_size)
         path = paths[0]
     elif path.exists():
         paths, (tensors, meta) = [path], load_tensors(path)
@@ -982,15 +985,16 @@ def load_model(folder, tok=None, device="cpu", n_scores=None, maker=""):
         raise UserError(f"{path}: it does not say what model it holds ({e})") from None
     if n_scores == 0 and config.n_scores:
         raise UserError(f"{folder}: a reward or value model, and a language model is needed")
-    if adapter := meta.get("adapter", {}).get("model"):
+    if adapter := (meta.get("adapter") or {}).get("model"):
         try:
             base, r, alpha = dict(folder=adapter["folder"], crc32=adapter["crc32"]), int(adapter["r"]), adapter["alpha"]
             bias = bool(adapter.get("bias"))
-            model = load_model(base["folder"], tok, n_scores=config.n_scores, maker=f"what {folder} was trained from")
+            model = load_model(base["folder"], tok, n_scores=config.n_scores, maker=f"what {folder} was trained from",
+                               vocab_size=config.vocab_size)
             if model.base != base:
                 raise UserError(f"{folder} adapts {base['folder']}, which has changed since")
             model.add_lora(r, alpha, bias)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
+        except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as e:
             raise UserError(f"{path}: it does not say what it adapts ({e})") from None
         fill(model, tensors, "model", path)
         tensors = {f"model/{k}": t for k, t in model.merge_lora().state_dict().items()}
@@ -1061,7 +1065,7 @@ def read_json(path):
     """The object in a JSON file."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: {e.strerror if isinstance(e, OSError) else f'no JSON ({e})'}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: not a JSON object")
@@ -1085,7 +1089,9 @@ def load_bin(path):
     except Exception as e:  # what is wrong with such a file can surface as nearly any error
         why = (str(e).splitlines() or [""])[0][:100]
         raise UserError(f"{path}: not readable as weights ({type(e).__name__}: {why})") from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+    plain = lambda t: isinstance(t, torch.Tensor) and t.device.type == "cpu" and t.layout == torch.strided
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) and plain(t) and not t.is_nested
+                                                for name, t in tensors.items()):
         raise UserError(f"{path}: something else than named tensors is in it")
     return tensors
 
@@ -1098,7 +1104,8 @@ def read_weights(folder):
             return [path], read(path)
         if index.exists():
             where, tensors = read_json(index).get("weight_map"), {}
-            if not isinstance(where, dict) or not all(isinstance(f, str) and Path(f).name == f for f in where.values()):
+            if not isinstance(where, dict) or not where or not all(
+                    isinstance(f, str) and Path(f).name == f for f in where.values()):
                 raise UserError(f"{index}: its weight_map does not name files of this folder")
             for shard in sorted(set(where.values())):
                 tensors |= read(Path(folder) / shard)
@@ -1108,49 +1115,62 @@ def read_weights(folder):
     raise UserError(f"{folder}: a config.json, but neither model.safetensors nor pytorch_model.bin, nor an index of one")
 
 
-def read_gpt2(folder, tok=None):
+def read_gpt2(folder, tok=None, vocab_size=None):
     """A GPT-2 in Hugging Face's layout -> paths of its weights, tensors and meta as in a checkpoint of ours.
 
     GPT-2's vocabulary ends in its end-of-text token, which is our end token. The other special tokens of ours are
-    new rows of the embedding, the mean of all others, to be learnt in fine-tuning. Dropout is not taken over.
+    new rows of the embedding, the mean of all others, to be learnt in fine-tuning: up to tok's number of tokens, or to
+    vocab_size. Dropout is not taken over.
     """
-    there, config = read_json(Path(folder) / "config.json"), Path(folder) / "config.json"
+    path = Path(folder) / "config.json"
+    facts = read_json(path)
     for key, ours in GPT2.items():
-        if there.get(key, ours) != ours:
-            raise UserError(f"{config}: {key} is {there[key]!r}, and a GPT-2 of ours has {ours!r}")
+        if facts.get(key, ours) != ours:
+            raise UserError(f"{path}: {key} is {facts[key]!r}, and a GPT-2 of ours has {ours!r}")
+    shape = {}
+    for ours, theirs in dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head",
+                             n_embd="n_embd").items():
+        shape[ours] = facts.get(theirs)
+        if type(shape[ours]) is not int or shape[ours] < 1:
+            raise UserError(f"{path}: {theirs} is {shape[ours]!r}, and has to be a whole number above 0")
+    if facts.get("n_inner") not in (None, 4 * shape["n_embd"]):
+        raise UserError(f"{path}: n_inner is {facts['n_inner']}, and a GPT-2 of ours has four times n_embd")
+
     paths, found = read_weights(folder)
-    names = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
-    if lost := [key for key in names.values() if key not in there]:
-        raise UserError(f"{config}: {lost[0]} is missing")
-    shape = {ours: there[key] for ours, key in names.items()}
-    if there.get("n_inner") not in (None, 4 * shape["n_embd"]):
-        raise UserError(f"{config}: n_inner is {there['n_inner']}, and a GPT-2 of ours has four times n_embd")
-    tensors, tied = {}, None
+    tensors = {}
     for name, t in found.items():
+        if not t.is_floating_point() or name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue  # old files hold the causal mask
         name = name if name.startswith(("transformer.", "lm_head.", "score.")) else f"transformer.{name}"
-        if name.endswith((".attn.bias", ".attn.masked_bias")):  # old files hold the causal mask
-            continue
-        t = (t.t() if name.endswith(TRANSPOSED) and t.ndim == 2 else t).float().contiguous()
-        tensors, tied = (tensors, t) if name == "lm_head.weight" else (tensors | {name: t}, tied)
+        tensors[name] = (t.t() if name.endswith(TRANSPOSED) and t.ndim == 2 else t).float().contiguous()
     wte = tensors.get("transformer.wte.weight")
-    if wte is None or wte.ndim != 2 or len(wte) != shape["vocab_size"]:
-        raise UserError(f"{paths[0]}: transformer.wte.weight is missing, or has not the {shape['vocab_size']} rows that "
-                        "config.json says")
-    if tied is not None and not torch.equal(tied, wte):
+    if wte is None or wte.shape != (shape["vocab_size"], shape["n_embd"]):
+        raise UserError(f"{paths[0]}: transformer.wte.weight is missing, or not ({shape['vocab_size']}, "
+                        f"{shape['n_embd']}), as config.json says")
+    head = tensors.pop("lm_head.weight", wte)
+    if not torch.equal(head, wte):
         raise UserError(f"{paths[0]}: lm_head.weight is not the embedding; only a tied head is known here")
-    marked = there.get("plainalign")
-    meta = dict(marked) if isinstance(marked, dict) else {}
-    if tok is not None and "tokenizer" not in meta:
-        if len(wte) not in (tok.base + 1, tok.n_vocab):
-            raise UserError(f"{config}: {len(wte)} tokens, and --tokenizer has {tok.base} and {tok.n_vocab - tok.base} "
-                            "special ones of ours, the first of which is the end token")
-        meta["tokenizer"], shape["vocab_size"] = tok.fingerprint, tok.n_vocab
+    layers = {name.split(".")[2] for name in tensors if name.startswith("transformer.h.")}
+    if len(layers) != shape["n_layer"]:
+        raise UserError(f"{paths[0]}: {len(layers)} layers, and config.json says {shape['n_layer']}")
+
+    marked = facts.get("plainalign")  # who exports writes there whose tokens it reads, and TRL leaves that in
+    meta = dict(tokenizer=marked.get("tokenizer") if isinstance(marked, dict) else None)
+    if tok is not None and meta["tokenizer"] is None:
+        if len(wte) != tok.base + 1:
+            raise UserError(f"{path}: {len(wte)} tokens, and --tokenizer has {tok.base}, which with an end of text "
+                            f"would be {tok.base + 1}")
+        meta["tokenizer"], vocab_size = tok.fingerprint, tok.n_vocab
+    shape["vocab_size"] = max(shape["vocab_size"], vocab_size or 0)
+    new, rows = shape["vocab_size"] - len(wte), -(-shape["vocab_size"] // 64) * 64
+    tensors["transformer.wte.weight"] = torch.cat(
+        [wte, wte.mean(0).expand(new, -1), wte.new_zeros(rows - shape["vocab_size"], wte.shape[1])])
     if "score.weight" in tensors:
-        shape["n_scores"] = len(tensors["score.weight"])
+        shape["n_scores"] = tensors["score.weight"].numel() // shape["n_embd"]
         tensors.setdefault("score.bias", torch.zeros(shape["n_scores"]))
-    rows = -(-shape["vocab_size"] // 64) * 64
-    new = wte.mean(0).expand(shape["vocab_size"] - len(wte), -1)
-    tensors["transformer.wte.weight"] = torch.cat([wte, new, wte.new_zeros(rows - shape["vocab_size"], wte.shape[1])])
+    with torch.device("meta"):  # shapes before memory: config.json may promise anything
+        want = {key: t.shape for key, t in GPT(GPTConfig(**shape)).state_dict().items()}
+    compare_shapes(tensors, want, paths[0])
     return paths, {f"model/{name}": t for name, t in tensors.items()}, meta | dict(config=dict(model=shape))
 
 
@@ -1185,9 +1205,9 @@ class Convert:
 
 def import_gpt2(cfg, folders):
     """Write what load_model reads of a folder as a checkpoint of ours, LoRA adapters merged."""
-    tok, model, (out, folder) = *opened(cfg, folders), (cfg.out, folders[0])
-    save_checkpoint(out, dict(model=model), {}, dict(step=0, done=True, state={}, tokenizer=tok.fingerprint))
-    print(f"{out}: {folder}, {sum(p.numel() for p in model.parameters()):,} parameters")
+    tok, model = opened(cfg, folders)
+    save_checkpoint(cfg.out, dict(model=model), {}, dict(step=0, done=True, state={}, tokenizer=tok.fingerprint))
+    print(f"{cfg.out}: {folders[0]}, {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
 def export_gpt2(cfg, folders):
@@ -1275,7 +1295,7 @@ def merge(cfg, folders):
 @dataclass
 class Config:
     """Talk to a checkpoint, or answer every line of standard input."""
-    tokenizer: str = "toy"      # toy, the name of a tiktoken encoding, or a vocabulary file
+    tokenizer: str = "toy"      # toy, the name of a tiktoken encoding, or a vocabulary file or folder
     system: str = ""            # system message
     temperature: float = 0.7    # 0 is greedy
     top_k: int = 0              # keep the k likeliest tokens; 0 keeps all

@@ -61,7 +61,7 @@ class Config(TrainConfig):
 
 # ---------------------------------------------------------------- the mathematics
 # x holds, for each pair (P,): lw and ll, the summed log-probs of chosen and rejected, n_w and n_l, their tokens, and
-# nll, the likelihood term (its sum over pairs is already a mean over all their tokens, times P). h: options.
+# nll, the likelihood term (over all pairs of a batch its mean is one over all their tokens). h: options.
 
 logsig = F.logsigmoid  # log σ without underflow
 

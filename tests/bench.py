@@ -56,8 +56,8 @@ def memory(algorithm, config, tokens, half=2, lora_r=0, grad_checkpoint=False):
 
     A trained number costs 16 bytes (itself, its gradient, AdamW's two), a frozen one 4. A layer keeps for its backward
     pass, in widths a token, two residual states in fp32 and fourteen of its matmuls'; the head's logits exist in
-    chunks, in fp32, together with their log-softmax and gradient. With LoRA everything is frozen but the adapters, and
-    the reference is the policy.
+    chunks: in a half, in fp32, as their log-softmax and as a gradient that is freed in part. With LoRA everything is
+    frozen but the adapters, and the reference is the policy.
     """
     trained, frozen = MODELS[algorithm]
     P, C, layers = n_params(config), config.n_embd, config.n_layer

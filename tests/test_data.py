@@ -994,6 +994,37 @@ def test_one_vocabulary_has_one_fingerprint_whatever_its_file():
     assert kinds[0].fingerprint == kinds[1].fingerprint != TOK.fingerprint
 
 
+def gpt2_files(folder, merges, ids=None):
+    """GPT-2's two files for a vocabulary of the 256 bytes and these merges, as Hugging Face names them."""
+    folder.mkdir(exist_ok=True)
+    letters = list(data.byte_letters().values())
+    ids = {text: i for i, text in enumerate(letters + ["".join(pair) for pair in merges] + ["<|endoftext|>"])} | (ids or {})
+    (folder / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in merges), encoding="utf-8")
+    return str(folder)
+
+
+def test_gpt2s_two_files_are_read_anew_and_have_to_agree(tmp_path):
+    """An end-of-text or an added token in vocab.json is none of the ranks; what tiktoken keeps of a path is not asked."""
+    first = Tokenizer.load(gpt2_files(tmp_path / "v", [("a", "b"), ("ab", "c")], {"<pad>": 300}))
+    assert first.base == 258 and first.end == 258 and first.encode("abcab") == [257, 256]
+    Tokenizer.load.cache_clear()
+    other = Tokenizer.load(gpt2_files(tmp_path / "v", [("x", "y")]))
+    assert other.base == 257 and other.encode("abxy") == [first.encode("a")[0], first.encode("b")[0], 256]
+    for i, (merges, ids) in enumerate([([("a", "b")], {"ab": 999}), ([("a", "q1")], {}), ([("a", "b", "c")], {}),
+                                       ([("a", "\u4e2d")], {})]):
+        if i:
+            ids = {"".join(merges[0]): 256 if i == 3 else 999}
+        with pytest.raises(UserError, match="--tokenizer .*cannot be read") as caught:
+            Tokenizer.load(gpt2_files(tmp_path / f"bad{i}", merges, ids))
+        assert "\n" not in str(caught.value)
+    (tmp_path / "v2").mkdir()
+    (tmp_path / "v2" / "vocab.json").write_text("[1]")
+    (tmp_path / "v2" / "merges.txt").write_text("#\n")
+    with pytest.raises(UserError, match="cannot be read"):
+        Tokenizer.load(str(tmp_path / "v2"))
+
+
 def test_a_vocabulary_file_of_ones_own(tmp_path):
     path = tmp_path / "bytes.tiktoken"
     path.write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))

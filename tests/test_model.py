@@ -2346,7 +2346,7 @@ def safetensors(tensors):
     kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     head, body = {"__metadata__": {"format": "pt"}}, b""
     for name, t in tensors.items():
-        raw = bytes(t.contiguous().view(torch.uint8).flatten().tolist())
+        raw = bytes(t.contiguous().flatten().view(torch.uint8).tolist())
         head[name] = dict(dtype=kinds[t.dtype], shape=list(t.shape), data_offsets=[len(body), len(body) + len(raw)])
         body += raw
     head = json.dumps(head).encode()
@@ -2440,7 +2440,7 @@ def test_gpt2_export_then_import_is_the_same_to_the_bit(tmp_path):
 @pytest.mark.parametrize("k", [1, 3])
 def test_gpt2_export_of_a_reward_model_keeps_its_scores_without_a_bias(k, tmp_path):
     ours, back = exported(tmp_path, "hf", n_scores=k)
-    assert float(ours.score.bias.abs().min()) > 0 and not back.score.bias.any() and back.config.n_scores == k
+    assert ours.score.bias.all() and not back.score.bias.any() and back.config.n_scores == k
     ids = torch.tensor([[5, 250, 17, 256]])
     close(back.scores(back(ids)), ours.scores(ours(ids)), 1e-5)
 
@@ -2476,11 +2476,21 @@ def spoilt(config=None, drop=(), tensors=None, kind="safe", write=None):
     (spoilt(config=dict(activation_function="relu")), r"config.json: activation_function is 'relu'"),
     (spoilt(config=dict(model_type="llama")), r"config.json: model_type is 'llama'"),
     (spoilt(config=dict(n_inner=7)), r"config.json: n_inner is 7"),
-    (spoilt(config=dict(n_head=None)), r"config.json: n_head is missing"),
-    (spoilt(config=dict(n_head="2")), r"n_head 2: must be a whole number"),
+    (spoilt(config=dict(n_head=None)), r"config.json: n_head is None, and has to be a whole number"),
+    (spoilt(config=dict(n_head="2")), r"config.json: n_head is '2', and has to be"),
+    (spoilt(config=dict(n_embd=0)), r"config.json: n_embd is 0, and has to be"),
+    (spoilt(config=dict(vocab_size=257.0)), r"config.json: vocab_size is 257.0, and has to be"),
+    (spoilt(config=dict(n_positions=16 * 10 ** 13)), r"wpe.weight is \(16, 8\), not"),
+    (spoilt(config=dict(n_embd=2 ** 40)), r"wte.weight is missing, or not \(257, 1099511627776\)"),
+    (spoilt(config=dict(n_layer=10 ** 12)), r"2 layers, and config.json says 1000000000000"),
+    (spoilt(tensors={"score.weight": torch.tensor(1.0)}), r"score"),
+    (spoilt(tensors={"transformer.h.0.ln_1.bias": torch.ones(8, dtype=torch.complex64)}, kind="bin"), r"ln_1.bias is missing"),
+    (spoilt(tensors={"transformer.ln_f.bias": torch.ones(8, device="meta")}, kind="bin"), r"something else than named"),
+    (spoilt(write={"config.json": b'{"model_type":' + b"[" * 200_000}), r"config.json: no JSON"),
+    (spoilt(kind="safe shards", write={"model.safetensors.index.json": b'{"weight_map": {}}'}), r"does not name files"),
     (spoilt(config=dict(tie_word_embeddings=False)), r"config.json: tie_word_embeddings is False"),
-    (spoilt(config=dict(vocab_size=300)), r"wte.weight is missing, or has not the 300 rows"),
-    (spoilt(config=dict(n_layer=3)), r"transformer.h.2\S+ is missing"),
+    (spoilt(config=dict(vocab_size=300)), r"wte.weight is missing, or not \(300, 8\)"),
+    (spoilt(config=dict(n_layer=3)), r"model.safetensors: 2 layers, and config.json says 3"),
     (spoilt(config=dict(n_positions=32)), r"wpe.weight is \(16, 8\), not \(32, 8\)"),
     (spoilt(drop=["transformer.h.1.mlp.c_fc.weight"]), r"h.1.mlp.c_fc.weight is missing"),
     (spoilt(drop=["transformer.wte.weight"]), r"wte.weight is missing"),
@@ -2513,7 +2523,7 @@ def test_p46_weights_that_are_missing_and_another_vocabulary_are_named(tmp_path)
     (hf(tmp_path / "hf") / "model.safetensors").unlink()
     with pytest.raises(UserError, match="neither model.safetensors nor pytorch_model.bin"):
         load_model(tmp_path / "hf")
-    with pytest.raises(UserError, match=r"257 tokens, and --tokenizer has 763 and 5 special"):
+    with pytest.raises(UserError, match=r"257 tokens, and --tokenizer has 763, which"):
         load_model(hf(tmp_path / "hf"), Tokenizer.load("toy"))
     exported(tmp_path, "ours_hf")
     with pytest.raises(UserError, match="trained with another tokenizer"):
@@ -2536,6 +2546,24 @@ def test_p45_a_hostile_file_of_weights_is_refused_and_not_run(name, protocol, tm
     with pytest.raises(UserError, match="something else than named tensors"):
         load_model(folder, BYTES)
     assert not Path(bomb.target).exists()
+
+
+def test_gpt2_base_of_an_adapter_grows_by_the_special_tokens_without_a_tokenizer_too(tmp_path):
+    """Merging knows no tokenizer: the rows of the special tokens would have been padding, 0, of the same shape."""
+    model = load_model(hf(tmp_path / "hf"), BYTES)
+    model.add_lora(2, 4)
+    save_checkpoint(tmp_path / "a", dict(model=model), {}, dict(step=0, state={}, tokenizer=BYTES.fingerprint))
+    M.merge(M.Merge(out=str(tmp_path / "m")), [str(tmp_path / "a")] * 2)
+    with_tok, merged = load_model(tmp_path / "a", BYTES), load_model(tmp_path / "m", BYTES)
+    assert torch.equal(merged.transformer.wte.weight, with_tok.transformer.wte.weight)
+    assert merged.transformer.wte.weight[257:261].abs().min() > 0
+
+
+def test_p42_a_run_does_not_write_over_a_gpt2_of_hugging_face(tmp_path):
+    before = (hf(tmp_path / "hf") / "config.json").read_bytes()
+    with pytest.raises(UserError, match="holds a model of Hugging Face's"):
+        sft.train(sft.Config(out=str(tmp_path / "hf"), init="new", device="cpu", steps=1))
+    assert (tmp_path / "hf" / "config.json").read_bytes() == before
 
 
 def test_gpt2_import_export_and_merge_from_the_command_line(tmp_path):
