@@ -973,6 +973,17 @@ def test_offline_never_samples_before_the_evaluation(files, tiny, tmp_path, monk
     assert set(asked) == {3}                                             # only in the last step
 
 
+def test_online_pairs_take_nothing_of_what_a_file_says_of_its_own_answers(tiny):
+    """Prompts may come from a file of labelled pairs: its `prob` and `margin` are about other responses."""
+    records = [dict(prompt=[dict(role="user", content=f"Q{i}")], prob=.9, margin=7.0, key="kept") for i in range(4)]
+    policy, judge = load_model(tiny, TOK), lambda records, roll: (torch.arange(len(records)) * .5, {})
+    cfg = dpo.Config(online=True, steps=1, loss="dno", k=2, max_new=4, missing_end=0.0)
+    items, _ = dpo.sample_items(policy, records, judge, cfg, TOK, contextlib.nullcontext)
+    assert len(items) == 4 and all(item["gap"] == .5 and item["record"]["key"] == "kept" for item in items)
+    assert [item["p"] for item in items] == pytest.approx([1 / (1 + math.exp(-.5))] * 4)
+
+
+
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_online_pairs_are_best_and_worst_of_the_current_policy(loss, files, tiny, tmp_path, monkeypatch):
     """Each step samples from the weights as they are then, and pairs best with worst by score; a tie gives nothing."""
