@@ -25,7 +25,7 @@ import reward
 import sft
 
 TOK = data.Tokenizer.load("toy")
-SIZE = dict(n_layer=3, n_head=4, n_embd=128, block_size=256)
+SIZE = dict(n_layer=2, n_head=4, n_embd=128, block_size=256)
 COMMON = dict(seed=0, device="cpu", dtype="fp32", threads=1)
 
 
@@ -77,9 +77,9 @@ def run(kind, start, out, **more):
         "reward": (reward.Train, dict(data=start.pairs, epochs=1, batch=16)),
         "dpo": (dpo.Config, dict(data=start.pairs, steps=2, batch=16, max_new=8)),
         "orpo": (orpo.Config, dict(data=start.pairs, steps=2, batch=16, max_new=8)),
-        "ppo": (ppo.Config, dict(reward=start.rm, steps=2, prompts=48, max_new=100, eval_prompts=8)),
-        "grpo": (grpo.Config, dict(reward="words", steps=2, prompts=6, max_new=100)),
-        "grpo_kl": (grpo.Config, dict(reward=start.rm, kl_coef=.1, steps=2, prompts=6, max_new=100))}[kind]
+        "ppo": (ppo.Config, dict(reward=start.rm, steps=2, prompts=40, max_new=60, eval_prompts=2)),
+        "grpo": (grpo.Config, dict(reward="words", steps=2, prompts=5, max_new=60)),
+        "grpo_kl": (grpo.Config, dict(reward=start.rm, kl_coef=.1, steps=2, prompts=5, max_new=60))}[kind]
     cfg = Config(**COMMON | dict(out=str(start.folder / out), init=start.lm) | options | more)
     sys.modules[Config.__module__].train(cfg)
 
@@ -109,13 +109,13 @@ def test_peak_memory_counts_what_is_alive_and_nothing_else():
 
 # ------------------------------------------------------------------------------------------------ FLOPs
 
-PROMPTS, GROUP, NEW = 8, 4, 32
+PROMPTS, GROUP, NEW = 4, 4, 32
 
 
 def flops_of_a_step(kind, start, tag, **options):
-    """What three steps take more than two: no evaluation, no start."""
+    """What two steps take more than one: no evaluation, no start."""
     counts = []
-    for steps in (2, 3):
+    for steps in (1, 2):
         with FlopCounterMode(display=False) as counter:
             run(kind, start, f"flops_{tag}_{steps}", steps=steps, eval_every=10, **options)
         counts.append(counter.get_total_flops())
@@ -169,12 +169,12 @@ def test_fused_backward_gives_the_same_weights_with_no_gradient_left(kind, optio
         left.append(sum(p.grad is not None for p in self.params)), real(self, step))[1])
     for name in ("plain", "fused"):
         run(kind, start, f"{kind}_{name}", fused_bwd=name == "fused", **common)
-    assert left[:3] == [left[0]] * 3 and left[0] > 30 and left[3:] == [0] * 3
+    assert left[:3] == [left[0]] * 3 and left[0] > 20 and left[3:] == [0] * 3
     a, b = (M.load_model(start.folder / f"{kind}_{name}").state_dict() for name in ("plain", "fused"))
     before = M.load_model(start.lm).state_dict()
     for name in a:
         assert torch.allclose(a[name], b[name], rtol=0, atol=1e-6), name
-    assert sum(not torch.equal(a[name], before[name]) for name in a) == len(a)
+    assert not any(torch.equal(a[name], before[name]) for name in a)
 
 
 def test_fused_backward_needs_nearly_4_bytes_a_weight_less():

@@ -2566,13 +2566,19 @@ def test_p42_a_run_does_not_write_over_a_gpt2_of_hugging_face(tmp_path):
     assert (tmp_path / "hf" / "config.json").read_bytes() == before
 
 
-def test_gpt2_import_export_and_merge_from_the_command_line(tmp_path):
+def test_gpt2_import_export_and_merge_from_the_command_line(tmp_path, monkeypatch, capsys):
     vocabulary = tmp_path / "bytes.tiktoken"
     vocabulary.write_bytes(b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)))
 
     def run(*argv):
-        done = subprocess.run([sys.executable, ROOT / "model.py", *map(str, argv)], capture_output=True, text=True)
-        return done.returncode, done.stdout + done.stderr
+        """(exit status, what it says) of python model.py *argv."""
+        monkeypatch.setattr(sys, "argv", ["model.py", *map(str, argv)])
+        capsys.readouterr()
+        try:
+            data.guard(M.main)
+        except SystemExit as stop:
+            return stop.code, "".join(capsys.readouterr())
+        return 0, "".join(capsys.readouterr())
     folder, tok = hf(tmp_path / "hf"), ("--tokenizer", vocabulary)
     assert run("import", folder, "--out", tmp_path / "a", *tok)[0] == 0
     code, said = run("export", tmp_path / "a", "--out", tmp_path / "b", *tok)
@@ -2582,8 +2588,8 @@ def test_gpt2_import_export_and_merge_from_the_command_line(tmp_path):
     first, again = load_model(tmp_path / "a", BYTES), load_model(tmp_path / "b", BYTES)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
     code, said = run("export", tmp_path / "a", "--out", tmp_path / "b", *tok)
-    assert code == 1 and "holds another model" in said and "Traceback" not in said
+    assert code == 1 and "holds another model" in said and said.count("\n") == 1
     assert run("import", folder, *tok)[0] == 2 and run("import", "--out", "x", *tok)[0] == 2
     code, said = run("merge", folder, folder, "--out", tmp_path / "m")
-    assert code == 1 and "import" in said and "Traceback" not in said
+    assert code == 1 and "import" in said and said.count("\n") == 1
     assert run("merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "m")[0] == 0
