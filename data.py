@@ -147,7 +147,8 @@ class Tokenizer:
                    for s, i in self.special.items()]
         level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
         # There {1,3}+ is not possessive but a repetition of the repetition; nothing follows it that would need it to be.
-        split = dict(type="Split", pattern=dict(Regex=self.pattern.replace("}+", "}")), behavior="Isolated", invert=False)
+        pattern = re.sub(r"(\{[\d,]+\})\+", r"\1", self.pattern)
+        split = dict(type="Split", pattern=dict(Regex=pattern), behavior="Isolated", invert=False)
         template = (
             "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}{% generation %}"
             "{{ m['content'] + '<|end|>' }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"

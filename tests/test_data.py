@@ -2460,3 +2460,203 @@ def test_whole_sentences(text, whole):
 def test_named():
     assert VERIFIERS["named"]({"key": "old van"}, "The old van.", False) and not VERIFIERS["named"]({}, "old", True)
     assert not VERIFIERS["named"]({"key": "old van"}, "The van is old.", True)
+
+
+# ==== the tokenizer as transformers reads it
+
+OWN = Tokenizer("own", data.GPT2_PATTERN, {bytes([b]): b for b in range(256)} | {  # "abcd" is made of no two tokens
+    piece: 256 + i for i, piece in enumerate((b"ab", b"abcd", b"\xc3\xa9", b" ab", b"bc", b"ab\xc3\xa9"))})
+LETTERS = [chr(b) if chr(b).isprintable() and b != 32 else "" for b in range(256)]  # a byte as GPT-2's files write it
+for nth, b in enumerate([b for b in range(256) if not LETTERS[b]]):
+    LETTERS[b] = chr(256 + nth)
+
+
+@cache
+def exported(name):
+    """A tokenizer, and its files as JSON would give them back."""
+    tok = {"toy": TOK, "own": OWN}.get(name) or Tokenizer.load(str(real(name)))
+    return tok, json.loads(json.dumps(tok.huggingface()))
+
+
+def by_the_export(files):
+    """encode from the exported files alone, as transformers does it: pieces by the pattern, bytes as letters, a piece that
+    is a token whole, any other merged by the list, its earliest pair first. The letters are another's, made anew."""
+    spec = files["tokenizer.json"]
+    model, pattern = spec["model"], spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    order = {tuple(pair): i for i, pair in enumerate(model["merges"])}
+    assert model["type"] == "BPE" and not model["byte_fallback"] and not model["fuse_unk"] and len(order) == len(model["merges"])
+
+    def encode(text):
+        import regex
+        pieces, ids = regex.findall(pattern, text), []
+        assert "".join(pieces) == text
+        for piece in pieces:
+            parts = [LETTERS[b] for b in piece.encode()]
+            if model["ignore_merges"] and "".join(parts) in model["vocab"]:
+                parts = ["".join(parts)]
+            while pairs := [(order[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in order]:
+                _, i = min(pairs)
+                parts[i:i + 2] = [parts[i] + parts[i + 1]]
+            ids += [model["vocab"][part] for part in parts]
+        return ids
+    return encode, model
+
+
+@pytest.mark.parametrize("name", ["toy", "own", "gpt2_bpe"])
+def test_exported_vocabulary_and_merges_give_the_same_ids(name):
+    tok, files = exported(name)
+    encode, model = by_the_export(files)
+    for text in random_texts(150) + ["abcd", "abcd abcd", " abcde ab\u00e9 abc\u00e9", "xabcd bcd", *map(" ".join, [THINGS, GOOD])]:
+        assert encode(text) == tok.encode(text), text
+    assert model["vocab"] == {"".join(LETTERS[b] for b in piece): i for piece, i in tok.ranks.items()}
+    for a, b in model["merges"]:                         # transformers refuses a list with other parts than tokens
+        assert {a, b, a + b} <= model["vocab"].keys()
+    made = [model["vocab"][a + b] for a, b in model["merges"]]
+    assert made == sorted(made) and len(made) == tok.base - 256 - (name == "own")
+
+
+def test_exported_merges_are_gpt2s_own():
+    spec = exported("gpt2_bpe")[1]["tokenizer.json"]
+    lines = real("gpt2_bpe/vocab.bpe").read_text(encoding="utf-8").split("\n")[1:]
+    assert [" ".join(pair) for pair in spec["model"]["merges"]] == [line for line in lines if line]
+    ids = json.loads(real("gpt2_bpe/encoder.json").read_text(encoding="utf-8"))
+    assert spec["added_tokens"][0]["id"] == ids.pop("<|endoftext|>") == 50256 and spec["model"]["vocab"] == ids
+
+
+def test_exported_pattern_splits_as_ours():
+    """tiktoken's {1,3}+ is possessive; in transformers' dialect it would take all digits."""
+    import regex
+    for pattern in (data.TOY_PATTERN, data.GPT2_PATTERN, r"\p{N}{1,3}+| ?\p{L}++|\s+(?!\S)|\s|."):
+        tok = Tokenizer("own", pattern, {bytes([b]): b for b in range(256)})
+        split, level = (found := tok.huggingface()["tokenizer.json"])["pre_tokenizer"]["pretokenizers"]
+        shown = split["pattern"]["Regex"]
+        assert not re.search(r"\{[\d,]+\}\+", shown) and split == dict(type="Split", pattern=dict(Regex=shown), behavior="Isolated", invert=False)
+        for text in ["1234567 89", "an old  van\n\n ", *random_texts(30)]:
+            assert regex.findall(shown, text) == regex.findall(pattern, text)
+        assert found["pre_tokenizer"]["type"] == "Sequence" and level == found["decoder"] == dict(
+            type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+        assert [found[key] for key in ("normalizer", "post_processor", "truncation", "padding")] == [None] * 4
+
+
+@pytest.mark.parametrize("name", ["toy", "own"])
+def test_exported_special_tokens_have_our_ids(name):
+    tok, files = exported(name)
+    added = {token["content"]: token for token in files["tokenizer.json"]["added_tokens"]}
+    ours = {"<|pad|>": tok.pad, "<|end|>": tok.end} | {f"<|{role}|>": i for role, i in tok.role.items()}
+    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    assert added == {text: dict(id=i, content=text, **plain) for text, i in ours.items()}
+    assert [token["id"] for token in added.values()] == list(range(tok.base, tok.n_vocab))  # behind the vocabulary
+    cfg, generation = files["tokenizer_config.json"], files["generation_config.json"]
+    assert (ours[cfg["eos_token"]], ours[cfg["pad_token"]]) == (tok.end, tok.pad)
+    assert generation == dict(eos_token_id=tok.end, pad_token_id=tok.pad) and tok.end != tok.pad
+    assert cfg["clean_up_tokenization_spaces"] is False and cfg["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "bos_token" not in cfg
+
+
+def test_gpt2s_special_tokens_come_behind_its_end_of_text():
+    """The order is in checkpoints and exports: another would make every one of them speak nonsense."""
+    assert OWN.special == {f"<|{name}|>": OWN.base + i for i, name in enumerate("end pad system user assistant".split())}
+    assert TOK.special == {f"<|{name}|>": TOK.base + i for i, name in enumerate("pad end system user assistant".split())}
+
+
+@pytest.mark.parametrize("name", ["toy", "own"])
+def test_exported_chat_template_is_our_chat_with_the_same_targets(name):
+    """What it marks as generated, the end token included, are our targets; nothing is stripped or taken for a template."""
+    jinja2 = pytest.importorskip("jinja2")               # torch brings it
+    tok, files = exported(name)
+    source = files["tokenizer_config.json"]["chat_template"]
+    for tag, mark in (("{% generation %}", "\x02"), ("{% endgeneration %}", "\x03")):
+        source = source.replace(tag, mark)
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(source)  # transformers' settings
+
+    def read(text):
+        ids, target, said = [], [], 0
+        for part in re.split(r"(<\|\w+\|>|\x02|\x03)", text):
+            if part in ("\x02", "\x03"):
+                said = int(part == "\x02")
+                continue
+            ids += (new := [tok.special[part]] if part in tok.special else tok.encode(part))
+            target += [said] * len(new)
+        return ids, target
+    for messages in ([user("Q")], [system("Be brief."), user("  two\nlines \n"), assistant("A\n")],
+                     [user("{{ 1 }} {% if %} 'x' \"y\" <b>"), assistant(""), user("\u00e9"), assistant(" b ")]):
+        assert read(template.render(messages=messages, add_generation_prompt=False)) == tok.chat(messages)
+        asked, target = read(template.render(messages=messages, add_generation_prompt=True))
+        assert asked == tok.prompt(messages) and target == tok.chat(messages)[1] + [0]
+
+
+# ==== items of preferences, samples
+
+def test_fits_leaves_room_for_exactly_the_longest_response():
+    record = prefer("a", "b")
+    n = len(TOK.prompt(record["prompt"]))
+    assert data.fits(TOK, n + 5, 5)(record) == [record] and data.fits(TOK, n + 4, 5)(record) == []
+
+
+def test_truth_is_the_gold_of_the_toys_prompts_alone():
+    task = toy_task("val", "write", random.Random(0))
+    good = toy_demo(task, random.Random(0))
+    got = data.truth([task, {"prompt": [user("Q")]}, task, task], [good, good, good, "no"], torch.tensor([True, True, False, True]))
+    assert got == [gold(task, good, True), gold(task, good, False), gold(task, "no", True)] and len(set(got)) == 3
+    assert data.truth([{"prompt": [user("Q")]}], ["A"], torch.tensor([True])) == []
+
+
+def test_samples_are_the_last_questions_and_their_answers_in_a_file_a_step(tmp_path):
+    run, records = Run(RunConfig(out=str(tmp_path)), TOK), [{"prompt": [user("Hm"), assistant("Yes"), user(f"Q{i}?")]}
+                                                            for i in range(10)]
+    run.samples(7, records, [f"A{i}\nand more" for i in range(10)])
+    run.samples(12, records[:1], ["\u00e9"])
+    first, second = sorted((tmp_path / "samples").iterdir())
+    assert (first.name, second.name) == ("000007.txt", "000012.txt")
+    assert first.read_text(encoding="utf-8") == "\n".join(f"Q{i}?\n→ A{i}\nand more\n" for i in range(8))
+    assert second.read_text(encoding="utf-8") == "Q0?\n→ \u00e9\n"
+
+
+def test_items_say_how_good_they_are():
+    item = lambda n=2, **record: data.make_item(record, [([], [])] * n, [True] * (n - 1) + [False])
+    pick = lambda item, *keys: [item[key] for key in keys]
+    assert pick(item(), "gap", "p", "p_w", "p_l", "r") == [None, None, None, None, [1, 0]]
+    assert pick(item(scores=[3, 1], margin=9), "gap", "r") == [2, [3, 1]]     # scores tell more than a margin
+    assert pick(item(3, scores=[3, 1, -1]), "gap", "r") == [4, [3, 1, -1]]    # the best against the worst
+    assert pick(item(1, scores=[3], margin=9), "gap", "r") == [9, [3]]        # one response has no difference
+    assert pick(item(margin=1, prob=.3), "gap", "p", "p_w", "p_l") == [1, .3, .3, .7]
+    assert pick(item(margin=1, prob=.3, win=[.9, .2]), "p", "p_w", "p_l") == [.3, .9, .2]
+    assert pick(item(prob=0), "gap", "p", "p_w", "p_l") == [None, 0, 0, 1]
+    assert item(margin=0)["p"] == .5 and item(margin=-10 ** 6)["p"] < 1e-300 and item(margin=10 ** 6)["p"] == 1
+
+
+def test_items_of_a_record_by_unit():
+    ranked = prefer("a", "b", "c", scores=[3, 1, -1], win=[.9, .5, .1])
+
+    def told(record, *args):
+        return [([TOK.decode([i for i, t in zip(ids, target) if t]) for ids, target in item["rows"]], item["up"], item["r"])
+                for item in data.preference_items(record, TOK, 64, *args)]
+    both = [True, False]
+    assert told(ranked) == told(ranked, "pair", "all") == [(["a", "b"], both, [3, 1]), (["a", "c"], both, [3, -1]),
+                                                           (["b", "c"], both, [1, -1])]
+    assert told(ranked, "pair", "ends") == [(["a", "c"], both, [3, -1])]
+    for unit, which in itertools.product(("single", "bad"), ("all", "ends")):     # the middle would be up and down
+        assert told(ranked, unit, which) == [(["a"], [True], [3]), (["c"], [False], [-1])]
+    assert told(ranked, "pair", "all", True) == [(["a", "b", "c"], [True, True, False], [3, 1, -1])]
+    for up in both:
+        assert told(judged("a", up), "single") == [(["a"], [up], [float(up)])]
+    assert data.preference_items(ranked, TOK, 64, "single")[1]["p_l"] == .1
+
+
+@pytest.mark.parametrize("budget", [1, 64, 300, 10 ** 6])
+def test_item_batches_keep_items_whole_and_within_the_budget(budget):
+    rng = random.Random(0)
+    items = [dict(rows=[([0] * rng.randint(1, 40), []) for _ in range(rng.randint(1, 3))])
+             for _ in range(50)]
+    parts = list(data.item_batches(items, budget))
+    assert sorted(id(item) for part in parts for item in part) == sorted(map(id, items))
+    for part in parts:
+        lengths = [len(ids) for item in part for ids, _ in item["rows"]]
+        assert len(lengths) * round_up(max(lengths)) <= budget or len(part) == 1
+    assert len(parts) <= {1: 50, 64: 50, 300: 35, 10 ** 6: 1}[budget]
+
+
+def test_too_long_of_a_single_response_is_one_token_more_than_the_context():
+    for record in (judged("yes", True), prefer("no", "yes, it is"), said("yes")):
+        n = max(len(ids) for ids, _ in encode(record, TOK, 10 ** 6))
+        assert data.too_long(record, TOK, n - 1) and not data.too_long(record, TOK, n)

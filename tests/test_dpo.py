@@ -1201,3 +1201,53 @@ def test_dpop_keeps_the_chosen_likely_on_pairs_of_one_digits_difference_and_dpo_
                              out=str(tmp_path / loss), device="cpu", dtype="fp32", threads=1, eval_every=1000))
         fell[loss] = float((chosen(tmp_path / loss) < before).float().mean())
     assert fell["dpo"] > .9 and fell["dpop"] < .1
+
+
+# ---------------------------------------------------------------- refreshed references, records without a gap
+
+def test_kto_mismatched_rows_follow_a_refreshed_reference_too(files, tiny, tmp_path, monkeypatch):
+    """At each refresh the mismatched log-ratios, of which z is the mean, are 0 again, and at no other step."""
+    gaps, real = [], dpo.reference_point
+
+    def point(policy, items, cfg, tok, amp):
+        with torch.no_grad():
+            rows = dpo.row_logps(policy, [item["other"] for item in items], cfg, tok, amp)[0]
+        gaps.append(float((rows - torch.stack([item["other_ref"] for item in items])).abs().max()))
+        return real(policy, items, cfg, tok, amp)
+    monkeypatch.setattr(dpo, "reference_point", point)
+    rows = train(tmp_path / "a", tiny, files["thumbs"], loss="kto", steps=6, ref_every=2)
+    assert [gap < 1e-5 for gap in gaps[:6]] == [True, False] * 3 and min(gaps[1:6:2]) > 1e-3
+    assert all(row["loss"] == pytest.approx(.5, abs=1e-6) for row in rows[::2])
+
+
+@pytest.mark.parametrize("where", [3, 19])
+def test_a_single_record_without_a_gap_is_found_held_out_or_not(where, files, tiny, tmp_path):
+    """dno takes its p from `prob`, but a margin needs scores, which one record lacks."""
+    rows = [json.loads(line) for line in Path(files["pairs"]).read_text().splitlines()]
+    rows[where] = dict(prompt=rows[where]["prompt"], responses=rows[where]["responses"], prob=.8)
+    path = write(tmp_path / "d.jsonl", rows)
+    with pytest.raises(UserError, match="--loss dno needs to know how much better"):
+        train(tmp_path / "a", tiny, path, loss="dno", margin=.5)
+    assert len(train(tmp_path / "b", tiny, path, loss="dno")) == 3
+
+
+def test_npo_of_a_batch_without_a_bad_response_is_no_division_by_0(files, tiny, tmp_path):
+    rows = [dict(prompt=str(i), response="yes", label=i % 20 == 19 or i == 7) for i in range(40)]
+    good = write(tmp_path / "d.jsonl", [row | dict(label=not row["label"]) for row in rows])
+    seen = train(tmp_path / "a", tiny, good, loss="npo", batch=2, steps=19)
+    assert any(row["logps/rejected"] is None for row in seen) and all(math.isfinite(row["loss"]) for row in seen)
+
+
+def test_merge_base_adds_what_fine_tuning_had_changed(files, tiny, tmp_path):
+    """One update with everything kept: θ + (1 - α) Δ + α (θ_sft - θ_base), Δ being that of the plain run."""
+    base = save(tmp_path / "base", network(seed=5))
+    plain, merged = (weights(train_to(tmp_path / name, tiny, files["pairs"], **options)) for name, options in (
+        ("a", {}), ("b", dict(merge_base=base, merge="ondare", merge_alpha=.25, merge_keep=1.0))))
+    old, first = weights(tiny), weights(base)
+    for name, t in merged.items():
+        close(t, old[name] + .75 * (plain[name] - old[name]) + .25 * (old[name] - first[name]), atol=1e-6)
+
+
+def train_to(out, init, data, **options):
+    train(out, init, data, steps=1, **options)
+    return out

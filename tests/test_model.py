@@ -6,6 +6,7 @@ import ast
 import base64
 import copy
 import errno
+import io
 import json
 import math
 import os
@@ -17,6 +18,8 @@ import struct
 import subprocess
 import sys
 import warnings
+import zlib
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -2593,3 +2596,230 @@ def test_gpt2_import_export_and_merge_from_the_command_line(tmp_path, monkeypatc
     code, said = run("merge", folder, folder, "--out", tmp_path / "m")
     assert code == 1 and "import" in said and said.count("\n") == 1
     assert run("merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "m")[0] == 0
+
+
+# ------------------------------------------------------------------------------------------------ rollouts, adapters, GPT-2: the rest
+
+
+def test_rows_of_a_rollout_end_with_the_response_and_target_it_alone():
+    drawn = rollout(gpt(std=.2), RAGGED, n=3)
+    assert 5 < sum(drawn.finished) < len(drawn.finished)
+    for (ids, target), row, mask, p in zip(drawn.rows(), drawn.tokens.tolist(), drawn.mask.tolist(), drawn.prompt_len):
+        n = p + int(sum(mask))
+        assert ids == row[:n] and target == [0] * p + [1] * (n - p) == [0] + [int(x) for x in mask[:n - 1]]
+
+
+def test_beyond_a_chunk_the_head_runs_again_in_the_backward_pass():
+    """So no chunk's logits wait for it; in one chunk, or without a gradient, nothing is computed twice."""
+    calls, where = [], torch.ones(1, 5, dtype=torch.bool)
+
+    def head(x, y):
+        calls.append(len(x))
+        return x.exp().sum(-1), (x * y).exp().sum(-1)
+    x, y = (torch.randn(5, 3, dtype=torch.float64, requires_grad=True) for _ in "xy")
+    for chunk, grad, want in ((2, True, [2, 2, 1] * 2), (2, False, [2, 2, 1]), (5, True, [5])):
+        calls.clear()
+        with torch.set_grad_enabled(grad):
+            out = M.at_positions(head, where, x, y, chunk=chunk)
+            if grad:
+                torch.stack(out).sum().backward()
+        assert sorted(calls) == sorted(want) and out[0].requires_grad == grad
+        close(torch.stack(out)[:, 0], torch.stack([x.exp().sum(-1), (x * y).exp().sum(-1)]))
+
+
+def test_p10_log_ratios_are_at_the_sampling_temperature_to_the_reference_and_without_gradient(tmp_path):
+    model, base = adapt(tmp_path), gpt(dtype=torch.float32)
+    roll, merged = rollout(model, [[1, 2], [3, 4, 5, 6], [7]], n=2, temperature=.6), copy.deepcopy(model).merge_lora()
+    for temperature in (.6, 1.7):
+        got = M.log_ratios(roll, model, M.reference(model), 32, temperature)
+        assert not got.requires_grad and got.shape == roll.mask.shape and not got[roll.mask == 0].any()
+        for line, (ids, target) in zip(got, roll.rows()):
+            a, b = (np.array(oracle_logps(net, ids, temperature)[0]) for net in (merged, base))
+            close(line[:len(ids) - 1], (a - b) * np.array(target[1:]), 1e-4)
+    assert got.abs().max() > .1
+
+
+def test_lora_bias_of_a_reward_model_leaves_its_head_where_it_is_without_the_adapter(tmp_path):
+    model = adapt(tmp_path, n_scores=1, bias=True)
+    tokens, mask = collate(ROWS, TOK)
+    base = load_model(tmp_path / "base", TOK, n_scores=1)
+    base.score.load_state_dict(model.score.state_dict())
+    assert model.score.bias.all() and not any(module is model.score for module, *_ in model.vectors)
+    with model.without_adapter():
+        assert torch.equal(response_scores(model, tokens, mask), response_scores(base, tokens, mask))
+
+
+def test_lora_options_reach_the_adapter_its_optimizer_and_its_seed(tmp_path):
+    keep(tmp_path / "base", gpt(dtype=torch.float32))
+
+    def prepared(**options):
+        torch.rand(int(options.get("seed", 0)) + len(made))               # whatever was drawn before
+        made.append(load_model(tmp_path / "base", TOK))
+        made[-1].prepare(sft.Config(lora_r=2, **options))
+        return made[-1]
+    made = []
+    opt = Optimizer(prepared(lora_bias=.02), .001, 10, warmup=4)
+    for step, share in ((0, .25), (3, 1.0), (9, None)):                   # the schedule is both rates'
+        opt.at(step)
+        (matrices, a), (biases, b) = ((group["params"], group["lr"]) for group in opt.groups())
+        assert {p.ndim for p in matrices} == {2} and {p.ndim for p in biases} == {1} and len(biases) == 18
+        assert b == pytest.approx(20 * a) and (share is None or a == pytest.approx(.001 * share))
+    first, again, other = (torch.cat([p.flatten() for n, p in prepared(seed=seed).named_parameters() if "lora_A" in n])
+                           for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert not made[-1].vectors and not made[-1].vector_lr
+
+
+def test_lora_checkpoint_from_before_biases_loads(tmp_path):
+    keep(tmp_path / "a", model := adapt(tmp_path))
+    path = tmp_path / "a" / "checkpoint.safetensors"
+    tensors, meta = load_tensors(path)
+    del meta["adapter"]["model"]["bias"]
+    save_tensors(path, tensors, meta)
+    assert torch.equal(logps(load_model(tmp_path / "a", TOK)), logps(model.merge_lora()))
+
+
+@pytest.mark.parametrize("shard", ["a-00001.bin", "a-00002.bin"])
+@pytest.mark.parametrize("kind", ["safe shards", "bin shards"])
+def test_p46_an_adapter_of_a_gpt2_in_shards_knows_each_of_them(kind, shard, tmp_path):
+    folder = hf(tmp_path / "hf", kind=kind)
+    model = load_model(folder, BYTES)
+    model.add_lora(2, 4)
+    save_checkpoint(tmp_path / "a", dict(model=model), {}, dict(step=0, state={}, tokenizer=BYTES.fingerprint))
+    load_model(tmp_path / "a", BYTES)
+    changed = {name: t * 1.01 for name, t in golden_weights().items()}
+    hf(tmp_path / "new", changed, kind=kind)
+    (folder / shard).write_bytes((tmp_path / "new" / shard).read_bytes())
+    with pytest.raises(UserError, match="hf, which has changed since"):
+        load_model(tmp_path / "a", BYTES)
+
+
+def test_crc32_of_files_is_that_of_their_bytes(tmp_path):
+    parts = [bytes(range(256)) * 70_000, b"", b"end"]                     # the first is longer than one piece
+    paths = [tmp_path / str(i) for i in range(3)]
+    for path, part in zip(paths, parts):
+        path.write_bytes(part)
+    for n in range(4):
+        assert M.crc32_of(paths[:n]) == zlib.crc32(b"".join(parts[:n]))
+
+
+def pickled(content):
+    """The bytes of a pytorch_model.bin."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def nested():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                   # "a prototype"
+        return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
+@pytest.mark.parametrize("make, match", [
+    (spoilt(config=dict(layer_norm_epsilon=1e-6)), r"config.json: layer_norm_epsilon is 1e-06"),
+    (spoilt(config=dict(scale_attn_weights=False)), r"config.json: scale_attn_weights is False"),
+    (spoilt(config=dict(scale_attn_by_inverse_layer_idx=True)), r"config.json: scale_attn_by_inverse_layer_idx is True"),
+    (spoilt(config=dict(add_cross_attention=True)), r"config.json: add_cross_attention is True"),
+    (spoilt(tensors={"transformer.h.1.mlp.c_fc.weight": torch.ones(8, 4, 8)}), r"c_fc.weight is \(8, 4, 8\), not \(32, 8\)"),
+    (spoilt(tensors={"transformer.wte.weight": torch.ones(257)}), r"wte.weight is missing, or not \(257, 8\)"),
+    (spoilt(tensors={"transformer.wte.weight": torch.ones(257, 9)}), r"wte.weight is missing, or not \(257, 8\)"),
+    (spoilt(kind="bin", tensors={"transformer.x": 1}), r"something else than named tensors"),
+    (spoilt(kind="bin", write={"pytorch_model.bin": pickled({7: torch.ones(1)})}), r"something else than named tensors"),
+    (spoilt(kind="bin", tensors={"transformer.x": torch.ones(2, 2).to_sparse()}), r"something else than named tensors"),
+    (spoilt(kind="bin", write={"pytorch_model.bin": pickled({"transformer.x": nested()})}), r"pytorch_model.bin: "),
+    (spoilt(kind="bin", write={"pytorch_model.bin": pickled({"x": Fraction(1, 2)})}), r"pytorch_model.bin: not readable"),
+    (spoilt(kind="safe shards", write={"model.safetensors.index.json": b'{"weight_map": {"x": 3}}'}), r"does not name files"),
+])
+def test_p46_more_that_is_no_gpt2_of_ours_is_refused_in_one_line(make, match, tmp_path):
+    make(tmp_path / "hf")
+    with pytest.raises(UserError, match=match) as caught:
+        load_model(tmp_path / "hf", BYTES)
+    assert "\n" not in str(caught.value)
+
+
+def test_p46_a_config_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(UserError, match=r"config.json: Is a directory$"):
+        load_model(tmp_path)
+    with pytest.raises(UserError, match=r"index.json: No such file"):
+        M.read_json(tmp_path / "index.json")
+
+
+def test_gpt2_that_says_what_goes_without_saying_loads(tmp_path):
+    """Every default spelt out; a mark that is none of ours; both kinds of weights there, of which safetensors counts."""
+    config = THERE | M.GPT2 | dict(n_inner=32, plainalign="someone else's", n_ctx=16)
+    folder = hf(tmp_path / "hf", config=config)
+    hf(folder, {name: t * 2 for name, t in golden_weights().items()}, config, kind="bin")
+    want = load_model(hf(tmp_path / "plain"), BYTES).state_dict()
+    assert all(torch.equal(t, want[name]) for name, t in load_model(folder, BYTES).state_dict().items())
+
+
+def test_gpt2_half_precision_weights_grow_by_their_mean_in_float32(tmp_path):
+    tensors = {n: t.half() for n, t in golden_weights().items()}
+    wte = load_model(hf(tmp_path / "hf", tensors), BYTES).transformer.wte.weight
+    want = tensors["transformer.wte.weight"].float().mean(0)
+    assert wte.dtype == torch.float32 and (wte[257:261] - want).abs().max() < 1e-7
+
+
+def test_p46_an_adapter_that_says_fewer_tokens_than_its_base_has_is_refused(tmp_path):
+    model = load_model(hf(tmp_path / "hf"), BYTES)
+    model.add_lora(2, 4)
+    save_checkpoint(tmp_path / "a", dict(model=model), {}, dict(step=0, state={}, tokenizer=BYTES.fingerprint))
+    tensors, meta = load_tensors(tmp_path / "a" / "checkpoint.safetensors")
+    meta["config"]["model"]["vocab_size"] = 100
+    save_tensors(tmp_path / "a" / "checkpoint.safetensors", tensors, meta)
+    with pytest.raises(UserError, match=r"wte.weight is \(320, 8\), not \(128, 8\)"):
+        load_model(tmp_path / "a")
+
+
+def test_gpt2_masks_of_old_files_are_left_out_whatever_their_type(tmp_path):
+    masks = {"transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16).tril(), "transformer.h.1.attn.masked_bias": torch.ones(1),
+             "transformer.h.1.attn.bias": torch.ones(1, 1, 16, 16, dtype=torch.uint8), "transformer.ids": torch.arange(3)}
+    want = load_model(hf(tmp_path / "plain")).state_dict()
+    got = load_model(hf(tmp_path / "hf", golden_weights() | masks, kind="bin")).state_dict()
+    assert all(torch.equal(t, got[name]) for name, t in want.items()) and want.keys() == got.keys()
+
+
+@pytest.mark.parametrize("n_scores", [0, 3])
+def test_gpt2_export_tells_transformers_what_it_is_and_leaves_the_model_alone(n_scores, tmp_path):
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(vocab_size=261, block_size=16, n_layer=2, n_head=2, n_embd=8, n_scores=n_scores, dropout=.1))
+    for p in model.parameters():
+        p.data.add_(.3 * torch.randn_like(p))
+    before = bits(model)
+    M.write_gpt2(model, BYTES, tmp_path)
+    assert bits(model) == before
+    facts = json.loads((tmp_path / "config.json").read_text())
+    labels = facts.pop("id2label", {})
+    assert list(labels) == [str(k) for k in range(n_scores)] and len(set(labels.values())) == n_scores
+    assert facts == M.GPT2 | dict(
+        architectures=["GPT2ForSequenceClassification" if n_scores else "GPT2LMHeadModel"], vocab_size=261, n_positions=16,
+        n_embd=8, n_layer=2, n_head=2, resid_pdrop=.1, embd_pdrop=.1, attn_pdrop=0.0, dtype="float32",
+        bos_token_id=256, eos_token_id=256, pad_token_id=257, plainalign=dict(tokenizer=BYTES.fingerprint))
+    text = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
+    assert "\u0120" in text and json.loads(text) == BYTES.huggingface()["tokenizer.json"]
+
+
+def test_gpt2_import_and_export_write_over_no_model_and_know_its_tokenizer(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(M.Tokenizer, "load", lambda name: BYTES)
+    folder, cfg = str(hf(tmp_path / "hf")), lambda name: M.Convert(out=str(tmp_path / name))
+    M.import_gpt2(cfg("a"), [folder])                                     # no config.json, as after a merge
+    before = (tmp_path / "a" / "checkpoint.safetensors").read_bytes()
+    for run, name, source in ((M.import_gpt2, "a", folder), (M.export_gpt2, "a", str(tmp_path / "a")),
+                              (M.import_gpt2, "hf", str(tmp_path / "a")), (M.export_gpt2, "hf", str(tmp_path / "a"))):
+        with pytest.raises(UserError, match="holds another model"):
+            run(cfg(name), [source])
+    assert (tmp_path / "a" / "checkpoint.safetensors").read_bytes() == before
+    keep(tmp_path / "other", gpt(dtype=torch.float32))
+    for run in (M.import_gpt2, M.export_gpt2):
+        with pytest.raises(UserError, match="other was trained with another tokenizer"):
+            run(cfg("b"), [str(tmp_path / "other")])
+    assert not (tmp_path / "b").exists()
+
+
+def test_merge_names_the_folder_that_says_no_tokenizer(tmp_path):
+    M.save_checkpoint(tmp_path / "a", dict(model=load_model(hf(tmp_path / "b"))), {}, dict(step=0, state={}, tokenizer="x"))
+    for folders in ("ab", "ba"):
+        with pytest.raises(UserError, match=rf"^{tmp_path}/b: it does not say whose tokens"):
+            M.merge(M.Merge(out=str(tmp_path / "m")), [str(tmp_path / name) for name in folders])
