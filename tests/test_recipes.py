@@ -434,11 +434,11 @@ def small_gpt2(tmp_path_factory):
 
 
 def beginning(path, folder):
-    """A file, or the beginning of a long one: its first sixty rows, or lines of text."""
+    """A file, or the beginning of a long one: its first forty rows, or lines of text."""
     if path.suffix == ".gz":
         return path
     text, short = path.read_bytes(), folder / path.name
-    rows = json.dumps(json.loads(text)[:60]).encode() if path.suffix == ".json" else b"\n".join(text.split(b"\n")[:60])
+    rows = json.dumps(json.loads(text)[:40]).encode() if path.suffix == ".json" else b"\n".join(text.split(b"\n")[:40])
     short.write_bytes(rows)
     return short
 
@@ -448,7 +448,6 @@ def beginning(path, folder):
     ("sft.py", "alpaca_and_pairs/instruction-data.json"), ("sft.py", "chat/toy_chat_fine_tuning.jsonl"),
     ("sft.py --lora_r 4", "gsm8k/train_first4000.jsonl"),
     ("reward.py train", "alpaca_and_pairs/instruction-data-with-preference.json"),
-    ("reward.py train", "helpsteer2/helpsteer2_validation_first8.jsonl"),
     ("reward.py train --loss ratings --heads 5", "helpsteer2/helpsteer2_validation_first8.jsonl"),
     ("dpo.py", "hh/harmless_first100.jsonl.gz"), ("dpo.py --loss kto", "kto/kto_en_demo.json"),
     ("orpo.py", "alpaca_and_pairs/instruction-data-with-preference.json"),
