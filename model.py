@@ -985,19 +985,9 @@ def load_model(folder, tok=None, device="cpu", n_scores=None, maker="", vocab_si
         raise UserError(f"{path}: it does not say what model it holds ({e})") from None
     if n_scores == 0 and config.n_scores:
         raise UserError(f"{folder}: a reward or value model, and a language model is needed")
-    if adapter := (meta.get("adapter") or {}).get("model"):
-        try:
-            base, r, alpha = dict(folder=adapter["folder"], crc32=adapter["crc32"]), int(adapter["r"]), adapter["alpha"]
-            bias = bool(adapter.get("bias"))
-            model = load_model(base["folder"], tok, n_scores=config.n_scores, maker=f"what {folder} was trained from",
-                               vocab_size=config.vocab_size)
-            if model.base != base:
-                raise UserError(f"{folder} adapts {base['folder']}, which has changed since")
-            model.add_lora(r, alpha, bias)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as e:
-            raise UserError(f"{path}: it does not say what it adapts ({e})") from None
-        fill(model, tensors, "model", path)
-        tensors = {f"model/{k}": t for k, t in model.merge_lora().state_dict().items()}
+    adapters = meta.get("adapter")
+    if isinstance(adapters, dict) and "model" in adapters:
+        tensors = merged_adapter(adapters["model"], config, tensors, tok, folder)
     if n_scores is not None and n_scores != config.n_scores:
         config.n_scores = n_scores
         tensors = {k: t for k, t in tensors.items() if not k.startswith("model/score.")}
@@ -1006,6 +996,23 @@ def load_model(folder, tok=None, device="cpu", n_scores=None, maker="", vocab_si
     fill(model, tensors, "model", path)
     model.base, model.tokenizer = dict(folder=str(folder), crc32=crc32_of(paths)), meta.get("tokenizer")
     return model.to(device).eval()
+
+
+def merged_adapter(adapter, config, tensors, tok, folder):
+    """The tensors of the whole model that an adapter's checkpoint stands for: its base, read anew, and the adapter."""
+    path = Path(folder) / "checkpoint.safetensors"
+    try:
+        base, r, alpha = dict(folder=adapter["folder"], crc32=adapter["crc32"]), int(adapter["r"]), adapter["alpha"]
+        bias = bool(adapter.get("bias"))
+        model = load_model(base["folder"], tok, n_scores=config.n_scores, maker=f"what {folder} was trained from",
+                           vocab_size=config.vocab_size)
+        if model.base != base:
+            raise UserError(f"{folder} adapts {base['folder']}, which has changed since")
+        model.add_lora(r, alpha, bias)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as e:
+        raise UserError(f"{path}: it does not say what it adapts ({e})") from None
+    fill(model, tensors, "model", path)
+    return {f"model/{k}": t for k, t in model.merge_lora().state_dict().items()}
 
 
 def clone(model):
