@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.sh"))
 TOMLS = sorted((ROOT / "configs").glob("*.toml"))
 # What shrinks a stage to a moment; each stage takes of these what it has. A model that answers needs a few dozen steps.
-TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=256, steps=2, batch=16, n=40, max_new=20, prompts=8, ptx_batch=4,
+TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=256, steps=2, batch=16, n=24, max_new=16, prompts=6, ptx_batch=4,
             epochs=1, device="cpu", dtype="fp32", threads=1, show=1, group=4, samples=2, guesses=0, cuts=1)
 SFT = dict(steps=25, lr=1e-2)
 
