@@ -1564,6 +1564,8 @@ class Run:
                 theirs = json.loads(path.read_text(encoding="utf-8"))
             except ValueError:
                 raise UserError(f"{path}: no JSON; choose another --out, or delete that folder") from None
+            if not isinstance(theirs, dict):
+                raise UserError(f"{path}: not a run's options; choose another --out, or delete that folder")
             if "model_type" in theirs:
                 raise UserError(f"{cfg.out} holds a model of Hugging Face's: choose another --out")
             for k in mine:

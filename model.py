@@ -1162,7 +1162,8 @@ def read_gpt2(folder, tok=None, vocab_size=None):
         raise UserError(f"{paths[0]}: {len(layers)} layers, and config.json says {shape['n_layer']}")
 
     marked = facts.get("plainalign")  # who exports writes there whose tokens it reads, and TRL leaves that in
-    meta = dict(tokenizer=marked.get("tokenizer") if isinstance(marked, dict) else None)
+    mark = marked.get("tokenizer") if isinstance(marked, dict) else None
+    meta = dict(tokenizer=mark if isinstance(mark, str) else None)
     if tok is not None and meta["tokenizer"] is None:
         if len(wte) != tok.base + 1:
             raise UserError(f"{path}: {len(wte)} tokens, and --tokenizer has {tok.base}, which with an end of text "

@@ -224,7 +224,7 @@ def test_fused_backward_resumes_bit_for_bit(start, monkeypatch):
 # ------------------------------------------------------------------------------------------------ the formulas
 
 
-@pytest.mark.parametrize("shape", [dict(n_scores=0), dict(vocab_size=500, n_scores=3), dict(n_layer=2, n_embd=64, n_head=1)])
+@pytest.mark.parametrize("shape", [{}, dict(vocab_size=500, n_scores=3), dict(n_layer=2, n_embd=64, n_head=1)])
 def test_n_params_is_the_number_of_parameters(shape):
     config = M.GPTConfig(**dict(vocab_size=TOK.n_vocab) | SIZE | shape)
     assert bench.n_params(config) == sum(p.numel() for p in M.GPT(config).parameters())
@@ -243,8 +243,8 @@ def test_forward_flops_are_those_of_every_matmul_attention_included(head):
 
 @pytest.fixture(scope="module")
 def short(start):
-    """Pairs of about 16 tokens, nearly all of them responses: so short that a CPU's plain attention in bf16 costs little."""
-    rows = [dict(prompt=[dict(role="user", content="?")], responses=[f"{x}{i} " * 9 for x in "ab"]) for i in range(200)]
+    """Pairs of about 16 tokens, nearly all responses: so short that a CPU's plain attention in bf16 costs little."""
+    rows = [dict(prompt=[dict(role="user", content="?")], responses=[f"{x}{i} " * 9 for x in "ab"]) for i in range(140)]
     (start.folder / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return SimpleNamespace(**vars(start) | dict(pairs=str(start.folder / "short.jsonl")))
 
@@ -257,8 +257,27 @@ def test_peak_memory_in_bf16_is_within_15_percent_of_the_formula(kind, options, 
     assert live.most == pytest.approx(bench.memory(NAMES[kind], config, 2048, 2, **options), rel=.15)
 
 
+def test_bf16_keeps_the_weights_it_has_rounded():
+    """Where weights are nearly all there is, bf16 needs more than fp32: 2 bytes of every matrix's weight."""
+    peaks, config = [], M.GPTConfig(vocab_size=TOK.n_vocab, **SIZE | dict(n_layer=6))
+    for dtype in ("fp32", "bf16"):
+        amp = M.setup("cpu", dtype)[1]
+        with Live() as live:
+            model = M.GPT(config)
+            optimizer = M.Optimizer(model, 1e-3, 10)
+            for step in range(2):
+                for _ in "12":  # micro-batches: the second one's copies come on top of whole gradients
+                    with amp():
+                        logp = M.token_logprobs(model, torch.ones(1, 9, dtype=torch.long), torch.ones(1, 8))
+                    logp.sum().backward()
+                optimizer.step(step)
+        peaks.append(live.most)
+    fp32, bf16 = (bench.memory(NAMES["dpo"], config, 8, half) for half in (4, 2))
+    assert bf16 > fp32 and .5 < (peaks[1] - peaks[0]) / (bf16 - fp32) < 1.1
+
+
 def test_memory_of_the_sizes_of_gpt2_by_hand():
-    """124,475,904 parameters (50,304 rows), batches of 4,096 tokens in bf16: 333 logits a chunk, 36 or 4 widths a token."""
+    """124,475,904 parameters (50,304 rows), 4,096 tokens in bf16: 333 positions a chunk, 36 or 4 widths a token."""
     config, P, C = M.GPTConfig(**bench.SIZES["gpt2"]), 124_475_904, 768
     head, layer, lora = 333 * 50257 * 11, 4096 * 36 * C, 16 * 12 * 16 * 16 * C
     want = {("sft, dpo, orpo, grpo", 0, False): 18 * P + 12 * layer + head,
@@ -267,7 +286,8 @@ def test_memory_of_the_sizes_of_gpt2_by_hand():
             ("reward", 0, False): 18 * P + 12 * layer,
             ("grpo, KL, reward model", 0, False): 26 * P + 12 * layer + head,
             ("grpo, KL, reward model", 16, False): 10 * P + lora + 12 * layer + head,
-            ("ppo", 0, False): 44 * P + 24 * layer + head, ("ppo", 0, True): 44 * P + 24 * 4096 * 4 * C + max(layer, head),
+            ("ppo", 0, False): 44 * P + 24 * layer + head,
+            ("ppo", 0, True): 44 * P + 24 * 4096 * 4 * C + max(layer, head),
             ("ppo", 16, False): 16 * P + 2 * lora + 24 * layer + head}
     assert bench.n_params(config) == P
     for (name, r, again), number in want.items():

@@ -2479,12 +2479,13 @@ def exported(name):
 
 
 def by_the_export(files):
-    """encode from the exported files alone, as transformers does it: pieces by the pattern, bytes as letters, a piece that
-    is a token whole, any other merged by the list, its earliest pair first. The letters are another's, made anew."""
+    """encode from the exported files alone, as transformers does it: pieces by the pattern, bytes as letters, a piece
+    that is a token whole, any other merged by the list, its earliest pair first."""
     spec = files["tokenizer.json"]
     model, pattern = spec["model"], spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
     order = {tuple(pair): i for i, pair in enumerate(model["merges"])}
-    assert model["type"] == "BPE" and not model["byte_fallback"] and not model["fuse_unk"] and len(order) == len(model["merges"])
+    assert model["type"] == "BPE" and not model["byte_fallback"] and not model["fuse_unk"]
+    assert len(order) == len(model["merges"])
 
     def encode(text):
         import regex
@@ -2506,7 +2507,8 @@ def by_the_export(files):
 def test_exported_vocabulary_and_merges_give_the_same_ids(name):
     tok, files = exported(name)
     encode, model = by_the_export(files)
-    for text in random_texts(150) + ["abcd", "abcd abcd", " abcde ab\u00e9 abc\u00e9", "xabcd bcd", *map(" ".join, [THINGS, GOOD])]:
+    own = ["abcd", "abcd abcd", " abcde ab\u00e9 abc\u00e9", "xabcd bcd"]
+    for text in [*own, *map(" ".join, [THINGS, GOOD]), *random_texts(150)]:
         assert encode(text) == tok.encode(text), text
     assert model["vocab"] == {"".join(LETTERS[b] for b in piece): i for piece, i in tok.ranks.items()}
     for a, b in model["merges"]:                         # transformers refuses a list with other parts than tokens
@@ -2530,7 +2532,8 @@ def test_exported_pattern_splits_as_ours():
         tok = Tokenizer("own", pattern, {bytes([b]): b for b in range(256)})
         split, level = (found := tok.huggingface()["tokenizer.json"])["pre_tokenizer"]["pretokenizers"]
         shown = split["pattern"]["Regex"]
-        assert not re.search(r"\{[\d,]+\}\+", shown) and split == dict(type="Split", pattern=dict(Regex=shown), behavior="Isolated", invert=False)
+        assert not re.search(r"\{[\d,]+\}\+", shown)
+        assert split == dict(type="Split", pattern=dict(Regex=shown), behavior="Isolated", invert=False)
         for text in ["1234567 89", "an old  van\n\n ", *random_texts(30)]:
             assert regex.findall(shown, text) == regex.findall(pattern, text)
         assert found["pre_tokenizer"]["type"] == "Sequence" and level == found["decoder"] == dict(
@@ -2555,13 +2558,25 @@ def test_exported_special_tokens_have_our_ids(name):
 
 def test_gpt2s_special_tokens_come_behind_its_end_of_text():
     """The order is in checkpoints and exports: another would make every one of them speak nonsense."""
-    assert OWN.special == {f"<|{name}|>": OWN.base + i for i, name in enumerate("end pad system user assistant".split())}
-    assert TOK.special == {f"<|{name}|>": TOK.base + i for i, name in enumerate("pad end system user assistant".split())}
+    for tok, names in ((OWN, "end pad system user assistant"), (TOK, "pad end system user assistant")):
+        assert tok.special == {f"<|{name}|>": tok.base + i for i, name in enumerate(names.split())}
+
+
+def test_gpt2s_files_are_read_as_a_pair(tmp_path):
+    """merges.txt decides for Hugging Face's names; a vocab.json alone, beside OpenAI's two files, is not asked."""
+    gpt2_files(tmp_path, [("x", "y"), ("xy", "z")])
+    for name, ours in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
+        (tmp_path / name).rename(tmp_path / ours)
+    (tmp_path / "vocab.json").write_text("{}")
+    assert Tokenizer.load(str(tmp_path)).encode("xyzxy") == [257, 256]
+    gpt2_files(tmp_path, [("a", "b")])
+    Tokenizer.load.cache_clear()
+    assert Tokenizer.load(str(tmp_path)).encode("abxy")[0] == 256
 
 
 @pytest.mark.parametrize("name", ["toy", "own"])
 def test_exported_chat_template_is_our_chat_with_the_same_targets(name):
-    """What it marks as generated, the end token included, are our targets; nothing is stripped or taken for a template."""
+    """What it marks as generated, the end token included, are our targets; nothing is stripped or taken for code."""
     jinja2 = pytest.importorskip("jinja2")               # torch brings it
     tok, files = exported(name)
     source = files["tokenizer_config.json"]["chat_template"]
@@ -2596,7 +2611,8 @@ def test_fits_leaves_room_for_exactly_the_longest_response():
 def test_truth_is_the_gold_of_the_toys_prompts_alone():
     task = toy_task("val", "write", random.Random(0))
     good = toy_demo(task, random.Random(0))
-    got = data.truth([task, {"prompt": [user("Q")]}, task, task], [good, good, good, "no"], torch.tensor([True, True, False, True]))
+    got = data.truth([task, {"prompt": [user("Q")]}, task, task], [good, good, good, "no"],
+                     torch.tensor([True, True, False, True]))
     assert got == [gold(task, good, True), gold(task, good, False), gold(task, "no", True)] and len(set(got)) == 3
     assert data.truth([{"prompt": [user("Q")]}], ["A"], torch.tensor([True])) == []
 
@@ -2629,8 +2645,8 @@ def test_items_of_a_record_by_unit():
     ranked = prefer("a", "b", "c", scores=[3, 1, -1], win=[.9, .5, .1])
 
     def told(record, *args):
-        return [([TOK.decode([i for i, t in zip(ids, target) if t]) for ids, target in item["rows"]], item["up"], item["r"])
-                for item in data.preference_items(record, TOK, 64, *args)]
+        texts = lambda item: [TOK.decode([i for i, t in zip(ids, target) if t]) for ids, target in item["rows"]]
+        return [(texts(item), item["up"], item["r"]) for item in data.preference_items(record, TOK, 64, *args)]
     both = [True, False]
     assert told(ranked) == told(ranked, "pair", "all") == [(["a", "b"], both, [3, 1]), (["a", "c"], both, [3, -1]),
                                                            (["b", "c"], both, [1, -1])]

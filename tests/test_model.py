@@ -835,18 +835,15 @@ def test_slices_and_per_token_cover_every_row_once_and_change_nothing():
 # ------------------------------------------------------------------------------------------------ rewards
 
 
-def test_reward_is_the_weighted_sum_of_models_and_verifiers(tmp_path):
+def test_reward_is_the_weighted_sum_of_models_and_verifiers(tmp_path, monkeypatch):
     judge, tok = gpt(dtype=torch.float32, n_scores=1), SimpleNamespace(**vars(TOK), decode=lambda ids: f"{len(ids)}")
     save_checkpoint(tmp_path / "rm", dict(model=judge), {}, dict(tokenizer=tok.fingerprint))
     roll = rollout(gpt(std=.2), RAGGED, n=2)
-    M_data = sys.modules["data"]
     records = [dict(answer=i) for i in range(30)]
-    M_data.VERIFIERS["count"] = lambda record, text, finished: record["answer"] + 100 * finished + 1000 * int(text)
-    try:
-        reward = Reward(f"0.5*{tmp_path / 'rm'} + count + -2*count", tok, "cpu", setup("cpu", "fp32")[1], 100)
-        total, parts = reward(records, roll)
-    finally:
-        del M_data.VERIFIERS["count"]
+    monkeypatch.setitem(data.VERIFIERS, "count", lambda record, text, finished: (
+        record["answer"] + 100 * finished + 1000 * int(text)))
+    reward = Reward(f"0.5*{tmp_path / 'rm'} + count + -2*count", tok, "cpu", setup("cpu", "fp32")[1], 100)
+    total, parts = reward(records, roll)
     w = weights(judge)
     scores = [gpt2(judge, ids[:n])[0][-1] @ w["score.weight"][0] + w["score.bias"][0]
               for ids, n in zip(roll.tokens.tolist(), roll.lengths)]
@@ -2562,6 +2559,16 @@ def test_gpt2_base_of_an_adapter_grows_by_the_special_tokens_without_a_tokenizer
     assert merged.transformer.wte.weight[257:261].abs().min() > 0
 
 
+def test_p46_a_foreign_mark_or_a_null_config_ends_in_one_line(tmp_path):
+    folder = hf(tmp_path / "hf", config=THERE | dict(plainalign=dict(tokenizer=[])))
+    with pytest.raises(UserError, match="does not say whose tokens"):
+        M.merge(M.Merge(out=str(tmp_path / "m")), [str(folder)] * 2)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("null")
+    with pytest.raises(UserError, match="config.json: not a run's options"):
+        sft.train(sft.Config(out=str(tmp_path / "run"), init="new", device="cpu", steps=1))
+
+
 def test_p42_a_run_does_not_write_over_a_gpt2_of_hugging_face(tmp_path):
     before = (hf(tmp_path / "hf") / "config.json").read_bytes()
     with pytest.raises(UserError, match="holds a model of Hugging Face's"):
@@ -2598,7 +2605,7 @@ def test_gpt2_import_export_and_merge_from_the_command_line(tmp_path, monkeypatc
     assert run("merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "m")[0] == 0
 
 
-# ------------------------------------------------------------------------------------------------ rollouts, adapters, GPT-2: the rest
+# ------------------------------------------------------------------------------------------------ adapters, GPT-2: more
 
 
 def test_rows_of_a_rollout_end_with_the_response_and_target_it_alone():
@@ -2710,26 +2717,19 @@ def pickled(content):
     return file.getvalue()
 
 
-def nested():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                   # "a prototype"
-        return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
-
-
 @pytest.mark.parametrize("make, match", [
     (spoilt(config=dict(layer_norm_epsilon=1e-6)), r"config.json: layer_norm_epsilon is 1e-06"),
     (spoilt(config=dict(scale_attn_weights=False)), r"config.json: scale_attn_weights is False"),
-    (spoilt(config=dict(scale_attn_by_inverse_layer_idx=True)), r"config.json: scale_attn_by_inverse_layer_idx is True"),
+    (spoilt(config=dict(scale_attn_by_inverse_layer_idx=True)), r"json: scale_attn_by_inverse_layer_idx is True"),
     (spoilt(config=dict(add_cross_attention=True)), r"config.json: add_cross_attention is True"),
-    (spoilt(tensors={"transformer.h.1.mlp.c_fc.weight": torch.ones(8, 4, 8)}), r"c_fc.weight is \(8, 4, 8\), not \(32, 8\)"),
+    (spoilt(tensors={"transformer.h.1.mlp.c_fc.weight": torch.ones(8, 4, 8)}), r"c_fc.weight is \(8, 4, 8\), not"),
     (spoilt(tensors={"transformer.wte.weight": torch.ones(257)}), r"wte.weight is missing, or not \(257, 8\)"),
     (spoilt(tensors={"transformer.wte.weight": torch.ones(257, 9)}), r"wte.weight is missing, or not \(257, 8\)"),
     (spoilt(kind="bin", tensors={"transformer.x": 1}), r"something else than named tensors"),
-    (spoilt(kind="bin", write={"pytorch_model.bin": pickled({7: torch.ones(1)})}), r"something else than named tensors"),
+    (spoilt(kind="bin", write={"pytorch_model.bin": pickled({7: torch.ones(1)})}), r"something else than named"),
     (spoilt(kind="bin", tensors={"transformer.x": torch.ones(2, 2).to_sparse()}), r"something else than named tensors"),
-    (spoilt(kind="bin", write={"pytorch_model.bin": pickled({"transformer.x": nested()})}), r"pytorch_model.bin: "),
-    (spoilt(kind="bin", write={"pytorch_model.bin": pickled({"x": Fraction(1, 2)})}), r"pytorch_model.bin: not readable"),
-    (spoilt(kind="safe shards", write={"model.safetensors.index.json": b'{"weight_map": {"x": 3}}'}), r"does not name files"),
+    (spoilt(kind="bin", write={"pytorch_model.bin": pickled({"x": Fraction(1, 2)})}), r"bin: not readable"),
+    (spoilt(kind="safe shards", write={"model.safetensors.index.json": b'{"weight_map": {"x": 3}}'}), r"not name"),
 ])
 def test_p46_more_that_is_no_gpt2_of_ours_is_refused_in_one_line(make, match, tmp_path):
     make(tmp_path / "hf")
@@ -2747,7 +2747,7 @@ def test_p46_a_config_that_cannot_be_read_is_named(tmp_path):
 
 
 def test_gpt2_that_says_what_goes_without_saying_loads(tmp_path):
-    """Every default spelt out; a mark that is none of ours; both kinds of weights there, of which safetensors counts."""
+    """Every default spelt out; a mark that is none of ours; both kinds of weights, of which safetensors counts."""
     config = THERE | M.GPT2 | dict(n_inner=32, plainalign="someone else's", n_ctx=16)
     folder = hf(tmp_path / "hf", config=config)
     hf(folder, {name: t * 2 for name, t in golden_weights().items()}, config, kind="bin")
@@ -2774,8 +2774,9 @@ def test_p46_an_adapter_that_says_fewer_tokens_than_its_base_has_is_refused(tmp_
 
 
 def test_gpt2_masks_of_old_files_are_left_out_whatever_their_type(tmp_path):
-    masks = {"transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16).tril(), "transformer.h.1.attn.masked_bias": torch.ones(1),
-             "transformer.h.1.attn.bias": torch.ones(1, 1, 16, 16, dtype=torch.uint8), "transformer.ids": torch.arange(3)}
+    square = torch.ones(1, 1, 16, 16)
+    masks = {"transformer.h.0.attn.bias": square.tril(), "transformer.h.1.attn.masked_bias": torch.ones(1),
+             "transformer.h.1.attn.bias": square.to(torch.uint8), "transformer.ids": torch.arange(3)}
     want = load_model(hf(tmp_path / "plain")).state_dict()
     got = load_model(hf(tmp_path / "hf", golden_weights() | masks, kind="bin")).state_dict()
     assert all(torch.equal(t, got[name]) for name, t in want.items()) and want.keys() == got.keys()
@@ -2794,8 +2795,8 @@ def test_gpt2_export_tells_transformers_what_it_is_and_leaves_the_model_alone(n_
     labels = facts.pop("id2label", {})
     assert list(labels) == [str(k) for k in range(n_scores)] and len(set(labels.values())) == n_scores
     assert facts == M.GPT2 | dict(
-        architectures=["GPT2ForSequenceClassification" if n_scores else "GPT2LMHeadModel"], vocab_size=261, n_positions=16,
-        n_embd=8, n_layer=2, n_head=2, resid_pdrop=.1, embd_pdrop=.1, attn_pdrop=0.0, dtype="float32",
+        architectures=["GPT2ForSequenceClassification" if n_scores else "GPT2LMHeadModel"], vocab_size=261,
+        n_positions=16, n_embd=8, n_layer=2, n_head=2, resid_pdrop=.1, embd_pdrop=.1, attn_pdrop=0.0, dtype="float32",
         bos_token_id=256, eos_token_id=256, pad_token_id=257, plainalign=dict(tokenizer=BYTES.fingerprint))
     text = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
     assert "\u0120" in text and json.loads(text) == BYTES.huggingface()["tokenizer.json"]
@@ -2819,7 +2820,14 @@ def test_gpt2_import_and_export_write_over_no_model_and_know_its_tokenizer(tmp_p
 
 
 def test_merge_names_the_folder_that_says_no_tokenizer(tmp_path):
-    M.save_checkpoint(tmp_path / "a", dict(model=load_model(hf(tmp_path / "b"))), {}, dict(step=0, state={}, tokenizer="x"))
+    keep(tmp_path / "a", load_model(hf(tmp_path / "b")), tokenizer="x")
     for folders in ("ab", "ba"):
         with pytest.raises(UserError, match=rf"^{tmp_path}/b: it does not say whose tokens"):
             M.merge(M.Merge(out=str(tmp_path / "m")), [str(tmp_path / name) for name in folders])
+
+
+def test_p46_a_run_folder_without_a_checkpoint_is_no_gpt2(tmp_path):
+    """Its config.json is the run's: what is missing is the command that makes the checkpoint."""
+    (tmp_path / "config.json").write_text(json.dumps(dict(lr=1e-3)))
+    with pytest.raises(UserError, match="no checkpoint there; make it with: python sft.py$"):
+        load_model(tmp_path, TOK, maker="python sft.py")
