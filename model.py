@@ -804,7 +804,7 @@ class Optimizer:
     def update(self, optim, p):
         """fused_bwd: what a parameter's own optimizer does once its gradient is there."""
         if id(p) in self.updated:
-            raise UserError("--fused_bwd: an update has to be one backward pass; more --micro_tokens, or a smaller batch")
+            raise UserError("--fused_bwd: an update has to be one backward pass: more --micro_tokens, or less --batch")
         self.updated.add(id(p))
         optim.step()
         optim.zero_grad(set_to_none=True)
@@ -1119,7 +1119,7 @@ def read_weights(folder):
             if lost := sorted(where.keys() - tensors.keys()):
                 raise UserError(f"{index}: {lost[0]} is not in {where[lost[0]]}")
             return [Path(folder) / shard for shard in sorted(set(where.values()))], tensors
-    raise UserError(f"{folder}: a config.json, but neither model.safetensors nor pytorch_model.bin, nor an index of one")
+    raise UserError(f"{folder}: a config.json, but neither model.safetensors nor pytorch_model.bin, nor their index")
 
 
 def read_gpt2(folder, tok=None, vocab_size=None):
