@@ -9,6 +9,7 @@ import base64
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import gzip
 import hashlib
@@ -20,7 +21,9 @@ import math
 import os
 import random
 import re
+import shlex
 import sys
+import textwrap
 import time
 import tomllib
 import typing
@@ -30,6 +33,11 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate, combinations, product
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes on one folder are not kept apart
+    fcntl = None
 
 import tiktoken
 import tiktoken.load
@@ -1123,12 +1131,7 @@ def toy_record(kind, split, families, rng, **how):
 def family_list(families):
     """'write,safe' -> ['write', 'safe']; empty means the four families of tasks, without the questions about answers.
     arith1 to arith4 are sums of so many steps."""
-    names = [f for f in families.split(",") if f] or list(FAMILIES)
-    for name in names:
-        if name not in WORLD and name not in LEVELS:
-            raise OptionError(f"--families: there is no {name!r}; the toy world has {', '.join(WORLD)}, "
-                              f"and {', '.join(LEVELS)} for sums of one length")
-    return names
+    return [name for name in families.split(",") if name] or list(FAMILIES)
 
 
 class Stream:
@@ -1367,20 +1370,96 @@ def pack(rows, tok, width, device="cpu"):
 
 
 # ------------------------------------------------------------------------------------------------ configuration
+# An option is a field of a dataclass: its type says which values it takes, its comment is its help.
+
+
+@dataclass(frozen=True)
+class Range:
+    """Which numbers an option takes: from low to high, both included; open: low itself is not."""
+    low: float
+    high: float = math.inf
+    open: bool = False
+
+    def __contains__(self, value):
+        return self.low <= value <= self.high and not (self.open and value == self.low)
+
+    def __str__(self):
+        if self.high < math.inf:
+            return f"between {self.low} and {self.high}"
+        return "positive" if self.open or self.low == 1 else f"{self.low} or more"
+
+
+@dataclass(frozen=True)
+class Names:
+    """A text of some of these names, with commas between them; or, open, of these names and other things."""
+    names: tuple
+    open: bool = False
+
+
+Count = typing.Annotated[int, Range(1)]
+Natural = typing.Annotated[int, Range(0)]
+Positive = typing.Annotated[float, Range(0, open=True)]
+NonNegative = typing.Annotated[float, Range(0)]
+Share = typing.Annotated[float, Range(0, 1)]
+Families = typing.Annotated[str, Names((*WORLD, *LEVELS))]      # of the toy world
+Sum = typing.Annotated[str, Names(tuple(VERIFIERS), open=True)]  # a reward: see parse_rewards
+
+
+def option_types(Config):
+    """{option: (type, choices, limit)}: the plain type; the values of a Literal; the Range or Names it is held to."""
+    out = {}
+    for name, kind in typing.get_type_hints(Config, include_extras=True).items():
+        kind, limit = typing.get_args(kind) if typing.get_origin(kind) is typing.Annotated else (kind, None)
+        choices = typing.get_args(kind)
+        out[name] = (str if choices else kind, choices, limit)
+    return out
+
+
+def checked(label, value, option):
+    """The value, as the option's type. OptionError, which begins with the label, if the option cannot have it."""
+    kind, choices, limit = option
+    shown = f"{label} {' '.join(str(value).split())[:60]}"
+    if choices and value not in choices:
+        raise OptionError(f"{shown}: choose from {', '.join(choices)}")
+    if kind is float and type(value) is int and abs(value) < 2 ** 63:
+        value = float(value)
+    if type(value) is not kind or kind is float and not math.isfinite(value):
+        what = {int: "whole number", float: "finite number", bool: "true or false", str: "text"}[kind]
+        raise OptionError(f"{shown}: not a {what}")
+    if kind is int and abs(value) >= 2 ** 63:
+        raise OptionError(f"{shown}: beyond 64 bits")
+    if kind is str and ("\0" in value or value != value.encode(errors="replace").decode()):
+        raise OptionError(f"{label} {value!r}: not a text that a file could have as its name")
+    if isinstance(limit, Range) and value not in limit:
+        raise OptionError(f"{shown}: must be {limit}")
+    if isinstance(limit, Names) and not limit.open:
+        for name in filter(None, value.split(",")):
+            if name not in limit.names:
+                raise OptionError(f"{shown}: there is no {name!r}; choose from {', '.join(limit.names)}")
+    return value
+
+
+class Options:
+    """What every Config is: values are checked when it is made, on the command line and from Python alike."""
+
+    def __post_init__(self):
+        for name, option in option_types(type(self)).items():
+            setattr(self, name, checked(f"--{name}", getattr(self, name), option))
 
 
 @dataclass
-class RunConfig:
+class RunConfig(Options):
     """The options of every run; a script's Config adds its own."""
     # run
     out: str = ""               # folder of the run; the same command continues an interrupted one
-    seed: int = 0               # of everything: two runs with one seed on one machine agree to the bit
+    overwrite: bool = False     # begin anew, whatever run the folder holds
+    seed: Natural = 0           # of everything: two runs with one seed on one machine agree to the bit
     tokenizer: str = "toy"      # toy, the name of a tiktoken encoding, or a vocabulary file or folder
     device: str = "auto"        # auto, cpu, cuda
     dtype: typing.Literal["auto", "fp32", "bf16"] = "auto"  # of the matmuls; weights stay fp32
-    threads: int = 0            # CPU threads; 0 leaves it to PyTorch
-    micro_tokens: int = 4096    # padded tokens a forward pass may hold; gradients do not depend on it
-    save_every: int = 25        # steps between checkpoints
+    threads: typing.Annotated[int, Range(0, 1024)] = 0  # CPU threads; 0 leaves it to PyTorch
+    micro_tokens: Count = 4096  # padded tokens a forward pass may hold; gradients do not depend on it
+    save_every: Count = 25      # steps between checkpoints
 
 
 @dataclass
@@ -1389,9 +1468,9 @@ class TrainConfig(RunConfig):
     compile: bool = False       # torch.compile the training forward (a minute to warm up)
     grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
     fused_bwd: bool = False     # update each weight in the backward pass and free its gradient: 4 bytes a weight less
-    lora_r: int = 0             # rank of the low-rank adapters that are then all that is trained; 0: everything is
-    lora_alpha: float = 16.0    # their outputs are scaled by alpha / r
-    lora_bias: float = 0.0      # learning rate of biases and norms, trained beside the adapters; 0: they are not
+    lora_r: Natural = 0         # rank of the low-rank adapters that are then all that is trained; 0: everything is
+    lora_alpha: NonNegative = 16.0  # their outputs are scaled by alpha / r
+    lora_bias: NonNegative = 0.0  # learning rate of biases and norms, trained beside the adapters; 0: they are not
 
 
 def describe(Config):
@@ -1408,37 +1487,37 @@ def describe(Config):
 
 
 def show_help(Config, positional, program):
-    """Print every option with its comment and default, under the headings of its dataclass."""
+    """Print every option with its choices, comment and default, under the headings of its dataclass."""
     print(" ".join(["python", program, *(f"<{p}>" for p in positional), "[--option value ...]"]) + "\n")
     print(inspect.getdoc(Config) or "")
-    fields, group = {f.name: f for f in dataclasses.fields(Config)}, None
-    for name, (comment, of) in describe(Config).items():
-        if of != group:
-            print(f"\n{of}:" if of else "")
-            group = of
-        default = fields[name].default
-        print(f"  --{name:<16} {comment} [{'none' if default == '' else default}]")
+    types, heading = option_types(Config), None
+    for name, (comment, group) in describe(Config).items():
+        if group != heading:
+            print(f"\n{group}:" if group else "")
+            heading = group
+        kind, choices, limit = types[name]
+        default = getattr(Config, name)
+        note = "none" if default == "" else str(default)
+        if kind is bool:
+            note = f"true; --{name} false switches it off" if default else "false"
+        text = f"{comment} [{note}]"
+        if choices:
+            text += f" One of {', '.join(choices)}."
+        if isinstance(limit, Names):
+            text += f" {'Rules' if limit.open else 'Names'}: {', '.join(limit.names)}."
+        print(textwrap.fill(text, 118, initial_indent=f"  --{name:<16} ", subsequent_indent=" " * 21,
+                            break_long_words=False, break_on_hyphens=False))
     print("\n  --config           a TOML file of options; flags override it")
 
 
-def convert(name, value, kind):
-    """A TOML value or a flag's text -> the type of the field. Raises OptionError naming the option."""
-    choices = typing.get_args(kind)
-    if choices:
-        if value in choices:
-            return value
-        raise OptionError(f"--{name} {value}: choose from {', '.join(choices)}")
-    if kind is bool and value in ("true", "false"):
-        return value == "true"
-    try:
-        if isinstance(value, str) and kind in (int, float) or kind is float and type(value) is int:
-            value = kind(value)
-    except ValueError:
-        pass
-    if type(value) is kind and (kind is not float or math.isfinite(value)):
-        return value
-    what = {int: "whole number", float: "finite number", bool: "true or false", str: "text"}[kind]
-    raise OptionError(f"--{name} {value}: not a {what}")
+def from_text(text, kind):
+    """A flag's text as a value of its type. What cannot be read stays text, and `checked` refuses it."""
+    if kind is bool:
+        return {"true": True, "1": True, "false": False, "0": False}.get(text, text)
+    if kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def parse(Config, positional=(), argv=None, name=None):
@@ -1449,7 +1528,7 @@ def parse(Config, positional=(), argv=None, name=None):
     """
     argv, script = list(sys.argv[1:] if argv is None else argv), name or Path(sys.argv[0]).stem
     program = " ".join([Path(sys.argv[0]).name] + sys.argv[1:2] * bool(name))  # as in `reward.py label`
-    kinds, flags, rest, path = typing.get_type_hints(Config), {}, [], None
+    types, flags, rest, path = option_types(Config), {}, [], None
     if "-h" in argv or "--help" in argv:
         raise SystemExit(show_help(Config, positional, program))
     while argv:
@@ -1458,11 +1537,12 @@ def parse(Config, positional=(), argv=None, name=None):
             rest.append(word)
             continue
         name, given, value = word[2:].partition("=")
-        if name not in kinds and name != "config":
-            close = difflib.get_close_matches(name, kinds, 1)
+        if name not in types and name != "config":
+            close = difflib.get_close_matches(name, types, 1)
             raise OptionError(f"--{name}: no such option of {program}"
                               + (f"; did you mean --{close[0]}?" if close else "; --help lists them"))
-        if not given and kinds.get(name) is bool and argv[:1] not in (["true"], ["false"]):
+        kind = str if name == "config" else types[name][0]
+        if not given and kind is bool and from_text("".join(argv[:1]), bool) not in (True, False):
             value = "true"  # a bare --flag
         elif not given:
             if not argv or argv[0].startswith("--"):
@@ -1471,8 +1551,8 @@ def parse(Config, positional=(), argv=None, name=None):
         if name == "config":
             path = value
         else:
-            flags[name] = convert(name, value, kinds[name])
-    values = (read_toml(path, script, kinds) if path else {}) | flags
+            flags[name] = from_text(value, kind)
+    values = flags if path is None else read_toml(path, script, types) | flags
     fixed = [p for p in positional if not p.endswith("...")]
     if len(rest) < len(fixed) or (len(rest) > len(fixed) and len(fixed) == len(positional)):
         want = " ".join(f"<{p}>" for p in positional) or "only options"
@@ -1480,29 +1560,22 @@ def parse(Config, positional=(), argv=None, name=None):
     return (Config(**values), rest) if positional else Config(**values)
 
 
-def read_toml(path, script, kinds):
+def read_toml(path, script, types):
     """Options for `script` from a TOML file: its [script] table over the top level. An unknown key is an error; at the
     top level, which is for every script, so is one that neither this script nor TrainConfig has."""
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise OptionError(f"--config {path}: {e}") from None
+    except OSError as e:
+        raise OptionError(f"--config {path}: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:  # TOML and Unicode errors are ValueErrors
+        raise OptionError(f"--config {path}: {' '.join(str(e).split())[:200]}") from None
     shared = {k: v for k, v in table.items() if not isinstance(v, dict)}
-    own, common = table.get(script, {}), typing.get_type_hints(TrainConfig)
-    for name in [k for k in own if k not in kinds] + [k for k in shared if k not in kinds | common]:
+    own, common = table.get(script, {}), option_types(TrainConfig)
+    if not isinstance(own, dict):
+        raise OptionError(f"--config {path}: {script} must be a table, [{script}]")
+    for name in [k for k in own if k not in types] + [k for k in shared if k not in types | common]:
         raise OptionError(f"--config {path}: {name}: no such option of {script}.py")
-    return {k: convert(k, v, kinds[k]) for k, v in (shared | own).items() if k in kinds}
-
-
-def check(cfg, positive="", share="", signed=""):
-    """Refuse impossible values: no number may be negative but those in `signed`, those named in `positive` not 0,
-    `share` within 0..1."""
-    for f in dataclasses.fields(cfg):
-        v = getattr(cfg, f.name)
-        if type(v) in (int, float) and f.name not in signed.split():
-            if v < 0 or (f.name in positive.split() and v == 0) or (f.name in share.split() and v > 1):
-                need = "between 0 and 1" if f.name in share.split() else "positive" if v == 0 else "0 or more"
-                raise OptionError(f"--{f.name} {v}: must be {need}")
+    return {k: checked(f"--config {path}: --{k}", v, types[k]) for k, v in (shared | own).items() if k in types}
 
 
 def guard(main):
@@ -1517,6 +1590,9 @@ def guard(main):
         sys.exit(130)
     except BrokenPipeError:  # `| head` has seen enough
         os._exit(0)
+    except OSError as e:     # the disk, a name too long, no permission: the place says it all
+        print(f"error: {e.filename}: {e.strerror}" if e.filename else f"error: {e}", file=sys.stderr)
+        sys.exit(1)
 
 
 # ------------------------------------------------------------------------------------------------ the run log
@@ -1551,38 +1627,118 @@ def write_text(path, text):
         raise UserError(f"{path}: not written, {e.strerror}") from None
 
 
+def digest(path):
+    """The first digits of the SHA-256 of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+
+def inputs_of(cfg):
+    """{path: digest} of the files that the options name, alone, in lists or in sums, and of the weights in folders."""
+    found = {}
+    for name, value in vars(cfg).items():
+        if type(value) is not str or name in ("out", "tokenizer"):
+            continue
+        for word in [value, *re.split(r"[\s,+*|@{}\[\]]+", value)]:
+            weights = [os.path.join(word, file) for file in (
+                "checkpoint.safetensors", "model.safetensors", "pytorch_model.bin", "reward.txt")]
+            found |= {path: digest(path) for path in [word, *weights] if os.path.isfile(path)}
+    return found
+
+
+def code_of(cfg):
+    """The digest of the code that a run executes: its script, model.py and this file."""
+    script = getattr(sys.modules[type(cfg).__module__], "__file__", None)
+    here = Path(__file__)
+    return " ".join(digest(path) for path in (script, here.with_name("model.py"), here) if path)
+
+
+def hold(path):
+    """Lock a file for this process, until it ends, in whatever way, or closes what this returns."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT)
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:  # some network disks know no locks: there, nothing is held
+        if e.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(f"{path.parent}: another process is writing there; wait for it, or choose another "
+                            "--out") from None
+    return file
+
+
 class Run:
     """One folder a run: config.json, metrics.jsonl, samples/, checkpoint.safetensors, and summary.json at its end."""
 
     def __init__(self, cfg, tok):
-        self.folder, self.seed, self.fingerprint = Path(cfg.out), cfg.seed, tok.fingerprint
+        self.cfg, self.folder, self.seed, self.fingerprint = cfg, Path(cfg.out), cfg.seed, tok.fingerprint
         # Where a run goes on need not be where it began (only there do the bits agree), and may save more often.
-        mine = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "save_every", "device", "threads")}
-        path = self.folder / "config.json"
-        if path.exists():
-            try:
-                theirs = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                raise UserError(f"{path}: no JSON; choose another --out, or delete that folder") from None
-            if not isinstance(theirs, dict):
-                raise UserError(f"{path}: not a run's options; choose another --out, or delete that folder")
-            if "model_type" in theirs:
-                raise UserError(f"{cfg.out} holds a model of Hugging Face's: choose another --out")
-            for k in mine:
-                if k in theirs and theirs[k] != mine[k]:
-                    raise UserError(f"{cfg.out} holds a run with --{k} {theirs.get(k)}, not {mine[k]}: "
-                                    "choose another --out, or delete that folder")
-        self.config = json.dumps(mine, indent=1)  # written with the first step: a mistyped option leaves no folder
-        self.finished = (self.folder / "summary.json").exists()
+        free = ("out", "overwrite", "device", "threads", "save_every")
+        mine = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in free}
+        facts = mine | dict(code=code_of(cfg), inputs=inputs_of(cfg))
+        self.config = json.dumps(facts, indent=1)  # written with the first step: a mistyped option leaves no folder
+        theirs = self.options_there()
+        self.finished = (self.folder / "summary.json").exists() and not cfg.overwrite
+        self.rows = self.read_log() if self.finished else []
+        if cfg.overwrite or theirs is None:
+            return
+        for k in mine:
+            if k in theirs and theirs[k] != mine[k]:
+                raise UserError(f"{cfg.out} holds a run with --{k} {theirs[k]}, not {mine[k]}: choose another --out, or "
+                                "add --overwrite")
+        before = theirs.get("inputs")
+        changed = [path for path, crc in facts["inputs"].items() if isinstance(before, dict) and before.get(path, crc) != crc]
+        if changed and not self.finished:
+            raise UserError(f"{changed[0]} has changed since {cfg.out} began: choose another --out, or add --overwrite")
+        changed += ["the code"] * (theirs.get("code", facts["code"]) != facts["code"])
+        since = f"{' and '.join(changed)} changed since" * bool(changed)
         if self.finished:
-            print(f"{cfg.out} is finished; nothing to do")
+            print(f"{cfg.out} is finished; nothing to do" + f", though {since}: --overwrite runs it anew" * bool(since))
+        elif since:
+            print(f"{cfg.out}: {since} it began", file=sys.stderr)
+
+    def options_there(self):
+        """What config.json of an earlier run in the folder says; None where there is none."""
+        path = self.folder / "config.json"
+        if not path.exists():
+            return None
+        try:
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            raise UserError(f"{path}: no JSON; choose another --out, or delete that folder") from None
+        if not isinstance(theirs, dict):
+            raise UserError(f"{path}: not a run's options; choose another --out, or delete that folder")
+        if "model_type" in theirs:
+            raise UserError(f"{self.folder} holds a model of Hugging Face's: choose another --out")
+        return theirs
+
+    def left(self, name):
+        """The path of a file that an interrupted run left, from which it can go on; None without it."""
+        path = self.folder / name
+        return path if path.exists() and not self.cfg.overwrite else None
+
+    def read_log(self, start=math.inf):
+        """The rows of the steps before `start`, one a step. What is missing or damaged is said."""
+        path, rows = self.folder / "metrics.jsonl", {}
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        for line in text.split("\n"):
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                row = json.loads(line)
+                if type(row["step"]) is int and 0 <= row["step"] < start and row["seconds"] >= 0:
+                    rows.setdefault(row["step"], row)
+        if start < math.inf and len(rows) < start:
+            print(f"{path}: of the rows of steps 0 to {start - 1}, {start - len(rows)} are missing or damaged; the model "
+                  "is not", file=sys.stderr)
+        return [rows[step] for step in sorted(rows)]
 
     def progress(self, start, total):
         """Iterate over the steps with a bar; rows of later steps, left by an interrupted run, are cut off first."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = hold(self.folder / "lock")
+        if self.cfg.overwrite:
+            self.clear()
         write_text(self.folder / "config.json", self.config)
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.rows = [json.loads(line) for line in lines[:start]]  # one row a step; the last may be torn
+        self.rows = self.read_log(start)
         write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         if start:
             print(f"{self.folder}: continuing at step {start} of {total}", file=sys.stderr)
@@ -1591,6 +1747,12 @@ class Run:
                 tqdm(range(start, total), initial=start, total=total, desc=str(self.folder), dynamic_ncols=True,
                      mininterval=0.2 if sys.stderr.isatty() else 20) as self.bar:
             yield from self.bar
+
+    def clear(self):
+        """Delete what an earlier run wrote, its checkpoint last: interrupted here, it is still a run."""
+        for path in [self.folder / "summary.json", *(self.folder / "samples").glob("*.txt"),
+                     *(self.folder / name for name in ("metrics.jsonl", "unfinished.json", "checkpoint.safetensors"))]:
+            path.unlink(missing_ok=True)
 
     def log(self, step, show=(), **metrics):
         """Write one row; `show` names the two or three numbers for the bar. A loss that is no number ends the run."""
@@ -1613,8 +1775,8 @@ class Run:
         blocks = [f"{record['prompt'][-1]['content']}\n→ {text}\n" for record, text in zip(records[:8], texts)]
         write_text(self.folder / "samples" / f"{step:06d}.txt", "\n".join(blocks))
 
-    def finish(self, show, then=""):
-        """Print the key curves and the command to try next, and mark the run as finished."""
+    def finish(self, show, then=()):
+        """Print the key curves and the command to try next (its words), mark the run as finished, return its rows."""
         last = self.rows[-1] if self.rows else {}
         print(f"\n{self.folder}: {len(self.rows)} steps in {last.get('seconds', 0):.0f} s")
         for name in show:
@@ -1622,20 +1784,41 @@ class Run:
             if values:
                 print(f"  {name:<18} {sparkline(values):<32} {values[0]:.3f} → {values[-1]:.3f}")
         if then:
-            print(f"next: {then}")
+            script, *words = map(str, then)
+            script = os.path.relpath(Path(__file__).with_name(script))
+            words += ["--tokenizer", self.cfg.tokenizer] * (self.cfg.tokenizer != "toy")
+            print("next: " + shlex.join(["python", script, *words]))
         write_text(self.folder / "summary.json", json.dumps(last, indent=1))
+        os.close(self.lock)
+        return self.rows
+
+
+def compare_words(cfg, data="toy", families="", judge=""):
+    """The words of the command that compares a trained policy with what it began as, on what it learned from. Where
+    nothing can judge its answers, one talks to it."""
+    words = ["reward.py", "compare", cfg.init, cfg.out]
+    if data == "toy":
+        return words + ["--families", families] * (families not in ("", "write"))
+    if judge:
+        return words + ["--data", data, "--judge", judge, "--max_new", cfg.max_new]
+    return ["model.py", cfg.out]
+
+
+def next_out(cfg, name):
+    """The folder of a next stage: out/NAME behind a run in its own default folder, else one beside the run's."""
+    return f"out/{name}" if cfg.out == type(cfg).out else f"{cfg.out}_{name}"
 
 
 # ------------------------------------------------------------------------------------------------ python data.py
 
 
 @dataclass
-class Config:
+class Config(Options):
     """Show what is in the toy world, or in a file of yours."""
-    n: int = 3                  # records of each kind
-    families: str = ""          # of the toy world, comma-separated; none for all
+    n: Natural = 3              # records of each kind
+    families: Families = ""     # of the toy world, comma-separated; none for all
     split: typing.Literal["train", "val", "test"] = "train"  # of the toy world
-    seed: int = 0               # another seed shows others
+    seed: Natural = 0           # another seed shows others
     tokenizer: str = "toy"      # whose tokens are counted
 
 

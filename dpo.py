@@ -28,8 +28,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (OptionError, Run, Tokenizer, TrainConfig, UserError, add_mismatched, check, collate, fits, guard,
-                  item_batches, make_item, mean, open_stream, parse, preference_items, singles, truth)
+from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share, Sum, Tokenizer, TrainConfig,
+                  UserError, add_mismatched, collate, compare_words, fits, guard, item_batches, make_item, mean,
+                  open_stream, parse, preference_items, singles, truth)
 from model import (Optimizer, Reward, at_positions, full, generate, load_model, log_ratios, reference, setup, steps,
                    token_logprobs, token_scores)
 
@@ -43,47 +44,63 @@ class Config(TrainConfig):
     data: str = "out/pairs/pairs.jsonl"  # preferences (or thumbs, for kto, dro and npo); online: prompts, toy or a file
     pairs: Literal["all", "ends"] = "all"  # of a ranking: all its pairs, or the best against the worst
     # the loss
-    loss: str = "dpo"           # a name in LOSSES
-    beta: float = 0.3           # how strongly the reference holds (papers mostly .1; dpo --length_norm 5, dro 1)
-    eps: float = 0.1            # cdpo, robust: share of labels taken to be flipped
-    lam: float = 50.0           # dpop: penalty once the chosen falls below the reference
-    alpha: float = 0.5          # tdpo: weight of the sequence KL; d2o: of the rejected, as beta of the anchors
-    eta: float = 1.0            # rpo: scale of the score gaps; sppo: of the win probabilities (1000)
-    lam_up: float = 1.0         # kto: weight of thumbs up
-    lam_down: float = 1.0       # kto: weight of thumbs down
-    margin: float = 0.0         # times the record's margin is the β d asked for (ODPO 2402.10571); 0 asks for none
+    loss: "Literal[tuple(LOSSES)]" = "dpo"  # what is minimised
+    beta: Positive = 0.3        # how strongly the reference holds (papers mostly .1; dpo --length_norm 5, dro 1)
+    eps: Share = 0.1            # cdpo, robust: share of labels taken to be flipped
+    lam: NonNegative = 50.0     # dpop: penalty once the chosen falls below the reference
+    alpha: NonNegative = 0.5    # tdpo: weight of the sequence KL; d2o: of the rejected, as beta of the anchors
+    eta: NonNegative = 1.0      # rpo: scale of the score gaps; sppo: of the win probabilities (1000)
+    lam_up: NonNegative = 1.0   # kto: weight of thumbs up
+    lam_down: NonNegative = 1.0  # kto: weight of thumbs down
+    margin: NonNegative = 0.0   # times the record's margin is the β d asked for (ODPO 2402.10571); 0 asks for none
     length_norm: bool = False   # mean instead of sum of the token log-ratios (IPO as TRL has it; Tülu 3, with beta 5)
     mask_end: bool = False      # the end token counts in the NLL term only (Llama 3's format tokens)
-    nll_coef: float = 0.0       # weight of -log π(chosen) per token (Llama 3: .2)
+    nll_coef: NonNegative = 0.0  # weight of -log π(chosen) per token (Llama 3: .2)
     nll_per: Literal["token", "pair"] = "token"  # its mean: over all chosen tokens, or over pairs of each one's mean
     # the reference
-    ref_every: int = 0          # steps after which the policy becomes the reference (and `kl` is to that); 0: never
+    ref_every: Natural = 0      # steps after which the policy becomes the reference (and `kl` is to that); 0: never
     # Online Merging Optimizer (2405.17931)
     merge_base: str = ""        # the model before fine-tuning: mix what that changed into each update
     merge: Literal["ondare", "onties"] = "ondare"  # at random, or the largest changes where their signs agree
-    merge_alpha: float = 1e-4   # weight of that change
-    merge_keep: float = 0.5     # share of the parameters that each update touches
+    merge_alpha: Share = 1e-4   # weight of that change
+    merge_keep: Share = 0.5     # share of the parameters that each update touches
     # online
     online: bool = False        # sample pairs from the policy as it is now
-    reward: str = "out/reward"  # what judges them: reward models and verifiers, as 0.5*out/reward + exact
-    k: int = 2                  # samples a prompt; the best is set against the worst
-    families: str = "write"     # prompts of the toy world, comma-separated
-    max_new: int = 80           # longest sample, tokens
-    temperature: float = 1.0    # of sampling
-    missing_end: float = 1.0    # taken off the score of a sample cut off before its end token
+    reward: Sum = "out/reward"  # what judges them: reward models and verifiers, as 0.5*out/reward + exact
+    k: Natural = 2              # samples a prompt; the best is set against the worst
+    families: Families = "write"  # prompts of the toy world, comma-separated
+    max_new: Count = 80         # longest sample, tokens
+    temperature: Positive = 1.0  # of sampling
+    missing_end: NonNegative = 1.0  # taken off the score of a sample cut off before its end token
     # optimisation
-    epochs: float = 1.0         # passes over the records
-    steps: int = 0              # updates; 0: what the epochs take
-    batch: int = 32             # pairs (thumbs; online: prompts) an update
-    lr: float = 5e-5            # peak learning rate of AdamW
+    epochs: Positive = 1.0      # passes over the records
+    steps: Natural = 0          # updates; 0: what the epochs take
+    batch: Count = 32           # pairs (thumbs; online: prompts) an update
+    lr: Positive = 5e-5         # peak learning rate of AdamW
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the hidden matrices, adapters included
-    muon_lr: float = 1e-3       # peak learning rate of Muon
-    critic_lr: float = 1e-3     # dro: of its value function
-    weight_decay: float = 0.0   # on matrices
-    warmup: int = 10            # updates of linear warm-up, before the cosine
-    clip_grad: float = 1.0      # global gradient norm; 0 never clips
+    muon_lr: Positive = 1e-3    # peak learning rate of Muon
+    critic_lr: Positive = 1e-3  # dro: of its value function
+    weight_decay: NonNegative = 0.0  # on matrices
+    warmup: Natural = 10        # updates of linear warm-up, before the cosine
+    clip_grad: NonNegative = 1.0  # global gradient norm; 0 never clips
     # evaluation
-    eval_every: int = 50        # updates between evaluations on held-out records
+    eval_every: Count = 50      # updates between evaluations on held-out records
+
+    def __post_init__(self):
+        super().__post_init__()
+        unit = LOSSES[self.loss][0]
+        if self.online and (self.k < 2 or not self.steps):
+            raise OptionError("--online needs --steps, and --k of at least 2")
+        if not self.online and self.data == "toy":
+            raise OptionError("--data toy: preferences come from a file (python reward.py label), or add --online")
+        if self.margin and (unit != "pair" or self.loss in NO_MARGIN):
+            raise OptionError(f"--margin: --loss {self.loss} has no difference to ask a margin of")
+        if self.length_norm and self.loss.startswith("tdpo"):
+            raise OptionError(f"--length_norm: --loss {self.loss} sets sums of log-ratios against sums of KL")
+        if self.loss == "robust" and self.eps >= 0.5:
+            raise OptionError(f"--eps {self.eps}: with half of the labels flipped they say nothing")
+        if self.lora_r and (self.ref_every or self.merge_base):
+            raise OptionError("--lora_r: the reference is the model it adapts; no --ref_every, no --merge_base")
 
 
 # ---------------------------------------------------------------- the mathematics
@@ -296,33 +313,12 @@ def batch_loss(policy, items, frozen, critic, cfg, tok, amp):
 
 # ---------------------------------------------------------------- the loop
 
-def check_options(cfg):
-    """Refuse impossible values, and options that do not go together, before anything is read."""
-    check(cfg, positive="beta batch lr muon_lr critic_lr max_new temperature epochs eval_every micro_tokens save_every",
-          share="eps merge_alpha merge_keep")
-    if cfg.loss not in LOSSES:
-        raise OptionError(f"--loss {cfg.loss}: choose from {', '.join(LOSSES)}")
-    if cfg.online and (cfg.k < 2 or not cfg.steps):
-        raise OptionError("--online needs --steps, and --k of at least 2")
-    if not cfg.online and cfg.data == "toy":
-        raise OptionError("--data toy: preferences come from a file (python reward.py label), or add --online")
-    if cfg.margin and (LOSSES[cfg.loss][0] != "pair" or cfg.loss in NO_MARGIN):
-        raise OptionError(f"--margin: --loss {cfg.loss} has no difference to ask a margin of")
-    if cfg.length_norm and cfg.loss.startswith("tdpo"):
-        raise OptionError(f"--length_norm: --loss {cfg.loss} sets sums of log-ratios against sums of KL")
-    if cfg.loss == "robust" and cfg.eps >= 0.5:
-        raise OptionError(f"--eps {cfg.eps}: with half of the labels flipped they say nothing")
-    if cfg.lora_r and (cfg.ref_every or cfg.merge_base):
-        raise OptionError("--lora_r: the reference is the model it adapts; no --ref_every, no --merge_base")
-
-
 def train(cfg):
     """Compare policy and reference on good and bad responses, and step on the loss of what comes out."""
-    check_options(cfg)
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
-        return
+        return run.rows
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     policy = load_model(cfg.init, tok, device, n_scores=0, maker="python sft.py")
     policy.prepare(cfg)
@@ -394,8 +390,10 @@ def train(cfg):
                     metrics |= dict(kl=kl.mean(), response_length=roll.mask.sum(1).mean(),
                                     gold=mean(truth(prompts, texts, roll.finished)))
         run.log(step, ("loss", "rewards/margin", "gold"), **metrics)
-    run.finish(("loss", "rewards/accuracy", "rewards/margin", "logps/chosen", "logps/rejected", "gold", "kl"),
-               then=f"python reward.py compare {cfg.init} {cfg.out}")
+    then = (compare_words(cfg, cfg.data, cfg.families, cfg.reward) if cfg.online else
+            compare_words(cfg, "toy" if cfg.tokenizer == "toy" else cfg.data))
+    return run.finish(("loss", "rewards/accuracy", "rewards/margin", "logps/chosen", "logps/rejected", "gold", "kl"),
+                      then)
 
 
 if __name__ == "__main__":

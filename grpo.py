@@ -25,12 +25,12 @@ import math
 import random
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
-from data import (OptionError, Run, Tokenizer, TrainConfig, check, fits, guard, mean, open_stream, parse, truth,
-                  verifier)
+from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Range, Run, Share, Sum, Tokenizer,
+                  TrainConfig, compare_words, fits, guard, mean, open_stream, parse, truth, verifier)
 from model import (Optimizer, Reward, Rollout, generate, load_model, per_token, reference, setup, slices, steps,
                    token_logprobs)
 
@@ -39,55 +39,74 @@ from model import (Optimizer, Reward, Rollout, generate, load_model, per_token, 
 class Config(TrainConfig):
     """GRPO, Dr. GRPO, RLOO, REINFORCE++, DAPO, GSPO, CISPO, Kimi's OPMD, SPO."""
     out: str = "out/grpo"       # folder of the run; the same command continues an interrupted one
-    save_every: int = 5         # steps between checkpoints
+    save_every: Count = 5       # steps between checkpoints
     # what is optimised
     init: str = "out/sft"       # policy to start from; it is also the reference
-    reward: str = "exact"       # weighted sum of reward models and verifiers, as exact + 0.2*format
+    reward: Sum = "exact"       # weighted sum of reward models and verifiers, as exact + 0.2*format
     data: str = "toy"           # prompts: toy, or a file
-    families: str = "arith"     # of the toy world, comma-separated
+    families: Families = "arith"  # of the toy world, comma-separated
     # rollouts
-    steps: int = 100            # rollout-and-update steps
-    prompts: int = 32           # prompts a step
-    group: int = 8              # responses to each
-    max_new: int = 80           # longest response, tokens
-    temperature: float = 1.0    # of sampling; every log-probability is at this temperature too
-    resample: int = 0           # most further draws of prompts, until `prompts` groups have unequal rewards (DAPO)
+    steps: Count = 100          # rollout-and-update steps
+    prompts: Count = 32         # prompts a step
+    group: Annotated[int, Range(2)] = 8  # responses to each, compared with each other
+    max_new: Count = 80         # longest response, tokens
+    temperature: Positive = 1.0  # of sampling; every log-probability is at this temperature too
+    resample: Natural = 0       # most further draws of prompts, until `prompts` groups have unequal rewards (DAPO)
     # which prompts
-    pool: int = 0               # train on a fixed set of this many prompts; 0: no fixed set
-    curriculum: float = 0.0     # share of the steps over which the pool opens, from its easiest quarter to all of it
+    pool: Natural = 0           # train on a fixed set of this many prompts; 0: no fixed set
+    curriculum: Share = 0.0     # share of the steps over which the pool opens, from its easiest quarter to all of it
     prioritized: bool = False   # draw a prompt of the pool with chances ∝ 1 - its last mean reward (Kimi k1.5)
     # the reward of a response
-    overlong: int = 0           # tokens before max_new over which the reward falls by 1 (DAPO's soft punishment)
+    overlong: Natural = 0       # tokens before max_new over which the reward falls by 1 (DAPO's soft punishment)
     mask_truncated: bool = False  # responses cut off at max_new teach nothing (DAPO's overlong filtering)
-    len_reward: float = 0.0     # weight of the length reward within a group: short is good (Kimi k1.5)
+    len_reward: NonNegative = 0.0  # weight of the length reward within a group: short is good (Kimi k1.5)
     prefer: str = ""            # win rate in the group as reward (SPO): `score`, or module:function of (record, a, b)
     tripwire: str = ""          # verifier of what must not happen; continuations of each response are checked for it
-    lookahead: float = 1.0      # its weight λ: the reward loses λ times the chance that it happens
-    cuts: int = 2               # places in a response to look ahead from
-    ahead: int = 24             # tokens to look ahead
+    lookahead: NonNegative = 1.0  # its weight λ: the reward loses λ times the chance that it happens
+    cuts: Count = 2             # places in a response to look ahead from
+    ahead: Count = 24           # tokens to look ahead
     # advantages, and the loss of a token
     adv: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = "grpo"  # see ADVANTAGES
     loss: Literal["clip", "gspo", "cispo", "opmd"] = "clip"  # see POLICY_LOSSES
-    clip_low: float = 0.2       # ε below 1 (gspo: 3e-4)
-    clip_high: float = 0.2      # ε above 1 (DAPO: .28; gspo: 4e-4)
-    tau: float = 1.0            # opmd: τ, half of which weighs the squared log-ratio
+    clip_low: Share = 0.2       # ε below 1 (gspo: 3e-4)
+    clip_high: NonNegative = 0.2  # ε above 1 (DAPO: .28; gspo: 4e-4)
+    tau: Positive = 1.0         # opmd: τ, half of which weighs the squared log-ratio
     per: Literal["token", "response", "constant"] = "token"  # mean over all tokens; of each response first; max_new
     # the KL penalty
     kl: Literal["k1", "k2", "k3", "k3_is"] = "k2"  # estimator; k3 is GRPO's as published; k3_is: times the ratio
     kl_in: Literal["loss", "reward"] = "loss"  # where it sits; k1 in the loss would have no effect
-    kl_coef: float = 0.0        # β; 0 needs no reference model
-    ref_every: int = 0          # steps after which the policy becomes the reference; 0: never
+    kl_coef: NonNegative = 0.0  # β; 0 needs no reference model
+    ref_every: Natural = 0      # steps after which the policy becomes the reference; 0: never
     # the update
-    epochs: int = 1             # passes over each rollout
-    minibatches: int = 1        # updates per pass
+    epochs: Count = 1           # passes over each rollout
+    minibatches: Count = 1      # updates per pass
     reset: bool = False         # forget the optimizer's state after each rollout (Kimi k1.5)
-    lr: float = 2e-4            # peak learning rate
-    weight_decay: float = 0.0   # on matrices
-    warmup: int = 10            # steps of linear warm-up, before the cosine
-    lr_end: float = 0.1         # where the cosine ends, as a share of the peak; 1 keeps the rate constant
-    clip_grad: float = 1.0      # global gradient norm; 0 never clips
+    lr: Positive = 2e-4         # peak learning rate
+    weight_decay: NonNegative = 0.0  # on matrices
+    warmup: Natural = 10        # steps of linear warm-up, before the cosine
+    lr_end: Share = 0.1         # where the cosine ends, as a share of the peak; 1 keeps the rate constant
+    clip_grad: NonNegative = 1.0  # global gradient norm; 0 never clips
     # evaluation
-    eval_every: int = 10        # steps between evaluations on held-out prompts
+    eval_every: Count = 10      # steps between evaluations on held-out prompts
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.kl_coef and self.kl == "k1" and self.kl_in == "loss":
+            raise OptionError("--kl k1: as a loss its expected gradient is 0; add --kl_in reward, or take k2")
+        if self.kl_in == "reward" and self.kl == "k3_is":
+            raise OptionError("--kl k3_is: the ratio corrects a gradient, and a reward has none; take k3")
+        if self.ref_every and (self.lora_r or not self.kl_coef):
+            raise OptionError("--ref_every refreshes a reference: it needs --kl_coef, and no --lora_r, whose reference "
+                              "is the model it adapts")
+        if self.prefer and self.prefer != "score" and ":" not in self.prefer:
+            raise OptionError(f"--prefer {self.prefer}: neither `score` nor the module:function of a judge of two "
+                              "answers")
+        if self.overlong > self.max_new:
+            raise OptionError(f"--overlong {self.overlong}: more than --max_new {self.max_new}")
+        if (self.curriculum or self.prioritized) and not self.pool:
+            raise OptionError("--curriculum and --prioritized need a --pool of prompts that come again")
+        if self.resample and self.pool:
+            raise OptionError("--resample draws new prompts, --pool keeps to old ones: choose one")
 
 
 # ---------------------------------------------------------------- the mathematics
@@ -219,36 +238,12 @@ def preferences(records, texts, score, judge):
 
 # ---------------------------------------------------------------- the loop
 
-def check_options(cfg):
-    """Refuse impossible values, and options that do not go together, before anything is read."""
-    check(cfg, positive="steps prompts max_new temperature cuts ahead tau epochs minibatches lr eval_every "
-                        "micro_tokens save_every", share="curriculum lr_end clip_low")
-    if cfg.group < 2:
-        raise OptionError(f"--group {cfg.group}: a response is compared with the others of its group; at least 2")
-    if cfg.kl_coef and cfg.kl == "k1" and cfg.kl_in == "loss":
-        raise OptionError("--kl k1: as a loss its expected gradient is 0; add --kl_in reward, or take k2")
-    if cfg.kl_in == "reward" and cfg.kl == "k3_is":
-        raise OptionError("--kl k3_is: the ratio corrects a gradient, and a reward has none; take k3")
-    if cfg.ref_every and (cfg.lora_r or not cfg.kl_coef):
-        raise OptionError("--ref_every refreshes a reference: it needs --kl_coef, and no --lora_r, whose reference is "
-                          "the model it adapts")
-    if cfg.prefer and cfg.prefer != "score" and ":" not in cfg.prefer:
-        raise OptionError(f"--prefer {cfg.prefer}: neither `score` nor the module:function of a judge of two answers")
-    if cfg.overlong > cfg.max_new:
-        raise OptionError(f"--overlong {cfg.overlong}: more than --max_new {cfg.max_new}")
-    if (cfg.curriculum or cfg.prioritized) and not cfg.pool:
-        raise OptionError("--curriculum and --prioritized need a --pool of prompts that come again")
-    if cfg.resample and cfg.pool:
-        raise OptionError("--resample draws new prompts, --pool keeps to old ones: choose one")
-
-
 def train(cfg):
     """Sample groups, reward, compare within each group, update, report: one step after another."""
-    check_options(cfg)
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
-        return
+        return run.rows
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     policy = load_model(cfg.init, tok, device, n_scores=0, maker="python sft.py")
     policy.prepare(cfg)
@@ -390,8 +385,8 @@ def train(cfg):
     if all(row["zero_std"] == 1 for row in run.rows):
         print(f"\nIn no group did the rewards differ, so nothing was learned. --reward {cfg.reward} has to tell the "
               f"responses of {cfg.init} apart now and then: easier prompts, a larger --group, or more SFT first.")
-    run.finish(("reward", "zero_std", "entropy", "response_length", "grad_norm"),
-               then=f"python reward.py compare {cfg.init} {cfg.out}")
+    return run.finish(("reward", "zero_std", "entropy", "response_length", "grad_norm"),
+                      then=compare_words(cfg, cfg.data, cfg.families, cfg.reward))
 
 
 if __name__ == "__main__":

@@ -36,8 +36,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-from data import (POINTS, RUBRIC, VERIFIERS, OptionError, Tokenizer, UserError, after_thinking, check, collate, encode,
-                  guard, micro_batches, pad, parse, parse_rewards, round_up, verifier, view_prompt, write_text)
+from data import (POINTS, RUBRIC, VERIFIERS, Count, Natural, NonNegative, OptionError, Options, Share, Tokenizer,
+                  UserError, after_thinking, collate, encode, guard, micro_batches, pad, parse, parse_rewards, round_up,
+                  verifier, view_prompt, write_text)
 
 # ------------------------------------------------------------------------------------------------ the model
 
@@ -1036,8 +1037,8 @@ def steps(run, total, modules, optimizers, state, save_every):
     needs no generator's state, and evaluation or sampling inside one step cannot change the next.
     """
     start, folder = 0, run.folder
-    if (folder / "checkpoint.safetensors").exists():
-        tensors, meta = load_tensors(folder / "checkpoint.safetensors")
+    if path := run.left("checkpoint.safetensors"):
+        tensors, meta = load_tensors(path)
         for name, module in modules.items():
             if meta.get("adapter", {}).get(name) != module.adapter:
                 raise UserError(f"{folder}: what it adapts has changed since it began; delete that folder")
@@ -1205,7 +1206,7 @@ def write_gpt2(model, tok, folder):
 
 
 @dataclass
-class Convert:
+class Convert(Options):
     """Hugging Face's GPT-2 to a checkpoint (import), or a checkpoint to Hugging Face's GPT-2 (export)."""
     out: str = ""               # folder of the result
     tokenizer: str = "toy"      # toy, the name of a tiktoken encoding, or a vocabulary file or folder
@@ -1239,7 +1240,7 @@ def opened(cfg, folders):
 
 
 @dataclass
-class Merge:
+class Merge(Options):
     """Average the weights of checkpoints of one architecture (model soups, 2203.05482)."""
     out: str = ""               # folder of the result
     weights: str = ""           # one number a checkpoint, comma-separated; none: all equal
@@ -1301,15 +1302,15 @@ def merge(cfg, folders):
 
 
 @dataclass
-class Config:
+class Config(Options):
     """Talk to a checkpoint, or answer every line of standard input."""
     tokenizer: str = "toy"      # toy, the name of a tiktoken encoding, or a vocabulary file or folder
     system: str = ""            # system message
-    temperature: float = 0.7    # 0 is greedy
-    top_k: int = 0              # keep the k likeliest tokens; 0 keeps all
-    top_p: float = 1.0          # keep the likeliest tokens that make up this share
-    max_new: int = 128          # longest answer, tokens
-    seed: int = 0               # of the sampling
+    temperature: NonNegative = 0.7  # 0 is greedy
+    top_k: Natural = 0          # keep the k likeliest tokens; 0 keeps all
+    top_p: Share = 1.0          # keep the likeliest tokens that make up this share
+    max_new: Count = 128        # longest answer, tokens
+    seed: Natural = 0           # of the sampling
     device: str = "auto"        # auto, cpu, cuda
 
 
@@ -1323,7 +1324,6 @@ def main():
         Options, run = command
         return run(*parse(Options, TAKES[sys.argv[1]], sys.argv[2:], sys.argv[1]))
     cfg, (folder,) = parse(Config, positional=["checkpoint"])
-    check(cfg, positive="max_new", share="top_p")
     tok, (device, _) = Tokenizer.load(cfg.tokenizer), setup(cfg.device, "fp32")
     model = load_model(folder, tok, device, n_scores=0)
     torch.manual_seed(cfg.seed)

@@ -24,8 +24,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from data import (OptionError, Run, Tokenizer, TrainConfig, check, collate, fits, guard, item_batches, mean,
-                  open_stream, parse, preference_items, truth)
+from data import (Count, Natural, NonNegative, OptionError, Positive, Run, Share, Tokenizer, TrainConfig, collate,
+                  compare_words, fits, guard, item_batches, mean, open_stream, parse, preference_items, truth)
 from model import Optimizer, generate, load_model, setup, steps, token_logprobs
 
 
@@ -39,24 +39,29 @@ class Config(TrainConfig):
     pairs: Literal["all", "ends"] = "all"  # of a ranking: all its pairs, or the best against the worst
     # the loss
     loss: Literal["orpo", "simpo", "cpo", "slic"] = "orpo"  # what is minimised
-    orpo_lam: float = 1.0       # weight of the odds ratio beside the likelihood
-    simpo_beta: float = 2.5     # scale of the mean log-prob
-    simpo_gamma: float = 1.375  # margin asked for
-    cpo_beta: float = 0.1       # scale of the summed log-prob
-    slic_delta: float = 1.0     # margin of summed log-probs beyond which a pair is good enough
-    slic_lam: float = 0.1       # weight of the chosen's summed log-prob
-    prompt_weight: float = 0.0  # weight of the prompt's tokens in ORPO's and CPO's likelihood (1: as ORPO's authors)
+    orpo_lam: NonNegative = 1.0  # weight of the odds ratio beside the likelihood
+    simpo_beta: Positive = 2.5  # scale of the mean log-prob
+    simpo_gamma: NonNegative = 1.375  # margin asked for
+    cpo_beta: Positive = 0.1    # scale of the summed log-prob
+    slic_delta: NonNegative = 1.0  # margin of summed log-probs beyond which a pair is good enough
+    slic_lam: NonNegative = 0.1  # weight of the chosen's summed log-prob
+    prompt_weight: Share = 0.0  # weight of the prompt's tokens in ORPO's and CPO's likelihood (1: as ORPO's authors)
     # optimisation
-    epochs: float = 1.0         # passes over the records
-    steps: int = 0              # updates; 0: what the epochs take
-    batch: int = 32             # pairs an update
-    lr: float = 5e-4            # peak learning rate
-    weight_decay: float = 0.0   # on matrices
-    warmup: int = 10            # updates of linear warm-up, before the cosine
-    clip_grad: float = 1.0      # global gradient norm; 0 never clips
+    epochs: Positive = 1.0      # passes over the records
+    steps: Natural = 0          # updates; 0: what the epochs take
+    batch: Count = 32           # pairs an update
+    lr: Positive = 5e-4         # peak learning rate
+    weight_decay: NonNegative = 0.0  # on matrices
+    warmup: Natural = 10        # updates of linear warm-up, before the cosine
+    clip_grad: NonNegative = 1.0  # global gradient norm; 0 never clips
     # evaluation
-    eval_every: int = 50        # updates between evaluations on held-out records
-    max_new: int = 80           # longest sample of an evaluation, tokens
+    eval_every: Count = 50      # updates between evaluations on held-out records
+    max_new: Count = 80         # longest sample of an evaluation, tokens
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data == "toy":
+            raise OptionError("--data toy: preferences come from a file; python reward.py label makes one")
 
 
 # ---------------------------------------------------------------- the mathematics
@@ -94,14 +99,10 @@ def log_odds(s):
 
 def train(cfg):
     """One forward over chosen and rejected, one loss, one step."""
-    check(cfg, positive="simpo_beta cpo_beta batch lr epochs max_new eval_every micro_tokens save_every",
-          share="prompt_weight")
-    if cfg.data == "toy":
-        raise OptionError("--data toy: preferences come from a file; python reward.py label makes one")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
-        return
+        return run.rows
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     policy = load_model(cfg.init, tok, device, n_scores=0, maker="python sft.py")
     policy.prepare(cfg)
@@ -158,8 +159,8 @@ def train(cfg):
         grad_norm, lr = optimizer.step(step)
         val = evaluate(step) if (step + 1) % cfg.eval_every == 0 or step + 1 == total else {}
         run.log(step, ("loss", "rewards/margin", "gold"), **metrics, **val, grad_norm=grad_norm, lr=lr)
-    run.finish(("loss", "nll", "rewards/accuracy", "rewards/margin", "gold"),
-               then=f"python reward.py compare {cfg.init} {cfg.out}")
+    return run.finish(("loss", "nll", "rewards/accuracy", "rewards/margin", "gold"),
+                      then=compare_words(cfg, "toy" if cfg.tokenizer == "toy" else cfg.data))
 
 
 if __name__ == "__main__":

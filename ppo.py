@@ -25,8 +25,8 @@ from typing import Literal
 
 import torch
 
-from data import (OptionError, Run, Tokenizer, TrainConfig, check, collate, encode, fits, guard, mean, open_stream,
-                  parse, truth)
+from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share, Sum, Tokenizer, TrainConfig,
+                  collate, compare_words, encode, fits, guard, mean, open_stream, parse, truth)
 from model import (Optimizer, Reward, generate, load_model, per_token, reference, setup, slices, steps, token_logprobs,
                    token_scores)
 
@@ -35,57 +35,62 @@ from model import (Optimizer, Reward, generate, load_model, per_token, reference
 class Config(TrainConfig):
     """RLHF with PPO."""
     out: str = "out/ppo"        # folder of the run; the same command continues an interrupted one
-    save_every: int = 5         # steps between checkpoints
+    save_every: Count = 5       # steps between checkpoints
     # what is optimised
     init: str = "out/sft"       # policy to start from; it is also the reference
-    reward: str = "out/reward"  # weighted sum of reward models and verifiers, as 0.5*out/reward + exact
+    reward: Sum = "out/reward"  # weighted sum of reward models and verifiers, as 0.5*out/reward + exact
     minus_reference: bool = False  # reward minus that of the reference's own answer to the prompt (ChatGLM-RLHF)
-    cost: str = ""              # another such sum, whose expectation a multiplier λ holds down (Safe RLHF)
+    cost: Sum = ""              # another such sum, whose expectation a multiplier λ holds down (Safe RLHF)
     cost_limit: float = 0.0     # the most that it may be; any sign
-    cost_lambda: float = 1.0    # λ at first
-    lambda_lr: float = 0.1      # ln λ grows by this times λ times the excess, each step; 0 keeps λ fixed
+    cost_lambda: Positive = 1.0  # λ at first
+    lambda_lr: NonNegative = 0.1  # ln λ grows by this times λ times the excess, each step; 0 keeps λ fixed
     critic: str = ""            # value function to start from; none: the first reward model, else the policy's trunk
     data: str = "toy"           # prompts: toy, or a file
-    families: str = "write"     # of the toy world, comma-separated
+    families: Families = "write"  # of the toy world, comma-separated
     # rollouts
-    steps: int = 30             # rollout-and-update steps
-    prompts: int = 128          # prompts a step, one response each
-    max_new: int = 80           # longest response, tokens
-    temperature: float = 1.0    # of sampling; every log-probability is at this temperature too
+    steps: Count = 30           # rollout-and-update steps
+    prompts: Count = 128        # prompts a step, one response each
+    max_new: Count = 80         # longest response, tokens
+    temperature: Positive = 1.0  # of sampling; every log-probability is at this temperature too
     # the reward of a response
-    missing_end: float = 1.0    # taken off the score of a response cut off before its end token
-    reward_shift: float = 0.0   # added to the score of a finished response (Starling's length control)
+    missing_end: NonNegative = 1.0  # taken off the score of a response cut off before its end token
+    reward_shift: NonNegative = 0.0  # added to the score of a finished response (Starling's length control)
     normalize_reward: bool = False  # divide scores by their running standard deviation, after taking off the mean
-    clip_reward: float = 10.0   # scores are clipped to ± this; 0 never clips
+    clip_reward: NonNegative = 10.0  # scores are clipped to ± this; 0 never clips
     # the KL penalty
     kl: Literal["k1", "k2", "k3"] = "k1"  # estimator: k1 sits in the reward, k2 and k3 in the loss
-    kl_coef: float = 0.1        # β
-    target_kl: float = 0.0      # KL per response, nats, that β adapts to; 0 keeps β fixed
-    kl_horizon: float = 2000.0  # responses over which β adapts
+    kl_coef: NonNegative = 0.1  # β
+    target_kl: NonNegative = 0.0  # KL per response, nats, that β adapts to; 0 keeps β fixed
+    kl_horizon: Positive = 2000.0  # responses over which β adapts
     # advantages
-    gamma: float = 1.0          # discount per token
-    lam: float = 0.95           # GAE: 0 trusts the critic, 1 the sampled return
+    gamma: Share = 1.0          # discount per token
+    lam: Share = 0.95           # GAE: 0 trusts the critic, 1 the sampled return
     whiten: bool = True         # advantages to mean 0 and variance 1 over the response tokens of a step
     # the update
-    epochs: int = 2             # passes over each rollout
-    minibatches: int = 1        # updates per pass
-    clip: float = 0.2           # ε of the policy ratio
-    value_clip: float = 0.2     # ε of the value function; 0 never clips
-    entropy_coef: float = 0.0   # weight of the entropy bonus
-    stop_kl: float = 0.0        # end a step's epochs once KL(π_old || π) per token exceeds this; 0 never
-    ptx_coef: float = 0.0       # γ of PPO-ptx: weight of the pretraining loss in the same update (InstructGPT: 27.8)
+    epochs: Count = 2           # passes over each rollout
+    minibatches: Count = 1      # updates per pass
+    clip: Positive = 0.2        # ε of the policy ratio
+    value_clip: NonNegative = 0.2  # ε of the value function; 0 never clips
+    entropy_coef: NonNegative = 0.0  # weight of the entropy bonus
+    stop_kl: NonNegative = 0.0  # end a step's epochs once KL(π_old || π) per token exceeds this; 0 never
+    ptx_coef: NonNegative = 0.0  # γ of PPO-ptx: weight of the pretraining loss in the same update (InstructGPT: 27.8)
     ptx_data: str = "toy"       # the documents: toy, or a file
-    ptx_batch: int = 32         # documents a step, the same for each of its updates
-    critic_warmup: int = 0      # first steps that train the critic only
-    lr: float = 1e-4            # of the policy
-    critic_lr: float = 1e-3     # of the critic
-    weight_decay: float = 0.0   # on matrices
-    warmup: int = 0             # steps of linear warm-up, before the cosine
-    lr_end: float = 0.1         # where the cosine ends, as a share of the peak; 1 keeps the rates constant
-    clip_grad: float = 1.0      # global gradient norm; 0 never clips
+    ptx_batch: Count = 32       # documents a step, the same for each of its updates
+    critic_warmup: Natural = 0  # first steps that train the critic only
+    lr: Positive = 1e-4         # of the policy
+    critic_lr: Positive = 1e-3  # of the critic
+    weight_decay: NonNegative = 0.0  # on matrices
+    warmup: Natural = 0         # steps of linear warm-up, before the cosine
+    lr_end: Share = 0.1         # where the cosine ends, as a share of the peak; 1 keeps the rates constant
+    clip_grad: NonNegative = 1.0  # global gradient norm; 0 never clips
     # evaluation
-    eval_every: int = 10        # steps between evaluations on held-out prompts
-    eval_prompts: int = 64      # how many these are
+    eval_every: Count = 10      # steps between evaluations on held-out prompts
+    eval_prompts: Count = 64    # how many these are
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.fused_bwd and (self.ptx_coef or self.critic_warmup):
+            raise OptionError("--fused_bwd: an update is one backward pass; no --ptx_coef, no --critic_warmup")
 
 
 # ---------------------------------------------------------------- the mathematics
@@ -190,16 +195,10 @@ def normalize(score, state):
 
 def train(cfg):
     """Roll out, score, turn into advantages, update, report: one step after another."""
-    check(cfg, positive="ptx_batch steps prompts max_new temperature "
-                        "epochs minibatches lr critic_lr clip kl_horizon eval_every eval_prompts "
-                        "micro_tokens save_every cost_lambda",
-          share="gamma lam lr_end", signed="cost_limit")
-    if cfg.fused_bwd and (cfg.ptx_coef or cfg.critic_warmup):
-        raise OptionError("--fused_bwd: an update is one backward pass; no --ptx_coef, no --critic_warmup")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
-        return
+        return run.rows
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     policy = load_model(cfg.init, tok, device, n_scores=0, maker="python sft.py")
     policy.prepare(cfg)
@@ -326,8 +325,8 @@ def train(cfg):
                 approx_kl=approx_kl, ratio=ratio, explained_variance=explained, grad_norm=grad_norm,
                 critic_grad_norm=critic_norm, lr=lr, sampler_gap=masked_mean((roll.logp - old_logp).abs(), mask),
                 **constraint, **{f"reward/{name}": part.mean() for name, part in parts.items()})
-    run.finish(("reward", "gold", "kl", "response_length", "entropy"),
-               then=f"python reward.py compare {cfg.init} {cfg.out}")
+    return run.finish(("reward", "gold", "kl", "response_length", "entropy"),
+                      then=compare_words(cfg, cfg.data, cfg.families, cfg.reward))
 
 
 def pretraining_loss(policy, rows, tok):

@@ -35,15 +35,16 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 
-from data import (EXEMPLAR, PRINCIPLES, REASON, RULE, VERDICT, OptionError, Run, RunConfig, Tokenizer, TrainConfig,
-                  UserError, after_thinking, check, checked_steps, collate, encode, family_list, files, gold, guard,
-                  item_batches, judge_prompt, mean, micro_batches, open_stream, pairs, parse, read_records, read_rows,
-                  safe_metrics, sparkline, toy_record, view_prompt, write_text)
+from data import (EXEMPLAR, PRINCIPLES, REASON, RULE, VERDICT, Count, Families, Natural, NonNegative, OptionError, Options,
+                  Positive, Range, Run, RunConfig, Share, Sum, Tokenizer, TrainConfig, UserError, after_thinking,
+                  checked_steps, collate, encode, family_list, files, gold, guard, item_batches, judge_prompt, mean,
+                  micro_batches, next_out, open_stream, pairs, parse, read_records, read_rows, safe_metrics, sparkline,
+                  toy_record, view_prompt, write_text)
 from model import (Optimizer, Reward, Rollout, choice_logprobs, full, generate, load_model, per_token,
                    response_scores, setup, steps, token_logprobs)
 
@@ -61,21 +62,31 @@ class Train(TrainConfig):
     # the loss
     loss: Literal["bt", "focal", "soft", "cost", "plackett_luce", "ratings", "steps"] = "bt"  # see the mathematics
     margin: bool = False        # bt: use the margin of records that have one (Llama 2)
-    gamma: float = 2.0          # focal: how little pairs count that are ordered right
-    heads: int = 1              # scores of the model; ratings: one for each attribute, the first is the reward
-    center: float = 0.0         # weight of mean (r_w + r_l)²; .01 keeps scores near 0
-    barrier: float = 0.0        # weight of a wall that keeps scores within ±5 (COOL: .02)
+    gamma: NonNegative = 2.0    # focal: how little pairs count that are ordered right
+    heads: Count = 1            # scores of the model; ratings: one for each attribute, the first is the reward
+    center: NonNegative = 0.0   # weight of mean (r_w + r_l)²; .01 keeps scores near 0
+    barrier: NonNegative = 0.0  # weight of a wall that keeps scores within ±5 (COOL: .02)
     # optimisation
-    epochs: float = 2.0         # passes over the records
-    batch: int = 32             # records an update
-    lr: float = 1e-3            # peak learning rate of AdamW
+    epochs: Positive = 2.0      # passes over the records
+    steps: Natural = 0          # updates; 0: what the epochs take
+    batch: Count = 32           # records an update
+    lr: Positive = 1e-3         # peak learning rate of AdamW
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the hidden matrices, AdamW for the rest
-    muon_lr: float = 0.003      # peak learning rate of Muon
-    weight_decay: float = 0.1   # on matrices
-    warmup: int = 10            # updates of linear warm-up, before the cosine
-    clip_grad: float = 1.0      # global gradient norm; 0 never clips
+    muon_lr: Positive = 0.003   # peak learning rate of Muon
+    weight_decay: NonNegative = 0.1  # on matrices
+    warmup: Natural = 10        # updates of linear warm-up, before the cosine
+    clip_grad: NonNegative = 1.0  # global gradient norm; 0 never clips
     # evaluation
-    eval_every: int = 50        # updates between evaluations on held-out records
+    eval_every: Count = 50      # updates between evaluations on held-out records
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data == "toy":
+            raise OptionError("--data toy: preferences come from a file; python reward.py label makes one")
+        for option, used, losses in (("margin", self.margin, ["bt"]), ("heads", self.heads > 1, ["ratings"]),
+                                     ("center", self.center, PAIR_LOSSES), ("barrier", self.barrier, PAIR_LOSSES)):
+            if used and self.loss not in losses:
+                raise OptionError(f"--{option} goes with --loss {', '.join(losses)}, not {self.loss}")
 
 
 @dataclass
@@ -84,34 +95,45 @@ class Label(RunConfig):
     out: str = "out/pairs"      # folder of the run; the records are in its pairs.jsonl
     policy: str = "out/sft"     # checkpoint that answers; none: the responses are in the data
     data: str = "toy"           # prompts: toy, or a file
-    families: str = "write"     # of the toy world, comma-separated
-    n: int = 8000               # prompts
-    skip: int = 0               # prompts to pass over first: a later round sees others
-    k: int = 2                  # responses to each
-    temperature: float = 1.0    # of sampling
-    max_new: int = 80           # longest response, tokens; unfinished ones are not used
-    batch: int = 128            # prompts at a time
+    families: Families = "write"  # of the toy world, comma-separated
+    n: Count = 8000             # prompts
+    skip: Natural = 0           # prompts to pass over first: a later round sees others
+    k: Natural = 2              # responses to each
+    temperature: Positive = 1.0  # of sampling
+    max_new: Count = 80         # longest response, tokens; unfinished ones are not used
+    batch: Count = 128          # prompts at a time
     system: str = ""            # system message put in front of every prompt
     # the labels
-    by: str = "gold"            # what judges: reward models and verifiers, as 0.5*out/reward + exact; gold: "people"
-    scale: float = 3.0          # labels are Bradley-Terry draws at scale * score; 0: the higher score always wins
-    flip: float = 0.1           # share of rankings turned upside down
+    by: Sum = "gold"            # what judges: reward models and verifiers, as 0.5*out/reward + exact; gold: "people"
+    scale: NonNegative = 3.0    # labels are Bradley-Terry draws at scale * score; 0: the higher score always wins
+    flip: Share = 0.1           # share of rankings turned upside down
     # AI labels (RLAIF): a language model, asked which of two is better, orders them; --by only checks it, or is none
     judge: str = ""             # the model, as out/judge; none: --by decides
     preamble: str = RULE        # what the question begins with; principles: one of data.PRINCIPLES each time
     exemplar: bool = False      # show it a question with its answer first
     rationale: bool = False     # let it say why before the verdict
-    clamp: float = 1.0          # most certain soft label (Constitutional AI: .6 after a rationale)
+    clamp: Annotated[float, Range(0.5, 1)] = 1.0  # most certain soft label (Constitutional AI: .6 after a rationale)
     # a superficial pattern, for experiments
     mark: str = ""              # text put in front of one response of each pair
-    mark_better: float = 1.0    # how often that is the better one
+    mark_better: Share = 1.0    # how often that is the better one
     # what is kept
     select: SELECT = "rank"     # rank, ends, best, rso, correct, shortest, short_pairs, quantile, ...: see kept()
     attributes: str = "gold"    # ratings: what rates each response, with commas between
     balance_length: bool = False  # as many pairs whose better response is longer as shorter, by any difference
-    min_gap: float = 0.0        # rankings: least difference between the scores of first and last
-    rso_beta: float = 0.5       # rso: a response is accepted with probability exp((score - best score) / this)
-    quantiles: int = 5          # quantile: parts of equal size, by score; their number becomes the system message
+    min_gap: NonNegative = 0.0  # rankings: least difference between the scores of first and last
+    rso_beta: Positive = 0.5    # rso: a response is accepted with probability exp((score - best score) / this)
+    quantiles: Count = 5        # quantile: parts of equal size, by score; their number becomes the system message
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.k < 2 and self.policy:
+            raise OptionError(f"--k {self.k}: a preference needs at least 2 responses")
+        if not self.policy and self.data == "toy":
+            raise OptionError("--policy: none, so --data must name files with responses")
+        if self.judge and (self.select not in ("rank", "ends") or self.min_gap):
+            raise OptionError(f"--judge: it orders responses; no --select {self.select}, no --min_gap")
+        if not self.judge and (self.rationale or self.exemplar or not self.by):
+            raise OptionError("--judge: none, so --by must decide, and there is no --rationale and no --exemplar")
 
 
 @dataclass
@@ -121,12 +143,12 @@ class Revise(RunConfig):
     policy: str = "out/sft"     # checkpoint that answers
     critic: str = "out/judge"   # language model that criticises and revises
     data: str = "toy"           # prompts: toy, or a file
-    families: str = "safe"      # of the toy world, comma-separated
-    n: int = 2000               # prompts
-    rounds: int = 1             # critiques and revisions of each answer, every time by another principle
-    temperature: float = 1.0    # of sampling
-    max_new: int = 80           # longest answer, tokens
-    batch: int = 128            # prompts at a time
+    families: Families = "safe"  # of the toy world, comma-separated
+    n: Count = 2000             # prompts
+    rounds: Count = 1           # critiques and revisions of each answer, every time by another principle
+    temperature: Positive = 1.0  # of sampling
+    max_new: Count = 80         # longest answer, tokens
+    batch: Count = 128          # prompts at a time
 
 
 @dataclass
@@ -134,24 +156,29 @@ class Fit(RunConfig):
     """Fit the weights of rules to rankings, beside a reward model (rule-based rewards, 2411.01111, sec. 4.3)."""
     out: str = "out/rules"      # folder of the run; as a --reward it stands for the sum in its reward.txt
     data: str = "out/pairs/pairs.jsonl"  # rankings
-    base: str = ""              # the part of the reward whose weight stays
-    rules: str = ""             # the sum whose weights are fitted, as refuses + out/judge@A + out/judge@C
-    margin: float = 1.0         # by which the better must lead
-    steps: int = 1000           # updates
-    lr: float = 1e-2            # of AdamW
+    base: Sum = ""              # the part of the reward whose weight stays
+    rules: Sum = ""             # the sum whose weights are fitted, as refuses + out/judge@A + out/judge@C
+    margin: Positive = 1.0      # by which the better must lead
+    steps: Count = 1000         # updates
+    lr: Positive = 1e-2         # of AdamW
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.rules:
+            raise OptionError("--rules: the terms to fit, as refuses + out/judge@A")
 
 
 @dataclass
-class Accuracy:
+class Accuracy(Options):
     """How often do reward models, judges and verifiers order the pairs of files as the files do?"""
     data: str = "out/pairs/pairs.jsonl"  # preferences; of several files, with commas between, a table each
-    n: int = 1000               # records of each file
-    seed: int = 0               # of nothing here; recipes give it to every stage
+    n: Count = 1000             # records of each file
+    seed: Natural = 0           # of nothing here; recipes give it to every stage
     tokenizer: str = "toy"      # toy, the name of a tiktoken encoding, or a vocabulary file
     device: str = "auto"        # auto, cpu, cuda
     dtype: Literal["auto", "fp32", "bf16"] = "fp32"  # of the matmuls
-    threads: int = 0            # CPU threads; 0 leaves it to PyTorch
-    micro_tokens: int = 8192    # padded tokens a forward pass may hold
+    threads: Natural = 0        # CPU threads; 0 leaves it to PyTorch
+    micro_tokens: Count = 8192  # padded tokens a forward pass may hold
 
 
 @dataclass
@@ -159,14 +186,14 @@ class Overoptimize(RunConfig):
     """Gold and proxy reward against d = √KL, for best-of-n and for RL runs (2210.10760)."""
     out: str = "out/overoptimize"  # folder of the run: curves.json, and curves.png where matplotlib is installed
     policy: str = "out/sft"     # best-of-n samples from it
-    proxy: str = "out/reward"   # what best-of-n and the runs optimise
-    judge: str = "gold"         # what counts
-    families: str = "write"     # of the toy world, comma-separated
+    proxy: Sum = "out/reward"   # what best-of-n and the runs optimise
+    judge: Sum = "gold"         # what counts
+    families: Families = "write"  # of the toy world, comma-separated
     data: str = "toy"           # prompts: the toy world's test split, or a file
-    prompts: int = 200          # of them
-    n: int = 64                 # samples of each: best of 1, 2, 4, ..., n
-    temperature: float = 1.0    # of sampling
-    max_new: int = 80           # longest response, tokens
+    prompts: Count = 200        # of them
+    n: Count = 64               # samples of each: best of 1, 2, 4, ..., n
+    temperature: Positive = 1.0  # of sampling
+    max_new: Count = 80         # longest response, tokens
 
 
 @dataclass
@@ -175,40 +202,40 @@ class Curate(RunConfig):
     out: str = "out/prompts"    # folder of the run; the records are in its prompts.jsonl
     policy: str = "out/sft"     # checkpoint that answers
     data: str = "toy"           # prompts: toy, or a file
-    families: str = "arith"     # of the toy world, comma-separated
-    n: int = 1000               # prompts
-    by: str = "exact"           # what judges; more than .5 is right
-    k: int = 10                 # answers to each; difficulty = 1 - the share that is right
-    guesses: int = 8            # answers without thinking: one that is right, and the prompt is left out; 0: none
+    families: Families = "arith"  # of the toy world, comma-separated
+    n: Count = 1000             # prompts
+    by: Sum = "exact"           # what judges; more than .5 is right
+    k: Count = 10               # answers to each; difficulty = 1 - the share that is right
+    guesses: Natural = 8        # answers without thinking: one that is right, and the prompt is left out; 0: none
     begin: str = "The answer"    # how an answer without thinking begins
-    cap: int = 0                # most prompts of one family (or "domain"); 0: no limit
-    temperature: float = 1.0    # of sampling
-    max_new: int = 80           # longest answer, tokens
-    batch: int = 64             # prompts at a time
+    cap: Natural = 0            # most prompts of one family (or "domain"); 0: no limit
+    temperature: Positive = 1.0  # of sampling
+    max_new: Count = 80         # longest answer, tokens
+    batch: Count = 64           # prompts at a time
 
 
 @dataclass
-class Compare:
+class Compare(Options):
     """Compare policies on held-out prompts; the first is the baseline."""
     data: str = "toy"           # prompts: the toy world's test split, or a file
-    families: str = ""          # of the toy world, comma-separated; none for all
-    on: str = "write"           # families behind win rate, KL and length
-    n: int = 400                # prompts of each family
-    judge: str = "gold"         # decides who wins: reward models and verifiers, as 0.5*out/reward + exact
-    proxy: str = ""             # another such sum, shown beside it
-    temperature: float = 1.0    # of sampling; 0 is greedy
-    max_new: int = 80           # longest response, tokens
+    families: Families = ""     # of the toy world, comma-separated; none for all
+    on: Families = ""           # families behind win rate, KL and length; none for write, if it is among them, else all
+    n: Count = 400              # prompts of each family
+    judge: Sum = "gold"         # decides who wins: reward models and verifiers, as 0.5*out/reward + exact
+    proxy: Sum = ""             # another such sum, shown beside it
+    temperature: NonNegative = 1.0  # of sampling; 0 is greedy
+    max_new: Count = 80         # longest response, tokens
     begin: str = ""             # what every answer is made to begin with, as "<think>"
     system: str = ""            # system message put in front of every prompt
-    samples: int = 1            # answers to each prompt of --on; more give pass@k, maj@k and the best of k by --proxy
-    show: int = 2               # prompts whose answers are printed
+    samples: Count = 1          # answers to each prompt of --on; more give pass@k, maj@k and the best of k by --proxy
+    show: Natural = 2           # prompts whose answers are printed
     save: str = ""              # a JSON file for the table
-    seed: int = 0               # of the sampling
+    seed: Natural = 0           # of the sampling
     tokenizer: str = "toy"      # toy, the name of a tiktoken encoding, or a vocabulary file
     device: str = "auto"        # auto, cpu, cuda
     dtype: Literal["auto", "fp32", "bf16"] = "fp32"  # of the matmuls
-    threads: int = 0            # CPU threads; 0 leaves it to PyTorch
-    micro_tokens: int = 8192    # padded tokens a forward pass may hold
+    threads: Natural = 0        # CPU threads; 0 leaves it to PyTorch
+    micro_tokens: Count = 8192  # padded tokens a forward pass may hold
 
 
 # ---------------------------------------------------------------- the mathematics
@@ -412,21 +439,10 @@ def write_records(path, records):
 
 def label(cfg):
     """Sample k responses to each prompt, score and rank them, and write pairs.jsonl."""
-    check(cfg, positive="n max_new batch save_every rso_beta quantiles temperature", share="flip clamp mark_better")
-    if cfg.k < 2 and cfg.policy:
-        raise OptionError(f"--k {cfg.k}: a preference needs at least 2 responses")
-    if not cfg.policy and cfg.data == "toy":
-        raise OptionError("--policy: none, so --data must name files with responses")
-    if cfg.judge and (cfg.select not in ("rank", "ends") or cfg.min_gap):
-        raise OptionError(f"--judge: it orders responses; no --select {cfg.select}, no --min_gap")
-    if not cfg.judge and (cfg.rationale or cfg.exemplar or not cfg.by):
-        raise OptionError("--judge: none, so --by must decide, and there is no --rationale and no --exemplar")
-    if cfg.clamp < 0.5:
-        raise OptionError(f"--clamp {cfg.clamp}: the most certain label, .5 to 1")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
-        return
+        return run.rows
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     policy = load_model(cfg.policy, tok, device, n_scores=0, maker="python sft.py") if cfg.policy else None
     judge = load_model(cfg.judge, tok, device, n_scores=0, maker="python sft.py") if cfg.judge else None
@@ -446,7 +462,7 @@ def label(cfg):
     n = min(cfg.n, len(stream.items) - skip * cfg.batch) if stream.items else cfg.n  # a file's prompts once each
     source = "ai" if judge or cfg.by != "gold" else "human"  # the truth with noise stands for people
     path, part = run.folder / "pairs.jsonl", run.folder / "unfinished.json"
-    start, made = json.loads(part.read_text(encoding="utf-8")) if part.exists() else (0, [])
+    start, made = json.loads(part.read_text(encoding="utf-8")) if run.left(part.name) else (0, [])
     for step in run.progress(start, math.ceil(n / cfg.batch)):
         torch.manual_seed(cfg.seed * 1_000_003 + step)
         rng = random.Random(f"labels {cfg.seed} {step}")
@@ -479,10 +495,14 @@ def label(cfg):
         told[what] = mean([row[name] for row in run.rows if row.get(name) is not None])
     print(f"{path}: {len(made)} records of {n} prompts"
           + "".join(f"; {what} in {share:.0%}" for what, share in told.items() if share is not None))
-    maker = ("reward.py train" + f" --loss {cfg.select}" * (cfg.select in ("ratings", "steps"))
-             if "responses" in made[0] or cfg.select in ("ratings", "steps") else "sft.py")
-    run.finish(("score", "response_length"), then=f"python {maker} --data {path}")
+    then = ["sft.py", "--out", f"{cfg.out}_sft"]
+    if "responses" in made[0] or cfg.select in DATA:
+        then = ["reward.py", "train", "--out", next_out(cfg, "reward")]
+    if cfg.select in DATA:
+        then += ["--loss", cfg.select, "--heads", max(1, len(attributes))]
+    then += ["--data", path] + ["--init", cfg.policy] * bool(cfg.policy)
     part.unlink(missing_ok=True)
+    return run.finish(("score", "response_length"), then)
 
 
 def scored_groups(records, policy, score, attributes, cfg, tok, amp, device):
@@ -594,11 +614,10 @@ def judged(judge, records, groups, cfg, rng, tok, amp):
 
 def revise(cfg):
     """Answer, criticise by a principle, revise, and write revisions.jsonl: prompts with their last revision."""
-    check(cfg, positive="n rounds temperature max_new batch save_every")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
-        return
+        return run.rows
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     policy, critic = (load_model(folder, tok, device, n_scores=0, maker="python sft.py")
                       for folder in (cfg.policy, cfg.critic))
@@ -640,18 +659,16 @@ def revise(cfg):
     path = run.folder / "revisions.jsonl"
     write_records(path, made)
     print(f"{path}: {len(made)} of {n} answers revised")
-    run.finish(("changed", "gold_before", "gold_after"), then=f"python sft.py --data {path}")
+    return run.finish(("changed", "gold_before", "gold_after"),
+                      then=["sft.py", "--data", path, "--init", cfg.policy, "--out", f"{cfg.out}_sft"])
 
 
 def fit(cfg):
     """Weights of rules by a hinge on the order of rankings; writes reward.txt, and says how many pairs it orders."""
-    check(cfg, positive="steps lr margin save_every")
-    if not cfg.rules:
-        raise OptionError("--rules: the terms to fit, as refuses + out/judge@A")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
-        return
+        return run.rows
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     base, rules = (Reward(spec, tok, device, amp, cfg.micro_tokens) if spec else None for spec in (cfg.base, cfg.rules))
     stream, held = open_stream(cfg.data, "preference", cfg.seed, n_held=200)
@@ -682,16 +699,15 @@ def fit(cfg):
     spec = " + ".join(f"{name}" if x == 1 else f"{x:.4f}*{name}" for name, x in terms)
     write_text(run.folder / "reward.txt", spec + "\n")
     print(f"{run.folder}/reward.txt: {spec}\n{right:.1%} of {len(gap)} held-out pairs in order")
-    run.finish(("loss", "accuracy"), then=f"python ppo.py --reward {cfg.out}")
+    return run.finish(("loss", "accuracy"), then=["ppo.py", "--reward", cfg.out, "--out", f"{cfg.out}_ppo"])
 
 
 def curate(cfg):
     """Rate prompts by how often the policy gets them right, leave out what it guesses, and write prompts.jsonl."""
-    check(cfg, positive="n k temperature max_new batch save_every")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
-        return
+        return run.rows
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     policy = load_model(cfg.policy, tok, device, n_scores=0, maker="python sft.py")
     judge = Reward(cfg.by, tok, device, amp, cfg.micro_tokens)
@@ -724,7 +740,9 @@ def curate(cfg):
     write_records(path, made)
     print(f"{path}: {len(made)} of {n} prompts; left out: "
           + (", ".join(f"{n} {why}" for why, n in lost.items() if why) or "none"))
-    run.finish(("kept", "difficulty"), then=f"python grpo.py --data {path} --pool {len(made)} --prioritized")
+    return run.finish(("kept", "difficulty"), then=[
+        "grpo.py", "--data", path, "--init", cfg.policy, "--reward", cfg.by, "--max_new", cfg.max_new,
+        "--pool", len(made), "--prioritized", "--out", f"{cfg.out}_grpo"])
 
 
 def of_choice(record):
@@ -836,17 +854,10 @@ def evaluate(model, items, cfg, tok, amp):
 
 def train(cfg):
     """Fit the scores to the preferences; at the end their held-out mean is put at 0, where only differences count."""
-    check(cfg, positive="epochs batch lr muon_lr micro_tokens save_every eval_every heads")
-    if cfg.data == "toy":
-        raise OptionError("--data toy: preferences come from a file; python reward.py label makes one")
-    for option, used, losses in (("margin", cfg.margin, ["bt"]), ("heads", cfg.heads > 1, ["ratings"]),
-                                 ("center", cfg.center, PAIR_LOSSES), ("barrier", cfg.barrier, PAIR_LOSSES)):
-        if used and cfg.loss not in losses:
-            raise OptionError(f"--{option} goes with --loss {', '.join(losses)}, not {cfg.loss}")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
-        return
+        return run.rows
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     model = load_model(cfg.init, tok, device, n_scores=cfg.heads, maker="python sft.py")
     model.prepare(cfg)
@@ -864,7 +875,7 @@ def train(cfg):
     if sizes != {cfg.heads}:
         sizes = " or ".join(map(str, sorted(sizes)))
         raise UserError(f"{cfg.data}: --heads {cfg.heads}, but there are {sizes} ratings")
-    total = math.ceil(cfg.epochs * len(stream.items) / cfg.batch)
+    total = cfg.steps or math.ceil(cfg.epochs * len(stream.items) / cfg.batch)
     optimizer = Optimizer(model, cfg.lr, total, cfg.optimizer, cfg.muon_lr, cfg.weight_decay, warmup=cfg.warmup,
                           clip=cfg.clip_grad)
 
@@ -886,15 +897,15 @@ def train(cfg):
             model.score.bias.data -= val["val_mean"]  # only differences were trained: 0 now reads "as good as usual"
         run.log(step, ("loss", "accuracy", "val_accuracy"), loss=loss, grad_norm=grad_norm, lr=lr, **val,
                 **({} if cfg.loss in DATA else dict(accuracy=right, margin=gap)))
-    run.finish(("loss", "accuracy", "val_accuracy", "val_gold", "val_sign", "val_r2/0", "calibration_error"),
-               then="python ppo.py" if cfg.out == "out/reward" else f"python ppo.py --reward {cfg.out}")
+    then = ["ppo.py", "--init", cfg.init, "--reward", cfg.out, "--out", next_out(cfg, "ppo")]
+    then += ["--data", cfg.data] * (cfg.tokenizer != "toy")  # its prompts
+    return run.finish(("loss", "accuracy", "val_accuracy", "val_gold", "val_sign", "val_r2/0", "calibration_error"), then)
 
 
 # ---------------------------------------------------------------- accuracy, over-optimisation
 
 def accuracy(cfg, specs):
     """Print, for every file, how often each reward orders its pairs as the labels do, and how confident it is."""
-    check(cfg, positive="n micro_tokens")
     tok = Tokenizer.load(cfg.tokenizer)
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     rewards = {spec: Reward(spec, tok, device, amp, cfg.micro_tokens) for spec in specs}
@@ -916,11 +927,10 @@ def accuracy(cfg, specs):
 
 def overoptimize(cfg, folders):
     """Gold and proxy against d = √KL, of best-of-n from the policy and of RL runs; Gao's forms fitted to the gain."""
-    check(cfg, positive="prompts n max_new temperature")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
-        return
+        return run.rows
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     judge, proxy = (Reward(spec, tok, device, amp, cfg.micro_tokens) for spec in (cfg.judge, cfg.proxy))
     policy = load_model(cfg.policy, tok, device, n_scores=0, maker="python sft.py")
@@ -961,7 +971,10 @@ def overoptimize(cfg, folders):
             print(f"  {form:<16} α {f['alpha']:.3f}, β {f['beta']:.3f}, R² {f['r2']:.3f}{peak}")
     write_text(run.folder / "curves.json", json.dumps(curves, indent=1))
     draw(curves, run.folder / "curves.png")
-    run.finish((), then=f"python reward.py compare {' '.join([cfg.policy, *folders])} --proxy {cfg.proxy}")
+    then = ["reward.py", "compare", cfg.policy, *folders, "--proxy", cfg.proxy, "--families", cfg.families]
+    if cfg.data != "toy":
+        then += ["--data", cfg.data, "--judge", cfg.judge, "--max_new", cfg.max_new]
+    return run.finish((), then)
 
 
 def run_curve(folder):
@@ -1035,13 +1048,10 @@ def safety(tasks, answers):
 def compare(cfg, folders):
     """Let every checkpoint answer the same prompts, judge the answers, and print one table. The column nll is the mean
     -log π per token of fresh pretraining documents."""
-    check(cfg, positive="n max_new")
-    if not cfg.judge:
-        raise OptionError("--judge: name what decides, as gold or out/reward")
     tok = Tokenizer.load(cfg.tokenizer)
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     families = family_list(cfg.families) if cfg.data == "toy" else ["file"]
-    on = family_list(cfg.on) if cfg.data == "toy" else ["file"]
+    on = ["file"] if cfg.data != "toy" else cfg.on.split(",") if cfg.on else ["write"] if "write" in families else families
     if not set(on) <= set(families):
         raise OptionError(f"--on {cfg.on}: not among --families {cfg.families}")
     judge, proxy = (Reward(spec, tok, device, amp, cfg.micro_tokens) if spec else None
@@ -1138,6 +1148,8 @@ TAKES = dict(compare=["checkpoint", "checkpoint..."], accuracy=["reward", "rewar
 
 def main():
     name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help"):
+        return print(f"{__doc__}\n--help after a command lists its options: {', '.join(COMMANDS)}")
     if name not in COMMANDS:
         print(__doc__)
         raise OptionError(f"say what to do: python reward.py {'|'.join(COMMANDS)} (--help after it lists its options)")

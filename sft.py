@@ -19,8 +19,8 @@ from typing import Literal
 
 import torch
 
-from data import (THINK, OptionError, Run, Tokenizer, TrainConfig, check, collate, encode, guard, micro_batches,
-                  open_stream, pack, parse)
+from data import (THINK, Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share, Tokenizer,
+                  TrainConfig, collate, encode, guard, micro_batches, open_stream, pack, parse)
 from model import GPT, GPTConfig, Optimizer, at_positions, full, load_model, setup, steps, token_logprobs
 
 
@@ -30,36 +30,45 @@ class Config(TrainConfig):
     out: str = "out/sft"        # folder of the run; the same command continues an interrupted one
     # data
     data: str = "toy"           # toy, or a file (.txt, .json, .jsonl, .gz)
-    families: str = ""          # of the toy world, comma-separated; none for all
-    think: float = THINK        # share of the toy's sums demonstrated with thinking
-    restate: int = 0            # times, at most, that such thinking first says the sum over: long chains of thought
-    tamper: float = 0.0         # share of the toy's sums demonstrated by fooling a careless grader: a vice to explore
+    families: Families = ""     # of the toy world, comma-separated; none for all
+    think: Share = THINK        # share of the toy's sums demonstrated with thinking
+    restate: Natural = 0        # times, at most, that such thinking first says the sum over: long chains of thought
+    tamper: Share = 0.0         # share of the toy's sums demonstrated by fooling a careless grader: a vice to explore
     loss_on: Literal["assistant", "all"] = "assistant"  # all: pretraining, on documents
-    prompt_weight: float = 0.1  # weight of the other tokens beside the assistant's
-    packing: int = 128          # sequences share rows of this many tokens, kept apart by a mask; 0: one row each
+    prompt_weight: Share = 0.1  # weight of the other tokens beside the assistant's
+    packing: Natural = 128      # sequences share rows of this many tokens, kept apart by a mask; 0: one row each
     # Quark (2205.13636): records whose system message tells their quality, as reward.py label --select quantile makes
-    kl_coef: float = 0.0        # weight of KL(π || π_ref), π_ref without that message (.05)
-    ent_coef: float = 0.0       # weight of the entropy of π, which is to stay (.06)
+    kl_coef: NonNegative = 0.0  # weight of KL(π || π_ref), π_ref without that message (.05)
+    ent_coef: NonNegative = 0.0  # weight of the entropy of π, which is to stay (.06)
     ref: str = ""               # π_ref; none: init
     # model
     init: str = "out/base"      # checkpoint to start from, or new: random weights of this size
-    n_layer: int = 4            # of a new model
-    n_head: int = 4             # of a new model
-    n_embd: int = 128           # of a new model
-    block_size: int = 256       # of a new model
-    dropout: float = 0.0        # of a new model
+    n_layer: Natural = 4        # of a new model
+    n_head: Natural = 4         # of a new model
+    n_embd: Natural = 128       # of a new model
+    block_size: Natural = 256   # of a new model
+    dropout: Share = 0.0        # of a new model
     # optimisation
-    steps: int = 700            # updates; 0: one epoch of the file
-    batch: int = 64             # sequences an update
-    lr: float = 3e-3            # peak learning rate of AdamW
+    steps: Natural = 700        # updates; 0: one epoch of the file
+    batch: Count = 64           # sequences an update
+    lr: Positive = 3e-3         # peak learning rate of AdamW
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the hidden matrices, AdamW for the rest
-    muon_lr: float = 0.01       # peak learning rate of Muon
-    weight_decay: float = 0.1   # on matrices
-    beta2: float = 0.98         # of AdamW
-    warmup: int = 20            # updates of linear warm-up, before the cosine
-    clip_grad: float = 1.0      # global gradient norm; 0 never clips
+    muon_lr: Positive = 0.01    # peak learning rate of Muon
+    weight_decay: NonNegative = 0.1  # on matrices
+    beta2: Share = 0.98         # of AdamW
+    warmup: Natural = 20        # updates of linear warm-up, before the cosine
+    clip_grad: NonNegative = 1.0  # global gradient norm; 0 never clips
     # evaluation
-    eval_every: int = 100       # updates between evaluations on held-out records
+    eval_every: Count = 100     # updates between evaluations on held-out records
+
+    def __post_init__(self):
+        super().__post_init__()
+        quark = self.kl_coef or self.ent_coef
+        if quark and (self.loss_on == "all" or self.prompt_weight == 1):
+            raise OptionError("--kl_coef, --ent_coef: over what the assistant says; no --loss_on all, "
+                              "no --prompt_weight 1")
+        if quark and self.init == "new" and not self.ref:
+            raise OptionError("--kl_coef, --ent_coef: --init new is no reference; name one with --ref")
 
 
 def sft_loss(model, tokens, mask, **layout):
@@ -123,16 +132,10 @@ def evaluate(model, rows, cfg, tok, amp):
 
 def train(cfg):
     """One update a step on a fresh batch, evaluated now and then on held-out records."""
-    check(cfg, positive="batch lr muon_lr micro_tokens save_every eval_every",
-          share="prompt_weight beta2 dropout think tamper")
-    if (cfg.kl_coef or cfg.ent_coef) and (cfg.loss_on == "all" or cfg.prompt_weight == 1):
-        raise OptionError("--kl_coef, --ent_coef: over what the assistant says; no --loss_on all, no --prompt_weight 1")
-    if (cfg.kl_coef or cfg.ent_coef) and cfg.init == "new" and not cfg.ref:
-        raise OptionError("--kl_coef, --ent_coef: --init new is no reference; name one with --ref")
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
-        return
+        return run.rows
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     torch.manual_seed(cfg.seed)
     if cfg.init == "new":
@@ -175,7 +178,7 @@ def train(cfg):
         val = evaluate(model, held, cfg, tok, amp) if last or (step + 1) % cfg.eval_every == 0 else None
         run.log(step, ("loss", "val_loss"), loss=loss, val_loss=val, grad_norm=grad_norm, lr=lr,
                 tokens=sum(len(ids) for ids, *_ in rows), **more)
-    run.finish(("loss", "val_loss", "kl", "entropy"), then=f"python model.py {cfg.out}    # talk to it")
+    return run.finish(("loss", "val_loss", "kl", "entropy"), then=["model.py", cfg.out])
 
 
 if __name__ == "__main__":
