@@ -1144,7 +1144,9 @@ def test_frozen_parameters_are_left_alone():
 
 
 def run_in(folder, seed=7):
-    return SimpleNamespace(folder=folder, seed=seed, fingerprint="eleven", progress=lambda a, b: iter(range(a, b)))
+    left = lambda name: folder / name if (folder / name).exists() else None
+    return SimpleNamespace(folder=folder, seed=seed, fingerprint="eleven", left=left,
+                           progress=lambda a, b: iter(range(a, b)))
 
 
 def training(folder, kind="adamw", stop=None, peek=False, total=6, save_every=2, init=0):

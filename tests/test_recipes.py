@@ -1,14 +1,17 @@
 """Every recipe in configs/ runs as written: each option exists, each file read is made earlier, all stages run at tiny
 scale, and a second time nothing does. And every stage, killed at any moment, ends as if it had not been."""
 import atexit
+import base64
 import dataclasses
 import functools
 import importlib
+import io
 import itertools
 import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,7 +20,6 @@ import tempfile
 import time
 import tomllib
 from pathlib import Path
-from typing import get_type_hints
 
 import pytest
 import torch
@@ -26,7 +28,8 @@ import model
 import ppo
 import reward
 import sft
-from data import VERIFIERS, OptionError, Run, Tokenizer, UserError, convert, parse, parse_rewards, read_toml, verifier
+from data import (VERIFIERS, OptionError, Run, Tokenizer, UserError, checked, option_types, parse, parse_rewards, read_toml,
+                  verifier)
 from model import load_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,13 +209,13 @@ def test_every_key_of_a_toml_belongs_to_the_script_it_names(path):
         if isinstance(value, dict):
             assert key in known, f"[{key}] is no script"
             Config = known[key]
-            cfg = Config(**read_toml(path, key, get_type_hints(Config)))
+            cfg = Config(**read_toml(path, key, option_types(Config)))
             assert all(getattr(cfg, k) == v for k, v in value.items())
         else:
             takers = [Config for Config in known.values() if key in {f.name for f in dataclasses.fields(Config)}]
             assert takers, f"{key}: no script has it"
             for Config in takers:
-                convert(key, value, get_type_hints(Config)[key])
+                checked(key, value, option_types(Config)[key])
 
 
 # ---- every recipe runs
@@ -272,6 +275,70 @@ def test_it_runs_through_and_a_second_time_does_nothing(recipe, shared, monkeypa
             run(words, monkeypatch)
             assert "finished; nothing to do" in capsys.readouterr().out
     assert snapshot(shared) == before
+
+
+# ---- every printed command runs
+
+def printed(capsys):
+    """The words after python of the command that a stage printed last."""
+    line = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: ")][-1]
+    python, script, *words = shlex.split(line.removeprefix("next: "))
+    assert python == "python" and Path(script).resolve().parent == ROOT
+    return [Path(script).name, *words]
+
+
+def follow(words, monkeypatch, capsys):
+    """Run a printed command: as printed, but that it trains for a moment; chat gets one line of input."""
+    if words[1].startswith("-") or words[0] != "model.py":
+        words = shrunk(words)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    run(words, monkeypatch)
+    return words
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A vocabulary of bytes, and files of the user's own: demonstrations, pairs, sums."""
+    tokens = tmp_path / "bytes.tiktoken"
+    tokens.write_bytes(b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)))
+    rows = dict(said=[dict(prompt=f"Say {i}.", response=f"It is {i}.") for i in range(60)],
+                pairs=[dict(prompt=f"Say {i}.", chosen=f"It is {i}.", rejected="No.") for i in range(60)],
+                sums=[dict(prompt=f"What is {i} + 1?", answer=i + 1) for i in range(60)])
+    for name, lines in rows.items():
+        (tmp_path / f"{name} file.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    return tokens, lambda name: str(tmp_path / f"{name} file.jsonl")
+
+
+def test_every_printed_command_runs_with_a_tokenizer_and_files_of_ones_own(own, tmp_path, monkeypatch, capsys):
+    """From SFT on, each next line as printed: a vocabulary, a file with a space in its name, a model elsewhere."""
+    tokens, file = own
+    common = ["--tokenizer", str(tokens)]
+    start = ["sft.py", "--init", "new", "--data", file("said"), "--out", str(tmp_path / "a"), *common]
+    monkeypatch.setitem(VERIFIERS, "words", lambda record, text, finished: len(text) % 7)
+    run(shrunk(start), monkeypatch)
+    assert follow(printed(capsys), monkeypatch, capsys)[:2] == ["model.py", str(tmp_path / "a")]
+    for words in (
+            ["dpo.py", "--data", file("pairs")], ["orpo.py", "--data", file("pairs")],
+            ["reward.py", "train", "--data", file("pairs")],
+            ["reward.py", "label", "--data", file("sums"), "--by", "words", "--policy"],
+            ["reward.py", "curate", "--data", file("sums"), "--by", "words", "--policy"],
+            ["ppo.py", "--data", file("sums"), "--reward", "words"],
+            ["grpo.py", "--data", file("sums"), "--reward", "words"]):
+        out = tmp_path / "-".join(words[:2]).replace("/", "_")
+        model = ["--init"] * (words[-1] != "--policy") + [str(tmp_path / "a")]
+        run(shrunk([*words, *model, "--out", str(out), *common]), monkeypatch)
+        follow(printed(capsys), monkeypatch, capsys)
+
+
+def test_every_printed_command_runs_on_the_toy(base, tmp_path, monkeypatch, capsys):
+    """From another folder, on families that compare does not show by itself."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(VERIFIERS, "exact", lambda record, text, finished: len(text) % 2)
+    for words in (["ppo.py", "--reward", "exact", "--families", "arith4"], ["grpo.py"], ["grpo.py", "--families", "safe,fmt"],
+                  ["dpo.py", "--data", f"{base}/pairs/pairs.jsonl"], ["reward.py", "train", "--data", f"{base}/pairs/pairs.jsonl"]):
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        run(shrunk([*words, "--init", f"{base}/sft", "--out", str(out)]), monkeypatch)
+        follow(printed(capsys), monkeypatch, capsys)
 
 
 # ---- kill and resume of labels, reward models and PPO (sft.py's are in test_sft.py)

@@ -711,7 +711,7 @@ def test_label_train_compare(tiny, tmp_path, capsys):
     table = compare([tiny, tiny], tmp_path, judge="gold", proxy=str(tmp_path / "rm"))
     assert table[0]["proxy"] == table[1]["proxy"] != 0
     out = capsys.readouterr().out
-    assert f"reward.py train --data {tmp_path / 'pairs' / 'pairs.jsonl'}" in out
+    assert "reward.py train" in out and f"--data {tmp_path / 'pairs' / 'pairs.jsonl'}" in out
     assert f"ppo.py --reward {tmp_path / 'rm'}" in out
     again = train(tmp_path / "rm", tiny, tmp_path / "pairs" / "pairs.jsonl", batch=8)
     assert again == log and "nothing to do" in capsys.readouterr().out
@@ -1340,7 +1340,7 @@ def slow_item(loss, r, item, cfg):
 def test_item_losses_against_a_loop_and_however_a_batch_is_split(loss):
     rng = random.Random(3)
     for cfg in (reward.Train(loss=loss, gamma=1.5), reward.Train(loss=loss, margin=loss == "bt"),
-                *[reward.Train(loss=loss, center=.1, barrier=.3)] * (loss in SLOW_PAIRS)):
+                *[reward.Train(loss=loss, center=.1, barrier=.3) for _ in "1" if loss in SLOW_PAIRS]):
         items, heads = some_items(loss, rng), 3 if loss == "ratings" else 1
         sizes = [len(item.get("labels", item["rows"])) for item in items]
         scores = [[[rng.uniform(-4, 4) for _ in range(heads)] for _ in range(k)] for k in sizes]
@@ -1905,7 +1905,7 @@ def test_steps_hold_a_label_for_every_equation_and_the_answer(tiny, tmp_path, mo
     rows = label(tmp_path / "a", tiny, data=path, by="exact", select="steps", max_new=40)
     got = {"".join(row["steps"]): row["labels"] for row in rows}
     assert got == {said[0][0]: [1, 0, 1], said[0][1]: [0, 0], said[1][0]: [1], said[1][1]: [0]}
-    assert "train --loss steps" in capsys.readouterr().out and all("responses" not in row for row in rows)
+    assert "--loss steps" in capsys.readouterr().out and all("responses" not in row for row in rows)
     back = data.read_records(tmp_path / "a" / "pairs.jsonl", "steps")
     assert [r["steps"] for r in back] == [row["steps"] for row in rows]
     assert all(reward.items_of(r, TOK, 128, STEPS) for r in back)

@@ -448,7 +448,7 @@ def told(ask, says, system="Quality 3.", before=()):
 TOLD = [told("Say it", "1234"), told("Name the tall red urn and two more", "a", "Quality 5."),
         told("Hm", "It is 12345678901234567", "Be brief and kind."), told("Hi", "Hello.", ""),
         told("And now?", "No.", "Quality 1.", before=[("What is 3 + 4?", "The answer is 7."), ("Ok", "Yes")])]
-QUARK = dict(kl_coef=.05, ent_coef=.06, prompt_weight=.1)
+QUARK = dict(kl_coef=.05, ent_coef=.06, prompt_weight=.1, ref="out/sft")
 
 
 def wild(seed, folder=None):
