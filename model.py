@@ -1303,7 +1303,8 @@ def merge(cfg, folders):
 
 @dataclass
 class Config(Options):
-    """Talk to a checkpoint, or answer every line of standard input."""
+    """Talk to a checkpoint, or answer every line of standard input. Other commands, each with its own --help:
+    python model.py merge, python model.py import, python model.py export."""
     tokenizer: str = "toy"      # toy, the name of a tiktoken encoding, or a vocabulary file or folder
     system: str = ""            # system message
     temperature: NonNegative = 0.7  # 0 is greedy

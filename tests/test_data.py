@@ -1451,7 +1451,7 @@ def commands():
 @pytest.mark.parametrize("name, command, Config", [pytest.param(*c, id=" ".join(c[:2]).strip()) for c in commands()])
 def test_help_prints_every_option_with_its_comment(monkeypatch, capsys, name, command, Config):
     code, out, err = told(capsys, script(monkeypatch, name, *[command] * bool(command), "--help"))
-    assert not code and not err and Config.__doc__ in out
+    assert not code and not err and inspect.getdoc(Config) in out
     entries = re.sub(r"\n {21}(?=\S)", " ", out)                                        # a long one goes on below
     lines = {line.split()[0]: line for line in entries.splitlines() if line.startswith("  --")}
     source = "".join(inspect.getsource(cls) for cls in Config.__mro__[:-1])         # the nearest class comes first
