@@ -1673,28 +1673,36 @@ class Run:
         self.cfg, self.folder, self.seed, self.fingerprint = cfg, Path(cfg.out), cfg.seed, tok.fingerprint
         # Where a run goes on need not be where it began (only there do the bits agree), and may save more often.
         free = ("out", "overwrite", "device", "threads", "save_every")
-        mine = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in free}
-        facts = mine | dict(code=code_of(cfg), inputs=inputs_of(cfg))
-        self.config = json.dumps(facts, indent=1)  # written with the first step: a mistyped option leaves no folder
+        self.options = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in free}
+        self.made_of = dict(code=code_of(cfg), inputs=inputs_of(cfg))
         theirs = self.options_there()
         self.finished = (self.folder / "summary.json").exists() and not cfg.overwrite
         self.rows = self.read_log() if self.finished else []
-        if cfg.overwrite or theirs is None:
-            return
-        for k in mine:
-            if k in theirs and theirs[k] != mine[k]:
-                raise UserError(f"{cfg.out} holds a run with --{k} {theirs[k]}, not {mine[k]}: choose another --out, or "
-                                "add --overwrite")
-        before = theirs.get("inputs")
-        changed = [path for path, crc in facts["inputs"].items() if isinstance(before, dict) and before.get(path, crc) != crc]
+        if theirs is not None and not cfg.overwrite:
+            self.compare(theirs)
+
+    def compare(self, theirs):
+        """Refuse other options than an earlier run's, and other inputs while it is unfinished; say what has changed."""
+        for name, value in self.options.items():
+            if theirs.get(name, value) != value:
+                raise UserError(f"{self.folder} holds a run with --{name} {theirs[name]}, not {value}: choose another "
+                                "--out, or add --overwrite")
+        before, changed = theirs.get("inputs", {}), []
+        for path, content in self.made_of["inputs"].items():
+            if before.get(path, content) != content:
+                changed.append(path)
         if changed and not self.finished:
-            raise UserError(f"{changed[0]} has changed since {cfg.out} began: choose another --out, or add --overwrite")
-        changed += ["the code"] * (theirs.get("code", facts["code"]) != facts["code"])
-        since = f"{' and '.join(changed)} changed since" * bool(changed)
-        if self.finished:
-            print(f"{cfg.out} is finished; nothing to do" + f", though {since}: --overwrite runs it anew" * bool(since))
-        elif since:
-            print(f"{cfg.out}: {since} it began", file=sys.stderr)
+            raise UserError(f"{changed[0]} has changed since {self.folder} began: choose another --out, or add "
+                            "--overwrite")
+        if theirs.get("code", self.made_of["code"]) != self.made_of["code"]:
+            changed.append("the code")
+        what = " and ".join(changed)
+        if self.finished and changed:
+            print(f"{self.folder} is finished; nothing to do, though {what} changed since: --overwrite runs it anew")
+        elif self.finished:
+            print(f"{self.folder} is finished; nothing to do")
+        elif changed:
+            print(f"{self.folder}: {what} changed since it began", file=sys.stderr)
 
     def options_there(self):
         """What config.json of an earlier run in the folder says; None where there is none."""
@@ -1705,7 +1713,7 @@ class Run:
             theirs = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError):
             raise UserError(f"{path}: no JSON; choose another --out, or delete that folder") from None
-        if not isinstance(theirs, dict):
+        if not isinstance(theirs, dict) or not isinstance(theirs.get("inputs", {}), dict):
             raise UserError(f"{path}: not a run's options; choose another --out, or delete that folder")
         if "model_type" in theirs:
             raise UserError(f"{self.folder} holds a model of Hugging Face's: choose another --out")
@@ -1726,8 +1734,8 @@ class Run:
                 if type(row["step"]) is int and 0 <= row["step"] < start and row["seconds"] >= 0:
                     rows.setdefault(row["step"], row)
         if start < math.inf and len(rows) < start:
-            print(f"{path}: of the rows of steps 0 to {start - 1}, {start - len(rows)} are missing or damaged; the model "
-                  "is not", file=sys.stderr)
+            print(f"{path}: of the rows before step {start}, {start - len(rows)} are missing or damaged; the model is not",
+                  file=sys.stderr)
         return [rows[step] for step in sorted(rows)]
 
     def progress(self, start, total):
@@ -1736,7 +1744,7 @@ class Run:
         self.lock = hold(self.folder / "lock")
         if self.cfg.overwrite:
             self.clear()
-        write_text(self.folder / "config.json", self.config)
+        write_text(self.folder / "config.json", json.dumps(self.options | self.made_of, indent=1))
         path = self.folder / "metrics.jsonl"
         self.rows = self.read_log(start)
         write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
