@@ -9,10 +9,11 @@ each prompt; (2) reward them; (3) turn the rewards of each group into advantages
 
 Papers: GRPO, Shao et al. 2402.03300; DeepSeek-R1 2501.12948. What others change is one line each: how an advantage
 comes from a group (ADVANTAGES), the loss of a token (POLICY_LOSSES), how tokens are averaged (token_weights), how the
-KL is estimated (kl_estimate) and where it sits (--kl_in). Departures: β = 0 unless asked for, and then k2 rather than
-the published k3; tokens are averaged over the batch, not first within each response (DAPO 2503.14476); dropout stays
-off. With one update a rollout, the default, the old log-probabilities *are* the present ones: ρ = 1 to the bit, and the
-value of the loss says nothing about progress (it is 0 but for the lengths of the responses). Only its gradient matters.
+KL is estimated, where it sits, and whether the optimum above is reached (kl_estimate). Departures: β = 0 unless asked
+for, and then k2 rather than the published k3; tokens are averaged over the batch, not first within each response (DAPO
+2503.14476); dropout stays off. With one update a rollout, the default, the old log-probabilities *are* the present
+ones: ρ = 1 to the bit, and the value of the loss says nothing about progress (it is 0 but for the lengths of the
+responses). Only its gradient matters.
 
     python grpo.py                                 out/sft, sums and a verifier -> out/grpo
     python grpo.py --adv dr_grpo --per constant    Dr. GRPO
@@ -57,6 +58,7 @@ class Config(TrainConfig):
     curriculum: Share = 0.0     # share of the steps over which the pool opens, from its easiest quarter to all of it
     prioritized: bool = False   # draw a prompt of the pool with chances ∝ 1 - its last mean reward (Kimi k1.5)
     # the reward of a response
+    missing_end: NonNegative = 0.0  # taken off the reward of a response cut off before its end token
     overlong: Natural = 0       # tokens before max_new over which the reward falls by 1 (DAPO's soft punishment)
     mask_truncated: bool = False  # responses cut off at max_new teach nothing (DAPO's overlong filtering)
     len_reward: NonNegative = 0.0  # weight of the length reward within a group: short is good (Kimi k1.5)
@@ -72,9 +74,8 @@ class Config(TrainConfig):
     clip_high: NonNegative = 0.2  # ε above 1 (DAPO: .28; gspo: 4e-4)
     tau: Positive = 1.0         # opmd: τ, half of which weighs the squared log-ratio
     per: Literal["token", "response", "constant"] = "token"  # mean over all tokens; of each response first; max_new
-    # the KL penalty
-    kl: Literal["k1", "k2", "k3", "k3_is"] = "k2"  # estimator; k3 is GRPO's as published; k3_is: times the ratio
-    kl_in: Literal["loss", "reward"] = "loss"  # where it sits; k1 in the loss would have no effect
+    # the KL penalty (k3 is GRPO's as published; k3_is: times the ratio)
+    kl: Literal["k1", "k2", "k3", "k3_is"] = "k2"  # k1: in the reward, where only k1 is a KL; the others: in the loss
     kl_coef: NonNegative = 0.0  # β; 0 needs no reference model
     ref_every: Natural = 0      # steps after which the policy becomes the reference; 0: never
     # the update
@@ -91,10 +92,6 @@ class Config(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.kl_coef and self.kl == "k1" and self.kl_in == "loss":
-            raise OptionError("--kl k1: as a loss its expected gradient is 0; add --kl_in reward, or take k2")
-        if self.kl_in == "reward" and self.kl == "k3_is":
-            raise OptionError("--kl k3_is: the ratio corrects a gradient, and a reward has none; take k3")
         if self.ref_every and (self.lora_r or not self.kl_coef):
             raise OptionError("--ref_every refreshes a reference: it needs --kl_coef, and no --lora_r, whose reference "
                               "is the model it adapts")
@@ -126,27 +123,37 @@ ADVANTAGES = {
     "dr_grpo": center,
     # minus the mean of the others: unbiased, the group mean shrinks it by (G-1)/G         RLOO 2402.14740
     "rloo": lambda r: center(r) * r.shape[1] / (r.shape[1] - 1),
-    # the batch is the baseline, so a group of equal rewards teaches as well               REINFORCE++ 2501.03262
+    # the batch is the baseline, so a group of equal rewards teaches as well. A response counts once in its mean and
+    # spread; in verl each of its tokens does, so there long responses count for more     REINFORCE++ 2501.03262
     "reinforce_pp": lambda r: center(r.view(1, -1)).view_as(r) / (r.std() + 1e-6),
     # the group is the baseline, the batch the scale                                       the same, "baseline"
     "reinforce_pp_baseline": lambda r: center(r) / (center(r).std() + 1e-6),
 }
 
 
-def clipped(ratio, adv, h):
+def clipped(x, ratio, h):
     """-min(ρ A, clip(ρ, 1-ε_low, 1+ε_high) A) (PPO 1707.06347, eq. 7; two ε: DAPO 2503.14476, eq. 8)."""
-    return torch.maximum(-ratio * adv, -ratio.clamp(1 - h.clip_low, 1 + h.clip_high) * adv)
+    free, held = -ratio * x.adv, -ratio.clamp(1 - h.clip_low, 1 + h.clip_high) * x.adv
+    x.decides = held > free
+    return torch.maximum(free, held)
+
+
+def capped(x, h):
+    """min(ρ, 1+ε_high) as a weight, without a gradient (CISPO 2506.13585, eq. 5)."""
+    x.decides = (x.ratio > 1 + h.clip_high) & (x.adv != 0)
+    return x.ratio.clamp(max=1 + h.clip_high).detach()
 
 
 # Each gives a loss per token (B, T-1). x: logp; gap = logp - old_logp; ratio = exp(gap); whole (B, 1), the ratio of the
-# whole response to the power 1 / its length; adv (B, 1). h: the options.
+# whole response to the power 1 / its length; adv (B, 1); decides, where a clip decides, is what clipped and capped note there.
+# h: the options, among them whatever a loss of your own needs.
 POLICY_LOSSES = {
     # every token by its own ratio                                                         PPO, GRPO, DAPO
-    "clip": lambda x, h: clipped(x.ratio, x.adv, h),
+    "clip": lambda x, h: clipped(x, x.ratio, h),
     # by the n-th root of its response's of n tokens (per response, clips 3e-4 and 4e-4)   GSPO 2507.18071 eq. 5, 7
-    "gspo": lambda x, h: clipped(x.whole.expand_as(x.logp), x.adv, h),
+    "gspo": lambda x, h: clipped(x, x.whole.expand_as(x.logp), h),
     # clip the weight, never the gradient, and only from above                             CISPO 2506.13585 eq. 4, 5
-    "cispo": lambda x, h: -x.ratio.clamp(max=1 + h.clip_high).detach() * x.adv * x.logp,
+    "cispo": lambda x, h: -capped(x, h) * x.adv * x.logp,
     # a square around π_old; summed over a response (per constant) it is the paper's       OPMD, Kimi 2501.12599 eq. 3
     "opmd": lambda x, h: -x.adv * x.logp + h.tau / 2 * x.gap * x.gap.sum(1, keepdim=True),
 }
@@ -156,10 +163,10 @@ def policy_loss(logp, old_logp, adv, mask, h):
     """The loss of --loss per token, the token's ratio, where a clip decides: (B, T-1) each; adv (B, 1)."""
     gap = torch.where(mask.bool(), logp - old_logp, 0.0)
     whole = (gap.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).exp()    # (B, 1)
-    x = SimpleNamespace(logp=torch.where(mask.bool(), logp, 0.0), gap=gap, ratio=gap.exp(), whole=whole, adv=adv)
-    unclipped = SimpleNamespace(clip_low=1.0, clip_high=math.inf, tau=h.tau)
+    x = SimpleNamespace(logp=torch.where(mask.bool(), logp, 0.0), gap=gap, ratio=gap.exp(), whole=whole, adv=adv,
+                        decides=torch.zeros_like(mask, dtype=torch.bool))
     loss = POLICY_LOSSES[h.loss](x, h)
-    return loss, x.ratio, (loss != POLICY_LOSSES[h.loss](x, unclipped)) & mask.bool()
+    return loss, x.ratio, x.decides & mask.bool()
 
 
 def token_weights(mask, per, max_new):
@@ -168,6 +175,9 @@ def token_weights(mask, per, max_new):
     token: the mean over all tokens (DAPO). response: the mean of each response's own mean, as GRPO was published, where
     a token of a long response counts for less: long wrong answers are hardly penalised. constant: sums over responses
     by the longest there could be (Dr. GRPO), so that no token's weight depends on the length of its response.
+
+    A response whose tokens are all masked (mask_truncated) counts in `constant` only. The mean of `response` is over
+    the others, as in verl and OpenRLHF; TRL divides by all, and there it makes the weight of the others smaller.
     """
     n = mask.sum(1, keepdim=True)                                                        # (B, 1)
     if per == "token":
@@ -178,9 +188,18 @@ def token_weights(mask, per, max_new):
 def kl_estimate(logp, ref_logp, ratio, kind):
     """Estimators of KL(π || π_ref) from samples of π, per token (Schulman 2020, "Approximating KL divergence").
 
-    As a loss, k1 has expected gradient 0; k2's gradient is the KL's, token by token; k3's, GRPO's as published, is that
-    of KL(π_ref || π), so π goes not to π_ref exp(r / β) / Z but to the solution of π = β π_ref / (β + E_π[r] - r).
-    k3_is, times the ratio π / π_old, has the KL's again. In the reward, as numbers, k1 and k3 are unbiased.
+    k1 sits in the reward, summed over the response: as a loss its expected gradient is 0. The others sit in the loss:
+    as a reward, pushed through ∇ log π, only k1 gives the gradient of the KL. In the loss k2's gradient is the KL's,
+    token by token; k3's, GRPO's as published, is that of KL(π_ref || π); k3_is, times the ratio π / π_old, has the KL's
+    again.
+
+    Where it leads, with responses of one token: k1 to the tilt π_ref exp(r / β) / Z, whatever the advantage. k2 and
+    k3_is to the same with rloo; with dr_grpo to the tilt of β G / (G-1), because the group's mean shrinks the reward
+    and not the KL; with grpo and reinforce_pp, which divide the reward by a spread, to that of some other β. k3 to the
+    solution of π = β π_ref / (β + E_π[r] - r).
+
+    With responses of more tokens only k1 reaches the tilt. A KL in the loss is not credited to the tokens before it:
+    a token is then chosen by the reward that follows alone, as if the KL of all later tokens cost nothing.
     """
     d = logp - ref_logp
     k3 = (-d).exp() - 1 + d
@@ -311,30 +330,33 @@ def train(cfg):
         records, roll, raw, metrics = sample_groups(step)                                # raw (P, G)
         repeated, length = [r for r in records for _ in range(cfg.group)], roll.mask.sum(1)
 
-        # 2. Shape the reward: win rate, length, overlong, look-ahead, KL.
+        # 2. Shape the reward: win rate, length, cut off or nearly, look-ahead, KL.
         r = raw.clone()
         if cfg.prefer:
             r = win_rates(preferences(records, roll.responses(tok), raw, judge))
         if cfg.len_reward:
             r += cfg.len_reward * length_reward(length.view_as(r), raw > 0.5)
+        if cfg.missing_end:
+            r -= cfg.missing_end * (~roll.finished).view_as(r)
         if cfg.overlong:
             r += overlong_penalty(length, cfg.max_new, cfg.overlong).view_as(r)
         if cfg.tripwire and cfg.lookahead:
             ahead = look_ahead(policy, repeated, roll, tripwire, cfg, tok, amp)
             r -= cfg.lookahead * ahead.view_as(r)
         # With one update a rollout π_old is the policy itself, and needs no pass of its own.
-        need_old = cfg.epochs * cfg.minibatches > 1 or (cfg.kl_coef and cfg.kl_in == "reward")
+        need_old = cfg.epochs * cfg.minibatches > 1 or (cfg.kl_coef and cfg.kl == "k1")
         old_logp = logps(policy, roll) if need_old else None                             # (B, T-1)
         if cfg.kl_coef:
             with as_ref():
                 ref_logp = logps(ref, roll)                                              # (B, T-1)
-            if cfg.kl_in == "reward":
-                r -= cfg.kl_coef * (kl_estimate(old_logp, ref_logp, 1.0, cfg.kl) * roll.mask).sum(1).view_as(r)
+            if cfg.kl == "k1":
+                penalty = kl_estimate(old_logp, ref_logp, 1.0, "k1") * roll.mask         # (B, T-1)
+                r -= cfg.kl_coef * penalty.sum(1).view_as(r)
 
         # 3. Advantages: every token of a response gets the same.
         adv = ADVANTAGES[cfg.adv](r.double()).to(roll.logp.dtype).view(-1, 1)            # (B, 1)
         mask = roll.mask * roll.finished[:, None] if cfg.mask_truncated else roll.mask
-        in_loss = cfg.kl_coef > 0 and cfg.kl_in == "loss"
+        in_loss = cfg.kl_coef > 0 and cfg.kl != "k1"
 
         # 4. Update. A response without advantage has no gradient but of the KL term and opmd's square: it is left out,
         # and metrics of the update are about the others.

@@ -965,8 +965,8 @@ def load_model(folder, tok=None, device="cpu", n_scores=None, maker="", vocab_si
     """The model of a run folder, or of a folder with a GPT-2 of Hugging Face's, in eval mode. A tokenizer other than
     the one it was trained with is an error.
 
-    n_scores: make it a reward or value model of that many scores; the head is kept where the checkpoint has it and
-    starts at zero where it has not. 0 asks for a language model and refuses any other; None takes what is there.
+    n_scores: make it a reward or value model of that many scores; those that the checkpoint has are kept, the first
+    ones first, and others start at zero. 0 asks for a language model and refuses any other; None takes what is there.
     maker: the command that makes this checkpoint, for the error message. vocab_size: for a GPT-2 of Hugging Face's,
     where there is no tok to tell how many tokens it is to have.
     """
@@ -989,14 +989,28 @@ def load_model(folder, tok=None, device="cpu", n_scores=None, maker="", vocab_si
     adapters = meta.get("adapter")
     if isinstance(adapters, dict) and "model" in adapters:
         tensors = merged_adapter(adapters["model"], config, tensors, tok, folder)
-    if n_scores is not None and n_scores != config.n_scores:
-        config.n_scores = n_scores
-        tensors = {k: t for k, t in tensors.items() if not k.startswith("model/score.")}
-        tensors |= {f"model/score.{k}": t for k, t in GPT(config).score.state_dict().items()}
     model = GPT(config)
     fill(model, tensors, "model", path)
+    if n_scores is not None and n_scores != config.n_scores:
+        resize_head(model, n_scores)
     model.base, model.tokenizer = dict(folder=str(folder), crc32=crc32_of(paths)), meta.get("tokenizer")
     return model.to(device).eval()
+
+
+def resize_head(model, n_scores):
+    """Make it a model of n_scores scores: the ones it has, from the first on, and zeros for what is missing.
+
+    The first is the score that Reward reads, so a critic starts from it however many heads the reward model has.
+    """
+    old, new = model.score, nn.Linear(model.config.n_embd, n_scores)
+    nn.init.zeros_(new.weight)
+    nn.init.zeros_(new.bias)
+    if old is not None:
+        kept = min(n_scores, model.config.n_scores)
+        with torch.no_grad():
+            new.weight[:kept] = old.weight[:kept]
+            new.bias[:kept] = old.bias[:kept]
+    model.score, model.config.n_scores = new, n_scores
 
 
 def merged_adapter(adapter, config, tensors, tok, folder):

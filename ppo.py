@@ -58,7 +58,7 @@ class Config(TrainConfig):
     normalize_reward: bool = False  # divide scores by their running standard deviation, after taking off the mean
     clip_reward: NonNegative = 10.0  # scores are clipped to ± this; 0 never clips
     # the KL penalty
-    kl: Literal["k1", "k2", "k3"] = "k1"  # estimator: k1 sits in the reward, k2 and k3 in the loss
+    kl: Literal["k1", "k2", "k3"] = "k1"  # k1: in the reward, where only k1 is a KL; k2, k3: in the loss
     kl_coef: NonNegative = 0.1  # β
     target_kl: NonNegative = 0.0  # KL per response, nats, that β adapts to; 0 keeps β fixed
     kl_horizon: Positive = 2000.0  # responses over which β adapts
@@ -100,9 +100,14 @@ class Config(TrainConfig):
 def kl_estimate(logp, ref_logp, kind):
     """Estimators of KL(π || π_ref) from samples of π, per token (Schulman 2020, "Approximating KL divergence").
 
-    k1 is unbiased but, differentiated as a loss, has expected gradient 0, so it belongs in the reward. k2's gradient
-    is the KL's, token by token. k3 is unbiased with less variance, but its gradient is that of KL(π_ref || π): as a
-    loss it does not lead to the KL-regularised optimum.
+    k1 sits in the reward: as a loss its expected gradient is 0. k2 and k3 sit in the loss: as a reward, pushed through
+    ∇ log π, only k1 gives the gradient of the KL. In the loss k2's gradient is the KL's, token by token; k3's is that
+    of KL(π_ref || π).
+
+    Where it leads, with responses of one token: k1 and k2 to the optimum π_ref exp(r / β) / Z, k3 to the solution of
+    π = β π_ref / (β + E_π[r] - r). With responses of more tokens only k1 reaches the optimum: each token's penalty is
+    taken off the advantage of all tokens before it. A KL in the loss is not, so a token is then chosen by the reward
+    that follows alone, as if the KL of all later tokens cost nothing.
     """
     d = logp - ref_logp
     return {"k1": d, "k2": d * d / 2, "k3": (-d).exp() - 1 + d}[kind]

@@ -11,6 +11,7 @@ import random
 import runpy
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ import model as models
 from data import Tokenizer, parse
 from grpo import ADVANTAGES, POLICY_LOSSES, kl_estimate, policy_loss, token_weights
 from model import GPT, GPTConfig, Rollout, load_model, save_checkpoint
+from test_ppo import Tree, apart, spread_over_reward, towards_reward
 
 TOK = Tokenizer.load("toy")
 QUICK = dict(device="cpu", dtype="fp32", data="toy", families="write", steps=2, prompts=3, group=4, max_new=6,
@@ -423,6 +425,16 @@ def test_p30_token_weights(per):
     assert not token_weights(torch.zeros(0, 4), per, 6).any()
 
 
+def test_masked_responses_count_in_no_mean_but_a_constant_one():
+    """Two responses of two tokens, and two that were cut off and masked: as if these had never been drawn, but for a
+    division by a constant, which every response that was drawn has a share of. TRL's mean of `response` is a half."""
+    mask = torch.tensor([[1.0, 1], [1, 1], [0, 0], [0, 0]])
+    for per, total in dict(token=1.0, response=1.0, constant=.5).items():
+        w = token_weights(mask, per, 2)
+        close(w.sum(), total)
+        assert not w[2:].any() and (per == "constant" or torch.equal(w[:2], token_weights(mask[:2], per, 2)))
+
+
 def test_p30_long_wrong_answers():
     """The pull on a token of a wrong answer ten times as long: a tenth per response, the same per token or constant."""
     _, mask = dense([[1.0] * 20, [1.0] * 2], 23)
@@ -468,6 +480,36 @@ def test_losses_at_their_limits():
     close(loss_and_gradient("opmd", tau=1e-12)[1], loss_and_gradient("clip", spread=0.0)[1])
     assert (loss_and_gradient("opmd")[1] - loss_and_gradient("opmd", tau=1e-12)[1]).abs().max() > .01
     assert (loss_and_gradient("cispo", clip_high=.01)[1] - loss_and_gradient("cispo", clip_high=1e9)[1]).any()
+
+
+# ---------------------------------------------------------------- a loss of one's own
+
+@dataclass
+class Own(grpo.Config):
+    """What somebody adds who tries a loss of their own: its option."""
+    loss: str = "own"
+    sharpness: float = 4.0
+
+
+OWN_LOSSES = {
+    "of its option alone": lambda x, h: -x.adv * torch.sigmoid(h.sharpness * (x.ratio - 1)) * 4 / h.sharpness,
+    "clipped too": lambda x, h: h.sharpness * grpo.clipped(x, x.ratio, h),
+    "of whole responses": lambda x, h: h.sharpness * grpo.clipped(x, x.whole, h),        # (B, 1), for every token
+}
+
+
+@pytest.mark.parametrize("name", OWN_LOSSES)
+def test_a_loss_with_an_option_of_its_own(name, tiny, tmp_path, monkeypatch):
+    """It is evaluated once, with the options of the run; where it clips is what clip_frac counts."""
+    seen = []
+    monkeypatch.setitem(POLICY_LOSSES, "own", lambda x, h: seen.append(h) or OWN_LOSSES[name](x, h))
+    cfg = Own(**QUICK | dict(out=str(tmp_path / "a"), init=tiny, epochs=2, lr=3e-3, clip_low=.01, clip_high=.01,
+                             micro_tokens=10 ** 5, steps=1))
+    grpo.train(cfg)
+    row, = read(tmp_path / "a")
+    assert not same(weights(tmp_path / "a"), weights(tiny))
+    assert (row["clip_frac"] > 0) == (name != "of its option alone")
+    assert seen == [cfg, cfg]                                          # one micro-batch, two epochs
 
 
 # ---------------------------------------------------------------- the KL estimators
@@ -705,7 +747,7 @@ class Slow:
                 if c.overlong:
                     over = n[i] - (c.max_new - c.overlong)
                     r[i] -= 0 if over <= 0 else over / c.overlong
-                r[i] -= c.lookahead * tripped[g + i]
+                r[i] -= c.lookahead * tripped[g + i] + c.missing_end * (rows[g + i][0][-1] != TOK.end)
             if wins:
                 r = [sum(1 / (1 + math.exp(b - a)) for j, b in enumerate(r) if j != i) / (c.group - 1)
                      for i, a in enumerate(r)]
@@ -723,12 +765,12 @@ class Slow:
         with torch.no_grad():
             old = [self.logp(self.policy, row)[0] for row in rows]
             ref = [self.logp(self.ref, row)[0] for row in rows]
-        if c.kl_in == "reward":
+        if c.kl_coef and c.kl == "k1":
             for i in range(len(rows)):
                 k = sum(float(self.kl(a, b, 1.0)) for a, b in zip(old[i], ref[i]))
                 r[i // c.group][i % c.group] -= c.kl_coef * k
         adv = [a for g in SLOW_ADVANTAGES[c.adv](r) for a in g]
-        penalised = c.kl_coef > 0 and c.kl_in == "loss"
+        penalised = c.kl_coef > 0 and c.kl != "k1"
         counts = [a or penalised or c.loss == "opmd" for a in teaches]
         used = [n if done or not c.mask_truncated else 0 for n, done in zip(lengths, finished)]
         seen, losses, norm = dict(entropy=[], ratio=[], clip_frac=[], approx_kl=[], kl=[]), [], None
@@ -784,7 +826,7 @@ class Slow:
 LOOPS = {
     "grpo, per token": dict(adv="grpo", temperature=.7, lr_end=.2, clip_grad=.5),
     "grpo as published: k3 in the loss, per response": dict(per="response", kl="k3", kl_coef=.5, epochs=2),
-    "rloo, k1 in the reward": dict(adv="rloo", kl="k1", kl_in="reward", kl_coef=.2, per="constant"),
+    "rloo, k1 in the reward": dict(adv="rloo", kl="k1", kl_coef=.2, per="constant"),
     "two epochs of two minibatches, clip-higher": dict(epochs=2, minibatches=2, clip_low=.02, clip_high=.03, lr=3e-3,
                                                        temperature=1.3),
     "gspo": dict(loss="gspo", epochs=2, minibatches=2, clip_low=3e-3, clip_high=4e-3, per="response"),
@@ -793,7 +835,8 @@ LOOPS = {
                                                    reset=True, kl_coef=.3, kl="k2", ref_every=1),
     "overlong, truncated ones masked": dict(overlong=3, mask_truncated=True, per="token", epochs=2),
     "truncated ones masked, per response": dict(mask_truncated=True, per="response", minibatches=2, kl_coef=.5),
-    "length reward, batch baseline": dict(len_reward=.5, adv="reinforce_pp", kl="k3", kl_in="reward", kl_coef=.1),
+    "length reward, batch baseline": dict(len_reward=.5, adv="reinforce_pp", kl="k1", kl_coef=.1),
+    "cut-off responses cost something": dict(missing_end=.7, adv="dr_grpo", epochs=2),
     "win rates, batch scale": dict(prefer="score", adv="reinforce_pp_baseline", epochs=2),
     "some groups of equal rewards": dict(reward="half", group=3, prompts=4, epochs=2),
     "some groups of equal rewards, k2": dict(reward="half", adv="rloo", kl="k2", kl_coef=.5, epochs=2, per="constant"),
@@ -978,6 +1021,17 @@ def test_p38_with_a_penalty_they_have_the_gradient_of_the_kl(kind, tiny, tmp_pat
     assert rows[1]["zero_std"] == 1 and rows[1]["grad_norm"] > .01
 
 
+def test_missing_end_is_taken_off_the_reward_of_what_was_cut_off(tiny, prompts, tmp_path, monkeypatch):
+    """Not off the logged one, and not by length: some end in the last slot. 0, the default, takes off nothing."""
+    calls, seen = watch(monkeypatch, "generate"), watch_advantages(monkeypatch, "grpo")
+    for off in (0.0, 3.0):
+        train(tmp_path / str(off), tiny, data=prompts, missing_end=off, steps=1, prompts=16, group=8, micro_tokens=4096)
+    ended = torch.tensor([ids[-1] == TOK.end for ids, _ in rolled(calls["generate"][0][1])]).view(16, 8)
+    close(seen[0][0] - seen[1][0], 3.0 * ~ended, atol=1e-5)
+    assert 0 < ended.sum() < 128
+    assert read(tmp_path / "0.0")[0]["reward"] == read(tmp_path / "3.0")[0]["reward"]
+
+
 def test_p34_truncated_responses_teach_nothing(tmp_path):
     """A policy that never ends: all are cut off, the end token in the prompt notwithstanding."""
     endless = checkpoint(tmp_path / "endless", end=-60.0)
@@ -1110,7 +1164,7 @@ def test_resample_replaces_groups_of_equal_rewards(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [dict(), dict(epochs=2), dict(kl_coef=.1), dict(adv="reinforce_pp"),
-                                     dict(kl_coef=.1, kl_in="reward"), dict(prefer="score"), dict(len_reward=1.0)],
+                                     dict(kl_coef=.1, kl="k1"), dict(prefer="score"), dict(len_reward=1.0)],
                          ids=str)
 def test_resample_without_any_unequal_group_goes_on(options, tiny, tmp_path):
     """However often prompts are drawn: the last ones stay, and the steps to come may have better luck."""
@@ -1276,7 +1330,7 @@ RESUMED = {
     "reference moved, prioritized pool": dict(kl_coef=.1, ref_every=2, pool=8, prioritized=True, reward="e + vowels",
                                               curriculum=.7),
     "epochs, resampled, look-ahead": dict(epochs=2, minibatches=2, resample=2, reward="half", tripwire="e", ahead=2),
-    "opmd, forgotten": dict(loss="opmd", reset=True, epochs=2, kl_coef=.1, kl_in="reward"),
+    "opmd, forgotten": dict(loss="opmd", reset=True, epochs=2, kl_coef=.1, kl="k1"),
 }
 
 
@@ -1309,7 +1363,7 @@ def test_p43_evaluation_does_not_change_training(tiny, tmp_path):
 
 def test_options_at_0_are_bit_equal_to_their_absence(tiny, tmp_path, monkeypatch):
     rows = train(tmp_path / "a", tiny)
-    flags = "--kl_coef 0 --overlong 0 --len_reward 0 --resample 0 --pool 0 --curriculum 0 --ref_every 0".split()
+    flags = "--kl_coef 0 --missing_end 0 --overlong 0 --len_reward 0 --resample 0 --pool 0 --curriculum 0 --ref_every 0".split()
     options = {k[2:]: getattr(parse(grpo.Config, argv=flags, name="grpo"), k[2:]) for k in flags[::2]}
     for kind in ("k2", "k3"):
         assert train(tmp_path / kind, tiny, kl=kind, **options) == rows
@@ -1361,7 +1415,7 @@ def test_lora_trains_adapters_and_the_reference_is_the_policy_without(tiny, tmp_
     "--lr 0", "--steps 0", "--temperature 0", "--epochs 0", "--kl k4", "--kl_coef -1", "--nonsense 1", "--prompts 2.5",
     "--minibatches 0", "--max_new 0", "--reward", "--eval_every 0", "--group 1", "--adv ppo", "--loss dpo",
     "--per word", "--clip_low 1.5", "--clip_high -1", "--tau 0", "--cuts 0", "--ahead 0", "--curriculum 2 --pool 8",
-    "--kl_in advantage", "--kl k1 --kl_coef .1", "--kl k3_is --kl_in reward --kl_coef .1",
+    "--kl_in reward", "--missing_end -1",
     "--lora_r 4 --ref_every 2 --kl_coef .1", "--curriculum .5", "--prioritized true", "--resample 2 --pool 8",
     "--overlong -1", "--lookahead -1",
     "--overlong 9 --max_new 8", "--ref_every 2", "--prefer exact"])
@@ -1453,7 +1507,7 @@ def test_bandit_starts_at_the_reference(bandit):
 
 
 F2 = {  # options, where it must arrive
-    "k1 in the reward": (dict(kl="k1", kl_in="reward", adv="dr_grpo"), TILT_2),
+    "k1 in the reward": (dict(kl="k1", adv="dr_grpo"), TILT_2),
     "k2 in the loss": (dict(kl="k2", adv="rloo", per="constant"), TILT_2),
     # As published, k3 differentiated as a loss is a penalty on KL(π_ref || π), and π goes to β π_ref / (β + r̄ - r).
     "k3 in the loss": (dict(kl="k3", adv="rloo"), FORWARD_2),
@@ -1470,6 +1524,75 @@ def test_bandit_fixed_point(name, bandit, tmp_path, monkeypatch):
     final = play(tmp_path / "a", bandit, monkeypatch, kl_coef=2.0, **options)
     far = {id(x): float((final - torch.tensor(x)).abs().max()) for x in (TILT_2, FORWARD_2, SCALED_2)}
     assert far.pop(id(target)) < (.006 if target is SCALED_2 else .012) and min(far.values()) > .006
+
+
+def test_help_says_where_each_estimator_sits(capsys):
+    with pytest.raises(SystemExit):
+        parse(grpo.Config, argv=["--help"])
+    line, = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["--kl"]]
+    assert all(word in line for word in ("k1", "reward", "loss"))
+
+
+def grpo_loss(tree, adv, kl, G):
+    """logp -> the exact expectation, over all groups of G responses, of GRPO's loss at the first update of a step."""
+    ref, groups = tree.logp(tree.ref), torch.tensor(list(itertools.product(range(len(tree.reward)), repeat=G)))
+    rows, mask = groups.flatten(), tree.mask.repeat(G * len(tree.reward) ** (G - 1), 1)
+    advantages = torch.vmap(ADVANTAGES[adv])       # of a batch of one group, for every group
+
+    def loss_of(logp):
+        old, r = logp.detach(), tree.reward
+        if kl == "k1":
+            r = r - tree.beta * kl_estimate(old, ref, 1.0, kl).sum(1)
+        A = advantages(r[groups][:, None])
+        loss, ratio, _ = policy_loss(logp[rows], old[rows], A.view(-1, 1), mask, hyper())
+        if kl != "k1":
+            loss = loss + tree.beta * kl_estimate(logp[rows], ref[rows], ratio, kl)
+        chance = old.sum(1)[groups].sum(1).exp()
+        return (chance * loss.view(len(groups), -1).sum(1)).sum() / G
+    return loss_of
+
+
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3", "k3_is"])
+@pytest.mark.parametrize("adv", ["rloo", "dr_grpo", "grpo"])
+@pytest.mark.parametrize("n, G", [(1, 4), (2, 2)])
+def test_which_distribution_is_reached(n, G, adv, kl):
+    """k1 in the reward reaches the tilt with any advantage. A KL in the loss: that of β with rloo, of β G / (G-1) with
+    dr_grpo, on one token; on two the KL of the second is not credited to the first, and the tilt is missed."""
+    tree = Tree(n)
+    beta = tree.beta * G / (G - 1) if adv == "dr_grpo" else tree.beta
+    tilt, of_k2 = tree.tilt(tree.beta), tree.token_by_token(towards_reward, beta)
+    of_k3 = tree.token_by_token(spread_over_reward, beta)
+    steps, rate = 40, lambda step: .5 / tree.beta
+    if kl == "k3":
+        steps, rate = 200, lambda step: 1 / (tree.beta + 3)
+    elif kl == "k1" and adv == "grpo":             # at the tilt the rewards are equal, and the spread next to nothing
+        steps, rate = 200, lambda step: 2 / tree.beta / (5 + step)
+    reached = tree.settle(grpo_loss(tree, adv, kl, G), steps, rate)
+    if kl == "k1":
+        assert apart(reached, tilt) < (.005 if adv == "grpo" else 1e-4)
+    elif adv == "grpo":                            # the spread rescales β
+        assert min(apart(reached, p) for p in (tilt, of_k2, of_k3)) > .04
+    else:
+        assert apart(reached, of_k3 if kl == "k3" else of_k2) < 1e-4
+        if n == 2 or adv == "dr_grpo" or kl == "k3":
+            assert apart(reached, tilt) > .04
+
+
+def test_reinforce_pp_counts_responses_where_verl_counts_tokens():
+    """A long bad response and a short good one: ours are as far from 0, of theirs the short one is seven times as far."""
+    r, lengths = torch.tensor([[0.0, 1.0]], dtype=torch.float64), torch.tensor([9, 1])
+    close(ADVANTAGES["reinforce_pp"](r), [[-.5 ** .5, .5 ** .5]], atol=1e-5)
+    tokens = r[0].repeat_interleave(lengths)
+    theirs = (tokens - tokens.mean()) / tokens.std()
+    assert -theirs[-1] / theirs[0] > 7
+
+
+def test_within_one_prompt_the_standardised_advantages_are_one():
+    """So what grpo reaches above, REINFORCE++ reaches too; they differ by whose spread divides several prompts."""
+    r = torch.randn(1, 8, dtype=torch.float64)
+    for name in ("reinforce_pp", "reinforce_pp_baseline"):
+        close(ADVANTAGES[name](r), ADVANTAGES["grpo"](r))
+        assert (ADVANTAGES[name](torch.cat([r, 3 * r])) - ADVANTAGES["grpo"](torch.cat([r, 3 * r]))).abs().max() > .1
 
 
 def minimise(loss_of, start, steps=60):

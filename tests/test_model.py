@@ -1354,6 +1354,20 @@ def test_loading_as_a_value_model_keeps_its_head_or_starts_one_at_zero(saved, tm
     assert torch.equal(fresh.transformer.wpe.weight, tiny(n_scores=0).transformer.wpe.weight)
 
 
+@pytest.mark.parametrize("had, asked", [(1, 3), (3, 1), (3, 2), (3, 3)])
+def test_of_several_scores_the_first_ones_are_kept_and_what_is_missing_starts_at_zero(had, asked, tmp_path):
+    many = tiny(n_scores=had)
+    torch.nn.init.normal_(many.score.bias)
+    save_checkpoint(tmp_path, dict(model=many), {}, dict(tokenizer=TOK.fingerprint))
+    got, kept = load_model(tmp_path, TOK, n_scores=asked), min(had, asked)
+    assert got.config.n_scores == asked and got.score.weight.shape == (asked, 8)
+    assert torch.equal(got.score.weight[:kept], many.score.weight[:kept]) and many.score.weight.any()
+    assert torch.equal(got.score.bias[:kept], many.score.bias[:kept])
+    assert not got.score.weight[kept:].any() and not got.score.bias[kept:].any()
+    hidden = torch.randn(2, 8)
+    torch.testing.assert_close(got.scores(hidden)[:, :kept], many.scores(hidden)[:, :kept])
+
+
 def header_of(raw):
     size, = struct.unpack("<Q", raw[:8])
     return json.loads(raw[8:8 + size]), raw[8 + size:]

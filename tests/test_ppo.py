@@ -650,6 +650,19 @@ def test_reward_shift_and_missing_end_tell_finished_from_truncated(tiny, tmp_pat
         assert score == pytest.approx(len(text) / 10 - text.count("e") + (2 if ids[-1] == TOK.end else -3), abs=1e-6)
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+def test_the_critic_starts_from_the_score_that_the_reward_reads(heads, tiny, tmp_path, monkeypatch):
+    """Of a reward model with several heads it is the first: the value of the last state is then the reward itself."""
+    judge = checkpoint(tmp_path / "rm", 5, n_scores=heads)
+    train(tmp_path / "a", tiny, reward=judge, cost=judge, steps=1, critic_lr=1e-30)
+    want = load_model(judge).score
+    assert want.weight.abs().max() > .01
+    for name in ("critic", "cost_critic"):
+        got = weights(tmp_path / "a", name)
+        close(got[f"{name}/score.weight"], want.weight[:1].detach())
+        close(got[f"{name}/score.bias"], want.bias[:1].detach())
+
+
 def test_ptx_gradient_is_the_sum_of_both(tiny, tmp_path, monkeypatch):
     """g = g_ppo + γ g_nll, with the nll a mean over the tokens of all documents."""
     calls, grads, real = watch(monkeypatch, "pretraining_loss"), [], models.Optimizer.step
@@ -789,6 +802,121 @@ def test_bandit_fixed_point(kl, beta, whiten, target, options, bandit, tmp_path,
     assert (final - torch.tensor(target)).abs().max() < .02
     torch.testing.assert_close(tilt(2.0), torch.tensor([.212039, .262195, .288191, .237574]), atol=1e-6, rtol=0)
     assert (final - tilt(2.0)).abs().max() > .05
+
+
+# ---------------------------------------------------------------- what reaches which distribution, by enumeration
+
+class Tree:
+    """Every response of n tokens out of four, its reward, and a reference with logits of its own after every prefix.
+    One token: the bandit above, β = 2. Two tokens: a random reference and random rewards, β = .5."""
+
+    def __init__(self, n, seed=0):
+        torch.manual_seed(seed)
+        self.n, self.beta = n, {1: 2.0, 2: .5}[n]
+        if n == 1:
+            self.ref = torch.tensor([PI_REF], dtype=torch.float64).log()
+            self.reward = torch.arange(4.0, dtype=torch.float64)
+        else:
+            self.ref = torch.randn(5, 4, dtype=torch.float64).log_softmax(-1)
+            self.reward = torch.randn(16, dtype=torch.float64)
+        self.tokens = torch.tensor(list(itertools.product(range(4), repeat=n)))          # (N, n)
+        self.states = torch.zeros_like(self.tokens)                                      # row of the table, (N, n)
+        self.states[:, 1:] = 1 + self.tokens[:, :-1]
+        self.mask = torch.ones(len(self.tokens), n)
+
+    def logp(self, table):
+        """log π of every token of every response, (N, n)."""
+        return table[self.states, self.tokens]
+
+    def tilt(self, beta):
+        """π_ref exp(r / β) / Z over whole responses."""
+        return (self.logp(self.ref).sum(1) + self.reward / beta).softmax(0)
+
+    def token_by_token(self, choose, beta):
+        """Each token by choose(mean reward of what follows each choice, log π_ref, β): no KL of later tokens in it."""
+        if self.n == 1:
+            return choose(self.reward, self.ref[0], beta)
+        rewards = self.reward.view(4, 4)
+        last = torch.stack([choose(r, row, beta) for r, row in zip(rewards, self.ref[1:])])
+        first = choose((last * rewards).sum(1), self.ref[0], beta)
+        return (first[:, None] * last).flatten()
+
+    def visits(self, x):
+        """x (N, n), of the tokens of responses drawn from π, summed up by the state they were chosen in."""
+        return torch.zeros(len(self.ref), dtype=torch.float64).index_put((self.states,), x, accumulate=True)
+
+    def settle(self, loss_of, steps, rate):
+        """Follow the gradient of loss_of(logp) from the reference on until nothing moves -> chance of each response.
+        It is divided by each logit's probability, which moves no fixed point; rate: step -> learning rate."""
+        theta = self.ref.clone().requires_grad_()
+        for step in range(steps):
+            table = theta.log_softmax(-1)
+            grad, = torch.autograd.grad(loss_of(self.logp(table)), theta)
+            chance = self.logp(table.detach()).sum(1).exp()
+            seen = self.visits(chance[:, None].expand(-1, self.n))
+            with torch.no_grad():
+                theta -= rate(step) * grad / (seen[:, None] * table.exp())
+        return self.logp(theta.detach().log_softmax(-1)).sum(1).exp()
+
+
+def towards_reward(q, ref, beta):
+    """The minimum of -E q + β KL(π || π_ref)."""
+    return (ref + q / beta).softmax(0)
+
+
+def spread_over_reward(q, ref, beta):
+    """The minimum of -E q + β KL(π_ref || π): β π_ref / (c - q), with c such that it sums to 1; c = β + E q."""
+    low, high = q.max(), q.max() + beta
+    for _ in range(60):
+        c = (low + high) / 2
+        low, high = (c, high) if (beta * ref.exp() / (c - q)).sum() > 1 else (low, c)
+    return beta * ref.exp() / (c - q)
+
+
+def apart(p, q):
+    """Total variation."""
+    return float((p - q).abs().sum() / 2)
+
+
+def test_the_predicted_distributions_are_those_of_f2():
+    one = Tree(1)
+    close(one.tilt(1.0), [.085073, .173439, .314304, .427184], atol=1e-6)
+    close(one.token_by_token(towards_reward, 2.0), [.212039, .262195, .288191, .237574], atol=1e-6)
+    close(one.token_by_token(spread_over_reward, 2.0), [.219513, .226892, .243245, .310350], atol=1e-6)
+
+
+def ppo_loss(tree, kl):
+    """logp -> the exact expectation of PPO's loss at the first update of a step, the critic being right."""
+    ref = tree.logp(tree.ref)
+
+    def loss_of(logp):
+        old = logp.detach()
+        chance = old.sum(1).exp()[:, None].expand(-1, tree.n)                            # (N, n)
+        rewards = ppo.token_rewards(tree.reward, ppo.kl_estimate(old, ref, "k1"), tree.mask,
+                                    tree.beta if kl == "k1" else 0.0)
+        to_come = rewards.flip(1).cumsum(1).flip(1)
+        values = tree.visits(chance * to_come) / tree.visits(chance)
+        adv, _ = ppo.gae(rewards, values[tree.states], tree.mask, 1.0, .95)
+        loss, _, _ = ppo.policy_loss(logp, old, adv, .2)
+        if kl != "k1":
+            loss = loss + tree.beta * ppo.kl_estimate(logp, ref, kl)
+        return (chance * loss).sum()
+    return loss_of
+
+
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("n, seed", [(1, 0), (2, 0), (2, 1)])
+def test_which_distribution_is_reached(n, seed, kl):
+    """On one token k1 and k2 reach the tilt, on two k1 alone: a KL in the loss is not credited to the token before."""
+    tree = Tree(n, seed)
+    beta, slow = tree.beta, 1 / (tree.beta + 3)
+    target = {"k1": tree.tilt(beta), "k2": tree.token_by_token(towards_reward, beta),
+              "k3": tree.token_by_token(spread_over_reward, beta)}[kl]
+    steps, rate = (200, slow) if kl == "k3" else (40, .5 / beta)
+    reached = tree.settle(ppo_loss(tree, kl), steps, lambda step: rate)
+    assert apart(reached, target) < 1e-4
+    if kl == "k3" or n == 2 and kl == "k2":
+        assert apart(reached, tree.tilt(beta)) > .05
 
 
 def test_lora_trains_adapters_of_policy_and_critic_and_the_reference_is_the_policy_without(tiny, tmp_path, monkeypatch):
