@@ -193,10 +193,10 @@ def kl_estimate(logp, ref_logp, ratio, kind):
     token by token; k3's, GRPO's as published, is that of KL(π_ref || π); k3_is, times the ratio π / π_old, has the KL's
     again.
 
-    Where it leads, with responses of one token: k1 to the tilt π_ref exp(r / β) / Z, whatever the advantage. k2 and
-    k3_is to the same with rloo; with dr_grpo to the tilt of β G / (G-1), because the group's mean shrinks the reward
-    and not the KL; with grpo and reinforce_pp, which divide the reward by a spread, to that of some other β. k3 to the
-    solution of π = β π_ref / (β + E_π[r] - r).
+    Where it leads, with responses of one token: k1 to the tilt π_ref exp(r / β) / Z, whatever the advantage. With rloo
+    k2 and k3_is lead there too, and k3 to the solution of π = β π_ref / (β + E_π[r] - r). With dr_grpo these have
+    β G / (G-1) in the place of β, because the group's mean shrinks the reward and not the KL; with the others β is
+    changed by the spread, so they lead to neither.
 
     With responses of more tokens only k1 reaches the tilt. A KL in the loss is not credited to the tokens before it:
     a token is then chosen by the reward that follows alone, as if the KL of all later tokens cost nothing.

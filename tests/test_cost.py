@@ -4,8 +4,10 @@ FLOPs are counted by PyTorch at every matmul, bytes by watching every tensor com
 Attention's own FLOPs are left out on both sides: on a CPU its kernel is not counted.
 """
 import json
+import re
 import sys
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -139,10 +141,27 @@ def test_flops_of_a_step_on_a_file_are_those_of_table_d(kind, grad, plain, optio
     assert flops_of_a_step(kind, start, f"{kind}{grad}{plain}", **options) == pytest.approx(PROMPTS * passes * one, rel=.05)
 
 
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def cost_in_the_table(method):
+    """The numbers of README's table D, forward and backward passes of one response in units of PT."""
+    row, = [line for line in README.splitlines() if line.startswith(f"| {method} |") and "PT" in line]
+    return [int(number) for number in re.findall(r"(\d+)PT", row)]
+
+
+def test_readme_says_the_same_cost_of_ppo_in_its_table_and_below():
+    sample, score, train = cost_in_the_table("PPO")
+    paragraph, = [text for text in README.split("\n\n") if "1/18" in text]
+    numbers = {int(number) for number in re.findall(r"\d+", paragraph)}
+    assert {sample + score + train, sample + score + 2 * train} <= numbers
+
+
 @pytest.mark.parametrize("kind", ["ppo", "grpo", "grpo_kl"])
 def test_flops_of_a_rollout_and_its_update_are_those_of_table_d(kind, start):
-    """PPO: 2 P T to sample, 2 each for π_old, reference, reward model and critic, 12 an epoch. GRPO: a prompt is read
-    once for its group; 6 to update, and 4 more with a reference and a reward model."""
+    """PPO: 2 P T to sample, 2 each for π_old, reference, reward model and critic, 12 an epoch, as README has them. GRPO:
+    a prompt is read once for its group; 6 to update, and 4 more with a reference and a reward model."""
+    _, score, train = cost_in_the_table("PPO")
     config, record = M.GPTConfig(vocab_size=TOK.n_vocab, **SIZE), start.rows[0]
     asked, rows = len(TOK.prompt(record["prompt"])), PROMPTS * (1 if kind == "ppo" else GROUP)
     width = data.round_up(asked + NEW)
@@ -150,8 +169,8 @@ def test_flops_of_a_rollout_and_its_update_are_those_of_table_d(kind, start):
     bare = bench.forward_flops(config, width, 0, head=0)                 # of a row, scores only
     drawn = PROMPTS * bench.forward_flops(config, asked, 0, head=1) + rows * bench.forward_flops(
         config, NEW - 1, 0, head=NEW - 1)
-    want = drawn + rows * {"ppo": 2 * full + 2 * bare + 2 * 3 * (full + bare), "grpo": 3 * full,
-                           "grpo_kl": full + bare + 3 * full}[kind]
+    PT = (full + bare) / 4                                               # of both passes, with logits and with scores
+    want = drawn + rows * {"ppo": (score + 2 * train) * PT, "grpo": 3 * full, "grpo_kl": full + bare + 3 * full}[kind]
     more = dict(epochs=2) if kind == "ppo" else dict(group=GROUP)
     got = flops_of_a_step(kind, start, kind, data=start.pairs, prompts=PROMPTS, max_new=NEW, **more)
     assert got == pytest.approx(want, rel=.05)
