@@ -145,8 +145,8 @@ def capped(x, h):
 
 
 # Each gives a loss per token (B, T-1). x: logp; gap = logp - old_logp; ratio = exp(gap); whole (B, 1), the ratio of the
-# whole response to the power 1 / its length; adv (B, 1); decides, where a clip decides, is what clipped and capped note there.
-# h: the options, among them whatever a loss of your own needs.
+# whole response to the power 1 / its length; adv (B, 1); decides: where a clip decides, which clipped and
+# capped note there. h: the options, among them whatever a loss of your own needs.
 POLICY_LOSSES = {
     # every token by its own ratio                                                         PPO, GRPO, DAPO
     "clip": lambda x, h: clipped(x, x.ratio, h),
