@@ -1271,10 +1271,16 @@ def preference_items(record, tok, block_size, unit="pair", which="all", one=Fals
 
 
 def add_mismatched(items, block_size):
-    """Give every single response as `other` its prompt with the response to another prompt (KTO)."""
+    """Give every single response as `other` its prompt with the response to another prompt (KTO).
+
+    That is the next one to another prompt in an order drawn by PyTorch's generator. Not in the items' own order, where
+    pairs lie as good, bad, good, bad: the next one would always be good.
+    """
     split = [(ids[:n], ids[n:]) for (ids, _), n in ((i["rows"][0], i["rows"][0][1].index(1)) for i in items)]
-    for i, (item, (prompt, _)) in enumerate(zip(items, split)):
-        later = (split[j % len(items)] for j in range(i + 1, i + len(items)))
+    order = torch.randperm(len(items)).tolist()
+    for place, i in enumerate(order):
+        item, (prompt, _) = items[i], split[i]
+        later = (split[order[(place + k) % len(items)]] for k in range(1, len(items)))
         said = next((said for asked, said in later if asked != prompt), None)
         if said is None:
             raise UserError("--loss kto: all responses are to one prompt, and it needs one to another prompt")

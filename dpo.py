@@ -16,7 +16,8 @@ Around it, the same everywhere: which tokens count, summed or averaged (`length_
 On the toy, 2 CPU cores, 8,000 pairs: 23 s; true reward +1.0 ± .1 over SFT, win rate .78 ± .03 (three seeds).
 
 Departures: dropout stays off, so that policy and reference agree until the first update; a fixed reference's
-log-probabilities of a file are computed once, before training, and it then leaves the memory but for evaluations.
+log-probabilities of what the run will see of a file are computed once, before training, and it then leaves the memory
+but for evaluations.
 """
 import contextlib
 import math
@@ -31,8 +32,8 @@ from tqdm import tqdm
 from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share, Sum, Tokenizer, TrainConfig,
                   UserError, add_mismatched, collate, compare_words, fits, guard, item_batches, make_item, mean,
                   open_stream, parse, preference_items, singles, truth)
-from model import (Optimizer, Reward, at_positions, full, generate, load_model, log_ratios, reference, setup, steps,
-                   token_logprobs, token_scores)
+from model import (Optimizer, Reward, at_positions, begun, full, generate, load_model, log_ratios, reference, setup,
+                   steps, token_logprobs, token_scores)
 
 
 @dataclass
@@ -109,7 +110,7 @@ class Config(TrainConfig):
 #   a, b                 log-ratio log π/π_ref of the chosen (or good) and of the rejected (or bad) responses
 #   d                    a - b, for pairs
 #   gap, p, p_w, p_l     of the data: r_w - r_l; P(w ≻ l); how often each of them wins
-#   z                    KTO's reference point
+#   z                    KTO's reference point, see reference_point
 #   kl_w, kl_l           TDPO's KL along each sequence
 #   r_w, r_l, v_w, v_l   DRO's reward and V(x) of each response
 
@@ -229,27 +230,43 @@ def row_logps(model, rows, cfg, tok, amp):
     return response_logps(logp, mask, skip, cfg.length_norm), logp.sum(1), tokens, mask
 
 
+def seen_items(stream, steps, batch):
+    """The items that these steps see, each once, in the order of the file."""
+    seen = set()
+    for step in steps:
+        seen.update(id(item) for item in stream.batch(step, batch))
+    return [item for item in stream.items if id(item) in seen]
+
+
 @torch.no_grad()
-def add_reference(items, frozen, cfg, tok, amp, bar=False):
-    """Give the items that lack it log π_ref of their rows, and of the mismatched row."""
+def add_reference(items, frozen, cfg, tok, amp, soon=None, bar=False):
+    """Give the items that lack it log π_ref of their rows, and of the mismatched row; with `soon`, only the
+    micro-batches that hold one of those items."""
     items = [item for item in items if "ref" not in item]
     if not items:
         return
     ref, as_ref = frozen
+    soon = {id(item) for item in (items if soon is None else soon)}
     with as_ref(), tqdm(total=len(items), desc="reference", disable=not bar, leave=False) as progress:
         for part in item_batches(items, cfg.micro_tokens):
+            progress.update(len(part))
+            if soon.isdisjoint(id(item) for item in part):
+                continue
             logps = row_logps(ref, [row for item in part for row in item["rows"]], cfg, tok, amp)[0]
             for item, s in zip(part, logps.split([len(item["rows"]) for item in part])):
                 item["ref"] = s
             if "other" in part[0]:
                 for item, s in zip(part, row_logps(ref, [item["other"] for item in part], cfg, tok, amp)[0]):
                     item["other_ref"] = s
-            progress.update(len(part))
 
 
 @torch.no_grad()
 def reference_point(policy, items, cfg, tok, amp):
-    """KTO's z = max(0, mean log-ratio of mismatched responses), an estimate of KL(π || π_ref) (2402.01306, sec. 4)."""
+    """KTO's z = max(0, mean log-ratio of mismatched responses), an estimate of KL(π || π_ref) (2402.01306, sec. 4).
+
+    The estimate is biased: π did not draw those responses. As π learns what answers a prompt, answers to other prompts
+    become less likely than under π_ref, the mean falls below 0, and z is 0: the rule, not the exception.
+    """
     gaps = [row_logps(policy, [item["other"] for item in part], cfg, tok, amp)[0]
             - torch.stack([item["other_ref"] for item in part]) for part in item_batches(items, cfg.micro_tokens)]
     return torch.cat(gaps).mean().clamp(min=0)
@@ -308,6 +325,8 @@ def batch_loss(policy, items, frozen, critic, cfg, tok, amp):
         out["rewards/margin"] = out["rewards/chosen"] - out["rewards/rejected"]
     if unit == "pair":
         out["rewards/accuracy"] = of(0.5 + 0.5 * (a - b).sign())
+    if z is not None:
+        out["z"] = z
     return out
 
 
@@ -340,9 +359,13 @@ def train(cfg):
         total = cfg.steps or math.ceil(cfg.epochs * len(stream.items) / cfg.batch)
         prompts = list({str(p["prompt"]): p for item in held for p in fit(item["record"])}.values())[:64]
         if cfg.loss == "kto":
+            torch.manual_seed(cfg.seed)
             add_mismatched(stream.items + held, block)
         if not cfg.ref_every:
-            add_reference(stream.items + held, frozen, cfg, tok, amp, bar=True)
+            # The micro-batches are those of the whole run, so that a resumed one has the same bits.
+            ever = seen_items(stream, range(total), cfg.batch)
+            soon = seen_items(stream, range(begun(run.folder), total), cfg.batch)
+            add_reference(ever + held, frozen, cfg, tok, amp, soon + held, bar=True)
             if not policy.adapter and not cfg.loss.startswith("tdpo"):
                 frozen = None  # its log-probs are all that is needed: one model less in memory
 

@@ -1041,6 +1041,13 @@ def reference(policy):
     return (policy, policy.without_adapter) if policy.adapter else (clone(policy), contextlib.nullcontext)
 
 
+def begun(folder):
+    """The step at which the run in a folder goes on: that of its checkpoint, 0 without one."""
+    path = Path(folder) / "checkpoint.safetensors"
+    step = load_tensors(path)[1].get("step") if path.exists() else 0
+    return step if type(step) is int else 0  # `steps` says what is wrong with it
+
+
 def steps(run, total, modules, optimizers, state, save_every):
     """Yield the steps still to do, and save after every `save_every`, so that the loop itself reads as the paper's.
 

@@ -128,7 +128,8 @@ def flops_of_a_step(kind, start, tag, **options):
     ("sft", 1, 0, dict(batch=PROMPTS, packing=0, prompt_weight=0.0, optimizer="adamw")),
     ("orpo", 2, 0, dict(batch=PROMPTS)),
     ("dpo", 2, 2, dict(batch=PROMPTS, ref_every=100)),                 # 16 P T; the reference with every batch
-    ("dpo", 2, 0, dict(batch=PROMPTS)),                                # 12 P T; the reference was there before
+    ("dpo", 2, 2, dict(batch=PROMPTS)),                                # the same, before the first step
+    ("dpo", 2, 0, dict(batch=40)),                                     # 12 P T; every step sees the whole file again
     ("dpo", 1, 2, dict(batch=PROMPTS, loss="kto", ref_every=100)),     # 8 P T a thumb, and 4 for the mismatched one
 ])
 def test_flops_of_a_step_on_a_file_are_those_of_table_d(kind, grad, plain, options, start):
@@ -137,8 +138,9 @@ def test_flops_of_a_step_on_a_file_are_those_of_table_d(kind, grad, plain, optio
     config, record = M.GPTConfig(vocab_size=TOK.n_vocab, **SIZE), start.rows[0]
     (ids, target), _ = data.encode(record, TOK, 256)
     one = bench.forward_flops(config, data.round_up(len(ids)) - 1, 0, head=sum(target))
-    passes = 3 * grad + plain + (options.get("loss") == "kto")
-    assert flops_of_a_step(kind, start, f"{kind}{grad}{plain}", **options) == pytest.approx(PROMPTS * passes * one, rel=.05)
+    passes, tag = 3 * grad + plain + (options.get("loss") == "kto"), "_".join(map(str, options.values()))
+    got = flops_of_a_step(kind, start, f"{kind}{grad}{plain}_{tag}", **options)
+    assert got == pytest.approx(options["batch"] * passes * one, rel=.05)
 
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")

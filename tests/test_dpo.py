@@ -561,6 +561,8 @@ def slow_metrics(cfg, policy, ref, items, critic=None, others=()):
            "logps/chosen": mean(lw), "logps/rejected": mean(ll), "rewards/margin": cfg.beta * (mean(a) - mean(b))}
     if LOSSES[cfg.loss][0] == "pair":
         out["rewards/accuracy"] = mean([float(u > v) + .5 * (u == v) for u, v in zip(a, b)])
+    if z is not None:
+        out["z"] = z
     return out
 
 
@@ -781,12 +783,57 @@ def test_37_kto_uses_many_partners_and_fits_the_context():
         assert len(ids) <= 12 and ids[target.index(1) - 1] == p[-1] and len(ids) == len(target)
 
 
+def test_37_kto_partners_are_good_and_bad_alike():
+    """Pairs come as good, bad, good, bad; a mismatched response is as often the one as the other, to either."""
+    torch.manual_seed(0)
+    row = lambda p, y: ([p, 9, y], [0, 0, 1])
+    pairs = [dpo.make_item({}, [row(p, 1), row(p, 2)], [True, False]) | dict(r=[1, 0]) for p in range(10, 510)]
+    items = [single for pair in pairs for single in data.singles(pair)]
+    dpo.add_mismatched(items, 64)
+    partners = [item["other"][0][-1] for item in items]
+    for side in (partners[::2], partners[1::2]):
+        assert .4 < side.count(1) / len(side) < .6
+    first = [item["other"] for item in items]
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        dpo.add_mismatched(items, 64)
+        assert ([item["other"] for item in items] == first) == (seed == 0)
+
+
 def test_37_kto_small_files(files, tiny, tmp_path):
     """A file too small for two held-out prompts can still be learnt from; one of a single prompt cannot."""
     some = [dict(prompt=str(i), response="yes" * (1 + i % 3), label=i % 2 == 0) for i in range(12)]
     assert len(train(tmp_path / "a", tiny, write(tmp_path / "t.jsonl", some), loss="kto")) == 3
     with pytest.raises(UserError, match="one prompt"):
         train(tmp_path / "b", tiny, write(tmp_path / "u.jsonl", [r | dict(prompt="one") for r in some]), loss="kto")
+
+
+@pytest.mark.parametrize("options", [dict(loss="dpo"), dict(loss="kto"), dict(loss="dpo", lora_r=2)], ids=str)
+def test_the_reference_reads_what_the_steps_will_see_and_no_more(options, files, tiny, tmp_path, monkeypatch):
+    """One step of 4 items and the 2 held-out records; a run that goes on, only what its last step sees."""
+    known, log = [], data.Run.log
+
+    def count(items, *args, real=dpo.add_reference, **how):
+        real(items, *args, **how)
+        known.append(sum("ref" in item for item in items))
+
+    def interrupted(self, step, *args, **metrics):
+        if step == 7:
+            raise KeyboardInterrupt
+        log(self, step, *args, **metrics)
+    monkeypatch.setattr(dpo, "add_reference", count)
+    options = options | dict(batch=4, micro_tokens=64)
+    train(tmp_path / "a", tiny, files["pairs"], steps=1, **options)
+    held = 4 if options["loss"] == "kto" else 2  # two thumbs a pair
+    assert known[0] == 4 + held
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        known.clear()
+        patch.setattr(data.Run, "log", interrupted)
+        train(tmp_path / "b", tiny, files["pairs"], steps=8, save_every=7, **options)
+    assert known[0] == 32 + held
+    known.clear()
+    train(tmp_path / "b", tiny, files["pairs"], steps=8, save_every=7, **options)
+    assert known[0] < 16 + held
 
 
 def test_kto_z_is_clamped_and_detached(files, tiny, tmp_path, monkeypatch):
