@@ -1070,6 +1070,19 @@ def verifier(name, option="reward"):
         sys.path.pop(0)
 
 
+def number(value, name, record):
+    """What a rule or a model, `name`, said of an answer to a record's prompt, as a float; a UserError that names all
+    three if it is no finite number."""
+    try:
+        score = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        score = math.nan
+    if not abs(score) < 3e38:  # the largest of fp32
+        asked, value = record["prompt"][-1]["content"], repr(value)
+        raise UserError(f"{name}: it says {value[:60]} of an answer to {asked[:60]!r}, and a score is a finite number")
+    return score
+
+
 VIEWS = ("answer", "rate", *RUBRIC)     # what may follow an @
 
 

@@ -37,8 +37,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 from data import (POINTS, RUBRIC, VERIFIERS, Count, Natural, NonNegative, OptionError, Options, Share, Tokenizer,
-                  UserError, after_thinking, collate, encode, guard, micro_batches, pad, parse, parse_rewards, round_up,
-                  verifier, view_prompt, write_text)
+                  UserError, after_thinking, collate, encode, guard, micro_batches, number, pad, parse, parse_rewards,
+                  round_up, verifier, view_prompt, write_text)
 
 # ------------------------------------------------------------------------------------------------ the model
 
@@ -643,7 +643,9 @@ class Reward:
             values = torch.zeros(len(term.names), len(records), device=total.device)
             shown = {i: after_thinking(texts[i]) if term.view == "answer" else texts[i] for i in mine}
             for k, name in enumerate(term.names if mine else ()):
-                values[k, mine] = self.judge(name, term, records, shown, roll)
+                said = values[k, mine] = self.judge(name, term, records, shown, roll)
+                if not said.isfinite().all():
+                    self.complain(name, said.tolist(), [records[i] for i in mine])
             worst = torch.amin if (term.weight > 0) != self.cost else torch.amax
             parts[term.label] = worst(values, 0)
             if len(term.names) > 1:
@@ -651,12 +653,20 @@ class Reward:
             total += term.weight * parts[term.label]
         return total, parts
 
+    def complain(self, name, said, records):
+        """Raise the UserError for a model whose scores are not all finite."""
+        if not all(p.isfinite().all() for p in self.loaded[name].parameters()):
+            raise UserError(f"{name}: its weights are not all finite numbers; train it again")
+        for value, record in zip(said, records):
+            number(value, name, record)
+
     def judge(self, name, term, records, shown, roll):
         """What one model or verifier says of the texts {row: text} -> (len(shown),)."""
         device, mine = roll.tokens.device, list(shown)
         if name in self.rules:
-            return torch.tensor([float(self.rules[name](records[i], shown[i], bool(roll.finished[i]))) for i in mine],
-                                device=device)
+            rule = self.rules[name]
+            told = [rule(records[i], shown[i], bool(roll.finished[i])) for i in mine]
+            return torch.tensor([number(value, name, records[i]) for value, i in zip(told, mine)], device=device)
         model, out = self.loaded[name], torch.zeros(len(records), device=device)
         if term.view not in ("", "answer"):
             view = "rate" if term.view == "rate" else "classify"

@@ -406,6 +406,67 @@ def test_score_ignores_padding_batch_mates_and_end_tokens_in_the_prompt(judge):
                 close(got[:, 0], [alone[i] for i in order], atol=2e-5)
 
 
+NO_NUMBERS = dict(none=None, nan=math.nan, inf=-math.inf, text="1.0", list=[1.0], huge=1e300, two=torch.ones(2))
+
+
+def says(monkeypatch, value):
+    """A verifier `odd` that says this of every second answer, and 1 of the others."""
+    turns = itertools.count()
+    monkeypatch.setitem(data.VERIFIERS, "odd", lambda record, text, finished: value if next(turns) % 2 else 1)
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS.values(), ids=NO_NUMBERS)
+def test_a_score_that_is_no_number_names_its_term_its_record_and_itself(value, monkeypatch):
+    says(monkeypatch, value)
+    roll = Rollout.of([([1, 2, 3], [0, 0, 1])] * 2, TOK)
+    records = [dict(prompt=user("Praise the tea.")), dict(prompt=user("Praise the cup."))]
+    with pytest.raises(data.UserError) as error:
+        Reward("words + 0.5*odd", TOK, "cpu", models.setup("cpu", "fp32")[1], 64)(records, roll)
+    text = str(error.value)
+    assert "odd" in text and "cup" in text and "tea" not in text and repr(value)[:20] in text and "\n" not in text
+
+
+@pytest.mark.parametrize("value", [True, 3, .5, np.float32(.5), np.int64(2), np.bool_(True), torch.tensor(.5)], ids=repr)
+def test_whatever_is_a_number_is_a_score(value, monkeypatch):
+    says(monkeypatch, value)
+    roll = Rollout.of([([1, 2, 3], [0, 0, 1])] * 2, TOK)
+    total, _ = Reward("2*odd", TOK, "cpu", models.setup("cpu", "fp32")[1], 64)([{}] * 2, roll)
+    assert total.tolist() == [2.0, 2 * float(value)]
+
+
+@pytest.mark.parametrize("command", ["compare", "compare proxy", "accuracy", "curate", "label", "fit", "overoptimize"])
+def test_every_command_stops_at_a_score_that_is_no_number(command, tiny, tmp_path, monkeypatch):
+    says(monkeypatch, math.nan)
+    pairs = write(tmp_path / "p.jsonl", rankings())
+    with pytest.raises(data.UserError, match="odd"):
+        if command == "compare":
+            compare([tiny], tmp_path, judge="odd")
+        elif command == "compare proxy":
+            compare([tiny], tmp_path, proxy="odd")
+        elif command == "accuracy":
+            reward.accuracy(reward.Accuracy(data=pairs, **CPU), ["odd"])
+        elif command == "curate":
+            reward.curate(reward.Curate(out=str(tmp_path / "c"), policy=tiny, by="odd", n=4, k=2, max_new=4, **CPU))
+        elif command == "label":
+            label(tmp_path / "l", tiny, by="odd", n=4)
+        elif command == "fit":
+            reward.fit(reward.Fit(out=str(tmp_path / "f"), data=pairs, rules="odd", steps=2, **CPU))
+        else:
+            overoptimize(tmp_path / "o", tiny, judge="odd", n=2, prompts=2)
+    assert not (tmp_path / "table.json").exists()
+
+
+@pytest.mark.parametrize("asked", ["", "@rate"])
+def test_a_reward_model_whose_weights_are_no_numbers_is_named(asked, tmp_path, monkeypatch):
+    folder = checkpoint(tmp_path / "rm", 1, n_scores=0 if asked else 1)
+    reader = Reward(folder + asked, TOK, "cpu", models.setup("cpu", "fp32")[1], 64)
+    next(reader.loaded[folder].parameters()).data.fill_(math.nan)
+    roll = Rollout.of([([1, 2, 3], [0, 0, 1])], TOK)
+    with pytest.raises(data.UserError) as error:
+        reader([dict(prompt=user("?"))], roll)
+    assert folder in str(error.value) and "weights" in str(error.value)
+
+
 def test_same_ids_in_reward_training_evaluation_and_ppo(judge, tmp_path, monkeypatch):
     """A text that is sampled by PPO and one that comes from a file are the same ids, end token included."""
     prompt, spec = user("Describe the old van."), Reward(judge, TOK, "cpu", models.setup("cpu", "fp32")[1], 64)
