@@ -71,6 +71,9 @@ class Config(TrainConfig):
             raise OptionError("--kl_coef, --ent_coef: --init new is no reference; name one with --ref")
 
 
+SIZE = ("n_layer", "n_head", "n_embd", "block_size", "dropout")  # options of a new model
+
+
 def sft_loss(model, tokens, mask, **layout):
     """Σ_t w_t · -log π(token t+1), a sum: the caller divides by the weight of the whole batch.
 
@@ -130,6 +133,15 @@ def evaluate(model, rows, cfg, tok, amp):
     return loss / sum(sum(weights) for _, weights, *_ in rows)
 
 
+def same_size(cfg, model):
+    """Refuse options of a new model that the one of --init contradicts. What was left at its default, or given as that,
+    asks for nothing, so that one --config can serve both."""
+    for name in SIZE:
+        asked, has = getattr(cfg, name), getattr(model.config, name)
+        if asked != has and asked != getattr(Config, name):
+            raise OptionError(f"--{name} {asked}: {cfg.init} has {has}, and only --init new makes a model of another")
+
+
 def train(cfg):
     """One update a step on a fresh batch, evaluated now and then on held-out records."""
     tok = Tokenizer.load(cfg.tokenizer)
@@ -139,11 +151,12 @@ def train(cfg):
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     torch.manual_seed(cfg.seed)
     if cfg.init == "new":
-        size = {k: getattr(cfg, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "dropout")}
+        size = {k: getattr(cfg, k) for k in SIZE}
         model = GPT(GPTConfig(vocab_size=tok.n_vocab, **size)).to(device)
     else:
         model = load_model(cfg.init, tok, device, n_scores=0,
                            maker="python sft.py --loss_on all --init new --out out/base")
+        same_size(cfg, model)
     model.prepare(cfg)
     ref = None
     if cfg.kl_coef or cfg.ent_coef:

@@ -7,7 +7,8 @@
 #   reconstruction  all sizes and rates: one epoch, a hundred steps of RL
 #
 # GPT2 is a folder with GPT-2 in Hugging Face's layout: config.json, model.safetensors, vocab.json, merges.txt (of any
-# size: gpt2, -medium, -large, -xl). ALPACA, HH and GSM8K are files of yours. What it needs: python tests/bench.py memory --micro_tokens 16384.
+# size: gpt2, -medium, -large, -xl; of any but gpt2, n_layer, n_head and n_embd go into configs/gpt2.toml first).
+# ALPACA, HH and GSM8K are files of yours. What it needs: python tests/bench.py memory --micro_tokens 16384.
 # Effect to look for: falling held-out losses; the reward of PPO and DPO above SFT's; GSM8K stays near 0 at this size.
 # Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/gpt2.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
 set -euo pipefail

@@ -254,6 +254,27 @@ def test_43_evaluation_changes_nothing(tmp_path):
     assert [sum(r["val_loss"] is not None for r in rows) for _, rows in runs] == [6, 3, 1]
 
 
+SIZES = dict(n_layer=2, n_head=1, n_embd=64, block_size=128, dropout=.2)
+
+
+@pytest.mark.parametrize("name, value", SIZES.items())
+def test_a_size_that_the_model_of_init_has_not_is_refused(name, value, tmp_path):
+    fit(tmp_path, "base", steps=1)
+    with pytest.raises(UserError, match=name) as error:
+        fit(tmp_path, "on", init=str(tmp_path / "base"), **{name: value})
+    assert error.value.code == 2 and not (tmp_path / "on").exists()
+
+
+def test_sizes_that_are_those_of_the_model_or_the_defaults_go_on(tmp_path):
+    """One --config can hold the sizes for both stages."""
+    fit(tmp_path, "base", steps=1, **SIZES)
+    fit(tmp_path, "same", steps=1, init=str(tmp_path / "base"), **SIZES)
+    plain = {name: getattr(sft.Config, name) for name in SIZES}
+    fit(tmp_path, "default", steps=1, init=str(tmp_path / "base"), **plain)
+    for name in ("same", "default"):
+        assert {key: getattr(load_model(tmp_path / name).config, key) for key in SIZES} == SIZES
+
+
 def test_43_evaluation_is_without_dropout():
     model, rows, cfg = tiny(dropout=.5).train(), ragged(), sft.Config(**TINY)
     amp = model_file.setup("cpu", "fp32")[1]
