@@ -32,8 +32,8 @@ import torch
 
 from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Range, Run, Share, Sum, Tokenizer,
                   TrainConfig, compare_words, fits, guard, mean, number, open_stream, parse, truth, verifier)
-from model import (Optimizer, Reward, Rollout, generate, load_model, per_token, reference, setup, slices, steps,
-                   token_logprobs)
+from model import (Optimizer, Reward, Rollout, generate, load_model, log_ratios, per_token, reference, setup, slices,
+                   steps, token_logprobs)
 
 
 @dataclass
@@ -395,6 +395,10 @@ def train(cfg):
             texts = held_roll.responses(tok)
             metrics |= dict(val_reward=reward(held, held_roll)[0].mean(),
                             val_gold=mean(truth(held, texts, held_roll.finished)))
+            if cfg.kl_coef:
+                with amp():
+                    val_kl = log_ratios(held_roll, policy, (ref, as_ref), cfg.micro_tokens, cfg.temperature)  # (B, T-1)
+                metrics["val_kl"] = val_kl.sum(1).mean()
             run.samples(step + 1, held, texts)
         if cfg.kl_coef:
             metrics["kl"] = kl and kl * float(length.mean())

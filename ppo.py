@@ -27,8 +27,8 @@ import torch
 
 from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share, Sum, Tokenizer, TrainConfig,
                   collate, compare_words, encode, fits, guard, mean, open_stream, parse, truth)
-from model import (Optimizer, Reward, generate, load_model, per_token, reference, setup, slices, steps, token_logprobs,
-                   token_scores)
+from model import (Optimizer, Reward, generate, load_model, log_ratios, per_token, reference, setup, slices, steps,
+                   token_logprobs, token_scores)
 
 
 @dataclass
@@ -321,7 +321,9 @@ def train(cfg):
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             held_roll = sample(held)
             texts = held_roll.responses(tok)
-            val = dict(val_reward=reward(held, held_roll)[0].mean(),
+            with amp():
+                val_kl = log_ratios(held_roll, policy, (ref, as_ref), cfg.micro_tokens, cfg.temperature).sum(1)  # (B,)
+            val = dict(val_kl=val_kl.mean(), val_reward=reward(held, held_roll)[0].mean(),
                        val_gold=mean(truth(held, texts, held_roll.finished)))
             run.samples(step + 1, held, texts)
         run.log(step, ("reward", "gold", "kl"), reward=raw.mean(), gold=mean(gold), **val,

@@ -978,17 +978,21 @@ def overoptimize(cfg, folders):
 
 
 def run_curve(folder):
-    """d = √KL, gold and proxy of an RL run by step; of held-out prompts, where it evaluated on them often enough."""
+    """d = √KL, gold and proxy of an RL run by step; of held-out prompts, where it evaluated on them often enough.
+
+    All three are of the same policy: of held-out samples after an update, or of the rollout before it.
+    """
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         raise UserError(f"{path}: no such file; a run of ppo.py or grpo.py makes it")
     rows = [row for _, row in read_rows(path)]
-    having = lambda *keys: [row for row in rows if None not in [row.get(key) for key in ("kl", *keys)]]
-    held, drawn = having("val_gold", "val_reward"), having("gold", "reward")
-    pre, rows = ("val_", held) if len(held) > len(rows) // 3 else ("", drawn)
+    def having(pre):
+        return [row for row in rows if None not in [row.get(pre + key) for key in ("kl", "gold", "reward")]]
+    pre = "val_" if len(having("val_")) > len(rows) // 3 else ""
+    rows = having(pre)
     if not rows:
         raise UserError(f"{path}: no row has kl, reward and gold")
-    return dict(d=[math.sqrt(max(0.0, row["kl"])) for row in rows], gold=[row[pre + "gold"] for row in rows],
+    return dict(d=[math.sqrt(max(0.0, row[pre + "kl"])) for row in rows], gold=[row[pre + "gold"] for row in rows],
                 proxy=[row[pre + "reward"] for row in rows])
 
 

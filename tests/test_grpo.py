@@ -1134,6 +1134,17 @@ def test_ref_every_makes_the_policy_the_reference(tiny, tmp_path):
     assert not weights(tmp_path / "b", "ref")
 
 
+def test_val_kl_is_that_of_the_policy_after_the_update(tiny, tmp_path, monkeypatch):
+    """The policy that val_gold is of: the checkpoint after one step, where `kl` is of the rollout before it."""
+    calls = watch(monkeypatch, "generate")
+    row, = train(tmp_path / "a", tiny, lr=1e-2, steps=1, kl_coef=.1, per="constant")
+    policy, ref, kls = load_model(tmp_path / "a").double(), load_model(tiny).double(), []
+    for ids, p in rolled(calls["generate"][-1][1]):
+        a, b = (log_softmax_rows(net, ids, p, 1.0) for net in (policy, ref))
+        kls.append(sum((a[t, i] - b[t, i]).item() for t, i in enumerate(ids[p:])))
+    assert row["val_kl"] == pytest.approx(sum(kls) / len(kls), abs=1e-4) and abs(row["val_kl"]) > .01 > abs(row["kl"])
+
+
 def test_logged_kl_is_recomputed_from_the_checkpoint(tiny, tmp_path, monkeypatch):
     """kl = mean over responses of Σ (log π - log π_ref), in nats; π of step 1 is the checkpoint after one step."""
     calls = watch(monkeypatch, "generate")

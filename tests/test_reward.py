@@ -2309,15 +2309,20 @@ def test_overoptimize_against_every_choice_of_k_and_the_metrics_of_runs(letters,
 
 
 def test_overoptimize_takes_held_out_scores_where_a_run_has_them(letters, tmp_path):
-    """Of every other row here; not where only a few have them."""
+    """Of every other row here; not where only a few have them. d is that of the held-out samples, too: `kl` is of the
+    policy before the update, val_gold of the one after it."""
     row = lambda i, held: dict(kl=.1 * i, gold=1.0 * i, reward=2.0 * i) | (
-        dict(val_gold=10.0 * i, val_reward=20.0 * i) if held else {})
+        dict(val_kl=.1 * i + .1, val_gold=10.0 * i, val_reward=20.0 * i) if held else {})
     often = run_of(tmp_path / "often", [row(i, i % 2) for i in range(20)])
     seldom = run_of(tmp_path / "seldom", [row(i, i % 10 == 9) for i in range(20)])
     got = overoptimize(tmp_path / "a", letters, often, seldom, n=2, prompts=2)
     assert got[str(often)]["gold"] == [10.0 * i for i in range(1, 20, 2)]
     assert got[str(often)]["proxy"] == [20.0 * i for i in range(1, 20, 2)]
-    close(got[str(often)]["d"], [math.sqrt(.1 * i) for i in range(1, 20, 2)], 1e-9)
+    close(got[str(often)]["d"], [math.sqrt(.1 * i + .1) for i in range(1, 20, 2)], 1e-9)
+    old = run_of(tmp_path / "old", [{k: v for k, v in row(i, 1).items() if k != "val_kl"} for i in range(20)])
+    rollouts = reward.run_curve(old)
+    close(rollouts["d"], [math.sqrt(.1 * i) for i in range(20)], 1e-9)
+    assert rollouts["gold"] == [1.0 * i for i in range(20)]
     assert got[str(seldom)]["gold"] == list(range(20)) and got[str(seldom)]["proxy"] == [2.0 * i for i in range(20)]
 
 
