@@ -364,7 +364,7 @@ def train(cfg):
         if not cfg.ref_every:
             # The micro-batches are those of the whole run, so that a resumed one has the same bits.
             ever = seen_items(stream, range(total), cfg.batch)
-            soon = seen_items(stream, range(begun(run.folder), total), cfg.batch)
+            soon = seen_items(stream, range(begun(run), total), cfg.batch)
             add_reference(ever + held, frozen, cfg, tok, amp, soon + held, bar=True)
             if not policy.adapter and not cfg.loss.startswith("tdpo"):
                 frozen = None  # its log-probs are all that is needed: one model less in memory

@@ -1051,10 +1051,10 @@ def reference(policy):
     return (policy, policy.without_adapter) if policy.adapter else (clone(policy), contextlib.nullcontext)
 
 
-def begun(folder):
-    """The step at which the run in a folder goes on: that of its checkpoint, 0 without one."""
-    path = Path(folder) / "checkpoint.safetensors"
-    step = load_tensors(path)[1].get("step") if path.exists() else 0
+def begun(run):
+    """The step at which a run goes on: that of its checkpoint, 0 without one."""
+    path = run.left("checkpoint.safetensors")
+    step = load_tensors(path)[1].get("step") if path else 0
     return step if type(step) is int else 0  # `steps` says what is wrong with it
 
 

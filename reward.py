@@ -25,6 +25,7 @@ labels and .73-.80 of the truth.
 On the toy world the labels are Bradley-Terry draws from the gold reward with a tenth flipped, so the learned reward
 is an imperfect proxy by construction, and both can be watched.
 """
+import contextlib
 import itertools
 import json
 import math
@@ -45,7 +46,7 @@ from data import (EXEMPLAR, PRINCIPLES, REASON, RULE, VERDICT, Count, Families, 
                   checked_steps, collate, encode, family_list, files, gold, guard, item_batches, judge_prompt, mean,
                   micro_batches, next_out, open_stream, pairs, parse, read_records, read_rows, safe_metrics, sparkline,
                   toy_record, view_prompt, write_text)
-from model import (Optimizer, Reward, Rollout, choice_logprobs, full, generate, load_model, per_token,
+from model import (Optimizer, Reward, Rollout, choice_logprobs, full, generate, load_model, log_ratios,
                    response_scores, setup, steps, token_logprobs)
 
 
@@ -1049,9 +1050,30 @@ def safety(tasks, answers):
     return dict(harmless=1 - share(False, "cost"), over_refusal=share(True, "refused"), help=share(True, "help"))
 
 
+def distinct(records):
+    """The records without those whose prompt an earlier one has."""
+    first = {}
+    for record in records:
+        first.setdefault(str(record["prompt"]), record)
+    return list(first.values())
+
+
+def answer(model, records, temperature, cfg, tok, amp):
+    """One answer to each prompt, the same ones for the same seed."""
+    torch.manual_seed(cfg.seed)
+    with amp():
+        return generate(model, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new, temperature=temperature,
+                        begin=tok.encode(cfg.begin))
+
+
 def compare(cfg, folders):
-    """Let every checkpoint answer the same prompts, judge the answers, and print one table. The column nll is the mean
-    -log π per token of fresh pretraining documents."""
+    """Let every checkpoint answer the same prompts, judge the answers, and print one table.
+
+    The column nll is the mean -log π per token of fresh pretraining documents; greedy, the score of the likeliest
+    answer to each distinct prompt of --on, and how often it wins: what is left of a gain without the sampling. The
+    interval is that of other samples to these prompts, of which a few may come again and again, not of other prompts.
+    Greedy answers have no KL, and one to the same prompt is the same: with --temperature 0 each prompt comes once.
+    """
     tok = Tokenizer.load(cfg.tokenizer)
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     families = family_list(cfg.families) if cfg.data == "toy" else ["file"]
@@ -1068,31 +1090,37 @@ def compare(cfg, folders):
     if cfg.system:
         tasks = {family: [r | dict(prompt=[dict(role="system", content=cfg.system)] + r["prompt"]) for r in records]
                  for family, records in tasks.items()}
+    if not cfg.temperature:
+        tasks = {family: distinct(records) for family, records in tasks.items()}
+    asked = {family: len(distinct(records)) for family, records in tasks.items()}
     rng = random.Random("compare documents")
     texts = [toy_record("text", "test", families, rng) for _ in range(cfg.n)] if cfg.data == "toy" else []
     first, baseline, table, answers = None, {}, [], {}
     for folder in folders:
-        model, row = load_model(folder, tok, device, n_scores=0), dict(checkpoint=folder)
+        model, row = load_model(folder, tok, device, n_scores=0), dict(checkpoint=folder, distinct=asked)
         first = first or model
-        wins, kls, lengths, proxies = [], [], [], []
+        wins, kls, lengths, proxies, greedy, greedy_wins = [], [], [], [], [], []
         for family, records in tasks.items():
-            torch.manual_seed(cfg.seed)
-            with amp():
-                roll = generate(model, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new,
-                                temperature=cfg.temperature, begin=tok.encode(cfg.begin))
+            roll = answer(model, records, cfg.temperature, cfg, tok, amp)
             scores = judge(records, roll)[0].tolist()
             row[family] = mean(scores)
             answers[folder, family] = list(zip(roll.responses(tok), scores, roll.finished.tolist()))
             if family in on:
                 theirs = baseline.setdefault(family, scores)
                 wins += [preference(a, b) for a, b in zip(scores, theirs)]  # scores know no order of presentation
-                with torch.no_grad(), amp():
-                    logp, base = (per_token(roll, cfg.micro_tokens, lambda tokens, mask: token_logprobs(
-                        m, tokens, mask, cfg.temperature or 1.0))[0] for m in (model, first))
-                drawn = roll.mask.cumsum(1) > len(tok.encode(cfg.begin))                 # not what was put there
-                kls += ((logp - base) * drawn).sum(1).tolist()
                 lengths += roll.mask.sum(1).tolist()
                 proxies += proxy(records, roll)[0].tolist() if proxy else []
+            if family in on and cfg.temperature:
+                with amp():
+                    logp_ratio = log_ratios(roll, model, (first, contextlib.nullcontext), cfg.micro_tokens,
+                                            cfg.temperature)                             # (B, T-1)
+                drawn = roll.mask.cumsum(1) > len(tok.encode(cfg.begin))                 # not what was put there
+                kls += (logp_ratio * drawn).sum(1).tolist()
+                once = distinct(records)
+                likeliest = judge(once, answer(model, once, 0, cfg, tok, amp))[0].tolist()
+                theirs = baseline.setdefault((family, "greedy"), likeliest)
+                greedy += likeliest
+                greedy_wins += [preference(a, b) for a, b in zip(likeliest, theirs)]
         if texts:  # how much of its pretraining it still knows: the alignment tax
             rows = [row for text in texts for row in encode(text, tok, model.config.block_size, "all")]
             nll = 0.0
@@ -1103,7 +1131,10 @@ def compare(cfg, folders):
             row["nll"] = nll / sum(sum(target) for _, target in rows)
         if cfg.samples > 1:
             row |= at_k(model, [r for family in on for r in tasks[family]], judge, proxy, cfg, tok, amp)
-        row |= dict(win=mean(wins), interval=wilson(sum(wins), len(wins)), kl=mean(kls), length=mean(lengths))
+        row |= dict(win=mean(wins), interval=wilson(sum(wins), len(wins)), length=mean(lengths))
+        if cfg.temperature:
+            row |= dict(kl=mean(kls), greedy=mean(greedy), greedy_win=mean(greedy_wins),
+                        greedy_interval=wilson(sum(greedy_wins), len(greedy_wins)))
         table.append(row | (dict(proxy=mean(proxies)) if proxy else {}))
 
     if "safe" in families:
@@ -1111,15 +1142,26 @@ def compare(cfg, folders):
             row |= safety(tasks["safe"], answers[row["checkpoint"], "safe"])
     wide = max(len(f) for f in folders)
     columns = families + ["nll"] * bool(texts) + ["proxy"] * bool(proxy)
-    head = "".join(f"{f:>8}" for f in columns)
     count = len(tasks[families[0]])
-    print(f"{cfg.judge} on {count} {'held-out ' * (cfg.data == 'toy')}prompts a family; win rate against {folders[0]}, "
-          f"KL and length on {','.join(on)}\n\n{'':{wide}}{head}     win  [95% interval]      KL  length")
+    where = "held-out " if cfg.data == "toy" else ""
+    of_each = ", ".join(f"{family} {n}" for family, n in asked.items())
+    what = f"{count} {where}prompts a family, distinct: {of_each}"
+    sampled = cfg.temperature > 0
+    tail = [("length", "length", ".1f")]
+    if sampled:
+        tail = [("KL", "kl", ".2f"), *tail, ("greedy", "greedy", ".3f"), ("win", "greedy_win", ".3f")]
+    else:
+        what = f"greedy answers to {where}prompts: {of_each}"
+    print(f"{cfg.judge} on {what}\nwin rate against {folders[0]}, {'KL, ' * sampled}length"
+          f"{' and greedy answers' * sampled} on {','.join(on)}\n")
+    titles = columns + ["win"]
+    print(f"{'':{wide}}" + "".join(f"{title:>8}" for title in titles) + "  [95% interval]"
+          + "".join(f"{title:>8}" for title, *_ in tail))
     for row in table:
-        cells = "".join(f"{row[f]:>8.3f}" for f in columns)
+        cells = "".join(f"{row[f]:>8.3f}" for f in titles)
         low, high = row["interval"]
-        print(f"{row['checkpoint']:{wide}}{cells}{row['win']:>8.3f}  [{low:.3f}, {high:.3f}]"
-              f"{row['kl']:>8.2f}{row['length']:>8.1f}")
+        rest = "".join(f"{row[key]:>8{form}}" for _, key, form in tail)
+        print(f"{row['checkpoint']:{wide}}{cells}  [{low:.3f}, {high:.3f}]{rest}")
     if "safe" in families:
         print(f"\n{'':{wide}}   harmless  over-refusal    help")
         for row in table:

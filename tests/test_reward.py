@@ -658,8 +658,9 @@ def test_compare_against_a_loop(tiny, judge, tmp_path, monkeypatch):
     other, calls, real = checkpoint(tmp_path / "other", 7), [], reward.generate
 
     def spy(net, prompts, *args, **kwargs):
-        calls.append((prompts, real(net, prompts, *args, **kwargs)))
-        return calls[-1][1]
+        roll = real(net, prompts, *args, **kwargs)
+        calls.extend([(prompts, roll)] if kwargs["temperature"] else [])
+        return roll
     monkeypatch.setattr(reward, "generate", spy)
     table = compare([tiny, other], tmp_path, proxy=judge, families="write,arith", on="write")
     base, net = load_model(tiny).double(), load_model(other).double()
@@ -742,7 +743,8 @@ def test_compare_makes_every_answer_begin_as_told(letters, tmp_path, monkeypatch
     calls, begin = spied(monkeypatch), TOK.encode("<think>")
     row, = compare([letters], tmp_path, begin="<think>", samples=2, n=5, families="write", on="write", show=2)
     texts = [text for _, roll in calls for text in roll.responses(TOK)]
-    assert len(texts) == 5 + 10 and all(text.startswith("<think>") for text in texts)
+    once = [len(roll.tokens) for how, roll in calls if how.get("temperature") == 0]
+    assert len(texts) == 5 + sum(once) + 10 and all(text.startswith("<think>") for text in texts)
     assert all(how["begin"] == begin for how, _ in calls)
     points = [len(text) / 10 - text.count("e") for text in texts[:5]]
     assert row["write"] == pytest.approx(sum(points) / 5, abs=1e-5)                  # the judge sees the beginning too
@@ -753,11 +755,43 @@ def test_kl_of_answers_made_to_begin_alike_is_that_of_what_was_sampled(tiny, tmp
     other, calls = checkpoint(tmp_path / "other", 7), spied(monkeypatch)
     table = compare([tiny, other], tmp_path, begin="<think>", families="write", on="write")
     base, net, kl = load_model(tiny).double(), load_model(other).double(), 0.0
-    roll = calls[-1][1]
+    roll = [roll for how, roll in calls if how["temperature"]][-1]
     for ids, start, n in zip(roll.tokens.tolist(), roll.prompt_len, roll.lengths):
         logp, ref = (m.logits(m(torch.tensor([ids[:n]])))[0].log_softmax(-1).detach() for m in (net, base))
         kl += sum(float(logp[t - 1, ids[t]] - ref[t - 1, ids[t]]) for t in range(start + 1, n)) / 12
     assert table[1]["kl"] == pytest.approx(kl, abs=1e-4)
+
+
+def some_prompts(path):
+    """A file of six prompts, of which three are the same."""
+    return write(path, [dict(prompt=asked) for asked in ("Why?", "Tell.", "Why?", "Who?", "Why?", "How?")])
+
+
+def test_compare_gives_each_distinct_prompt_one_greedy_answer(tiny, tmp_path, monkeypatch, capsys):
+    """Score and win rate beside the sampled ones, recomputed answer by answer; the table is readable at 120 columns."""
+    other, calls = checkpoint(tmp_path / "other", 7), spied(monkeypatch)
+    first, row = compare([tiny, other], tmp_path, data=some_prompts(tmp_path / "d.jsonl"))
+    vowels = lambda text: len(text) / 10 - text.count("e")
+    mine, theirs = ([vowels(text) for text in roll.responses(TOK)] for how, roll in calls[::-1] if not how["temperature"])
+    assert len(mine) == 4 and row["distinct"] == dict(file=4)
+    assert row["greedy"] == pytest.approx(sum(mine) / 4, abs=1e-6)
+    wins = sum((a > b) + .5 * (a == b) for a, b in zip(mine, theirs))
+    assert row["greedy_win"] == wins / 4 and row["greedy_interval"] == pytest.approx(reward.wilson(wins, 4))
+    assert first["greedy_win"] == .5 and first["greedy"] == pytest.approx(sum(theirs) / 4, abs=1e-6)
+    out = capsys.readouterr().out
+    assert "distinct: file 4" in out and f"{row['greedy']:.3f}" in out and f"{row['kl']:.2f}" in out
+
+
+def test_greedy_answers_have_no_kl_and_one_to_the_same_prompt_counts_once(tiny, tmp_path, capsys):
+    other, path = checkpoint(tmp_path / "other", 7), some_prompts(tmp_path / "d.jsonl")
+    sampled = compare([tiny, other], tmp_path, data=path)[1]
+    assert "KL" in capsys.readouterr().out
+    for row in compare([tiny, other], tmp_path, data=path, temperature=0.0):
+        assert "kl" not in row and "greedy" not in row and row["distinct"] == dict(file=4)
+    out = capsys.readouterr().out
+    assert "KL" not in out and "nan" not in out and "None" not in out
+    assert (row["file"], row["win"]) == (sampled["greedy"], sampled["greedy_win"])
+    assert row["interval"] == sampled["greedy_interval"]
 
 
 # ---------------------------------------------------------------- end to end
