@@ -741,7 +741,8 @@ def merged_update(old, new, tau, kind, alpha, keep):
 
     Change and task vector tau = θ_sft - θ_base are thinned out and added, weighted 1 - α and α: by OnDARE to a random
     share `keep` of each, without rescaling; by OnTIES to the largest `keep` of each, and where these disagree in sign
-    only the larger counts (eq. 7).
+    only the larger counts (eq. 7). The authors' code uses dropout for OnDARE: what it keeps is 1 / keep times as large,
+    and of tau the share is drawn once, before training; ours is drawn anew for each update.
     """
     delta = new - old
     if kind == "ondare":

@@ -13,8 +13,9 @@ of a base model in one stage, with one model in memory. Its kin are the dict LOS
 On the toy, 2 CPU cores, 8,000 pairs, from SFT: 23 s; true reward +1.0 ± .1, win rate .77 ± .01 (three seeds).
 
 Departures: ORPO's likelihood term counts the chosen response only; the authors' code counts the prompt too, as does
---prompt_weight 1. λ is 1, the paper's .1 is for models that already write well. SLiC-HF's regulariser takes the chosen
-response for the paper's SFT target. Each loss's own options are in Config under its name; SimPO wants a lower lr.
+--prompt_weight 1. CPO's is the paper's and TRL's as it is, without the prompt. λ is 1, the paper's .1 is for models
+that already write well. SLiC-HF's regulariser takes the chosen response for the paper's SFT target. Each loss's own
+options are in Config under its name; SimPO wants a lower lr.
 """
 import math
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class Config(TrainConfig):
     cpo_beta: Positive = 0.1    # scale of the summed log-prob
     slic_delta: NonNegative = 1.0  # margin of summed log-probs beyond which a pair is good enough
     slic_lam: NonNegative = 0.1  # weight of the chosen's summed log-prob
-    prompt_weight: Share = 0.0  # weight of the prompt's tokens in ORPO's and CPO's likelihood (1: as ORPO's authors)
+    prompt_weight: Share = 0.0  # weight of the prompt's tokens in the likelihood (the authors: ORPO 1, CPO 0)
     # optimisation
     epochs: Positive = 1.0      # passes over the records
     steps: Natural = 0          # updates; 0: what the epochs take
