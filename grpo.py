@@ -242,17 +242,17 @@ def look_ahead(policy, records, roll, judge, cfg, tok, amp):
         onward = generate(policy, [ids for _, ids, _ in rows], tok, cfg.ahead, temperature=cfg.temperature)
     trips = []
     for (record, _, p), ids, n, done in zip(rows, onward.tokens.tolist(), onward.lengths, onward.finished.tolist()):
-        trips.append(number(judge(record, tok.decode(ids[p:n]), done), cfg.tripwire, record))
+        trips.append(number(judge(record, tok.decode(ids[p:n]), done), "--tripwire", record))
     return torch.tensor(trips, device=roll.tokens.device).view(-1, cfg.cuts).mean(1)
 
 
-def preferences(records, texts, score, judge, name=""):
+def preferences(records, texts, score, judge):
     """P(y_i beats y_j) in every group: Bradley-Terry on the scores (P, G), or what judge(record, a, b) says."""
     if judge is None:
         return torch.sigmoid(score[:, :, None] - score[:, None, :])
     G = score.shape[1]
     groups = [texts[i:i + G] for i in range(0, len(texts), G)]
-    return torch.tensor([[[number(judge(r, a, b), name, r) for b in group] for a in group]
+    return torch.tensor([[[number(judge(r, a, b), "--prefer", r) for b in group] for a in group]
                          for r, group in zip(records, groups)], device=score.device)
 
 
@@ -334,7 +334,7 @@ def train(cfg):
         # 2. Shape the reward: win rate, length, cut off or nearly, look-ahead, KL.
         r = raw.clone()
         if cfg.prefer:
-            r = win_rates(preferences(records, roll.responses(tok), raw, judge, cfg.prefer))
+            r = win_rates(preferences(records, roll.responses(tok), raw, judge))
         if cfg.len_reward:
             r += cfg.len_reward * length_reward(length.view_as(r), raw > 0.5)
         if cfg.missing_end:
@@ -404,7 +404,7 @@ def train(cfg):
             metrics["kl"] = kl and kl * float(length.mean())
         if cfg.tripwire:
             caught = zip(repeated, roll.responses(tok), roll.finished.tolist())
-            metrics["tripped"] = mean([number(tripwire(*c), cfg.tripwire, c[0]) for c in caught])
+            metrics["tripped"] = mean([number(tripwire(*c), "--tripwire", c[0]) for c in caught])
         run.log(step, ("reward", "zero_std", "response_length"), **metrics, loss=loss / cfg.epochs,
                 zero_std=(r.amax(1) == r.amin(1)).float().mean(), entropy=entropy, response_length=length.mean(),
                 finished=roll.finished.float().mean(), ratio=ratio, clip_frac=clip_frac, approx_kl=approx_kl,
