@@ -22,6 +22,8 @@ import os
 import random
 import re
 import shlex
+import stat
+import string
 import sys
 import textwrap
 import time
@@ -64,6 +66,10 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 # The toy's own. A tag is one piece. So is every digit, and it takes no space with it, which goes to the piece before:
 # a model that sees "17" or " 7" as tokens of their own learns arithmetic far worse than one that sees "7" everywhere.
 TOY_PATTERN = r"""</?\w+>|'(?:[sdmt]|ll|ve|re)|(?: ?\p{L}+| ?[^\s\p{L}\p{N}<]+)(?: (?=\p{N}))?|\p{N}|\s+|<"""
+
+# tiktoken panics while it looks for the end of a word of a million letters (or blanks). A text with a word so long that
+# this comes near is split here, by the same pattern, so its ids are the same.
+LONG = 100_000
 
 
 class Tokenizer:
@@ -116,7 +122,11 @@ class Tokenizer:
                         f"({', '.join(tiktoken.list_encoding_names())})")
 
     def encode(self, text):
-        return self.enc.encode_ordinary(text)
+        if len(text) < LONG or not re.search(r"\S{%d}|\s{%d}" % (LONG, LONG), text):
+            return self.enc.encode_ordinary(text)
+        import regex  # tiktoken's own dependency
+        pieces = (found.group() for found in regex.finditer(self.pattern, text))
+        return [i for piece in pieces for i in self.enc._encode_single_piece(piece)]
 
     def decode(self, ids):
         """Text of the ids; special tokens are left out, bytes that are no UTF-8 become U+FFFD."""
@@ -129,13 +139,16 @@ class Tokenizer:
     def response(self, text, finished=True):
         return self.encode(text) + [self.end] * finished
 
-    def chat(self, messages):
-        """(ids, target): target[i] is 1 where ids[i] is something the assistant said, its end token included."""
+    def chat(self, messages, prompt_weight=0):
+        """(ids, target): target[i] is 1 where ids[i] is something the assistant said, its end token included, and
+        prompt_weight elsewhere. A turn of weight 0, and one in which the assistant says nothing, has target 0."""
         ids, target = [], []
         for m in messages:
             said = self.response(m["content"]) if m["role"] == "assistant" else self.encode(m["content"])
+            silent = m["role"] == "assistant" and not m["content"].strip()
+            around = 0 if silent or m.get("weight") == 0 else prompt_weight
             ids += [self.role[m["role"]]] + said
-            target += [0] + [int(m["role"] == "assistant")] * len(said)
+            target += [around] + [1 if taught(m) else around] * len(said)
         return ids, target
 
     def document(self, text):
@@ -172,6 +185,11 @@ class Tokenizer:
                     tokenizer_class="PreTrainedTokenizerFast", eos_token="<|end|>", pad_token="<|pad|>",
                     chat_template=template, clean_up_tokenization_spaces=False),
                 "generation_config.json": dict(eos_token_id=self.end, pad_token_id=self.pad)}
+
+
+def taught(turn):
+    """Whether a turn is trained on: the assistant says something in it, and its weight is not 0."""
+    return turn["role"] == "assistant" and turn.get("weight") != 0 and bool(turn["content"].strip())
 
 
 def byte_letters():
@@ -249,140 +267,440 @@ def toy_ranks():
 
 # ------------------------------------------------------------------------------------------------ reading files
 
-def _unique(items):
-    row = dict(items)
-    return row if len(row) == len(items) else {"repeated key": ...}     # which json.dumps refuses, below
+class BadRow(UserError):
+    """A row that cannot be understood: --skip_bad leaves it out."""
 
 
-def read_rows(path):
-    """Yield (where, row) from a JSON array, JSONL, or a .txt/.md file (one {"text"}), each gzipped or not.
+UNPACK = "unpack it first (only gzip is read as it is)"
+PANDAS = "pandas.read_{}('{{}}').to_json('rows.jsonl', orient='records', lines=True) in Python makes a file to read"
+PICKLE = "it may run code when it is loaded; whoever made it should write its rows with json.dumps"
+# How a file begins that is no text: what it is, and what to do.
+MAGIC = {
+    b"PAR1": ("a parquet file", PANDAS.format("parquet")),
+    b"ARROW1": ("an Arrow file", PANDAS.format("feather")),
+    b"\xff\xff\xff\xff": ("an Arrow stream", "datasets.Dataset.from_file('{}').to_json('rows.jsonl') in Python makes a "
+                                             "file to read"),
+    b"Obj\x01": ("an Avro file", "write its rows as JSON, one a line"),
+    b"SQLite format 3": ("an SQLite database", "write its rows as JSON, one a line"),
+    b"\x89HDF": ("an HDF5 file", PANDAS.format("hdf")),
+    b"\x93NUMPY": ("a NumPy array", "write its rows as JSON, one a line"),
+    b"%PDF": ("a PDF", "write its text to a .txt file"),
+    b"PK\x03\x04": ("a zip archive", UNPACK),
+    b"BZh": ("packed with bzip2", UNPACK),
+    b"\xfd7zXZ": ("packed with xz", UNPACK),
+    b"\x28\xb5\x2f\xfd": ("packed with zstd", UNPACK),
+    b"\x04\x22\x4d\x18": ("packed with lz4", UNPACK),
+    b"7z\xbc\xaf": ("a 7z archive", UNPACK),
+    b"\x1f\x8b": ("packed twice with gzip", "unpack it once"),
+    **{bytes([128, protocol]): ("a Python pickle", PICKLE) for protocol in (2, 3, 4, 5)},
+}
 
-    where is "file.jsonl:12" (a line, from 1) or "file.json[12]" (an index, from 0); JSONL is read a line at a
-    time. Whatever is not strict JSON in strict utf-8 is a UserError that names the file and the line.
-    """
-    name, n, where = Path(path).name, 0, None
-    plain = name.removesuffix(".gz").endswith((".txt", ".md"))
+
+def foreign(head, name):
+    """What a file is that begins with these bytes, and what to do, if it is no text in UTF-8 or no data; "" else."""
+    for start, (what, remedy) in MAGIC.items():
+        if head.startswith(start):
+            if b"[Content_Types].xml" in head[:60]:     # the first file in this zip archive
+                what, remedy = "an Excel or Word file", "save it as .csv or .txt"
+            return f"{what}, not JSON: {remedy.format(name)}"
+    if head[257:262] == b"ustar":
+        return f"a tar archive, not JSON: {UNPACK}"
+    if head.startswith(b"version https://git-lfs"):
+        return "only a Git LFS pointer to the data: git lfs pull gets the file itself"
+    encoding = json.detect_encoding(head)
+    if not encoding.startswith("utf-8"):
+        return f"{encoding.upper()}, or no text at all: save it as UTF-8"
+    return ""
+
+
+def not_json(line, name):
+    """What a file is whose first line is no JSON, and what to do."""
+    first = line.strip()
+    if re.match(r"<!doctype html|<html|<head|<body", first, re.IGNORECASE):
+        return "a web page (HTML), not JSON: the download gave an error or a login page; get the raw file"
+    if first.startswith("<"):
+        return "XML, not JSON: write its rows as JSON, one a line"
+    if re.match(r"---$|%YAML|- |[\w.-]+:( |$)", first):
+        return "YAML, not JSON: write its rows as JSON, one a line"
+    cells = r'("[^"]*"|[^",;\t|]*)'
+    for sign, kind in ("\t", "TSV"), (",", "CSV"), (";", "CSV"), ("|", "CSV"):
+        if re.fullmatch(cells + f"({re.escape(sign)}{cells})+", first) and len(first) < 1000:
+            return (f"{kind}, not JSON: python -c \"import csv, json; [print(json.dumps(row)) for row in csv.DictReader("
+                    f"open('{name}', encoding='utf-8-sig'), delimiter={sign!r})]\" > rows.jsonl makes a file to read")
+    return "text, not JSON: name it .txt if it is one document, or write a JSON object on each line"
+
+
+def read_lines(path):
+    """Yield (number from 1, bytes) for each line of a file, gzipped or not; what cannot be read is a UserError."""
+    name, n = Path(path).name, 0
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):     # opening a pipe would wait for ever
+            raise UserError(f"{name}: a folder, a pipe or a device, and no file: write the data to a file")
         with open(path, "rb") as f:
             zipped = f.read(2) == b"\x1f\x8b"           # by content: suffixes get lost in downloads
         with (gzip.open if zipped else open)(path, "rb") as f:
+            if what := foreign(f.read(512), name):
+                raise UserError(f"{name}: this is {what}")
+            f.seek(0)
             for n, line in enumerate(f, 1):             # bytes end at \n only, a str also at U+2028 or \x85
-                array = not (where or plain) and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-                line += f.read() if plain or array else b""
-                text = line.decode("utf-8-sig" if n == 1 else "utf-8")
-                if not text.strip():
-                    continue
-                where = f"{name}:{n}"
-                rows = {"text": text} if plain else json.loads(text.rstrip(), object_pairs_hook=_unique)
-                for i, row in enumerate(rows if array else [rows]):
-                    where = f"{name}[{i}]" if array else where
-                    if type(row) is not dict:
-                        raise ValueError(f"a row must be a JSON object, not {type(row).__name__}")
-                    # loads takes NaN, 1e999, half a surrogate pair, repeated keys; this refuses to write them
-                    json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
-                    yield where, row
-        if not where or array and not rows:
-            raise ValueError("the file has no rows")
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{name}:{n + 1}: cannot be read: {error}") from None
-    except json.JSONDecodeError as error:               # an array spans lines: count on to the one at fault
-        raise UserError(f"{name}:{n + error.lineno - 1}: {error.msg} (column {error.colno})") from None
+                yield n, line.removeprefix(b"\xef\xbb\xbf") if n == 1 else line
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise UserError(f"{name}:{n + 1}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def read_chunks(path):
+    """Yield (number of its first line, bytes) for each row of a JSON file. A row is a line; or an object over several,
+    whose later lines are indented or close a bracket, as json.dump(..., indent=2) writes them. An array is one chunk."""
+    start, lines, array, left_open = 0, [], False, False
+    for n, line in read_lines(path):
+        goes_on = array or left_open and line[:1] in b" \t\r\n}]"
+        if lines and not goes_on:
+            yield start, b"".join(lines)
+            lines = []
+        if not lines:
+            begin = line.strip()
+            if not begin:
+                continue
+            array = not start and begin.startswith(b"[")
+            left_open = begin.startswith(b"{") and not begin.endswith(b"}")
+            start = n
+        lines.append(line)
+    if lines:
+        yield start, b"".join(lines)
+
+
+def decode(chunk, name, n):
+    """The text of bytes that begin in line n."""
+    try:
+        return chunk.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{name}:{n + error.object.count(10, 0, error.start)}: {error}") from None
-    except (ValueError, TypeError, RecursionError) as error:
-        why = "the same key twice in one object" if isinstance(error, TypeError) else error
-        raise UserError(f"{where or name}: {why}") from None
+        line = n + chunk.count(b"\n", 0, error.start)
+        raise BadRow(f"{name}:{line}: {error}; save it as UTF-8") from None
+
+
+def _unique(items):
+    row = dict(items)
+    if len(row) != len(items):
+        raise ValueError("the same key twice in one object")
+    return row
+
+
+def parse_json(text, name, n, first):
+    """The JSON value of a text that begins in line n; first: nothing before it in the file was JSON."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        why = f"{error.msg} (column {error.colno})"
+        if text.startswith("{'"):
+            why += "; Python prints a dict like this, json.dumps(row) writes JSON"
+        elif first and text[0] not in "{[":
+            why = "this looks like " + not_json(text.splitlines()[0], name)
+        raise BadRow(f"{name}:{n + error.lineno - 1}: {why}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"{name}:{n}: {error}") from None
+
+
+def check_row(row, where):
+    """Refuse what is no object, and what json.loads takes though strict JSON has no such thing: NaN, 1e999, half a
+    surrogate pair."""
+    if type(row) is not dict:
+        raise BadRow(f"{where}: a row must be a JSON object, not {type(row).__name__}")
+    try:
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"{where}: {error}") from None
+
+
+@contextlib.contextmanager
+def skipping(bad):
+    """A BadRow within goes to the list bad and no further, unless bad is None."""
+    try:
+        yield
+    except BadRow as error:
+        if bad is None:
+            raise
+        bad.append(str(error))
+
+
+def read_values(path, bad):
+    """Yield (where, value) of a JSON file, see read_rows."""
+    name, first = Path(path).name, True
+    for n, chunk in read_chunks(path):
+        with skipping(bad):
+            value = parse_json(decode(chunk, name, n).strip(), name, n, first)
+            if first and type(value) is list:
+                yield from ((f"{name}[{i}]", row) for i, row in enumerate(value))
+            else:
+                yield f"{name}:{n}", value
+            first = False
+
+
+def read_document(path):
+    """Yield (where, row) of a text file: one row."""
+    name = Path(path).name
+    text = decode(b"".join(line for _, line in read_lines(path)), name, 1)
+    if text.strip():
+        yield f"{name}:1", {"text": text}
+
+
+def read_rows(path, bad=None):
+    """Yield (where, row) from a JSON array, JSONL, objects over several lines, or a .txt/.md file (one {"text"}), each
+    gzipped or not.
+
+    where is "file.jsonl:12" (a line, from 1) or "file.json[12]" (an index, from 0); JSONL is read a line at a time.
+    Whatever is not strict JSON in strict utf-8 is a UserError that names the file and the line. With bad, a list, a row
+    that is none of that is left out, and what is wrong with it is put there.
+    """
+    name, some = Path(path).name, False
+    plain = name.removesuffix(".gz").endswith((".txt", ".md"))
+    for where, row in read_document(path) if plain else read_values(path, bad):
+        with skipping(bad):
+            check_row(row, where)
+            some = True
+            yield where, row
+    if not some and not bad:
+        raise UserError(f"{name}: the file has no rows")
 
 
 # ------------------------------------------------------------------------------------------------ shapes of records
 
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
+         "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 RATINGS = "helpfulness correctness coherence complexity verbosity"
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")   # keys of what an answer thought before it spoke
+CALLS = ("tool_calls", "function_call")
+# Beside one of these a "text" is a turn, or what an answer is about, and no document.
+SPOKEN = ("role", "from", "parent_id", "replies", "instruction", "question", "answer", "response", "output", "completion",
+          "summary", "target")
 
 
 class _Drop(Exception):
     """A well-formed row that teaches nothing; read_records counts the reasons."""
 
 
-def _need(row, key, *types):
-    if type(row.get(key)) in types:                     # exact types: true is no number
-        return row[key]
-    known = " or ".join(kind.__name__ for kind in types)
-    raise ValueError(f'"{key}" must be {known}, not {str(row.get(key))[:40]!r}')
+class Row(dict):
+    """An object of a file that remembers which of its keys were read, so that the others can be named.
+
+    An object within it shares its set of unread keys: "messages[].name". What is empty says nothing and is not missed.
+    """
+    weight = 1      # of the answer: 0 where the file says that it is not trained on
+
+    def __init__(self, items, inside="", unread=None):
+        super().__init__(items)
+        self.inside, self.unread = inside, set() if unread is None else unread
+        self.unread |= {inside + key for key, value in items.items() if value not in (None, "", [], {})}
+
+    def take(self, key, *types):
+        """The value of a key, which must be of one of these exact types (true is no number)."""
+        self.unread.discard(self.inside + key)
+        value = self.get(key)
+        if type(value) in types:
+            return value
+        place = f' in "{self.inside[:-1]}"' if self.inside else ""
+        known = " or ".join(kind.__name__ for kind in types)
+        raise ValueError(f'"{key}"{place} must be {known}, not {str(value)[:40]!r}')
+
+    def each(self, key, *types):
+        """A list under a key, whose items must be of one of these types."""
+        items = self.take(key, list)
+        for item in items:
+            Row({f"{key}[]": item}).take(f"{key}[]", *types)
+        return items
+
+    def rows(self, key):
+        """A list of objects under a key."""
+        return [Row(item, f"{self.inside}{key}[].", self.unread) for item in self.each(key, dict)]
 
 
-def _each(row, key, kind):
-    return [_need({f"{key}[]": item}, f"{key}[]", kind) for item in _need(row, key, list)]
+def said_by(role, text):
+    return {"role": role, "content": text}
+
+
+def _thought(row, said):
+    """What an answer thought, in front of it, as the toy world writes it; where it does not say so already."""
+    known = [key for key in THOUGHTS if row.get(key) and type(row[key]) is str]
+    if not known or not said.strip():
+        return said
+    thought = row.take(known[0], str)
+    return said if said.lstrip().startswith("<think>") else f"<think>{thought}</think>{said}"
+
+
+def _content(turn, key):
+    """What a turn says: a string, or parts of text and thinking, one after another."""
+    if type(turn.get(key)) is not list:
+        return turn.take(key, str)
+    said = ""
+    for part in turn.rows(key):
+        kind = part.take("type", str) if "type" in part else "text"
+        if kind == "thinking":
+            said += f"<think>{part.take('thinking', str)}</think>"
+        elif kind in ("text", "input_text", "output_text"):
+            said += part.take("text", str)
+        else:
+            raise ValueError(f'"{turn.inside}{key}" has a part of type {kind!r}, and only text is read')
+    return said
+
+
+def _turn(turn):
+    """A turn as {"role", "content"}, and "weight": 0 if that is its weight."""
+    who, what = ("from", "value") if "from" in turn else ("role", "content")
+    role = ROLES.get(turn.get(who)) if type(turn.get(who)) is str else None
+    if not role:
+        raise ValueError(f'"{turn.inside[:-3]}" has a turn of {turn.get(who)!r} saying {str(turn.get(what))[:20]!r}; roles: '
+                         f'{list(ROLES)}; calls of tools are not read')
+    turn.take(who, str)
+    for key in CALLS:
+        if turn.get(key):
+            raise ValueError(f'"{turn.inside}{key}": calls of tools are not read')
+    said = _content(turn, what)
+    weight = turn.get("weight")
+    if weight not in (None, 0, 1):
+        raise ValueError(f'"{turn.inside}weight" must be 0 or 1, not {str(weight)[:40]!r}')
+    turn.unread.discard(turn.inside + "weight")
+    said = _thought(turn, said) if role == "assistant" else said
+    return said_by(role, said) | ({"weight": 0} if weight == 0 else {})
+
+
+def _is_transcript(value):
+    return type(value) is str and value.startswith("\n\nHuman:")
+
+
+def _transcript(text, role):
+    """The messages of "\\n\\nHuman: ...\\n\\nAssistant: ...", the last of which has to be said by role."""
+    parts = re.split(r"\n\n(Human|Assistant): ?", text.rstrip() if role == "user" else text)
+    turns = [said_by(ROLES[who.lower()], said) for who, said in zip(parts[1::2], parts[2::2])]
+    if role == "user" and turns[-1] == said_by("assistant", ""):
+        turns.pop()                                     # the "Assistant:" that ends a prompt is only a cue
+    alternate = all(a["role"] != b["role"] for a, b in itertools.pairwise(turns))
+    if turns[-1]["role"] != role or not alternate:
+        raise _Drop("broken transcript")
+    return turns
 
 
 def _turns(row, key, role="user"):
-    """row[key] as messages, from a list, a "\\n\\nHuman: ..." transcript, or a string said by role."""
-    if type(_need(row, key, str, list)) is list:
-        turns = [(t["from"], t.get("value")) if "from" in t else (t.get("role"), t.get("content"))
-                 for t in _each(row, key, dict)]
-    elif not row[key].startswith("\n\nHuman:"):
-        turns = [(role, row[key])]
-    else:
-        parts = re.split(r"\n\n(Human|Assistant): ?", row[key].rstrip() if role == "user" else row[key])
-        turns = list(zip(map(str.lower, parts[1::2]), parts[2::2]))
-        if role == "user" and turns[-1] == ("assistant", ""):
-            turns.pop()                                 # the "Assistant:" that ends a prompt is only a cue
-        if ROLES[turns[-1][0]] != role or any(a == b for (a, _), (b, _) in itertools.pairwise(turns)):
-            raise _Drop("broken transcript")
-    for who, said in turns:
-        if who not in list(ROLES) or type(said) is not str:
-            raise ValueError(f'"{key}" has a turn of {who!r} saying {str(said)[:20]!r}; roles: {list(ROLES)}')
-    return [{"role": ROLES[who], "content": said} for who, said in turns]
+    """row[key] as messages, from a list, a transcript, or a string said by role."""
+    value = row.take(key, str, list)
+    if type(value) is list:
+        return [_turn(turn) for turn in row.rows(key)]
+    return _transcript(value, role) if _is_transcript(value) else [said_by(role, value)]
+
+
+def _options(row):
+    """The options of a question as one text, a line each: "A. apple". None if there are none, or not plain ones."""
+    key = "choices" if "choices" in row else "options"
+    options = row.get(key)
+    if type(options) is list and len(options) <= 26:
+        options = dict(zip(string.ascii_uppercase, options))
+    if type(options) is not dict or any(type(text) is not str for text in options.values()):
+        return None
+    row.take(key, list, dict)
+    lines = []
+    for letter, text in options.items():
+        named = text.startswith((f"{letter}.", f"{letter})", f"({letter})"))
+        lines.append(text if named else f"{letter}. {text}")
+    return "\n".join(lines)
+
+
+def _asked(row, key):
+    """What a row asks, as messages: with its context before a question, and its input and its options behind it."""
+    turns = _turns(row, key)
+    if type(row[key]) is list or _is_transcript(row[key]):
+        return turns
+    parts = [row[key]]
+    if type(row.get("context")) is str:
+        parts = [row.take("context", str)] * bool(row["context"]) + parts
+    if key == "instruction" and row.get("input"):       # Alpaca
+        parts.append(row.take("input", str))
+    options = _options(row)
+    return [said_by("user", "\n\n".join(parts + [options] * bool(options)))]
+
+
+def _reply(asked, said):
+    """An answer. With a transcript it is what ends the one transcript that both make up, so that it reads the same
+    wherever the two are cut apart."""
+    if not _is_transcript(asked):
+        return said
+    cue = "" if asked.rstrip().endswith("\n\nAssistant:") or said.startswith("\n\nAssistant:") else "\n\nAssistant: "
+    *turns, last = _transcript(asked + cue + said, "assistant")
+    if len(turns) != len(_transcript(asked, "user")):
+        raise _Drop("broken transcript")
+    return last["content"]
+
+
+def _history(row):
+    """Earlier turns, from a list of [question, answer] or of turns."""
+    earlier = row.get("history")
+    if type(earlier) is not list:
+        return []
+    if all(type(turn) is dict for turn in earlier):
+        return _turns(row, "history")
+    turns = []
+    for pair in row.each("history", list):
+        if len(pair) != 2 or any(type(said) is not str for said in pair):
+            raise ValueError('"history" must be a list of [question, answer] or of turns')
+        turns += [said_by("user", pair[0]), said_by("assistant", pair[1])]
+    return turns
+
+
+def _system(row):
+    """A system prompt beside the turns, as a list of none or one."""
+    return [said_by("system", row.take(key, str)) for key in ("system", "system_prompt") if row.get(key)]
 
 
 def _dialogue(row, key, *_):
     *prompt, last = _turns(row, key, "assistant") or [{"role": None}]
     if last["role"] != "assistant" or type(row[key]) is str and key not in ("chosen", "rejected"):
         raise ValueError(f'"{key}" must be messages that end in an assistant turn')
+    row.weight = last.get("weight", 1)
     return prompt, [last["content"]], None
 
 
 def _answer(row, prompt, answer=None, *ratings):
-    scores = [_need(row, key, int, float) for key in ratings if key not in ("label", "ratings")]
-    answers = [_need(row, answer, str)] if answer else []
-    return _turns(row, prompt), answers, [(scores[0], sum(scores))] if scores else None  # the sum breaks ties
+    if not answer:                                      # a prompt alone: what else there is may be a verifier's
+        return _turns(row, prompt), [], None
+    scores = [row.take(key, int, float) for key in ratings if key not in ("label", "ratings")]
+    said = _thought(row, _reply(row[prompt], row.take(answer, str)))
+    return _asked(row, prompt), [said], [(scores[0], sum(scores))] if scores else None  # the sum breaks ties
 
 
 def _pair(row, chosen, rejected, prompt=None):
     (asked, best, _), (other, worst, _) = _dialogue(row, chosen), _dialogue(row, rejected)
     keys = [key for key in ("score_chosen", "score_rejected") if row.get("score_chosen") is not None]
-    scores = [_need(row, key, int, float) for key in keys]
+    scores = [row.take(key, int, float) for key in keys]
     if not asked and not prompt:
         raise ValueError(f'"{chosen}" must be messages or a transcript, as there is no "prompt"')
     if asked != other or scores != sorted(scores, reverse=True):    # two prompts, or scores against the order
         raise _Drop("contradictory pair")
-    return asked or _turns(row, prompt), best + worst, scores or None
+    if asked:
+        return asked, best + worst, scores or None
+    return _asked(row, prompt), [_reply(row[prompt], said) for said in best + worst], scores or None
 
 
 def _stepped(row, prompt, steps, labels):
-    return _turns(row, prompt), ["".join(_each(row, steps, str))], None
+    return _asked(row, prompt), ["".join(row.each(steps, str))], None
 
 
 def _ranked(row, prompt, answers):
-    if answers == "responses":
-        return _turns(row, prompt), _each(row, answers, str), None
+    if answers == "responses":                          # our own
+        return _turns(row, prompt), [_reply(row[prompt], said) for said in row.each(answers, str)], None
     text, score, sign = ("answer", "rank", -1) if answers == "answers" else ("response", "overall_score", 1)
-    items = _each(row, answers, dict)
-    return (_turns(row, prompt), [_need(item, text, str) for item in items],
-            [sign * _need(item, score, int, float) for item in items])
+    items = row.rows(answers)
+    said = [_reply(row[prompt], item.take(text, str)) for item in items]
+    return _asked(row, prompt), said, [sign * item.take(score, int, float) for item in items]
 
 
 def _tldr(row, info, summaries, choice):
-    ask = _need(_need(row, info, dict), "post", str) + "\n\nTL;DR:"
-    texts = [_need(summary, "text", str) for summary in _each(row, summaries, dict)]
-    if len(texts) != 2 or _need(row, choice, int) not in (0, 1):
+    post = Row(row.take(info, dict), f"{info}.", row.unread).take("post", str)
+    texts = [summary.take("text", str) for summary in row.rows(summaries)]
+    if len(texts) != 2 or row.take(choice, int) not in (0, 1):
         raise ValueError(f'"{choice}" must be 0 or 1, and "{summaries}" two')
-    return _turns({info: ask}, info), [texts[row[choice]], texts[1 - row[choice]]], None
+    return [said_by("user", post + "\n\nTL;DR:")], [texts[row[choice]], texts[1 - row[choice]]], None
 
 # The keys a row must have; of several shapes that fit, the one with the most keys wins.
 SHAPES = {tuple(keys.split()): (kind, reader) for kind, reader, *shapes in [
     ("messages", _dialogue, "messages", "conversations"),
-    ("messages", _answer, "prompt response", "prompt completion", "instruction output", "question answer"),
+    ("messages", _answer, "prompt response", "prompt completion", "instruction output", "instruction response",
+     "question response", "question answer"),
     ("thumbs", _dialogue, "messages label"),
     ("thumbs", _answer, "prompt response label", "prompt completion label"),
     ("preference", _pair, "chosen rejected", "chosen rejected prompt", "chosen rejected instruction"),
@@ -429,42 +747,50 @@ def _record(rows, want, dropped):
     row = rows[0]
     keys = max((keys for keys in SHAPES if row.keys() >= set(keys)), key=len, default=None)
     if not keys:
-        raise ValueError(f"no shape has the keys {list(row)}; known: {', '.join(map('+'.join, SHAPES))}")
+        inside = [key for key, value in row.items() if type(value) is list and value and type(value[0]) is dict]
+        wrapped = f' (rows within {inside[0]!r} have to be the file itself)' if inside else ""
+        raise ValueError(f"no shape has the keys {list(row)}{wrapped}; known: {', '.join(map('+'.join, SHAPES))}")
     kind, reader = SHAPES[keys]
+    if kind == "messages" and type(row.get("label")) is bool:       # a thumb, whatever the turns are called
+        kind = "thumbs"
     want, maths = want or kind, keys == ("question", "answer")
     if want not in GIVES[kind].split():
         raise ValueError(f'found "{kind}" ({"+".join(keys)}), but "{want}" is needed')
     if kind == "text":
-        if _need(row, "text", str).strip():
+        spoken = [key for key in SPOKEN if key in row]
+        if spoken:
+            raise ValueError(f'"text" beside "{spoken[0]}" is no document: conversations are read from "messages", ranked '
+                             'answers from "prompt" and "responses" (best first)')
+        if row.take("text", str).strip():
             return {"text": row["text"]}
         raise _Drop("empty text")
-    if "instruction" in keys and row.get("input"):      # Alpaca
-        rows = [{**row, "instruction": _need(row, "instruction", str) + "\n\n" + _need(row, "input", str)}]
     found = [reader(row, *keys) for row in rows]
     prompt, answers = found[0][0], [answer for _, more, _ in found for answer in more]
     scores = [score for _, _, more in found for score in more or []]
-    up = _need(row, "label", bool) if kind == "thumbs" else True
-    if row.get("system"):
-        prompt.insert(0, {"role": "system", "content": _need(row, "system", str)})
+    up = row.take("label", bool) if kind == "thumbs" else True
+    before = [turn for turn in _system(row) if [turn] != prompt[:1]] + _history(row)
+    prompt = before + prompt
     if want != "messages" and (not prompt or prompt[-1]["role"] == "assistant"):
         raise ValueError('the "prompt" must not be empty or end in an assistant turn')
     ours = kind == "prompt" or "responses" in keys      # our own shapes keep what a verifier may want
     if want == "ratings" and "ratings" not in keys and not set(RATINGS.split()) <= set(keys):
         raise ValueError(f'found "{kind}" ({"+".join(keys)}), but "ratings" is needed')
     if want == "ratings":                               # the attributes of one response, HelpSteer2's five or any
-        values = _need(row, "ratings", list) if "ratings" in keys else [row[key] for key in RATINGS.split()]
+        values = row.each("ratings", int, float) if "ratings" in keys else [row[key] for key in RATINGS.split()]
         if not values:
             raise ValueError('"ratings" must not be empty')
-        return {"prompt": prompt, "response": answers[0],
-                "ratings": [float(_need({"ratings[]": v}, "ratings[]", int, float)) for v in values]}
+        return {"prompt": prompt, "response": answers[0], "ratings": [float(value) for value in values]}
     if want == "steps":                                 # which steps of one response are right
-        labels = [_need({"labels[]": v}, "labels[]", int, bool) for v in _need(row, "labels", list)]
+        labels = row.each("labels", int, bool)
         if not labels or len(labels) != len(row["steps"]) or set(labels) - {0, 1} or not all(row["steps"]):
             raise ValueError('"labels" must be 0 or 1, one for each of the "steps", none of which is empty')
         return {"prompt": prompt, "response": answers[0], "steps": row["steps"], "labels": [int(v) for v in labels]}
-    used = "system" if kind == "prompt" else "system source responses scores win margin"
+    used = "system system_prompt history" + " source responses scores win margin" * (kind != "prompt")
     rest = {key: value for key, value in row.items() if ours and key not in used.split()}
-    record = {"prompt": prompt} | ({"source": row["source"]} if row.get("source") in ("human", "ai") else {})
+    row.unread -= rest.keys()
+    record = {"prompt": prompt}
+    if row.get("source") in ("human", "ai"):
+        record["source"] = row.take("source", str)
     if want == "prompt":
         if maths:                                       # GSM8K ends in "#### 1,080"; a number becomes an int
             final = row["answer"].rpartition("####")[2].strip()
@@ -476,15 +802,15 @@ def _record(rows, want, dropped):
         if not scores:                                  # an order is no rating, but a pair may bring a margin
             parts = {"responses": parts["responses"]}
             if "margin" in row and len(answers) == 2:
-                parts["margin"] = _need(row, "margin", int, float)
+                parts["margin"] = row.take("margin", int, float)
         blank = sum(not answer.strip() for answer in answers)
         tied = len(answers) - blank - len(parts["responses"])
         dropped.update({"empty answer": blank, "tied rating" if scores else "identical pair": tied,
                         "lone answer": int(len(answers) < 2)})
         for key in ("scores", "win"):                   # of each response, while they are all there
-            if key in row and len(_need(row, key, list)) == len(parts["responses"]):
-                parts[key] = [_need({f"{key}[]": item}, f"{key}[]", int, float) for item in row[key]]
-        if "prob" in row and not 0 <= _need(row, "prob", int, float) <= 1:
+            if type(row.get(key)) is list and len(row[key]) == len(parts["responses"]):
+                parts[key] = list(row.each(key, int, float))
+        if "prob" in row and not 0 <= row.take("prob", int, float) <= 1:
             raise ValueError(f'"prob" must be between 0 and 1, not {row["prob"]}')
         return rest | record | parts if len(parts["responses"]) > 1 else None
     best = max(zip(scores, answers), key=lambda pair: pair[0])[1] if scores else "".join(answers[:1])
@@ -495,32 +821,60 @@ def _record(rows, want, dropped):
     if not up:
         raise _Drop("thumbs-down answer")
     best = re.sub(r"<<.*?>>", "", best) if maths else best      # GSM8K's calculator marks
-    return {"messages": record.pop("prompt") + [{"role": "assistant", "content": best}]} | record
+    messages = record.pop("prompt") + [said_by("assistant", best) | ({"weight": 0} if row.weight == 0 else {})]
+    if not any(taught(turn) for turn in messages):
+        raise _Drop("untrained conversation")
+    return {"messages": messages} | record
 
 
-def read_records(path, want=None):
+def not_read(unread):
+    """Keys and how many rows have them, commonest first, as one text."""
+    named = [f"{key} {n} row{'s' * (n > 1)}" for key, n in unread.most_common(40)]
+    return ", ".join(named) + f" and {len(unread) - 40} other keys" * (len(unread) > 40)
+
+
+def read_records(path, want=None, skip_bad=False):
     """All records of a file, as the wanted kind (a key of GIVES) where their meaning allows it.
 
-    What cannot be learnt from is dropped and counted on stderr; what cannot be understood is a UserError.
+    What cannot be learnt from is dropped and counted on stderr, where the keys that are not read are named too. What
+    cannot be understood is a UserError, or with skip_bad left out and counted.
     """
-    records, dropped = [], Counter()
+    records, dropped, unread, bad = [], Counter(), Counter(), [] if skip_bad else None
     rated = {"prompt", "response", *RATINGS.split()}    # HelpSteer2 has one row for each answer to a prompt
     same = lambda item: item[1]["prompt"] if item[1].keys() >= rated and want != "ratings" else item[0]
-    for _, group in itertools.groupby(read_rows(path), same):
-        wheres, rows = zip(*group)
-        try:
-            records.append(_record(rows, want, dropped))
-        except _Drop as reason:
-            dropped[str(reason)] += 1
-        except ValueError as error:
-            raise UserError(f"{', '.join(wheres)}: {error}") from None
+    try:
+        for _, group in itertools.groupby(read_rows(path, bad), same):
+            wheres, rows = zip(*group)
+            rows = [Row(row) for row in rows]
+            with skipping(bad):
+                records.append(_understood(rows, wheres, want, dropped))
+                for row in rows:
+                    unread.update(row.unread)
+    except BadRow as error:
+        raise UserError(f"{error}" + " (--skip_bad leaves such rows out)" * bool(records)) from None
     records = [record for record in records if record]
     lost = ", ".join(f"{n} {what}{'s' * (n > 1)}" for what, n in dropped.items() if n)
-    line = f"{Path(path).name}: {len(records)} records" + f"; dropped {lost}" * bool(lost)
+    parts = [f"{Path(path).name}: {len(records)} records"] + [f"dropped {lost}"] * bool(lost)
+    if bad:
+        parts.append(f"skipped {len(bad)} bad row{'s' * (len(bad) > 1)}, the first {bad[0]}")
+    if unread:
+        parts.append(f"not read: {not_read(unread)}")
+    line = "; ".join(parts)
     if not records:
         raise UserError(line)
     print(line, file=sys.stderr)
     return records
+
+
+def _understood(rows, wheres, want, dropped):
+    """The record of rows, or None for what teaches nothing, which is counted; what is not understood is a BadRow."""
+    try:
+        return _record(rows, want, dropped)
+    except _Drop as reason:
+        dropped[str(reason)] += 1
+        return None
+    except ValueError as error:
+        raise BadRow(f"{', '.join(wheres)}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------ the toy world
@@ -1174,10 +1528,11 @@ class Stream:
 
 def files(data):
     """The paths in --data: one, or several with commas between them."""
-    return [data] if Path(data).exists() else [path for path in data.split(",") if path] or [data]
+    return [data] if os.path.exists(data) else [path for path in data.split(",") if path] or [data]
 
 
-def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record: [record], context=None, **how):
+def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record: [record], context=None, skip_bad=False,
+                **how):
     """(training Stream, held-out items) of `toy` or of files, with commas between them. kind: text (documents),
     messages, preference, thumbs or prompt, or another of GIVES; how: see toy_record.
 
@@ -1197,10 +1552,10 @@ def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record
         rng = random.Random(f"held out {kind}")
         return Stream(make=make, seed=seed), [make(rng, "val") for _ in range(n_held)]
     for path in files(data):
-        if not Path(path).exists():
+        if not os.path.exists(path):
             raise UserError(f"{path}: no such file"
                             + ("; make it with: python reward.py label" if kind in ("preference", "thumbs") else ""))
-    records = [record for path in files(data) for record in read_records(path, kind)]
+    records = [record for path in files(data) for record in read_records(path, kind, skip_bad)]
     prepared = [prepare(record) for record in records]
     if cut := sum(too_long(record, *context) for record, items in zip(records, prepared) if items) if context else 0:
         print(f"{data}: {cut} of {len(records)} records are longer than the context of {context[1]} tokens and are cut "
@@ -1238,9 +1593,10 @@ def encode(record, tok, block_size, loss_on="assistant", prompt_weight=0.0):
             kept = prompt[-(block_size - len(said)):]
             rows.append((kept + said, [0] * len(kept) + [1] * len(said)))
         return rows
-    ids, target = tok.document(record["text"]) if "text" in record else tok.chat(record["messages"])
-    target = [1 if loss_on == "all" else t or prompt_weight for t in target]
-    if "text" not in record:
+    if "text" in record:
+        ids, target = tok.document(record["text"])
+    else:
+        ids, target = tok.chat(record["messages"], 1 if loss_on == "all" else prompt_weight)
         ids, target = ids[:block_size], target[:block_size]
     # The first token of a row has nothing to be predicted from.
     rows = [(ids[i:i + block_size], [0] + target[i + 1:i + block_size]) for i in range(0, len(ids), block_size)]
@@ -1479,6 +1835,7 @@ class RunConfig(Options):
     threads: typing.Annotated[int, Range(0, 1024)] = 0  # CPU threads; 0 leaves it to PyTorch
     micro_tokens: Count = 4096  # padded tokens a forward pass may hold; gradients do not depend on it
     save_every: Count = 25      # steps between checkpoints
+    skip_bad: bool = False      # leave out the rows of a file that cannot be understood, and count them
 
 
 @dataclass
@@ -1847,6 +2204,7 @@ class Config(Options):
     split: typing.Literal["train", "val", "test"] = "train"  # of the toy world
     seed: Natural = 0           # another seed shows others
     tokenizer: str = "toy"      # whose tokens are counted
+    skip_bad: bool = False      # leave out the rows of a file that cannot be understood, and count them
 
 
 def asks(record):
@@ -1872,13 +2230,14 @@ def overlaps(files):
 def main():
     cfg, files = parse(Config, positional=["file..."])
     tok, rng = Tokenizer.load(cfg.tokenizer), random.Random(cfg.seed)
-    found = {path: read_records(path) for path in files}
+    found = {path: read_records(path, skip_bad=cfg.skip_bad) for path in files}
     for line in overlaps(found):
         print(line, file=sys.stderr)
     for records in found.values():
         for record in records[:cfg.n]:
             for turn in record.get("prompt", record.get("messages", [])):
-                print(f"{turn['role']:>10}  {turn['content']}")
+                untrained = "  (not trained on)" if turn["role"] == "assistant" and not taught(turn) else ""
+                print(f"{turn['role']:>10}  {turn['content']}{untrained}")
             for key in sorted(record.keys() - {"prompt", "messages"}):
                 print(f"{key:>10}  {record[key]}")
             print()
