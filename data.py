@@ -380,9 +380,7 @@ def decode(chunk, name, n):
 
 def _unique(items):
     row = dict(items)
-    if len(row) != len(items):
-        raise ValueError("the same key twice in one object")
-    return row
+    return row if len(row) == len(items) else {"repeated key": ...}     # which json.dumps refuses, below
 
 
 def parse_json(text, name, n, first):
@@ -407,6 +405,8 @@ def check_row(row, where):
         raise BadRow(f"{where}: a row must be a JSON object, not {type(row).__name__}")
     try:
         json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+    except TypeError:
+        raise BadRow(f"{where}: the same key twice in one object") from None
     except (ValueError, RecursionError) as error:
         raise BadRow(f"{where}: {error}") from None
 
@@ -847,12 +847,12 @@ def read_records(path, want=None, skip_bad=False):
             wheres, rows = zip(*group)
             rows = [Row(row) for row in rows]
             with skipping(bad):
-                records.append(_understood(rows, wheres, want, dropped))
-                for row in rows:
-                    unread.update(row.unread)
+                record = _understood(rows, wheres, want, dropped)
+                if record:
+                    records.append(record)
+                    unread.update(key for row in rows for key in row.unread)
     except BadRow as error:
         raise UserError(f"{error}" + " (--skip_bad leaves such rows out)" * bool(records)) from None
-    records = [record for record in records if record]
     lost = ", ".join(f"{n} {what}{'s' * (n > 1)}" for what, n in dropped.items() if n)
     parts = [f"{Path(path).name}: {len(records)} records"] + [f"dropped {lost}"] * bool(lost)
     if bad:
@@ -869,7 +869,11 @@ def read_records(path, want=None, skip_bad=False):
 def _understood(rows, wheres, want, dropped):
     """The record of rows, or None for what teaches nothing, which is counted; what is not understood is a BadRow."""
     try:
-        return _record(rows, want, dropped)
+        record = _record(rows, want, dropped)
+        if record and "key" in rows[0]:                 # its subject, whatever it is read as: see subjects
+            record["key"] = rows[0]["key"]
+            rows[0].unread.discard("key")
+        return record
     except _Drop as reason:
         dropped[str(reason)] += 1
         return None
