@@ -347,11 +347,13 @@ def train(cfg):
     # Where rows come from: the policy itself, or a file whose reference log-probs are computed once.
     if cfg.online:
         reward = Reward(cfg.reward, tok, device, amp, cfg.micro_tokens)
-        stream, prompts = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64, prepare=fit)
+        stream, prompts = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64, prepare=fit,
+                                      skip_bad=cfg.skip_bad)
         total, held = cfg.steps, []
     else:
         stream, held = open_stream(cfg.data, "preference" if LOSSES[cfg.loss][0] == "pair" else "thumbs", cfg.seed,
-                                   n_held=256, context=(tok, block), prepare=lambda record: preference_items(
+                                   n_held=256, context=(tok, block), skip_bad=cfg.skip_bad,
+                                   prepare=lambda record: preference_items(
                                        record, tok, block, LOSSES[cfg.loss][0], cfg.pairs, cfg.loss == "d2o"))
         if any(item[key] is None for item in stream.items + held for key in needs(cfg)):
             raise UserError(f"{cfg.data}: --loss {cfg.loss} needs to know how much better a response is, and some "

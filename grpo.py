@@ -273,7 +273,7 @@ def train(cfg):
     tripwire, judge = (verifier(name, option) if name and name != "score" else None
                        for name, option in ((cfg.tripwire, "tripwire"), (cfg.prefer, "prefer")))
     stream, held = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64,
-                               prepare=fits(tok, policy.config.block_size, cfg.max_new))
+                               prepare=fits(tok, policy.config.block_size, cfg.max_new), skip_bad=cfg.skip_bad)
     pool = (stream.items or stream.batch(0, cfg.pool))[:cfg.pool]
     pool = sorted(pool, key=lambda record: record.get("difficulty", record.get("level", 0)))
     optimizer = Optimizer(policy, cfg.lr, cfg.steps, weight_decay=cfg.weight_decay, warmup=cfg.warmup,

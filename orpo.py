@@ -110,7 +110,7 @@ def train(cfg):
     block = policy.config.block_size
     stream, held = open_stream(cfg.data, "preference", cfg.seed, n_held=256,
                                prepare=lambda record: preference_items(record, tok, block, which=cfg.pairs),
-                               context=(tok, block))
+                               context=(tok, block), skip_bad=cfg.skip_bad)
     fit = fits(tok, block, cfg.max_new)
     prompts = list({str(p["prompt"]): p for item in held for p in fit(item["record"])}.values())[:64]
     total = cfg.steps or math.ceil(cfg.epochs * len(stream.items) / cfg.batch)

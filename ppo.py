@@ -220,9 +220,9 @@ def train(cfg):
     block = policy.config.block_size
 
     stream, held = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=cfg.eval_prompts,
-                               prepare=fits(tok, block, cfg.max_new))
+                               prepare=fits(tok, block, cfg.max_new), skip_bad=cfg.skip_bad)
     if cfg.ptx_coef:
-        documents, _ = open_stream(cfg.ptx_data, "text", cfg.seed, n_held=0,
+        documents, _ = open_stream(cfg.ptx_data, "text", cfg.seed, n_held=0, skip_bad=cfg.skip_bad,
                                    prepare=lambda doc: encode(doc, tok, block, "all"))
     shared = dict(total=cfg.steps, weight_decay=cfg.weight_decay, warmup=cfg.warmup, floor=cfg.lr_end,
                   clip=cfg.clip_grad)

@@ -180,6 +180,7 @@ class Accuracy(Options):
     dtype: Literal["auto", "fp32", "bf16"] = "fp32"  # of the matmuls
     threads: Natural = 0        # CPU threads; 0 leaves it to PyTorch
     micro_tokens: Count = 8192  # padded tokens a forward pass may hold
+    skip_bad: bool = False      # leave out the rows of a file that cannot be understood, and count them
 
 
 @dataclass
@@ -237,6 +238,7 @@ class Compare(Options):
     dtype: Literal["auto", "fp32", "bf16"] = "fp32"  # of the matmuls
     threads: Natural = 0        # CPU threads; 0 leaves it to PyTorch
     micro_tokens: Count = 8192  # padded tokens a forward pass may hold
+    skip_bad: bool = False      # leave out the rows of a file that cannot be understood, and count them
 
 
 # ---------------------------------------------------------------- the mathematics
@@ -428,7 +430,7 @@ def kept(group, cfg, rng):
 def prompts_with_room(cfg, tok, policy, begun=0):
     """Prompts that leave room for a whole response, `begun` tokens of which are given, and how many: (Stream, n)."""
     room = policy.config.block_size - cfg.max_new - begun
-    stream, _ = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=0,
+    stream, _ = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=0, skip_bad=cfg.skip_bad,
                             prepare=lambda record: [record] if len(tok.prompt(record["prompt"])) <= room else [])
     return stream, min(cfg.n, len(stream.items)) if stream.items else cfg.n
 
@@ -458,7 +460,7 @@ def label(cfg):
         room = policy.config.block_size - cfg.max_new if policy else math.inf
         return [record] if len(tok.prompt(record["prompt"])) <= room else []
     stream, _ = open_stream(cfg.data, "prompt" if policy else "preference", cfg.seed, cfg.families, n_held=0,
-                            prepare=prepare)
+                            prepare=prepare, skip_bad=cfg.skip_bad)
     skip = math.ceil(cfg.skip / cfg.batch)  # batches
     n = min(cfg.n, len(stream.items) - skip * cfg.batch) if stream.items else cfg.n  # a file's prompts once each
     source = "ai" if judge or cfg.by != "gold" else "human"  # the truth with noise stands for people
@@ -672,7 +674,7 @@ def fit(cfg):
         return run.rows
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     base, rules = (Reward(spec, tok, device, amp, cfg.micro_tokens) if spec else None for spec in (cfg.base, cfg.rules))
-    stream, held = open_stream(cfg.data, "preference", cfg.seed, n_held=200)
+    stream, held = open_stream(cfg.data, "preference", cfg.seed, n_held=200, skip_bad=cfg.skip_bad)
 
     def features(records):
         """(base scores (R,), rules (R, F)) of all responses and the pairs of rankings among them."""
@@ -864,7 +866,7 @@ def train(cfg):
     model.prepare(cfg)
     stream, held = open_stream(cfg.data, DATA.get(cfg.loss, "preference"), cfg.seed, n_held=400,
                                prepare=lambda record: items_of(record, tok, model.config.block_size, cfg),
-                               context=(tok, model.config.block_size))
+                               context=(tok, model.config.block_size), skip_bad=cfg.skip_bad)
     items = stream.items + held
     if cfg.loss == "cost" and not all("scores" in item for item in items):
         raise UserError(f'{cfg.data}: --loss cost needs "scores" in all records: above 0 is harmful')
@@ -912,7 +914,7 @@ def accuracy(cfg, specs):
     rewards = {spec: Reward(spec, tok, device, amp, cfg.micro_tokens) for spec in specs}
     wide = max(len(spec) for spec in specs)
     for path in files(cfg.data):
-        records = read_records(path, "preference")[:cfg.n]
+        records = read_records(path, "preference", cfg.skip_bad)[:cfg.n]
         repeated = [r for r in records for _ in r["responses"]]
         win, lose, _ = ranked_pairs([len(r["responses"]) for r in records])
         print(f"{path}: {len(win)} pairs\n{'':{wide}}  accuracy  [95% interval]  calibration error    spread")
@@ -937,7 +939,7 @@ def overoptimize(cfg, folders):
     policy = load_model(cfg.policy, tok, device, n_scores=0, maker="python sft.py")
     rng, families = random.Random("overoptimize"), family_list(cfg.families)
     records = ([toy_record("prompt", "test", families, rng) for _ in range(cfg.prompts)] if cfg.data == "toy" else
-               [r for path in files(cfg.data) for r in read_records(path, "prompt")][:cfg.prompts])
+               [r for path in files(cfg.data) for r in read_records(path, "prompt", cfg.skip_bad)][:cfg.prompts])
     runs = {folder: run_curve(folder) for folder in folders}
     golds, proxies = [], []
     some = max(1, 512 // cfg.n)
@@ -1086,7 +1088,8 @@ def compare(cfg, folders):
     for family in families:
         rng = random.Random(f"compare {family}")
         tasks[family] = ([toy_record("prompt", "test", [family], rng) for _ in range(cfg.n)] if cfg.data == "toy"
-                         else [r for path in files(cfg.data) for r in read_records(path, "prompt")][:cfg.n])
+                         else [r for path in files(cfg.data)
+                               for r in read_records(path, "prompt", cfg.skip_bad)][:cfg.n])
     if cfg.system:
         tasks = {family: [r | dict(prompt=[dict(role="system", content=cfg.system)] + r["prompt"]) for r in records]
                  for family, records in tasks.items()}

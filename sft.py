@@ -164,7 +164,7 @@ def train(cfg):
     stream, held = open_stream(cfg.data, "text" if cfg.loss_on == "all" else "messages", cfg.seed,
                                cfg.families, n_held=128, prepare=lambda record: rows_of(
                                    record, tok, model.config.block_size, cfg), context=(tok, model.config.block_size),
-                               think=cfg.think, restate=cfg.restate, tamper=cfg.tamper)
+                               skip_bad=cfg.skip_bad, think=cfg.think, restate=cfg.restate, tamper=cfg.tamper)
     if not cfg.steps and not stream.items:
         raise OptionError("--steps 0: the toy world never ends, so it has no epochs")
     total = cfg.steps or math.ceil(len(stream.items) / cfg.batch)
