@@ -122,7 +122,7 @@ class Tokenizer:
                         f"({', '.join(tiktoken.list_encoding_names())})")
 
     def encode(self, text):
-        if len(text) < LONG or not re.search(r"\S{%d}|\s{%d}" % (LONG, LONG), text):
+        if len(text) < LONG or all(len(run.group()) < LONG for run in re.finditer(r"\S+|\s+", text)):
             return self.enc.encode_ordinary(text)
         import regex  # tiktoken's own dependency
         pieces = (found.group() for found in regex.finditer(self.pattern, text))
@@ -296,13 +296,13 @@ MAGIC = {
 }
 
 
-def foreign(head, name):
+def foreign(head, path):
     """What a file is that begins with these bytes, and what to do, if it is no text in UTF-8 or no data; "" else."""
     for start, (what, remedy) in MAGIC.items():
         if head.startswith(start):
             if b"[Content_Types].xml" in head[:60]:     # the first file in this zip archive
                 what, remedy = "an Excel or Word file", "save it as .csv or .txt"
-            return f"{what}, not JSON: {remedy.format(name)}"
+            return f"{what}, not JSON: {remedy.format(path)}"
     if head[257:262] == b"ustar":
         return f"a tar archive, not JSON: {UNPACK}"
     if head.startswith(b"version https://git-lfs"):
@@ -310,10 +310,12 @@ def foreign(head, name):
     encoding = json.detect_encoding(head)
     if not encoding.startswith("utf-8"):
         return f"{encoding.upper()}, or no text at all: save it as UTF-8"
+    if b"\0" in head:
+        return "neither JSON nor text: write its rows as JSON, one a line"
     return ""
 
 
-def not_json(line, name):
+def not_json(line, path):
     """What a file is whose first line is no JSON, and what to do."""
     first = line.strip()
     if re.match(r"<!doctype html|<html|<head|<body", first, re.IGNORECASE):
@@ -322,11 +324,14 @@ def not_json(line, name):
         return "XML, not JSON: write its rows as JSON, one a line"
     if re.match(r"---$|%YAML|- |[\w.-]+:( |$)", first):
         return "YAML, not JSON: write its rows as JSON, one a line"
-    cells = r'("[^"]*"|[^",;\t|]*)'
-    for sign, kind in ("\t", "TSV"), (",", "CSV"), (";", "CSV"), ("|", "CSV"):
-        if re.fullmatch(cells + f"({re.escape(sign)}{cells})+", first) and len(first) < 1000:
-            return (f"{kind}, not JSON: python -c \"import csv, json; [print(json.dumps(row)) for row in csv.DictReader("
-                    f"open('{name}', encoding='utf-8-sig'), delimiter={sign!r})]\" > rows.jsonl makes a file to read")
+    cell = r'("[^"]*"|[^",;\t|]*)'
+    signs = [sign for sign in "\t,;|" if re.fullmatch(cell + f"({re.escape(sign)}{cell})+", first[:1000])]
+    if signs or path.removesuffix(".gz").endswith((".csv", ".tsv")):
+        sign = (signs + [","])[0]                       # of one column there is none
+        kind = "TSV" if sign == "\t" else "CSV"
+        table = f"{'gzip.' * path.endswith('.gz')}open('{path}', 'rt', encoding='utf-8-sig')"
+        return (f"{kind}, not JSON: python -c \"import csv, gzip, json; [print(json.dumps(row)) "
+                f"for row in csv.DictReader({table}, delimiter={sign!r})]\" > rows.jsonl makes a file to read")
     return "text, not JSON: name it .txt if it is one document, or write a JSON object on each line"
 
 
@@ -339,7 +344,7 @@ def read_lines(path):
         with open(path, "rb") as f:
             zipped = f.read(2) == b"\x1f\x8b"           # by content: suffixes get lost in downloads
         with (gzip.open if zipped else open)(path, "rb") as f:
-            if what := foreign(f.read(512), name):
+            if what := foreign(f.read(512), path):
                 raise UserError(f"{name}: this is {what}")
             f.seek(0)
             for n, line in enumerate(f, 1):             # bytes end at \n only, a str also at U+2028 or \x85
@@ -383,19 +388,19 @@ def _unique(items):
     return row if len(row) == len(items) else {"repeated key": ...}     # which json.dumps refuses, below
 
 
-def parse_json(text, name, n, first):
+def parse_json(text, path, n, first):
     """The JSON value of a text that begins in line n; first: nothing before it in the file was JSON."""
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         why = f"{error.msg} (column {error.colno})"
-        if text.startswith("{'"):
+        if text.lstrip().startswith("{'"):
             why += "; Python prints a dict like this, json.dumps(row) writes JSON"
-        elif first and text[0] not in "{[":
-            why = "this looks like " + not_json(text.splitlines()[0], name)
-        raise BadRow(f"{name}:{n + error.lineno - 1}: {why}") from None
+        elif first and text.lstrip()[0] not in "{[":
+            why = "this looks like " + not_json(text.lstrip().splitlines()[0], str(path))
+        raise BadRow(f"{Path(path).name}:{n + error.lineno - 1}: {why}") from None
     except (ValueError, RecursionError) as error:
-        raise BadRow(f"{name}:{n}: {error}") from None
+        raise BadRow(f"{Path(path).name}:{n}: {error}") from None
 
 
 def check_row(row, where):
@@ -427,7 +432,7 @@ def read_values(path, bad):
     name, first = Path(path).name, True
     for n, chunk in read_chunks(path):
         with skipping(bad):
-            value = parse_json(decode(chunk, name, n).strip(), name, n, first)
+            value = parse_json(decode(chunk, name, n).rstrip(), path, n, first)
             if first and type(value) is list:
                 yield from ((f"{name}[{i}]", row) for i, row in enumerate(value))
             else:
@@ -547,11 +552,11 @@ def _turn(turn):
     role = ROLES.get(turn.get(who)) if type(turn.get(who)) is str else None
     if not role:
         raise ValueError(f'"{turn.inside[:-3]}" has a turn of {turn.get(who)!r} saying {str(turn.get(what))[:20]!r}; roles: '
-                         f'{list(ROLES)}; calls of tools are not read')
+                         f'{list(ROLES)}; calls of tools are not read: write them as text')
     turn.take(who, str)
     for key in CALLS:
         if turn.get(key):
-            raise ValueError(f'"{turn.inside}{key}": calls of tools are not read')
+            raise ValueError(f'"{turn.inside}{key}": calls of tools are not read: write them into what the turn says')
     said = _content(turn, what)
     weight = turn.get("weight")
     if weight not in (None, 0, 1):
@@ -745,13 +750,17 @@ def pairs(record, which="all"):
 def _record(rows, want, dropped):
     """The canonical record of a row (or of adjacent rows that each rate one answer to a prompt), or None."""
     row = rows[0]
+    for node in (row, row.get("prompt")):
+        if isinstance(node, dict) and "text" in node and "replies" in node:
+            raise ValueError('a tree of "replies" is not read: write each ranking as "prompt", a list of messages, and '
+                             '"responses", best first; or each path as "messages"')
     keys = max((keys for keys in SHAPES if row.keys() >= set(keys)), key=len, default=None)
     if not keys:
         inside = [key for key, value in row.items() if type(value) is list and value and type(value[0]) is dict]
         wrapped = f' (rows within {inside[0]!r} have to be the file itself)' if inside else ""
         raise ValueError(f"no shape has the keys {list(row)}{wrapped}; known: {', '.join(map('+'.join, SHAPES))}")
     kind, reader = SHAPES[keys]
-    if kind == "messages" and type(row.get("label")) is bool:       # a thumb, whatever the turns are called
+    if kind == "messages" and type(row.get("label")) is bool:   # a thumb, whatever the turns are called
         kind = "thumbs"
     want, maths = want or kind, keys == ("question", "answer")
     if want not in GIVES[kind].split():
@@ -829,8 +838,9 @@ def _record(rows, want, dropped):
 
 def not_read(unread):
     """Keys and how many rows have them, commonest first, as one text."""
-    named = [f"{key} {n} row{'s' * (n > 1)}" for key, n in unread.most_common(40)]
-    return ", ".join(named) + f" and {len(unread) - 40} other keys" * (len(unread) > 40)
+    order = sorted(unread, key=lambda key: (-unread[key], key))
+    named = [f"{key} {unread[key]} row{'s' * (unread[key] > 1)}" for key in order[:40]]
+    return ", ".join(named) + f" and {len(order) - 40} other keys" * (len(order) > 40)
 
 
 def read_records(path, want=None, skip_bad=False):
