@@ -1,21 +1,29 @@
 """What lives on disk and as text. Four parts: records (every shape and real sample, malformed input with its valid
 twin), the toy world (what is held out stays out, gold rewards), tokenizer and batches, options and the run log."""
+import ast
 import base64
+import bz2
 import dataclasses
 import gzip
 import importlib
 import inspect
+import io
 import itertools
 import json
+import lzma
 import os
+import pickle
 import random
 import re
 import runpy
+import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import time
 import unicodedata
+import zipfile
 from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -330,6 +338,121 @@ def test_rank_and_pairs():
     assert all(p["prompt"] == [user("Q")] and p["source"] == "ai" for p in pairs(prefer(*"ABC", source="ai")))
 
 
+# ---- what a row says beside its answer
+
+def turns(*messages): return {"messages": list(messages)}
+
+
+@pytest.mark.parametrize("row, record", [
+    ({"instruction": "And now?", "output": "Nine.", "history": [["How many?", "Eight."], ["So?", ""]]},
+     turns(user("How many?"), assistant("Eight."), user("So?"), assistant(""), user("And now?"), assistant("Nine."))),
+    ({"prompt": "And now?", "response": "Nine.", "history": [user("How many?"), assistant("Eight.")], "system": "S"},
+     turns(system("S"), user("How many?"), assistant("Eight."), user("And now?"), assistant("Nine."))),
+    ({"prompt": "And now?", "chosen": "a", "rejected": "b", "history": [["How many?", "Eight."]]},
+     {"prompt": [user("How many?"), assistant("Eight."), user("And now?")], "responses": ["a", "b"]}),
+    ({"prompt": "And now?", "history": [["How many?", "Eight."]], "answer": 9},
+     {"prompt": [user("How many?"), assistant("Eight."), user("And now?")], "answer": 9}),
+    ({"prompt": "Q", "history": [], "answer": 9}, {"prompt": [user("Q")], "answer": 9}),
+    ({"question": "Which?", "options": {"A": "apple", "B": "car"}, "answer": "A"},
+     turns(user("Which?\n\nA. apple\nB. car"), assistant("A"))),
+    ({"question": "Which?", "choices": ["apple", "car"], "answer": "B", "context": "Read this."},
+     turns(user("Read this.\n\nWhich?\n\nA. apple\nB. car"), assistant("B"))),
+    ({"question": "Which?", "options": ["A) apple", "(B) car"], "answer": "B"},
+     turns(user("Which?\n\nA) apple\n(B) car"), assistant("B"))),
+    ({"instruction": "Which?", "input": "Look.", "context": "", "options": ["a", "b"], "output": "A"},
+     turns(user("Which?\n\nLook.\n\nA. a\nB. b"), assistant("A"))),
+    ({"messages": [user("a"), {**assistant("b"), "reasoning_content": "because"}]},
+     turns(user("a"), assistant("<think>because</think>b"))),
+    ({"messages": [user("a"), {**assistant("b"), "thinking": ""}]}, turns(user("a"), assistant("b"))),
+    ({"messages": [user("a"), {**assistant("<think>x</think>b"), "reasoning": "x"}]},
+     turns(user("a"), assistant("<think>x</think>b"))),
+    ({"prompt": "a", "response": "b", "reasoning": "since"}, turns(user("a"), assistant("<think>since</think>b"))),
+    ({"messages": [user([{"type": "text", "text": "a"}, {"text": "b"}]),
+                   assistant([{"type": "thinking", "thinking": "hm"}, {"type": "output_text", "text": "c"}])]},
+     turns(user("ab"), assistant("<think>hm</think>c"))),
+    ({"prompt": [user([{"type": "text", "text": "Q"}])], "answer": 1}, {"prompt": [user("Q")], "answer": 1}),
+    ({"messages": [user("a"), {**assistant("b"), "weight": 0}, user("c"), {**assistant("d"), "weight": 1}]},
+     turns(user("a"), {**assistant("b"), "weight": 0}, user("c"), assistant("d"))),
+    ({"messages": [user("a"), assistant("b"), user("c"), {**assistant("d"), "weight": 0}]},
+     turns(user("a"), assistant("b"), user("c"), {**assistant("d"), "weight": 0})),
+    ({"messages": [{"role": "developer", "content": "S"}, user("a"), {"role": "model", "content": "b"}], "system": "S"},
+     turns(system("S"), user("a"), assistant("b"))),
+    ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "a"}], "label": False}, judged("a", False)),
+])
+def test_what_is_plain_beside_an_answer_is_read(tmp_path, capsys, row, record):
+    """Earlier turns, options, context, thinking, parts, weights; and what was read so reads back as itself."""
+    assert read_records(write(tmp_path, [row])) == [record]
+    assert "not read" not in capsys.readouterr().err
+    assert read_records(write(tmp_path, [record])) == [record]
+
+
+def test_keys_that_are_not_read_are_named_once_with_their_counts(tmp_path, capsys):
+    """Of twelve rows all have an id and tools, three a name in a turn, two options of no plain form; empty ones say nothing."""
+    rows = [{"question": f"Q{i}", "answer": "a", "id": i, "tools": [{"f": 1}], "url": None, "tags": [], "note": ""}
+            | ({"options": "A or B"} if i < 2 else {}) for i in range(9)]
+    rows += [{"messages": [{**user("Q"), "name": "Al"}, {**assistant("a"), "name": "Bo"}], "id": i, "tools": {"f": 1}}
+             for i in range(3)]
+    rows += [{"prompt": "Q", "level": 3, "source": "mine"}]              # a prompt keeps what a verifier may want
+    assert len(read_records(write(tmp_path, rows))) == 13
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert set(told.split("not read: ")[1].strip().split(", ")) == {
+        "id 12 rows", "tools 12 rows", "messages[].name 3 rows", "options 2 rows"}
+    ranked = {"instruction": "Q", "completions": [{"response": t, "overall_score": s, "model": "m"} for s, t in enumerate("ab")]}
+    read_records(write(tmp_path, [ranked]))
+    assert capsys.readouterr().err.endswith("not read: completions[].model 1 row\n")
+    read_records(write(tmp_path, [prefer("a", "b", note="kept", key="k")]))
+    assert "not read" not in capsys.readouterr().err
+    many = [{"text": "a", **{f"key{i}": 1 for i in range(500)}}]
+    read_records(write(tmp_path, many))
+    assert len(capsys.readouterr().err) < 1000
+
+
+@pytest.mark.parametrize("row, word", [
+    ({"messages": [user("a"), {"role": "tool", "content": "4"}, assistant("b")]}, "tool"),
+    ({"messages": [user("a"), {"role": "function", "content": "4"}, assistant("b")]}, "function"),
+    ({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "{}"},
+                        {"from": "gpt", "value": "b"}]}, "function_call"),
+    ({"messages": [user("a"), {**assistant(""), "tool_calls": [{"id": "1"}]}, user("c"), assistant("d")]}, "tool_calls"),
+    ({"messages": [user("a"), {**assistant(None), "function_call": {"name": "f"}}, user("c"), assistant("d")]},
+     "function_call"),
+    ({"messages": [user([{"type": "image_url", "image_url": {"url": "x"}}]), assistant("b")]}, "image_url"),
+    ({"messages": [user("a"), {**assistant("b"), "weight": .5}]}, "weight"),
+    ({"messages": [user("a"), {**assistant("b"), "weight": "0"}]}, "weight"),
+    ({"instruction": "a", "output": "b", "history": [["a"]]}, "history"),
+    ({"instruction": "a", "output": "b", "history": [["a", None]]}, "history"),
+    # ranked trees of replies, whole or as rows of their own, and a text that something else is about
+    ({"message_id": "1", "text": "What?", "role": "prompter", "replies": [{"text": "a", "role": "assistant", "rank": 0}]},
+     "replies"),
+    ({"message_tree_id": "1", "prompt": {"text": "What?", "role": "prompter", "replies": []}}, "replies"),
+    ({"message_id": "2", "parent_id": "1", "text": "What?", "lang": "en"}, "parent_id"),
+    ({"text": "A passage.", "question": "Which?"}, "question"),
+])
+def test_what_is_not_plain_is_refused_by_name(tmp_path, row, word):
+    with pytest.raises(UserError, match=rf'^rows.jsonl:1: [^\n]*{word}[^\n]*$'):
+        read_records(write(tmp_path, [row]))
+
+
+def test_the_two_forms_of_hh_give_the_same_text(tmp_path):
+    """A dialogue cut before, in, or behind the "Assistant:" that begins its answer, or not at all."""
+    ask, cue, says = "\n\nHuman: a\n\nAssistant: x\n\nHuman: b", "\n\nAssistant:", ("c", " d", "", "e\n", "Human: f")
+    for yes, no in itertools.permutations(says, 2):
+        whole = read_or_none(tmp_path, {"chosen": f"{ask}{cue} {yes}", "rejected": f"{ask}{cue} {no}"})
+        forms = [(ask, f"{cue} "), (f"{ask}{cue}", " "), (f"{ask}{cue} ", "")]
+        for asked, before in forms:
+            assert read_or_none(tmp_path, {"prompt": asked, "chosen": before + yes, "rejected": before + no}) == whole
+            assert read_or_none(tmp_path, {"prompt": asked, "responses": [before + yes, before + no]}) == whole
+    assert read_or_none(tmp_path, {"prompt": ask + cue, "response": " c"}) == turns(
+        user("a"), assistant("x"), user("b"), assistant("c"))
+    assert read_or_none(tmp_path, {"prompt": ask + cue, "chosen": " c\n\nHuman: d", "rejected": " e"}) is None
+
+
+def read_or_none(tmp_path, row):
+    """The record of a row, None if it is dropped: behind a good row, so that the file has a record."""
+    good = {"prompt": "Z", "chosen": "z", "rejected": "y"}
+    return (read_records(write(tmp_path, [good, row])) + [None])[1]
+
+
 # ---- bytes
 
 A, B = b'{"text": "a"}', b'{"text": "b"}'
@@ -410,7 +533,8 @@ def test_jsonl_is_read_a_line_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize("name, data", [
-    *((name, data) for name in ("rows.jsonl", "rows.txt") for data in (b"", b"\n \r\n", b"\xef\xbb\xbf", gzip.compress(b""))),
+    *((name, data) for name in ("rows.jsonl", "rows.txt") for data in (b"", b"\n \r\n", b"\xef\xbb\xbf",
+                                                                          gzip.compress(b"", mtime=0))),
     ("rows.json", b"[]"), ("rows.json", b" [\n]\n")])
 def test_empty_files(tmp_path, name, data):
     with pytest.raises(UserError, match=f"^{name}.*no rows"):
@@ -436,6 +560,126 @@ def test_missing_file(tmp_path):
 def test_invalid_utf8_in_a_text_names_its_line(tmp_path):
     with pytest.raises(UserError, match=r"^x\.txt:3: .*utf-8"):
         read_records(write(tmp_path, b"a\nb\n\xff\nc", "x.txt"))
+
+
+CHAT = json.dumps({"messages": [user("a"), assistant("b")]}).encode()
+
+
+def zipped(name, content=CHAT):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+NOT_JSON = [     # a file, and a word of what it is called
+    ("a.csv", b"question,answer\na,b\n", "CSV"), ("a.jsonl", b'"question";"answer"\n"a;b";"c"\n', "CSV"),
+    ("a.json", b"question\tanswer\na\tb\n", "TSV"), ("a.csv", b"text\nHello there\n", "CSV"),
+    ("a.csv.gz", gzip.compress(b"question,answer\na,b\n"), "CSV"),
+    ("a.jsonl", b"- question: a\n  answer: b\n", "YAML"), ("a.jsonl", b"---\nquestion: a\n", "YAML"),
+    ("a.json", b"\n<!DOCTYPE html>\n<html><body>Not Found</body></html>\n", "HTML"), ("a.json", b"<?xml version='1.0'?><a/>", "XML"),
+    ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
+    ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
+    ("a.jsonl", b"PAR1\x15\x04" + bytes(40), "parquet"), ("a.json", b"ARROW1\0\0", "Arrow"),
+    ("a.arrow", b"\xff\xff\xff\xff\x10\0\0\0", "Arrow"), ("a.jsonl", zipped("a.jsonl"), "zip"),
+    ("a.xlsx", zipped("[Content_Types].xml"), "Excel"), ("a.pkl", pickle.dumps({"text": "a"}), "pickle"),
+    ("a.jsonl", bz2.compress(CHAT), "bzip2"), ("a.jsonl", lzma.compress(CHAT), "xz"),
+    ("a.jsonl", b"\x28\xb5\x2f\xfd\0\0", "zstd"), ("a.jsonl", gzip.compress(gzip.compress(CHAT)), "twice"),
+    ("a.jsonl", CHAT.decode().encode("utf-16"), "UTF-16"), ("a.jsonl", CHAT.decode().encode("utf-16-be"), "UTF-16"),
+    ("a.txt", "Text.".encode("utf-16"), "UTF-16"), ("a.txt", "Text.".encode("utf-32"), "UTF-32"),
+    ("a.jsonl", '{"text": "é"}'.encode("latin-1"), "UTF-8"), ("a.jsonl", b"Once upon a time there was\n", ".txt"),
+    ("a.jsonl", b"{'text': 'a'}\n", "Python"), ("a.bin", b"\x89PNG\r\n\x1a\n\0\0", "neither"),
+    ("a.json", b'{"data": [{"prompt": "a", "response": "b"}]}', "data"),
+]
+TABLES = [("a.csv", b"question,answer\na,b\n"), ("a b.tsv", b"question\tanswer\na\tb\n"),
+          ("a.csv", b"\xef\xbb\xbfquestion;answer\na;b\n"), ("a.csv.gz", gzip.compress(b'"question","answer"\n"a","b"\n'))]
+
+
+@pytest.mark.parametrize("name, data, word", NOT_JSON, ids=range(len(NOT_JSON)))
+def test_what_is_no_json_is_called_what_it_is(tmp_path, name, data, word):
+    with pytest.raises(UserError, match=rf"^{name}[^\n]*{re.escape(word)}[^\n]*$"):
+        read_records(write(tmp_path, data, name))
+
+
+@pytest.mark.parametrize("name, data", TABLES, ids=range(len(TABLES)))
+def test_the_command_that_makes_json_of_a_table_does(tmp_path, name, data):
+    with pytest.raises(UserError) as error:
+        read_records(write(tmp_path, data, name))
+    command = re.search(r"python -c .* > rows.jsonl", str(error.value))[0]
+    subprocess.run(command.replace("python", shlex.quote(sys.executable), 1), shell=True, cwd=tmp_path, check=True)
+    assert read_records(tmp_path / "rows.jsonl") == [turns(user("a"), assistant("b"))]
+
+
+def test_an_object_over_several_lines_is_one_record(tmp_path):
+    """Alone, after another, between rows of one line, indented by blanks or tabs; an array may be written so too."""
+    rows = [said(text) for text in "abcd"]
+    two, tab = json.dumps(rows[1], indent=2), json.dumps(rows[2], indent="\t")
+    for text, n in ((two, 1), (two.replace("\n", "\r\n") + "\n", 1), (f"\n{two}\n{tab}\n\n{two}", 3),
+                    (f"{json.dumps(rows[0])}\n{two}\n{json.dumps(rows[3])}\n{tab}", 4), (json.dumps(rows, indent=4), 4)):
+        records = read_records(write(tmp_path, text.encode(), "rows.json"))
+        assert len(records) == n and all(record in rows for record in records)
+    broken = two.replace('"a"', "").replace('"content": "Q"', '"content": "Q",')
+    with pytest.raises(UserError, match="^rows.json:7: "):      # the brace behind the comma
+        read_records(write(tmp_path, (json.dumps(rows[0]) + "\n" + broken).encode(), "rows.json"))
+
+
+def test_skip_bad_counts_what_it_leaves_out(tmp_path, capsys):
+    """One in a hundred; the first row; a line cut off in the middle; rows of a list; a file of nothing else."""
+    rows = [json.dumps(said(f"a{i}")).encode() for i in range(100)]
+    bad = [b'{"messages": [{"role": ', b"garbage", b'{"prompt": "a", "response": 3}', b"null", b'{"text": "\xff"}',
+           b'{"src": 1}', b'{"prompt": "Q", "response": NaN}', b"[" * 9999]
+    for place in (0, 50, 99):
+        for line in bad:
+            path = write(tmp_path, b"\n".join(rows[:place] + [line] + rows[place:]))
+            with pytest.raises(UserError, match=f"^rows.jsonl:{place + 1}: ") as error:
+                read_records(path)
+            assert ("--skip_bad" in str(error.value)) == (place > 0)
+            capsys.readouterr()
+            if place or not line.startswith(b"["):                  # there it is taken for a list over all lines
+                assert len(read_records(path, "messages", skip_bad=True)) == 100
+                assert re.search(f"skipped 1 bad row, the first rows.jsonl:{place + 1}: ", capsys.readouterr().err)
+    path = write(tmp_path, b"\n".join([b"garbage"] + rows[:2] + bad[2:4]))
+    assert len(read_records(path, skip_bad=True)) == 2
+    assert "skipped 3 bad rows, the first rows.jsonl:1: " in capsys.readouterr().err
+    path = write(tmp_path, b"[" + b", ".join([rows[0], b"3", b'{"text": 4}', rows[1]]) + b"]", "rows.json")
+    assert len(read_records(path, skip_bad=True)) == 2
+    assert "skipped 2 bad rows, the first rows.json[1]: " in capsys.readouterr().err
+    read_records(write(tmp_path, rows[0]), skip_bad=True)
+    assert "skipped" not in capsys.readouterr().err
+    for name, data in (("rows.jsonl", b"\n".join(bad[:4])), ("a.csv", b"question,answer\na,b\n")):
+        with pytest.raises(UserError, match=f"^{name}: 0 records; skipped . bad row"):
+            read_records(write(tmp_path, data, name), skip_bad=True)
+
+
+@pytest.mark.parametrize("name", ["sft", "orpo", "dpo", "grpo", "ppo", "reward"])
+def test_skip_bad_reaches_all_that_read_records(name):
+    """Every call that opens a user's records hands the option on."""
+    called = [node for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")))
+              if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("open_stream", "read_records")]
+    assert called and all("skip_bad" in ast.unparse(node) for node in called)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "long name"])
+def test_what_is_no_file_is_one_line_and_no_waiting(tmp_path, kind):
+    path = os.devnull if kind == "device" else tmp_path / ("n" * 300 if kind == "long name" else kind)
+    if kind == "pipe":
+        os.mkfifo(path)
+    if kind == "folder":
+        path.mkdir()
+    signal.alarm(20)                                        # a pipe without a writer would be waited for for ever
+    try:
+        for read in (read_records, lambda path: open_stream(str(path), "messages", 0)):
+            with pytest.raises(UserError, match=r"^[^\n]*$"):
+                read(path)
+    finally:
+        signal.alarm(0)
+
+
+def test_several_files_may_have_names_that_are_long_together(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [write(tmp_path, [said(f"{i}")], f"{i}{'n' * 90}.jsonl").name for i in range(4)]
+    stream, _ = open_stream(",".join(names), "messages", 0, n_held=0)
+    assert len(stream.items) == 4
 
 
 # ---- a known shape with a wrong type: the valid twin is the row with `key` set back
@@ -1110,6 +1354,54 @@ def test_8_prompt_and_response_are_encoded_apart():
             assert encode({"prompt": [user(ask)], "response": text}, TOK, 256) == [(ids, target)]
             turns = {"messages": [user(ask), assistant(text)]}
             assert encode(turns, TOK, 256) == ([(ids, target)] if text.strip() else [])     # a turn that says something
+
+
+def test_a_turn_of_weight_0_is_not_trained_on(tmp_path):
+    """Nor does prompt_weight give it anything back; the other turns are as they were."""
+    messages = [{**m, "weight": 0} if m["content"] == "5 " else m for m in THREE_TURNS]
+    plain, weighed = (read_records(write(tmp_path, [{"messages": m}]))[0] for m in (THREE_TURNS, messages))
+    for options in (dict(), dict(prompt_weight=.25), dict(loss_on="all")):
+        (ids, full), = encode(plain, TOK, 256, **options)
+        (same, target), = encode(weighed, TOK, 256, **options)
+        start = ids.index(TOK.role["assistant"], ids.index(TOK.end))    # the second assistant's turn
+        turn = range(start, ids.index(TOK.end, start) + 1)
+        assert same == ids and TOK.decode(ids[start:turn[-1] + 1]) == "5 "
+        assert target == [0 if i in turn else weight for i, weight in enumerate(full)]
+    assert read_records(write(tmp_path, [weighed])) == [weighed]
+
+
+def test_an_unweighted_turn_of_a_user_and_a_conversation_without_a_trained_turn(tmp_path, capsys):
+    (_, target), = encode(turns({**user("a b"), "weight": 0}, assistant("c"), user("d"), assistant("e")), TOK, 64, prompt_weight=.5)
+    assert target[:4] == [0, 0, 0, .5] and target.count(0) == 3     # what is "a b", but not who speaks next
+    rows = [turns(user("a"), {**assistant("b"), "weight": 0}), turns(user("a"), assistant("c"))]
+    assert read_records(write(tmp_path, rows), "messages") == rows[1:]
+    assert "dropped 1 untrained conversation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("blank", ["", " \n"])
+def test_an_empty_turn_trains_no_end_token(blank):
+    messages = [user("a"), assistant(blank), user("c"), assistant("d")]
+    for prompt_weight in (0, .5):
+        (ids, target), = encode({"messages": messages}, TOK, 64, prompt_weight=prompt_weight)
+        first, last = (i for i, token in enumerate(ids) if token == TOK.end)
+        assert target[first] == 0 and target[last] == 1
+        assert [TOK.decode([i]) for i, weight in zip(ids, target) if weight == 1] == ["d", ""]
+
+
+def test_a_long_word_gives_the_ids_that_it_always_gave(monkeypatch, GPT2):
+    """Split by the same pattern where a run of letters or blanks is long: here from three on, so nearly everywhere."""
+    texts = random_texts(100) + ["abcd" * 50, "a" * 900 + " 17 - 8" + " " * 300 + "b", "12 keys, 9 pens", "中文" * 200]
+    usual = {tok: [tok.encode(text) for text in texts] for tok in (TOK, GPT2)}
+    monkeypatch.setattr(data, "LONG", 3)
+    for tok, ids in usual.items():
+        assert [tok.encode(text) for text in texts] == ids
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "!", " "])
+def test_a_word_of_a_million_letters_is_encoded(letter):
+    tokenizers = [TOK, Tokenizer("bytes", data.GPT2_PATTERN, {bytes([i]): i for i in range(256)})]
+    for tok in tokenizers:
+        assert tok.decode(tok.encode("x" + letter * 10 ** 6 + ".")) == "x" + letter * 10 ** 6 + "."
 
 
 # ==== records to rows
@@ -2007,6 +2299,10 @@ def test_it_shows_a_file_as_the_trainers_read_it(monkeypatch, capsys, tmp_path):
     code, out, err = told(capsys, script(monkeypatch, "data.py", path))
     assert not code and "2 records" in err
     assert all(word in out for word in ("user  Q", "good", "bad", "user  R", "assistant  S"))
+    path = write(tmp_path, [{"messages": [user("R"), {**assistant("S"), "weight": 0}, user("T"), assistant("U")]}, {"src": 1}])
+    code, out, err = told(capsys, script(monkeypatch, "data.py", path, "--skip_bad"))
+    assert not code and "skipped 1 bad row" in err
+    assert re.search(r"assistant  S .*not trained", out) and not re.search(r"assistant  U .*not trained", out)
     code, out, err = told(capsys, script(monkeypatch, "data.py", tmp_path / "none.jsonl"))
     assert code == 1 and not out and err.count("\n") == 1
 
