@@ -475,8 +475,7 @@ RATINGS = "helpfulness correctness coherence complexity verbosity"
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")   # keys of what an answer thought before it spoke
 CALLS = ("tool_calls", "function_call")
 # Beside one of these a "text" is a turn, or what an answer is about, and no document.
-SPOKEN = ("role", "from", "parent_id", "replies", "instruction", "question", "answer", "response", "output", "completion",
-          "summary", "target")
+SPOKEN = ("role", "from", "parent_id", "replies", "instruction", "question", "answer", "response", "output", "completion")
 
 
 class _Drop(Exception):
@@ -518,6 +517,7 @@ class Row(dict):
 
 
 def said_by(role, text):
+    """A turn."""
     return {"role": role, "content": text}
 
 
@@ -652,6 +652,8 @@ def _system(row):
     return [said_by("system", row.take(key, str)) for key in ("system", "system_prompt") if row.get(key)]
 
 
+# Each of these reads one shape -> (prompt as messages, answers, their scores or None).
+
 def _dialogue(row, key, *_):
     *prompt, last = _turns(row, key, "assistant") or [{"role": None}]
     if last["role"] != "assistant" or type(row[key]) is str and key not in ("chosen", "rejected"):
@@ -669,7 +671,8 @@ def _answer(row, prompt, answer=None, *ratings):
 
 
 def _pair(row, chosen, rejected, prompt=None):
-    (asked, best, _), (other, worst, _) = _dialogue(row, chosen), _dialogue(row, rejected)
+    other, worst, _ = _dialogue(row, rejected)
+    asked, best, _ = _dialogue(row, chosen)             # the last to be read, so the row's weight is that of chosen
     keys = [key for key in ("score_chosen", "score_rejected") if row.get("score_chosen") is not None]
     scores = [row.take(key, int, float) for key in keys]
     if not asked and not prompt:
@@ -700,6 +703,7 @@ def _tldr(row, info, summaries, choice):
     if len(texts) != 2 or row.take(choice, int) not in (0, 1):
         raise ValueError(f'"{choice}" must be 0 or 1, and "{summaries}" two')
     return [said_by("user", post + "\n\nTL;DR:")], [texts[row[choice]], texts[1 - row[choice]]], None
+
 
 # The keys a row must have; of several shapes that fit, the one with the most keys wins.
 SHAPES = {tuple(keys.split()): (kind, reader) for kind, reader, *shapes in [
@@ -825,6 +829,8 @@ def _record(rows, want, dropped):
     best = max(zip(scores, answers), key=lambda pair: pair[0])[1] if scores else "".join(answers[:1])
     if not best.strip():
         raise _Drop("empty answer")
+    if want == "thumbs" and row.weight == 0:
+        raise _Drop("untrained answer")
     if want == "thumbs":
         return record | {"response": best, "label": up}
     if not up:
