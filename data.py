@@ -355,7 +355,7 @@ def read_lines(path):
 
 def read_chunks(path):
     """Yield (number of its first line, bytes) for each row of a JSON file. A row is a line; or an object over several,
-    whose later lines are indented or close a bracket, as json.dump(..., indent=2) writes them. An array is one chunk."""
+    whose later lines are indented or close a bracket, as json.dump(row, f, indent=2) writes it. An array is one."""
     start, lines, array, left_open = 0, [], False, False
     for n, line in read_lines(path):
         goes_on = array or left_open and line[:1] in b" \t\r\n}]"
@@ -475,7 +475,8 @@ RATINGS = "helpfulness correctness coherence complexity verbosity"
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")   # keys of what an answer thought before it spoke
 CALLS = ("tool_calls", "function_call")
 # Beside one of these a "text" is a turn, or what an answer is about, and no document.
-SPOKEN = ("role", "from", "parent_id", "replies", "instruction", "question", "answer", "response", "output", "completion")
+SPOKEN = ("role", "from", "parent_id", "replies", "instruction", "question", "answer", "response", "output",
+          "completion")
 
 
 class _Drop(Exception):
@@ -551,8 +552,8 @@ def _turn(turn):
     who, what = ("from", "value") if "from" in turn else ("role", "content")
     role = ROLES.get(turn.get(who)) if type(turn.get(who)) is str else None
     if not role:
-        raise ValueError(f'"{turn.inside[:-3]}" has a turn of {turn.get(who)!r} saying {str(turn.get(what))[:20]!r}; roles: '
-                         f'{list(ROLES)}; calls of tools are not read: write them as text')
+        raise ValueError(f'"{turn.inside[:-3]}" has a turn of {turn.get(who)!r} saying {str(turn.get(what))[:20]!r}; '
+                         f'roles: {", ".join(ROLES)}; what tools say is not read: write it as text of one of these')
     turn.take(who, str)
     for key in CALLS:
         if turn.get(key):
@@ -772,8 +773,8 @@ def _record(rows, want, dropped):
     if kind == "text":
         spoken = [key for key in SPOKEN if key in row]
         if spoken:
-            raise ValueError(f'"text" beside "{spoken[0]}" is no document: conversations are read from "messages", ranked '
-                             'answers from "prompt" and "responses" (best first)')
+            raise ValueError(f'"text" beside "{spoken[0]}" is no document: conversations are read from "messages", '
+                             'ranked answers from "prompt" and "responses" (best first)')
         if row.take("text", str).strip():
             return {"text": row["text"]}
         raise _Drop("empty text")
@@ -1551,8 +1552,8 @@ def files(data):
     return [data] if os.path.exists(data) else [path for path in data.split(",") if path] or [data]
 
 
-def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record: [record], context=None, skip_bad=False,
-                **how):
+def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record: [record], context=None,
+                skip_bad=False, **how):
     """(training Stream, held-out items) of `toy` or of files, with commas between them. kind: text (documents),
     messages, preference, thumbs or prompt, or another of GIVES; how: see toy_record.
 

@@ -86,7 +86,8 @@ FORMATS = {     # three raw rows each, and what they must become
                 {"instruction": "Q", "input": "I", "output": "c"}],
                [said("a"), said("b"), {"messages": [user("Q\n\nI"), assistant("c")]}]),
     "dolly": ([{"instruction": "Q", "context": c, "response": "a", "category": "qa"} for c in ("C", "", "D")],
-              [{"messages": [user("C\n\nQ"), assistant("a")]}, said("a"), {"messages": [user("D\n\nQ"), assistant("a")]}]),
+              [{"messages": [user("C\n\nQ"), assistant("a")]}, said("a"),
+               {"messages": [user("D\n\nQ"), assistant("a")]}]),
     "orca": ([{"id": "1", "system_prompt": s, "question": "Q", "response": "a"} for s in ("S", "", "T")],
              [{"messages": [system("S"), user("Q"), assistant("a")]}, said("a"),
               {"messages": [system("T"), user("Q"), assistant("a")]}]),
@@ -172,7 +173,8 @@ def test_canonical_records_read_back_as_themselves(tmp_path, name):
 
 @pytest.mark.parametrize("name, want, count, lost", [
     ("alpaca_and_pairs/instruction-data.json", None, 1100, ""),
-    ("alpaca_and_pairs/instruction-data-with-preference.json", None, 1094, "dropped 6 identical pairs; not read: output 1094 rows"),
+    ("alpaca_and_pairs/instruction-data-with-preference.json", None, 1094,
+     "dropped 6 identical pairs; not read: output 1094 rows"),
     ("alpaca_and_pairs/instruction-data-with-preference.json", "messages", 1100,
      "not read: output 1100 rows"),
     ("chat/toy_chat_fine_tuning.jsonl", None, 10, ""),
@@ -377,7 +379,8 @@ def turns(*messages): return {"messages": list(messages)}
      turns(user("a"), assistant("b"), user("c"), {**assistant("d"), "weight": 0})),
     ({"messages": [{"role": "developer", "content": "S"}, user("a"), {"role": "model", "content": "b"}], "system": "S"},
      turns(system("S"), user("a"), assistant("b"))),
-    ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "a"}], "label": False}, judged("a", False)),
+    ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "a"}], "label": False},
+     judged("a", False)),
 ])
 def test_what_is_plain_beside_an_answer_is_read(tmp_path, capsys, row, record):
     """Earlier turns, options, context, thinking, parts, weights; and what was read so reads back as itself."""
@@ -387,7 +390,7 @@ def test_what_is_plain_beside_an_answer_is_read(tmp_path, capsys, row, record):
 
 
 def test_keys_that_are_not_read_are_named_once_with_their_counts(tmp_path, capsys):
-    """Of twelve rows all have an id and tools, three a name in a turn, two options of no plain form; empty ones say nothing."""
+    """Twelve rows have an id and tools, three a name in a turn, two options of no plain form; empty ones say nothing."""
     rows = [{"question": f"Q{i}", "answer": "a", "id": i, "tools": [{"f": 1}], "url": None, "tags": [], "note": ""}
             | ({"options": "A or B"} if i < 2 else {}) for i in range(9)]
     rows += [{"messages": [{**user("Q"), "name": "Al"}, {**assistant("a"), "name": "Bo"}], "id": i, "tools": {"f": 1}}
@@ -398,7 +401,8 @@ def test_keys_that_are_not_read_are_named_once_with_their_counts(tmp_path, capsy
     assert told.count("\n") == 1
     assert set(told.split("not read: ")[1].strip().split(", ")) == {
         "id 12 rows", "tools 12 rows", "messages[].name 3 rows", "options 2 rows"}
-    ranked = {"instruction": "Q", "completions": [{"response": t, "overall_score": s, "model": "m"} for s, t in enumerate("ab")]}
+    ranked = {"instruction": "Q", "completions": [{"response": text, "overall_score": score, "model": "m"}
+                                                  for score, text in enumerate("ab")]}
     read_records(write(tmp_path, [ranked]))
     assert capsys.readouterr().err.endswith("not read: completions[].model 1 row\n")
     read_records(write(tmp_path, [prefer("a", "b", note="kept", key="k")]))
@@ -413,7 +417,8 @@ def test_keys_that_are_not_read_are_named_once_with_their_counts(tmp_path, capsy
     ({"messages": [user("a"), {"role": "function", "content": "4"}, assistant("b")]}, "function"),
     ({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "{}"},
                         {"from": "gpt", "value": "b"}]}, "function_call"),
-    ({"messages": [user("a"), {**assistant(""), "tool_calls": [{"id": "1"}]}, user("c"), assistant("d")]}, "tool_calls"),
+    ({"messages": [user("a"), {**assistant(""), "tool_calls": [{"id": "1"}]}, user("c"), assistant("d")]},
+     "tool_calls"),
     ({"messages": [user("a"), {**assistant(None), "function_call": {"name": "f"}}, user("c"), assistant("d")]},
      "function_call"),
     ({"messages": [user([{"type": "image_url", "image_url": {"url": "x"}}]), assistant("b")]}, "image_url"),
@@ -422,8 +427,8 @@ def test_keys_that_are_not_read_are_named_once_with_their_counts(tmp_path, capsy
     ({"instruction": "a", "output": "b", "history": [["a"]]}, "history"),
     ({"instruction": "a", "output": "b", "history": [["a", None]]}, "history"),
     # ranked trees of replies, whole or as rows of their own, and a text that something else is about
-    ({"message_id": "1", "text": "What?", "role": "prompter", "replies": [{"text": "a", "role": "assistant", "rank": 0}]},
-     "replies"),
+    ({"message_id": "1", "text": "What?", "role": "prompter",
+      "replies": [{"text": "a", "role": "assistant", "rank": 0}]}, "replies"),
     ({"message_tree_id": "1", "prompt": {"text": "What?", "role": "prompter", "replies": []}}, "replies"),
     ({"message_id": "2", "parent_id": "1", "text": "What?", "lang": "en"}, "parent_id"),
     ({"text": "A passage.", "question": "Which?"}, "question"),
@@ -577,7 +582,8 @@ NOT_JSON = [     # a file, and a word of what it is called
     ("a.json", b"question\tanswer\na\tb\n", "TSV"), ("a.csv", b"text\nHello there\n", "CSV"),
     ("a.csv.gz", gzip.compress(b"question,answer\na,b\n"), "CSV"),
     ("a.jsonl", b"- question: a\n  answer: b\n", "YAML"), ("a.jsonl", b"---\nquestion: a\n", "YAML"),
-    ("a.json", b"\n<!DOCTYPE html>\n<html><body>Not Found</body></html>\n", "HTML"), ("a.json", b"<?xml version='1.0'?><a/>", "XML"),
+    ("a.json", b"\n<!DOCTYPE html>\n<html><body>Not Found</body></html>\n", "HTML"),
+    ("a.json", b"<?xml version='1.0'?><a/>", "XML"),
     ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
     ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
     ("a.jsonl", b"PAR1\x15\x04" + bytes(40), "parquet"), ("a.json", b"ARROW1\0\0", "Arrow"),
@@ -592,7 +598,8 @@ NOT_JSON = [     # a file, and a word of what it is called
     ("a.json", b'{"data": [{"prompt": "a", "response": "b"}]}', "data"),
 ]
 TABLES = [("a.csv", b"question,answer\na,b\n"), ("a b.tsv", b"question\tanswer\na\tb\n"),
-          ("a.csv", b"\xef\xbb\xbfquestion;answer\na;b\n"), ("a.csv.gz", gzip.compress(b'"question","answer"\n"a","b"\n'))]
+          ("a.csv", b"\xef\xbb\xbfquestion;answer\na;b\n"),
+          ("a.csv.gz", gzip.compress(b'"question","answer"\n"a","b"\n'))]
 
 
 @pytest.mark.parametrize("name, data, word", NOT_JSON, ids=range(len(NOT_JSON)))
@@ -615,7 +622,8 @@ def test_an_object_over_several_lines_is_one_record(tmp_path):
     rows = [said(text) for text in "abcd"]
     two, tab = json.dumps(rows[1], indent=2), json.dumps(rows[2], indent="\t")
     for text, n in ((two, 1), (two.replace("\n", "\r\n") + "\n", 1), (f"\n{two}\n{tab}\n\n{two}", 3),
-                    (f"{json.dumps(rows[0])}\n{two}\n{json.dumps(rows[3])}\n{tab}", 4), (json.dumps(rows, indent=4), 4)):
+                    (f"{json.dumps(rows[0])}\n{two}\n{json.dumps(rows[3])}\n{tab}", 4),
+                    (json.dumps(rows, indent=4), 4)):
         records = read_records(write(tmp_path, text.encode(), "rows.json"))
         assert len(records) == n and all(record in rows for record in records)
     broken = two.replace('"a"', "").replace('"content": "Q"', '"content": "Q",')
@@ -1371,7 +1379,8 @@ def test_a_turn_of_weight_0_is_not_trained_on(tmp_path):
 
 
 def test_an_unweighted_turn_of_a_user_and_a_conversation_without_a_trained_turn(tmp_path, capsys):
-    (_, target), = encode(turns({**user("a b"), "weight": 0}, assistant("c"), user("d"), assistant("e")), TOK, 64, prompt_weight=.5)
+    record = turns({**user("a b"), "weight": 0}, assistant("c"), user("d"), assistant("e"))
+    (_, target), = encode(record, TOK, 64, prompt_weight=.5)
     assert target[:4] == [0, 0, 0, .5] and target.count(0) == 3     # what is "a b", but not who speaks next
     rows = [turns(user("a"), {**assistant("b"), "weight": 0}), turns(user("a"), assistant("c"))]
     assert read_records(write(tmp_path, rows), "messages") == rows[1:]
@@ -2299,7 +2308,8 @@ def test_it_shows_a_file_as_the_trainers_read_it(monkeypatch, capsys, tmp_path):
     code, out, err = told(capsys, script(monkeypatch, "data.py", path))
     assert not code and "2 records" in err
     assert all(word in out for word in ("user  Q", "good", "bad", "user  R", "assistant  S"))
-    path = write(tmp_path, [{"messages": [user("R"), {**assistant("S"), "weight": 0}, user("T"), assistant("U")]}, {"src": 1}])
+    unweighted = {"messages": [user("R"), {**assistant("S"), "weight": 0}, user("T"), assistant("U")]}
+    path = write(tmp_path, [unweighted, {"src": 1}])
     code, out, err = told(capsys, script(monkeypatch, "data.py", path, "--skip_bad"))
     assert not code and "skipped 1 bad row" in err
     assert re.search(r"assistant  S .*not trained", out) and not re.search(r"assistant  U .*not trained", out)
