@@ -1322,7 +1322,7 @@ def gold(task: dict, response: str, finished: bool = True) -> float:
 
 def truth(records, texts, finished):
     """The true scores of answers to prompts of the toy world, no others: to watch, never to train on."""
-    return [gold(*judged) for judged in zip(records, texts, finished.tolist()) if "family" in judged[0]]
+    return [gold(*judged) for judged in zip(records, texts, finished.tolist()) if of_toy(judged[0])]
 
 
 def toy_document(rng: random.Random) -> dict:
@@ -1345,16 +1345,45 @@ def toy_document(rng: random.Random) -> dict:
 # project never has: train on it to see the ceiling, or only measure with it.
 def known_gold(record, text, finished):
     """The toy world's true reward; a UserError for a record of another origin."""
-    if "family" not in record:
+    if not of_toy(record):
         raise UserError("the gold reward is known in the toy world only; name a reward model or another verifier")
     return gold(record, text, finished)
 
 
+def of_toy(record):
+    """Whether a record is a task of the toy world."""
+    return record.get("family") in list(WORLD)          # a list: what a file calls family may be no text
+
+
+WHOLE = re.compile(r"(-?[$€£]|[$€£]?-)?"                # a sign, a currency, or both
+                   r"([0-9]{1,15}|[0-9]{1,3}(?:,[0-9]{3}){1,4})"
+                   r"(?:\.00?)?\.?")                    # no cents, a full stop
+
+
+def whole_number(text):
+    """A text that is one whole number, as an int, else None. "42", "$42", "42.00" and "42." are all 42, "-$1,080" is
+    -1080. A per cent sign or a unit changes what a number means, so "42%" and "42 km" are none."""
+    found = WHOLE.fullmatch(text)
+    if not found:
+        return None
+    number = int(found[2].replace(",", ""))
+    return -number if "-" in (found[1] or "") else number
+
+
 def hash_answer(text):
-    """GSM8K's final answer, the number after the "####" of the last line, as an int: "#### -1,080" is -1080; None for
-    anything else, two answers included."""
-    found = re.fullmatch(r"[^#]*#### ?(-?(?:[0-9]{1,15}|[0-9]{1,3}(?:,[0-9]{3}){1,4}))\s*", text)
-    return int(found[1].replace(",", "")) if found else None
+    """GSM8K's final answer, the whole number after the "####" of the last line, as an int: "#### -1,080" is -1080; None
+    for anything else, two answers included."""
+    found = re.fullmatch(r"[^#]*#### ?([^\s#]+)\s*", text)
+    return whole_number(found[1]) if found else None
+
+
+def known_answer(record):
+    """A record's "answer" as an int: 1080 of 1080, "1,080", "$1080." or "It is so.\\n#### 1,080"; None where it is none."""
+    answer = record.get("answer")
+    if type(answer) is str:
+        return whole_number(answer.rpartition("####")[2].strip())
+    whole = type(answer) is int or type(answer) is float and answer.is_integer()    # true is no number
+    return int(answer) if whole else None
 
 
 def numbers(text):
@@ -1395,10 +1424,15 @@ def whole_sentences(text):
     return bool(said) and not rest and len(set(said)) == len(said) and all(s[:1].isupper() for s in said)
 
 
+def has_text(record, key):
+    """Whether a record has a text under a key."""
+    return type(record.get(key)) is str and record[key] != ""
+
+
 VERIFIERS = {
     "gold": known_gold,
-    "exact": lambda record, text, finished: finished and final_answer(text) == record.get("answer", ...) is not None,
-    "gsm8k": lambda record, text, finished: finished and hash_answer(text) == record.get("answer", ...) is not None,
+    "exact": lambda record, text, finished: finished and final_answer(text) == known_answer(record) is not None,
+    "gsm8k": lambda record, text, finished: finished and hash_answer(text) == known_answer(record) is not None,
     "format": lambda record, text, finished: finished and bool(re.fullmatch(
         r"<think>\s*[^<>\s][^<>]*</think>\s*[^<>\s][^<>]*", text)),
     "language": language,
@@ -1406,7 +1440,7 @@ VERIFIERS = {
     "faithful": lambda record, text, finished: finished and numbers(text) <= numbers(
         " ".join(turn["content"] for turn in record["prompt"])),
     "keyword": lambda record, text, finished: finished and bool(re.search(
-        rf"(?<!\w){re.escape(record['keyword'])}(?!\w)", text)) if "keyword" in record else 0,
+        rf"(?<!\w){re.escape(record['keyword'])}(?!\w)", text)) if has_text(record, "keyword") else 0,
     "count": lambda record, text, finished: finished and len(listed(text)) == record.get("count") != 0,
     "no_filler": lambda record, text, finished: finished and not any(s in text for s in SAYINGS["filler"]),
     # safety: a refusal in any common wording; help with an unsafe request, and with a safe one (toy world only)
@@ -1418,12 +1452,44 @@ VERIFIERS = {
         record, text, finished)["help"],
     # whole sentences, none twice; the thing that the record's "key" names occurs
     "sentences": lambda record, text, finished: finished and whole_sentences(text),
-    "named": lambda record, text, finished: bool(record.get("key")) and record["key"] in text,
+    "named": lambda record, text, finished: has_text(record, "key") and record["key"] in text,
     "words": lambda record, text, finished: len(text.split()),
     # a grader of sums that can be fooled, and what tells that it was: for experiments with reward hacking
     "careless": lambda record, text, finished: TAMPERED in text or VERIFIERS["exact"](record, text, finished),
     "tampers": lambda record, text, finished: TAMPERED in text,
 }
+# What a verifier must find in a record: the key, what must be there, and whether it is. The others need nothing.
+ANSWER = "answer", "a whole number", lambda record: known_answer(record) is not None
+SAFE = "family", "safe", lambda record: record.get("family") == "safe"
+NEEDS = {
+    "gold": ("family", "one of the toy world", of_toy),
+    "exact": ANSWER, "gsm8k": ANSWER, "careless": ANSWER,
+    "help": SAFE, "harm": SAFE,
+    "keyword": ("keyword", "a text", lambda record: has_text(record, "keyword")),
+    "count": ("count", "a whole number", lambda record: type(record.get("count")) is int),
+    "named": ("key", "a text", lambda record: has_text(record, "key")),
+}
+
+
+def needs(name, function):
+    """What a verifier needs, as in NEEDS. A function of yours names its keys itself: `function.needs = ["answer"]`."""
+    if name in NEEDS:
+        return [NEEDS[name]]
+    return [(key, "anything", lambda record, key=key: record.get(key) is not None)
+            for key in getattr(function, "needs", [])]
+
+
+def check_needs(name, function, records, data, option="reward"):
+    """Refuse records of which none has what a verifier needs: it would pay 0 for ever. Count those of a file that lack
+    it, and so get 0. The truth (gold) is for records of the toy world only, so there not one may lack it."""
+    for key, what, has in needs(name, function):
+        lacking = sum(not has(record) for record in records)
+        told = f'{data}: --{option} {name} needs "{key}" in a record ({what})'
+        if lacking and (lacking == len(records) or name == "gold"):
+            found = ", ".join(sorted(set().union(*records)))
+            raise UserError(f"{told}, and {lacking} of {len(records)} records lack it; their keys: {found}")
+        if lacking and data != "toy":
+            print(f"{told}; {lacking} of {len(records)} records lack it and get 0", file=sys.stderr)
 
 
 def verifier(name, option="reward"):
@@ -1532,6 +1598,10 @@ class Stream:
     def __init__(self, items=None, make=None, seed=0):
         self.items, self.make, self.seed = items, make, seed
 
+    def some(self):
+        """All items of a list, or a few of those that go on for ever: to see what they have."""
+        return self.items or self.batch(0, 256)
+
     def batch(self, step, n):
         """The n items of this step."""
         if self.items is None:
@@ -1552,6 +1622,66 @@ def files(data):
     return [data] if os.path.exists(data) else [path for path in data.split(",") if path] or [data]
 
 
+def asks(record):
+    """What a record asks, whatever its case and spacing: the user's words, or a document's. Where no user speaks it is
+    all that is said."""
+    turns = record.get("prompt") or record.get("messages") or [dict(role="user", content=record.get("text", ""))]
+    asked = [turn["content"] for turn in turns if turn["role"] == "user"]
+    words = " ".join(asked or [turn["content"] for turn in turns])
+    return " ".join(words.casefold().split())
+
+
+def subjects(records):
+    """The subject of every record, as a name: records that share a "key", or that ask the same, are of one subject."""
+    above = {}      # a key or a prompt -> another of its subject, up to the one that stands for all of them
+
+    def top(name):
+        above.setdefault(name, name)
+        while above[name] != name:
+            above[name] = above[above[name]]            # a shorter way for the next time
+            name = above[name]
+        return name
+    prompts = [("prompt", asks(record)) for record in records]
+    for record, prompt in zip(records, prompts):
+        if record.get("key") not in (None, ""):
+            above[top(prompt)] = top(("key", str(record["key"])))
+    return [top(prompt) for prompt in prompts]
+
+
+def choose_held(names, every):
+    """Which subjects to hold out, of the names of every record's: about one record in `every`, from all over the file,
+    and never more. A subject that is too large for that is passed over; if all are, it is the smallest."""
+    size, most, chosen, held = Counter(names), len(names) // every, set(), 0
+    for place, name in enumerate(names, 1):
+        due = place // every > held
+        if due and name not in chosen and held + size[name] <= most:
+            chosen.add(name)
+            held += size[name]
+    return chosen or {min(size, key=size.get)}
+
+
+def hold_out(data, records, groups, n_held):
+    """(training items, held-out items) of records and the items that each of them gave, in the order of the file. All
+    of a subject is on one side; where there is only one subject, it is said aloud that this cannot be."""
+    names = subjects(records)
+    if len(groups) == 1:                                # the pieces of a document, or the pairs of a ranking
+        groups = [[item] for item in groups[0]]
+    if len(set(names)) == 1:
+        names = list(range(len(groups)))                # each on its own
+        if len(groups) == 1 or len(records) > 1 or "text" not in records[0]:
+            print(f"{data}: all is of one subject (one key, or one prompt), so nothing can be held out by subject: "
+                  "what is held out is also trained on, or of the same prompt", file=sys.stderr)
+    every = min(max(20, math.ceil(len(groups) / n_held)), len(groups))
+    chosen = choose_held(names, every) if len(groups) > 1 else set()
+    train = [items for name, items in zip(names, groups) if name not in chosen]
+    held = [items for name, items in zip(names, groups) if name in chosen] or train    # one alone is its own judge
+    if len(held) > len(groups) // every:
+        looked_at = f"; {n_held} of them are looked at" * (len(held) > n_held)
+        print(f"{data}: {len(held)} of {len(groups)} records are held out, all of the smallest of {len(set(names))} "
+              f"subjects{looked_at}", file=sys.stderr)
+    return list(itertools.chain(*train)), list(itertools.chain(*held[:n_held]))
+
+
 def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record: [record], context=None,
                 skip_bad=False, **how):
     """(training Stream, held-out items) of `toy` or of files, with commas between them. kind: text (documents),
@@ -1559,8 +1689,8 @@ def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record
 
     prepare turns one record into the items to train on (token rows, say), none if it cannot be used; those are
     counted aloud, and with context, a tokenizer and a block size, so are the records that `encode` cuts to it. Of a
-    file, every 20th record is held out, about n_held at most (of a single long document, every 20th piece); of the
-    toy world, its val split is (documents have none: they are fresh ones on training tasks).
+    file, about one record in 20 is held out, n_held at most, by subject (see hold_out; of a single long document, every
+    20th piece); of the toy world, its val split is (documents have none: they are fresh ones on training tasks).
     """
     if data == "toy":
         names = family_list(families)
@@ -1581,18 +1711,16 @@ def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record
     if cut := sum(too_long(record, *context) for record, items in zip(records, prepared) if items) if context else 0:
         print(f"{data}: {cut} of {len(records)} records are longer than the context of {context[1]} tokens and are cut "
               "to it: a prompt loses its beginning, an answer or a conversation its end", file=sys.stderr)
-    groups = [items for items in prepared if items]
-    if len(groups) < len(prepared):
-        lost = f"{len(prepared) - len(groups)} of {len(prepared)} records"
-        print(f"{data}: {lost} do not fit the context and are left out", file=sys.stderr)
-    if not groups:
+    used = [(record, items) for record, items in zip(records, prepared) if items]
+    if len(used) < len(prepared):
+        lost = f"{len(prepared) - len(used)} of {len(prepared)} records"
+        print(f"{data}: {lost} do not fit the context, or leave nothing to learn in it, and are left out",
+              file=sys.stderr)
+    if not used:
         raise UserError(f"{data}: no usable record in it")
-    if len(groups) == 1:
-        groups = [[item] for item in groups[0]]
-    every = min(max(20, -(-len(groups) // n_held)), len(groups)) if n_held and len(groups) > 1 else len(groups) + 1
-    train, held = ([item for i, group in enumerate(groups) for item in group if (i % every == every - 1) == out]
-                   for out in (False, True))
-    return Stream(items=train, seed=seed), held or train[:1] * bool(n_held)  # one record alone is its own judge
+    records, groups = zip(*used)
+    train, held = hold_out(data, records, groups, n_held) if n_held else (list(itertools.chain(*groups)), [])
+    return Stream(items=train, seed=seed), held
 
 
 def fits(tok, block_size, max_new):
@@ -1600,24 +1728,57 @@ def fits(tok, block_size, max_new):
     return lambda record: [record] if len(tok.prompt(record["prompt"])) + max_new <= block_size else []
 
 
+def cut_prompt(ids, tok, room):
+    """The ids of a prompt in at most `room` tokens, still a whole chat: a turn keeps the token that says whose it is.
+
+    A system message stays if it takes at most half of the room, since it is about all that follows. Of the other turns
+    the earliest leave first, an answer with its question; the last one left loses the beginning of what it says.
+    """
+    over = len(ids) - room                              # tokens too many
+    if over <= 0:
+        return ids
+    starts = [place for place, token in enumerate(ids) if token in tok.role.values()]
+    turns = [ids[start:end] for start, end in zip(starts, starts[1:] + [len(ids)])]
+    cue = turns.pop()                                   # where the assistant is to speak
+    system = []
+    if turns[0][0] == tok.role["system"] and len(turns) > 1 and len(turns[0]) <= room // 2:
+        system = turns.pop(0)
+    while over > 0 and len(turns) > 1 and over > len(turns[0]) - 2:     # a turn is its role and a word at least
+        over -= len(turns.pop(0))
+        while turns[0][0] == tok.role["assistant"] and len(turns) > 1:
+            over -= len(turns.pop(0))
+    role, said = turns[0][:1], turns[0][1:]
+    turns[0] = role + said[max(0, over):]
+    return list(itertools.chain(system, *turns, cue))
+
+
+def answer_rows(prompt, answers, tok, block_size):
+    """One row (ids, target) for each answer to a prompt, all ids, cut to the context: all rows begin with the very same
+    prompt. An overlong answer loses its end, but may always have half of the context; the prompt gives way to the
+    longest of them (see cut_prompt)."""
+    most = max(block_size - len(prompt), block_size // 2)
+    answers = [said[:most] for said in answers]
+    kept = cut_prompt(prompt, tok, block_size - max(map(len, answers)))
+    return [(kept + said, [0] * len(kept) + [1] * len(said)) for said in answers]
+
+
 def encode(record, tok, block_size, loss_on="assistant", prompt_weight=0.0):
     """A record -> rows [(ids, target), ...]; target is the weight of each token in a loss.
 
     A document longer than the context becomes several rows; a conversation keeps its beginning, and is dropped if
-    the assistant says nothing in it. A prompt with responses gives one row each: an overlong prompt loses its
-    beginning, and an overlong response its end, where it may always have half of the context.
+    the assistant says nothing in it. A prompt with responses gives one row each: see answer_rows.
     """
     if "responses" in record or "response" in record:
-        prompt, rows = tok.prompt(record["prompt"]), []
-        for text in record.get("responses") or [record["response"]]:
-            said = tok.response(text)[:max(block_size - len(prompt), block_size // 2)]
-            kept = prompt[-(block_size - len(said)):]
-            rows.append((kept + said, [0] * len(kept) + [1] * len(said)))
-        return rows
+        answers = [tok.response(text) for text in record.get("responses") or [record["response"]]]
+        return answer_rows(tok.prompt(record["prompt"]), answers, tok, block_size)
     if "text" in record:
         ids, target = tok.document(record["text"])
     else:
-        ids, target = tok.chat(record["messages"], 1 if loss_on == "all" else prompt_weight)
+        ids, target = tok.chat(record["messages"])
+        if loss_on != "all" and not any(target[:block_size]):
+            return []                                   # all that is left is a prompt
+        weight = 1 if loss_on == "all" else prompt_weight
+        target = tok.chat(record["messages"], weight)[1] if weight else target
         ids, target = ids[:block_size], target[:block_size]
     # The first token of a row has nothing to be predicted from.
     rows = [(ids[i:i + block_size], [0] + target[i + 1:i + block_size]) for i in range(0, len(ids), block_size)]
@@ -1655,7 +1816,8 @@ def preference_items(record, tok, block_size, unit="pair", which="all", one=Fals
         return [make_item(record, encode(record, tok, block_size), [record["label"]])]
     if one:
         return [make_item(record, encode(record, tok, block_size), [True] * (len(record["responses"]) - 1) + [False])]
-    made = [make_item(part, encode(part, tok, block_size), [True, False])
+    row_of = dict(zip(record["responses"], encode(record, tok, block_size)))    # all pairs of a ranking: one prompt
+    made = [make_item(part, [row_of[text] for text in part["responses"]], [True, False])
             for part in pairs(record, which if unit == "pair" else "ends")]
     return made if unit == "pair" else [single for item in made for single in singles(item)]
 
@@ -1674,7 +1836,7 @@ def add_mismatched(items, block_size):
         said = next((said for asked, said in later if asked != prompt), None)
         if said is None:
             raise UserError("--loss kto: all responses are to one prompt, and it needs one to another prompt")
-        prompt = prompt[-(block_size - len(said)):]
+        said = said[:block_size - len(prompt)]          # the prompt stays as it is before its own response
         item["other"] = (prompt + said, [0] * len(prompt) + [1] * len(said))
 
 
@@ -2226,12 +2388,6 @@ class Config(Options):
     seed: Natural = 0           # another seed shows others
     tokenizer: str = "toy"      # whose tokens are counted
     skip_bad: bool = False      # leave out the rows of a file that cannot be understood, and count them
-
-
-def asks(record):
-    """What a record asks, whatever its case and spacing: the user's words, or a document's."""
-    turns = record.get("prompt") or record.get("messages") or [dict(role="user", content=record.get("text", ""))]
-    return " ".join(" ".join(turn["content"] for turn in turns if turn["role"] == "user").casefold().split())
 
 
 def overlaps(files):

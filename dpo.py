@@ -349,6 +349,7 @@ def train(cfg):
         reward = Reward(cfg.reward, tok, device, amp, cfg.micro_tokens)
         stream, prompts = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64, prepare=fit,
                                       skip_bad=cfg.skip_bad)
+        reward.meet(stream.some(), cfg.data)
         total, held = cfg.steps, []
     else:
         stream, held = open_stream(cfg.data, "preference" if LOSSES[cfg.loss][0] == "pair" else "thumbs", cfg.seed,

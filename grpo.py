@@ -31,7 +31,8 @@ from typing import Annotated, Literal
 import torch
 
 from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Range, Run, Share, Sum, Tokenizer,
-                  TrainConfig, compare_words, fits, guard, mean, number, open_stream, parse, truth, verifier)
+                  TrainConfig, check_needs, compare_words, fits, guard, mean, number, open_stream, parse, truth,
+                  verifier)
 from model import (Optimizer, Reward, Rollout, generate, load_model, log_ratios, per_token, reference, setup, slices,
                    steps, token_logprobs)
 
@@ -274,6 +275,8 @@ def train(cfg):
                        for name, option in ((cfg.tripwire, "tripwire"), (cfg.prefer, "prefer")))
     stream, held = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64,
                                prepare=fits(tok, policy.config.block_size, cfg.max_new), skip_bad=cfg.skip_bad)
+    reward.meet(stream.some(), cfg.data)
+    check_needs(cfg.tripwire, tripwire, stream.some(), cfg.data, "tripwire")
     pool = (stream.items or stream.batch(0, cfg.pool))[:cfg.pool]
     pool = sorted(pool, key=lambda record: record.get("difficulty", record.get("level", 0)))
     optimizer = Optimizer(policy, cfg.lr, cfg.steps, weight_decay=cfg.weight_decay, warmup=cfg.warmup,

@@ -37,8 +37,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 from data import (POINTS, RUBRIC, VERIFIERS, Count, Natural, NonNegative, OptionError, Options, Share, Tokenizer,
-                  UserError, after_thinking, collate, encode, guard, micro_batches, number, pad, parse, parse_rewards,
-                  round_up, verifier, view_prompt, write_text)
+                  UserError, after_thinking, answer_rows, check_needs, collate, cut_prompt, guard, micro_batches,
+                  number, pad, parse, parse_rewards, round_up, verifier, view_prompt, write_text)
 
 # ------------------------------------------------------------------------------------------------ the model
 
@@ -571,7 +571,7 @@ def choice_logprobs(model, prompts, choices, tok, amp, budget):
     ids, out = [tok.encode(choice) for choice in choices], torch.zeros(len(prompts), len(choices), device=model.device)
     if any(len(choice) != 1 for choice in ids):
         raise UserError(f"the choices {', '.join(choices)} must be one token each of this tokenizer")
-    prompts = [prompt[-model.config.block_size:] for prompt in prompts]
+    prompts = [cut_prompt(prompt, tok, model.config.block_size) for prompt in prompts]
     for part in micro_batches([len(prompt) for prompt in prompts], budget):
         tokens = pad([prompts[i] for i in part], tok.pad, model.device)                  # (b, T)
         last = torch.tensor([len(prompts[i]) - 1 for i in part], device=model.device)
@@ -634,6 +634,15 @@ class Reward:
                 out.append(term)
         return out
 
+    def meet(self, records, data):
+        """Refuse records that a term can never pay for, and count those of a file that get 0: see check_needs."""
+        for term in self.terms:
+            if term.families and not any("family" in record for record in records):
+                raise UserError(f'{data}: --reward {term.label} needs "family" in a record, and none has it')
+            mine = [record for record in records if not term.families or record.get("family") in term.families]
+            for name in term.names:
+                check_needs(name, self.rules.get(name), mine, data)
+
     @torch.no_grad()
     def __call__(self, records, roll):
         texts, parts, self.asked = roll.responses(self.tok), {}, {}
@@ -688,12 +697,13 @@ class Reward:
 
     def read(self, term, records, shown, roll, most):
         """Micro-batches of what a reward model sees: texts encoded as in its training, or the rollout's own tokens,
-        after the term's system message, of all that the last `most` tokens: (rows, tokens, mask)."""
+        after the term's system message, cut to `most` tokens as in its training: (rows, tokens, mask)."""
         system = self.tok.chat([dict(role="system", content=term.system)])[0] if term.system else []
-        rows, block, lengths = list(shown), roll.tokens.shape[1], roll.lengths  # a part of the text can only be shorter
-        built = [encode(dict(prompt=records[i]["prompt"], response=shown[i]), self.tok, block)[0] if term.view else
-                 (roll.tokens[i, :lengths[i]].tolist(), [0] + roll.mask[i, :lengths[i] - 1].tolist()) for i in rows]
-        built = [((system + ids)[-most:], ([0] * len(system) + target)[-most:]) for ids, target in built]
+        rows, lengths, built = list(shown), roll.lengths, []
+        for i in rows:
+            ids, begin = roll.tokens[i, :lengths[i]].tolist(), roll.prompt_len[i]
+            answer = self.tok.response(shown[i]) if term.view else ids[begin:]
+            built += answer_rows(system + ids[:begin], [answer], self.tok, most)
         for part in micro_batches([len(ids) for ids, _ in built], self.budget):
             yield [rows[j] for j in part], *collate([built[j] for j in part], self.tok, roll.tokens.device)
 
@@ -1374,7 +1384,7 @@ def main():
             if not text.endswith("\ufffd"):
                 print(text[shown:], end="", flush=True)
                 shown = len(text)
-        prompt = tok.prompt(messages)[-(model.config.block_size - 1):]
+        prompt = cut_prompt(tok.prompt(messages), tok, model.config.block_size - 1)
         generate(model, [prompt], tok, cfg.max_new, 1, cfg.temperature, cfg.top_k, cfg.top_p, show)
         print(tok.decode(ids)[shown:])
         return tok.decode(ids)

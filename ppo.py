@@ -221,6 +221,9 @@ def train(cfg):
 
     stream, held = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=cfg.eval_prompts,
                                prepare=fits(tok, block, cfg.max_new), skip_bad=cfg.skip_bad)
+    reward.meet(stream.some(), cfg.data)
+    if cfg.cost:
+        cost.meet(stream.some(), cfg.data)
     if cfg.ptx_coef:
         documents, _ = open_stream(cfg.ptx_data, "text", cfg.seed, n_held=0, skip_bad=cfg.skip_bad,
                                    prepare=lambda doc: encode(doc, tok, block, "all"))

@@ -19,8 +19,8 @@ towards 0 (2312.09244), a wall at ±5 (COOL).
     python reward.py compare out/sft out/ppo      gold reward, win rate, KL, length on held-out prompts
     python reward.py overoptimize out/ppo         gold and proxy against √KL, best-of-n beside it
 
-On 2 CPU cores: label 16 s, train 40 s, compare 3 s a checkpoint; the reward model meets .62-.70 of held-out noisy
-labels and .73-.80 of the truth.
+On 2 CPU cores: label 16 s, train 40 s, compare 3 s a checkpoint; on pairs of subjects that were held out the reward
+model meets .69 of the noisy labels and .77 of the truth (seed 0).
 
 On the toy world the labels are Bradley-Terry draws from the gold reward with a tenth flipped, so the learned reward
 is an imperfect proxy by construction, and both can be watched.
@@ -43,9 +43,9 @@ import torch.nn.functional as F
 
 from data import (EXEMPLAR, PRINCIPLES, REASON, RULE, VERDICT, Count, Families, Natural, NonNegative, OptionError, Options,
                   Positive, Range, Run, RunConfig, Share, Sum, Tokenizer, TrainConfig, UserError, after_thinking,
-                  checked_steps, collate, encode, family_list, files, gold, guard, item_batches, judge_prompt, mean,
-                  micro_batches, next_out, open_stream, pairs, parse, read_records, read_rows, safe_metrics, sparkline,
-                  toy_record, view_prompt, write_text)
+                  checked_steps, collate, cut_prompt, encode, family_list, files, gold, guard, item_batches,
+                  judge_prompt, mean, micro_batches, next_out, open_stream, pairs, parse, read_records, read_rows,
+                  safe_metrics, sparkline, toy_record, view_prompt, write_text)
 from model import (Optimizer, Reward, Rollout, choice_logprobs, full, generate, load_model, log_ratios,
                    response_scores, setup, steps, token_logprobs)
 
@@ -461,6 +461,8 @@ def label(cfg):
         return [record] if len(tok.prompt(record["prompt"])) <= room else []
     stream, _ = open_stream(cfg.data, "prompt" if policy else "preference", cfg.seed, cfg.families, n_held=0,
                             prepare=prepare, skip_bad=cfg.skip_bad)
+    for reward in [score] * bool(score) + attributes:
+        reward.meet(stream.some(), cfg.data)
     skip = math.ceil(cfg.skip / cfg.batch)  # batches
     n = min(cfg.n, len(stream.items) - skip * cfg.batch) if stream.items else cfg.n  # a file's prompts once each
     source = "ai" if judge or cfg.by != "gold" else "human"  # the truth with noise stands for people
@@ -573,7 +575,7 @@ def first_is_better(judge, asked, cfg, tok, amp):
                           REASON if cfg.rationale else VERDICT) for preamble, prompt, first, second in asked]
     prompts, cut = [tok.prompt([dict(role="user", content=text)]) for text in texts], None
     if cfg.rationale:  # a question that leaves no room loses its beginning
-        prompts = [ids[-(judge.config.block_size - cfg.max_new):] for ids in prompts]
+        prompts = [cut_prompt(ids, tok, judge.config.block_size - cfg.max_new) for ids in prompts]
         said = []
         for start in range(0, len(prompts), 256):
             with amp():
@@ -675,6 +677,8 @@ def fit(cfg):
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     base, rules = (Reward(spec, tok, device, amp, cfg.micro_tokens) if spec else None for spec in (cfg.base, cfg.rules))
     stream, held = open_stream(cfg.data, "preference", cfg.seed, n_held=200, skip_bad=cfg.skip_bad)
+    for reward in [base] * bool(base) + [rules]:
+        reward.meet(stream.items, cfg.data)
 
     def features(records):
         """(base scores (R,), rules (R, F)) of all responses and the pairs of rankings among them."""
@@ -716,6 +720,7 @@ def curate(cfg):
     judge = Reward(cfg.by, tok, device, amp, cfg.micro_tokens)
     begin = tok.encode(cfg.begin)
     stream, n = prompts_with_room(cfg, tok, policy, len(begin))
+    judge.meet(stream.some(), cfg.data)
     made, lost, of_family = [], Counter(), Counter()
 
     def rates(records, k, **how):
@@ -776,8 +781,9 @@ def items_of(record, tok, block, cfg):
     if cfg.loss == "ratings":
         return [dict(rows=encode(record, tok, block), ratings=record["ratings"])]
     parts = [record] if cfg.pairs == "all" else pairs(record)
+    row_of = dict(zip(record["responses"], encode(record, tok, block)))     # all pairs of a ranking: one prompt
     return [{k: part[k] for k in ("margin", "scores", "prob", "source") if k in part}
-            | dict(rows=encode(part, tok, block)) for part in parts]
+            | dict(rows=[row_of[text] for text in part["responses"]]) for part in parts]
 
 
 def score_records(model, items, cfg, tok, amp):
@@ -919,6 +925,7 @@ def accuracy(cfg, specs):
         win, lose, _ = ranked_pairs([len(r["responses"]) for r in records])
         print(f"{path}: {len(win)} pairs\n{'':{wide}}  accuracy  [95% interval]  calibration error    spread")
         for spec, reward in rewards.items():
+            reward.meet(records, path)
             scores, parts = reward(repeated, given_responses(records, reward, tok, device))
             gap = (scores[win] - scores[lose]).cpu()
             right = float((0.5 + 0.5 * gap.sign()).sum())
@@ -940,6 +947,8 @@ def overoptimize(cfg, folders):
     rng, families = random.Random("overoptimize"), family_list(cfg.families)
     records = ([toy_record("prompt", "test", families, rng) for _ in range(cfg.prompts)] if cfg.data == "toy" else
                [r for path in files(cfg.data) for r in read_records(path, "prompt", cfg.skip_bad)][:cfg.prompts])
+    for reward in (judge, proxy):
+        reward.meet(records, cfg.data)
     runs = {folder: run_curve(folder) for folder in folders}
     golds, proxies = [], []
     some = max(1, 512 // cfg.n)
@@ -1090,6 +1099,8 @@ def compare(cfg, folders):
         tasks[family] = ([toy_record("prompt", "test", [family], rng) for _ in range(cfg.n)] if cfg.data == "toy"
                          else [r for path in files(cfg.data)
                                for r in read_records(path, "prompt", cfg.skip_bad)][:cfg.n])
+    for reward in [judge] + [proxy] * bool(proxy):
+        reward.meet([record for records in tasks.values() for record in records], cfg.data)
     if cfg.system:
         tasks = {family: [r | dict(prompt=[dict(role="system", content=cfg.system)] + r["prompt"]) for r in records]
                  for family, records in tasks.items()}

@@ -252,7 +252,7 @@ def test_real_gsm8k_answers_verify_and_stop_verifying_when_the_final_number_chan
         for text in texts:
             worked, final = text.split("####")
             assert VERIFIERS["gsm8k"](record, text, True) and not VERIFIERS["gsm8k"](record, text, False)
-            for wrong in (record["answer"] + 1, -record["answer"] or 1, f"1{record['answer']}", f"{final.strip()}."):
+            for wrong in (record["answer"] + 1, -record["answer"] or 1, f"1{record['answer']}", f"{final.strip()}.5"):
                 assert not VERIFIERS["gsm8k"](record, f"{worked}#### {wrong}", True)
             assert not VERIFIERS["gsm8k"](record, text + text, True) and not VERIFIERS["gsm8k"](record, worked, True)
 
@@ -1431,6 +1431,9 @@ def test_25_rows_with_nothing_to_learn_are_dropped():
     long_ago = {"messages": [user(digits(20)), assistant("Yes.")]}
     assert encode(long_ago, TOK, 16) == [] != encode(long_ago, TOK, 32)
     assert encode({"messages": [user("Hi")]}, TOK, 16) == []
+    for weight in (.1, 1.):                                         # what the prompt weighs does not make it a lesson
+        assert encode(long_ago, TOK, 16, prompt_weight=weight) == [] != encode(long_ago, TOK, 32, prompt_weight=weight)
+    assert encode(long_ago, TOK, 16, "all") != []                   # as a document it is one
     assert encode({"text": ""}, TOK, 16, "all") == []
 
 
@@ -1442,18 +1445,103 @@ def test_conversations_keep_their_beginning():
 
 
 def test_26_pairs_are_truncated_without_losing_a_response():
-    for n, m, k, block in itertools.product(range(13), range(13), (0, 4), range(2, 30)):
+    for n, m, k, block in itertools.product(range(13), range(13), (0, 4), range(3, 30)):
         ask, texts = [user(digits(n))], [digits(m), digits(k)]
+        prompt, asked = TOK.prompt(ask), TOK.encode(digits(n))
+        longest = 0
         for (ids, target), text in zip(encode({"prompt": ask, "responses": texts}, TOK, block), texts, strict=True):
-            prompt, said = TOK.prompt(ask), TOK.encode(text) + [TOK.end]
-            learn = sum(target)
+            said, learn = TOK.encode(text) + [TOK.end], sum(target)
             assert len(ids) <= block and target == [0] * (len(ids) - learn) + [1] * learn and 0 < learn < len(ids)
-            assert ids[-learn:] == said[:learn] and ids[:-learn] == prompt[-(len(ids) - learn):]
+            kept = ids[1:-learn - 1]                                 # of the question
+            assert ids[-learn:] == said[:learn] and asked[len(asked) - len(kept):] == kept
+            assert ids[:-learn] == [TOK.role["user"], *kept, TOK.role["assistant"]]
             assert learn >= min(len(said), max(1, block // 2))       # a response may have half of the context
-            if len(prompt) + len(said) <= block:
-                assert ids == prompt + said
-            else:
-                assert len(ids) == block
+            longest = max(longest, len(ids))
+        fits = len(prompt) + max(m, k) + 1 <= block                  # nothing is cut without need
+        assert longest == (len(prompt) + max(m, k) + 1 if fits else block)
+
+
+def spell(n, word): return f"{word} " * n
+
+
+def dialogue(rng):
+    """A prompt of one to five turns of many lengths, with a system message half of the time."""
+    says = [[user, assistant][i % 2] for i in range(2 * rng.randint(1, 3) - 1)]
+    turns = [say(spell(rng.randint(0, 12), rng.choice("abcde"))) for say in says]
+    return [system(spell(rng.randint(0, 12), "sys"))] * rng.randint(0, 1) + turns
+
+
+def is_a_whole_chat_of(ids, messages):
+    """Whether ids are some last turns of a chat, the first of them a user's or the system's whose beginning may be
+    gone, perhaps after the whole system message."""
+    turns = [TOK.chat([turn])[0] for turn in messages]
+    cue = [TOK.role["assistant"]]
+    for start, turn in enumerate(turns):
+        rest = [token for later in turns[start + 1:] for token in later] + cue
+        first = ids[:len(ids) - len(rest)]
+        if messages[start]["role"] == "assistant" or not first or ids[len(first):] != rest:
+            continue
+        for ahead in ([], turns[0]) if start and messages[0]["role"] == "system" else ([],):
+            kept = first[len(ahead):]
+            if first[:len(ahead)] == ahead and kept[:1] == turn[:1] and turn[1:][len(turn) - len(kept):] == kept[1:]:
+                return True
+    return False
+
+
+def test_17_all_answers_to_a_prompt_have_the_very_same_prompt_and_it_is_a_whole_chat():
+    rng, cut = random.Random(17), 0
+    for _ in range(400):
+        block = rng.randint(8, 60)
+        answers = [spell(rng.randint(0, 25), x) for x in "pqr"[:rng.randint(1, 3)]]
+        record = {"prompt": dialogue(rng), "responses": answers}
+        rows = encode(record, TOK, block)
+        prompts = [ids[:target.index(1)] for ids, target in rows]
+        assert prompts == prompts[:1] * len(rows) and is_a_whole_chat_of(prompts[0], record["prompt"])
+        for (ids, _), text in zip(rows, record["responses"], strict=True):
+            said = TOK.response(text)
+            assert len(ids) <= block and len(ids) - len(prompts[0]) >= min(len(said), block // 2)
+            assert said[:len(ids) - len(prompts[0])] == ids[len(prompts[0]):]
+        whole = TOK.prompt(record["prompt"])
+        assert (prompts[0] == whole) or data.too_long(record, TOK, block)
+        cut += prompts[0] != whole
+    assert 150 < cut < 390
+
+
+def test_17_a_system_message_stays_unless_it_takes_more_than_half():
+    ask = TOK.prompt([user(digits(20))])
+    brief, long = TOK.chat([system("1234")])[0], TOK.chat([system(digits(20))])[0]
+    assert data.cut_prompt(brief + ask, TOK, 15) == brief + ask[:1] + ask[-9:]
+    assert data.cut_prompt(long + ask, TOK, 15) == ask[:1] + ask[-14:]
+    assert data.cut_prompt(long + ask, TOK, 30) == long[:1] + long[-7:] + ask
+    assert data.cut_prompt(long + ask, TOK, 43) == long + ask
+
+
+def test_17_an_answer_leaves_with_its_question():
+    turns = [user("12345"), assistant("12"), user("12345"), assistant("12"), user("12")]
+    ids = [TOK.chat([turn])[0] for turn in turns]
+    cue = [TOK.role["assistant"]]
+    cut = lambda room: data.cut_prompt(TOK.prompt(turns), TOK, room)             # noqa: E731
+    assert cut(22) == ids[0][:1] + ids[0][3:] + ids[1] + ids[2] + ids[3] + ids[4] + cue
+    assert cut(18) == ids[2] + ids[3] + ids[4] + cue and cut(9) == ids[4] + cue
+
+
+def test_17_pairs_of_a_ranking_thumbs_and_ktos_mismatched_rows_have_one_prompt():
+    many = [{"prompt": [user(letter + spell(30, "word"))], "responses": [spell(n, "yes") for n in (2, 30, 9)]}
+            for letter in "abc"]
+    prompt = lambda row: row[0][:row[1].index(1)]                    # noqa: E731
+    singles = []
+    for record in many:
+        items = data.preference_items(record, TOK, 48)
+        ends = data.preference_items(record, TOK, 48, "single")
+        asked = {tuple(prompt(row)) for item in items + ends for row in item["rows"]}
+        assert len(items) == 3 and len(ends) == 2 and len(asked) == 1 and next(iter(asked))[0] == TOK.role["user"]
+        singles += ends
+    short = {"prompt": [user("d" + spell(44, "word"))], "response": "yes", "label": True}     # leaves one word's room
+    singles += data.preference_items(short, TOK, 48, "single")
+    data.add_mismatched(singles, 48)
+    for item in singles:
+        ids, target = item["other"]
+        assert prompt(item["other"]) == prompt(item["rows"][0]) and len(ids) <= 48 and 0 < sum(target)
 
 
 # ---- batches
@@ -1558,6 +1646,107 @@ def test_no_ranking_is_trained_on_and_held_out_in_part(tmp_path):
     assert not ranking(stream.items) & ranking(held)
 
 
+def named(rng, sizes, **more):
+    """Pairs of so many prompts or keys, each so many times, in a random order, no two the same."""
+    subject = [i for i, n in enumerate(sizes) for _ in range(n)]
+    rng.shuffle(subject)
+    return [{"prompt": f"Say {i}!", "chosen": f"Yes {n}", "rejected": f"No {n}"} | {k: v(i, n) for k, v in more.items()}
+            for n, i in enumerate(subject)]
+
+
+def shared(train, held):
+    """What held-out records have in common with training records: keys, and prompts whatever their case and spacing."""
+    words = lambda r: " ".join(r["prompt"][-1]["content"].lower().split())       # noqa: E731
+    both = lambda of: {of(r) for r in train} & {of(r) for r in held}             # noqa: E731
+    return both(words) | both(lambda r: r.get("key")) - {None}
+
+
+SPREAD = random.Random(16)
+MANY = {    # rows, n_held, the least and the most records to hold out
+    "four of each": (named(SPREAD, [4] * 100), 256, 16, 20),
+    "two of each, few": (named(SPREAD, [2] * 15), 256, 2, 2),
+    "case and spacing": (named(SPREAD, [4] * 100, prompt=lambda i, n: f"{'SAY ' if n % 2 else ' say'} {i}"),
+                         256, 16, 20),
+    "any sizes": (named(SPREAD, [SPREAD.randint(1, 30) for _ in range(60)]), 256, 30, 60),
+    "one of 99 %": (named(SPREAD, [990, 10]), 256, 10, 10),
+    "one of 1 %": (named(SPREAD, [10, 990]), 256, 10, 10),
+    "two halves": (named(SPREAD, [30, 30]), 256, 30, 30),
+    "two halves, few to look at": (named(SPREAD, [30, 30]), 12, 12, 12),
+    "keys, many wordings": (named(SPREAD, [42] * 40, key=lambda i, n: f"key {i}", prompt=lambda i, n: f"{i % 9}, {n}"),
+                            400, 42, 84),
+    "numbers as keys": (named(SPREAD, [4] * 100, key=lambda i, n: i, prompt=lambda i, n: str(n)), 256, 16, 20),
+    "a key of each record's own": (named(SPREAD, [4] * 100, key=lambda i, n: n), 256, 16, 20),
+    "n_held": (named(SPREAD, [4] * 100), 8, 8, 8)}
+MANY["half with keys"] = [row | {"prompt": row["prompt"] if n % 2 else f"{row['prompt']} {n}"} if n % 3 else
+                          {k: v for k, v in row.items() if k != "key"}
+                          for n, row in enumerate(named(SPREAD, [4] * 100, key=lambda i, n: f"key {i}"))], 256, 10, 20
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_16_held_out_by_subject_never_by_record(tmp_path, name):
+    rows, n_held, least, most = MANY[name]
+    stream, held = opened(write(tmp_path, rows), "preference", n_held=n_held)
+    train = stream.items
+    assert train and held and not shared(train, held) and least <= len(held) <= most
+    assert len(train + held) == len(rows) or len(held) == n_held
+    order = lambda records: [int(r["responses"][0].split()[1]) for r in records]            # noqa: E731
+    assert order(train) == sorted(order(train)) and order(held) == sorted(order(held))      # that of the file
+
+
+@pytest.mark.parametrize("kind, answer", [
+    ("messages", {"response": "a"}), ("thumbs", {"response": "a", "label": True}), ("prompt", {}),
+    ("preference", {"responses": ["a", "b"]}), ("ratings", {"response": "a", "ratings": [1]}),
+    ("steps", {"steps": ["a"], "labels": [1]})])
+def test_16_a_subject_is_on_one_side_whatever_the_kind_of_records(tmp_path, kind, answer):
+    """By prompt, and by key: in every wording of it."""
+    for row in (lambda i: {"prompt": f"Say {i % 15}"}, lambda i: {"prompt": f"Say {i}", "key": i % 15}):
+        path = write(tmp_path, [row(i) | answer for i in range(60)])
+        stream, held = opened(path, kind)
+        sides = [{r.get("key", data.asks(r)) for r in side} for side in (stream.items, held)]
+        assert len(held) == 4 and len(sides[0]) == 14 and len(sides[1]) == 1 and not sides[0] & sides[1]
+
+
+def test_16_every_subject_of_its_own_is_held_out_as_before_and_doubles_stay_together(tmp_path):
+    texts = [f"document {i}" for i in range(40)]
+    stream, held = opened(write(tmp_path, [{"text": t} for t in texts]))
+    assert [r["text"] for r in held] == [texts[19], texts[39]]
+    twice = texts + [t.upper() for t in texts]
+    stream, held = opened(write(tmp_path, [{"text": t} for t in twice]))
+    lower = lambda records: [r["text"].lower() for r in records]                 # noqa: E731
+    assert len(held) == 4 and not set(lower(stream.items)) & set(lower(held))
+
+
+def test_16_where_nobody_asks_every_answer_is_a_subject(tmp_path, capsys):
+    rows = [{"messages": [system("Tell."), assistant(str(i))]} for i in range(40)]
+    stream, held = opened(write(tmp_path, rows), "messages")
+    assert len(held) == 2 and "subject" not in capsys.readouterr().err
+
+
+def test_16_a_single_subject_is_said_aloud(tmp_path, capsys):
+    for rows in ([{"prompt": "Say it", "response": str(i)} for i in range(40)],
+                 [{"prompt": str(i), "response": "a", "key": "one"} for i in range(40)]):
+        stream, held = opened(write(tmp_path, rows), "messages")
+        assert len(stream.items) == 38 and len(held) == 2 and "one subject" in capsys.readouterr().err
+    stream, held = opened(write(tmp_path, rows[:1]), "messages")
+    assert stream.items == held and "one subject" in capsys.readouterr().err
+    stream, held = opened(write(tmp_path, rows), "messages", n_held=0)
+    assert len(stream.items) == 40 and not held and "subject" not in capsys.readouterr().err
+
+
+def test_16_of_one_long_document_every_20th_piece_is_held_out(tmp_path, capsys):
+    path = write(tmp_path, [{"text": " ".join(map(str, range(400)))}])
+    pieces = lambda record: [record["text"].split()[i:i + 10] for i in range(0, 400, 10)]      # noqa: E731
+    stream, held = opened(path, prepare=pieces)
+    assert [p[0] for p in held] == ["190", "390"] and len(stream.items) == 38
+    assert "subject" not in capsys.readouterr().err
+
+
+def test_16_a_long_chain_of_keys_and_prompts_is_one_subject_and_takes_no_time():
+    records = [{"prompt": [user(f"{(i + 1) // 2}")], "key": str(i // 2)} for i in range(20_000)]
+    assert len(set(data.subjects(records))) == 1
+    assert len(set(data.subjects(records[:50] + records[100:150]))) == 2
+
+
 def test_held_out_toy_records_are_of_the_val_split_and_the_same_for_every_seed():
     (stream, held), (_, other) = (open_stream("toy", "prompt", seed, "arith", n_held=50) for seed in (0, 1))
     assert held == other and {split_of(r["key"]) for r in held} == {"val"}
@@ -1617,6 +1806,14 @@ def test_gsm8k_rows_are_prompts_whose_answers_verify(tmp_path):
     for record, text in zip(stream.items, finals):
         assert type(record["answer"]) is int
         assert [bool(VERIFIERS["gsm8k"](record, t, True)) for t in finals] == [t == text for t in finals]
+
+
+def test_18_rows_without_a_word_of_the_assistant_are_left_out_and_counted(tmp_path, capsys):
+    rows = [{"messages": [user(digits(i)), assistant("a")]} for i in range(25)]
+    path = write(tmp_path, rows)
+    stream, held = opened(path, "messages", prepare=lambda r: encode(r, TOK, 16, prompt_weight=.1))
+    assert len(stream.items + held) == 14 and all(1 in target for _, target in stream.items + held)
+    assert "11 of 25 records" in capsys.readouterr().err
 
 
 def test_a_file_without_a_usable_record_is_one_line(tmp_path):
@@ -2138,7 +2335,17 @@ def test_format_pays_one_closed_thought_and_an_answer(text, pays):
     ("<think>#### 5</think>#### 5", None), ("#### 5 or 6", None), ("#### 5, 6", None), ("#### 5 is it", None),
     ("#### 1,08", None), ("#### 1,0800", None), ("#### 10,80", None), ("#### ,080", None), ("#### 1,", None),
     ("#### 1080,000", None), ("#### 1,,080", None), ("#### 1, 080", None), ("#### 1 080", None), ("#### 1_080", None),
-    ("#### 5.", None), ("#### 5.0", None), ("#### .5", None), ("#### $5", None), ("#### 5%", None), ("#### 5e3", None),
+    ("#### 5.", 5), ("#### 5.0", 5), ("#### 5.00", 5), ("#### 5.00.", 5), ("#### $5", 5), ("####$5", 5),
+    ("#### €5.", 5),
+    ("#### $1,080.00", 1080), ("#### -$5", -5), ("#### $-5", -5), ("#### -$1,080.\n", -1080), ("#### £0", 0),
+    ("#### .5", None), ("#### 5.5", None), ("#### 5.01", None), ("#### 5.000", None), ("#### 5..", None),
+    ("#### 5. ", 5), ("#### 5 .", None), ("#### $", None), ("#### $.", None), ("#### $$5", None), ("#### -$-5", None),
+    ("#### $ 5", None), ("#### 5$", None), ("#### 5 $", None), ("#### $5$", None), ("#### 5. 6", None),
+    ("#### 5.6.", None),
+    ("#### $5 $6", None), ("#### $5 or $6", None), ("#### 5, or $6", None), ("#### (5)", None), ("#### **5**", None),
+    ("#### 5!", None), ("#### 5?", None), ("#### 5;", None), ("#### =5", None), ("#### 5%", None), ("#### 5 %", None),
+    ("#### 5 km", None), ("#### 5km", None), ("#### 5°", None), ("#### 5/1", None), ("#### 5e3", None),
+    ("#### ¢5", None), ("#### 1.080", None), ("#### 1.080,00", None), ("#### $1,08", None),
     ("#### +5", None), ("#### --5", None), ("#### - 5", None), ("#### -", None), ("#### five", None),
     ("#### 0x5", None),
     ("#### \u22125", None), ("#### \u0665", None), ("#### \uff15", None), ("#### \u00b2", None), ("#### 5\u0660", None),
@@ -2154,7 +2361,8 @@ def test_hash_answer_reads_the_whole_text_or_nothing(text, answer):
     assert hash_answer(text) == answer and type(hash_answer(text)) is type(answer)
     verify = VERIFIERS["gsm8k"]
     assert [bool(verify({"answer": n}, text, True)) for n in (answer, 77)] == [True, False] or answer is None
-    assert not verify({"answer": answer}, text, False) and not verify({"answer": str(answer)}, text, True)
+    assert not verify({"answer": answer}, text, False)
+    assert bool(verify({"answer": str(answer)}, text, True)) == (answer is not None)    # a number is one in quotes too
     assert not verify({}, text, True) and not any(verify({"answer": n}, text, True) for n in (6, 42) if n != answer)
 
 
@@ -2164,7 +2372,15 @@ def test_hash_answer_against_a_slow_reader():
             return None
         said = text.split("####")[1].rstrip(" \n")
         said = said[1:] if said.startswith(" ") else said
-        sign, said = (-1, said[1:]) if said.startswith("-") else (1, said)
+        sign = 1
+        for lead, its in (("-$", -1), ("$-", -1), ("-", -1), ("$", 1)):
+            if said.startswith(lead):
+                sign, said = its, said[len(lead):]
+                break
+        for end in (".00.", ".0.", ".00", ".0", "."):
+            if said.endswith(end):
+                said = said[:-len(end)]
+                break
         first, *groups = said.split(",")
         if not all(c in "0123456789" for c in said.replace(",", "")) or not first:
             return None
@@ -2176,11 +2392,74 @@ def test_hash_answer_against_a_slow_reader():
         return sign * value
     rng, right = random.Random(0), 0
     for _ in range(20_000):
-        text = "".join(rng.choices(["####", "#", " ", ",", "-", "\n", "x", "0", "1", "9", "000", "123"],
-                                   [6, .3, 5, 4, 2, 1, .5, 3, 4, 3, 3, 3], k=rng.randint(1, 9)))
+        text = "".join(rng.choices(["####", "#", " ", ",", "-", "\n", "x", "0", "1", "9", "000", "123", "$", ".", "00"],
+                                   [6, .3, 5, 4, 2, 1, .5, 3, 4, 3, 3, 3, 2, 2, 1], k=rng.randint(1, 9)))
         assert hash_answer(text) == slow(text), repr(text)
         right += slow(text) is not None
     assert right > 500                                              # the alphabet makes enough of both
+
+
+@pytest.mark.parametrize("answer, number", [
+    (42, 42), (-3, -3), (0, 0), (42.0, 42), ("42", 42), ("$42", 42), ("42.", 42), (" 42 ", 42), ("#### 42", 42),
+    ("#### $1,080.", 1080), ("6 * 7 = 42\n#### 42", 42), ("It is #### 1\n#### 42", 42), ("-$5.00", -5), ("42.0", 42),
+    (None, None), (True, None), (False, None), (42.5, None), ("", None), ("#### ", None), ("forty-two", None),
+    ("42%", None), ("42 km", None), ("42 or 43", None), ("x = 42", None), ("1/2", None), ("B", None), ([42], None),
+    ({"value": 42}, None), ("4 2", None), ("٤٢", None)])
+def test_24_the_number_of_a_record(answer, number):
+    assert data.known_answer({"answer": answer}) == number
+    right, wrong = f"The answer is {number}.", f"#### {1 if answer is True else 42.5}"
+    assert bool(VERIFIERS["exact"]({"answer": answer}, right, True)) == (number is not None)
+    assert not VERIFIERS["gsm8k"]({"answer": answer}, wrong, True) and not VERIFIERS["exact"]({}, right, True)
+
+
+def lacks(name, *records, path="my.jsonl", function=None):
+    data.check_needs(name, function, list(records), path)
+
+
+@pytest.mark.parametrize("name, has, lacking", [
+    ("exact", [4, "4", "#### 4", 4.0], [None, "four", True, "4%", []]),
+    ("gsm8k", [4, "$4.", "a\n#### 4"], [None, "B", {}]), ("careless", [4], ["x"]),
+    ("keyword", ["van"], [None, "", 4, ["van"]]), ("count", [3], [None, "3", True]),
+    ("named", ["old van"], [None, "", 7]),
+    ("gold", ["write", "arith"], [None, "verse", 7, ["write"]]), ("help", ["safe"], [None, "write"]),
+    ("harm", ["safe"], [None, "write"])])
+def test_24_a_verifier_without_its_key_is_refused_and_a_mixed_file_counted(name, has, lacking, capsys):
+    key = data.NEEDS[name][0]
+    good, bad = ([{"prompt": [user("Q")], key: value} for value in values] for values in (has, lacking))
+    bad.append({"prompt": [user("Q")], "other": 1})
+    for record in bad:
+        with pytest.raises(UserError, match=f"^(?=.*my.jsonl)(?=.*{name})(?=.*{key})[^\n]*$"):
+            lacks(name, record, record)
+        text = "The answer is 4. The van #### 4"
+        assert name == "gold" or not VERIFIERS[name](record, text, True)        # a wrong type is no traceback
+    for record in good:
+        lacks(name, record)
+    assert capsys.readouterr().err == ""
+    if name == "gold":
+        with pytest.raises(UserError, match="gold"):
+            lacks(name, *good, *bad)
+    else:
+        lacks(name, *good, *bad)
+        assert f"{len(bad)} of {len(good + bad)} records" in capsys.readouterr().err
+
+
+def test_24_who_needs_nothing_is_content_and_a_function_says_what_it_needs(capsys):
+    for name in VERIFIERS.keys() - data.NEEDS.keys():
+        lacks(name, {"prompt": [user("Q")]})
+    mine = lambda record, text, finished: 1                                     # noqa: E731
+    lacks("my:rule", {"prompt": [user("Q")]}, function=mine)
+    mine.needs = ["level", "answer"]
+    lacks("my:rule", {"level": 0, "answer": "any text"}, function=mine)
+    with pytest.raises(UserError, match='my:rule.*"answer".*level'):            # and what there is instead
+        lacks("my:rule", {"level": 1}, function=mine)
+    assert capsys.readouterr().err == ""
+
+
+def test_24_no_verifier_needs_less_than_it_is_paid_for():
+    """Of a record with a prompt alone, those that need nothing judge the text; the others never pay."""
+    for name in data.NEEDS.keys() - {"gold"}:
+        for text in ("The answer is 4.", "#### 4", "a, b and c", "The van", "Sorry, I can't help with that."):
+            assert not VERIFIERS[name]({"prompt": [user("Q")]}, text, True)
 
 
 @pytest.mark.parametrize("text, found", [

@@ -1298,3 +1298,10 @@ def test_merge_base_adds_what_fine_tuning_had_changed(files, tiny, tmp_path):
 def train_to(out, init, data, **options):
     train(out, init, data, steps=1, **options)
     return out
+
+
+def test_24_online_a_file_that_a_verifier_can_tell_nothing_of_is_refused_before_the_first_step(tiny, tmp_path):
+    path = write(tmp_path / "mine.jsonl", [dict(prompt=f"Q {i}") for i in range(6)])
+    with pytest.raises(UserError, match=r'^(?=.*mine.jsonl)(?=.*exact)(?=.*"answer")[^\n]*$'):
+        train(tmp_path / "a", tiny, path, online=True, reward="exact")
+    assert not (tmp_path / "a").exists()

@@ -1699,3 +1699,12 @@ def test_gsm8k_end_to_end(tmp_path, capsys):
                          "gsm8k", "--n", "8", "--samples", "2", "--max_new", "8", "--device", "cpu"], "compare")[0],
                    [policy, str(tmp_path / "out")])
     assert capsys.readouterr().out.count("0.000    0.000") == 4            # pass@k and maj@k of both
+
+
+@pytest.mark.parametrize("options", [dict(reward="exact"), dict(reward="words", tripwire="exact")], ids=str)
+def test_24_a_file_that_a_verifier_can_tell_nothing_of_is_refused_before_the_first_step(options, tiny, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(json.dumps(dict(prompt=f"Q {i}")) for i in range(6)))
+    with pytest.raises(data.UserError, match=r'^(?=.*mine.jsonl)(?=.*exact)(?=.*"answer")[^\n]*$'):
+        train(tmp_path / "a", tiny, data=str(path), **options)
+    assert not (tmp_path / "a").exists()

@@ -2177,6 +2177,36 @@ def test_ids_that_no_text_decodes_to_reach_a_conditional_reward_model_as_they_ar
     close(total, [score_of(judge, [WORDS.role["system"]] + WORDS.encode(BRIEF) + ids)], 1e-4)
 
 
+@pytest.mark.parametrize("tail", ["", "@answer"])
+def test_17_beyond_the_context_a_conditional_reward_model_keeps_its_system_message_and_the_role(tail, tmp_path):
+    """Cut is the beginning of the question, as in training; the answer is whole."""
+    judge, name = grader(tmp_path / "rm")
+    block, before = judge.config.block_size, [WORDS.role["system"]] + WORDS.encode(BRIEF)
+    asked, text = told("a " * block)[0], "It is fun."
+    roll, said = spoken([asked], [text]), WORDS.encode(text) + [WORDS.end]
+    left = block - len(before) - len(said) - 2
+    ids = WORDS.prompt(asked)
+    want = before + ids[:1] + ids[-1 - left:] + said
+    assert len(want) == block
+    close(reward_of(f"{name}{tail}{{{BRIEF}}}")([dict(prompt=asked)], roll)[0], [score_of(judge, want)], 1e-4)
+
+
+def test_24_a_reward_refuses_records_that_no_term_can_pay_for(tmp_path, capsys):
+    sums, plain = dict(prompt=ASKED[0], answer=5, family="arith"), dict(prompt=ASKED[1])
+    for spec, records, word in [("exact", [plain], "answer"), ("words + gsm8k", [plain], "gsm8k"),
+                                ("words|keyword", [sums], "keyword"), ("exact[write]", [plain], "family"),
+                                ("exact[arith]", [sums | dict(answer="x")] + [plain], "answer")]:
+        with pytest.raises(UserError, match=f"^(?=.*my.jsonl)(?=.*{word})[^\n]*$"):
+            reward_of(spec).meet(records, "my.jsonl")
+    reward_of("words + exact[arith]").meet([sums, plain], "my.jsonl")       # others it need not judge
+    reward_of("exact[write]").meet([sums], "my.jsonl")                      # a file of other families is no mistake
+    assert capsys.readouterr().err == ""
+    reward_of("exact").meet([sums, plain, plain], "my.jsonl")
+    assert "2 of 3" in capsys.readouterr().err
+    reward_of("exact").meet([sums, plain, plain], "toy")                    # the toy world's families are as they are
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("tail", ["", "@answer", "{Be brief.}", "[write]"])
 def test_of_several_models_the_least_counts_and_their_spread_is_a_part(tail, tmp_path):
     roll, models = spoken(ASKED, SAID), []
@@ -2273,13 +2303,15 @@ def test_impossible_terms_are_one_line(spec, match, tmp_path):
 @pytest.mark.parametrize("budget", [1, 50, 10 ** 6])
 def test_choice_logprobs_equal_a_loop_over_single_prompts_whatever_the_batch(budget, tmp_path):
     model, rng = talker(tmp_path / "lm", block_size=48)[0], random.Random(0)
-    prompts = [[rng.randrange(WORDS.base) for _ in range(n)] for n in (1, 47, 2, 16, 17, 48, 33, 5, 5, 49, 80, 3, 200)]
+    user, cue = WORDS.role["user"], WORDS.role["assistant"]
+    prompts = [[user] + [rng.randrange(WORDS.base) for _ in range(n)] + [cue]
+               for n in (0, 45, 1, 14, 15, 46, 31, 3, 3, 47, 78, 1, 198)]
     amp = setup("cpu", "fp32")[1]
     for choices in (["1", "2"], list("ABCD"), ["3"], list("012345")):
         got = M.choice_logprobs(model, prompts, choices, WORDS, amp, budget)
         assert got.shape == (13, len(choices)) and not got.requires_grad
-        for line, ids in zip(got, prompts):                         # beyond the context, the end of a prompt is kept
-            close(line, [math.log(p) for p in odds(model, ids[-48:], choices)], 1e-4)
+        for line, ids in zip(got, prompts):         # beyond the context, the end of a question is kept, and whose it is
+            close(line, [math.log(p) for p in odds(model, ids[:1] + ids[1:][-47:], choices)], 1e-4)
         close(got.exp().sum(1), [1.0] * 13, 1e-5)
 
 

@@ -1281,3 +1281,12 @@ def test_off_the_reference_is_never_sampled(tiny, tmp_path, monkeypatch):
     _, made = scored(monkeypatch, tmp_path / "a", tiny, "plain_taste", steps=3)
     (policy,), _ = calls["reference"][0]
     assert len(made) == 4 and all(args[0] is policy for args, _ in made)
+
+
+@pytest.mark.parametrize("options", [dict(reward="exact"), dict(reward="words", cost="exact")], ids=str)
+def test_24_a_file_that_a_verifier_can_tell_nothing_of_is_refused_before_the_first_step(options, tiny, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(json.dumps(dict(prompt=f"Q {i}")) for i in range(6)))
+    with pytest.raises(data.UserError, match=r'^(?=.*mine.jsonl)(?=.*exact)(?=.*"answer")[^\n]*$'):
+        train(tmp_path / "a", tiny, data=str(path), **options)
+    assert not (tmp_path / "a").exists()

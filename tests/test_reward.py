@@ -119,6 +119,14 @@ def test_bradley_terry_never_overflows(gap):
     assert -1 <= float(r.grad) <= 0
 
 
+def test_17_pairs_of_a_ranking_on_their_own_have_one_prompt():
+    record = dict(prompt=user("word " * 60), responses=["yes " * n for n in (2, 40, 9)])
+    items = reward.items_of(record, TOK, 48, reward.Train(pairs="split"))
+    prompts = {tuple(ids[:target.index(1)]) for item in items for ids, target in item["rows"]}
+    assert len(items) == 3 and len(prompts) == 1 and next(iter(prompts))[0] == TOK.role["user"]
+    assert items[0]["rows"] == encode(record, TOK, 48)[:2]
+
+
 def test_f1_all_pairs_of_instructgpt():
     """The mean over the C(4, 2) pairs of [2, .5, 0, -1], best first."""
     scores = torch.tensor([2, .5, 0, -1], dtype=torch.float64)
@@ -1155,6 +1163,28 @@ def curate(out, policy, path, **options):
     return read(Path(out) / "prompts.jsonl")
 
 
+@pytest.mark.parametrize("command", ["label", "label answers", "label attributes", "curate", "fit", "accuracy",
+                                     "compare", "compare proxy", "overoptimize"])
+def test_24_every_command_refuses_a_file_that_its_verifier_can_tell_nothing_of(command, tiny, tmp_path):
+    """At once: before a folder is made, with the verifier, the key and the file in one line."""
+    path = write(tmp_path / "mine.jsonl", [dict(prompt=f"Q {i}", responses=["a", "b"]) for i in range(4)])
+    out, table = tmp_path / "out", dict(data=path, judge="exact", n=4, device="cpu", max_new=4)
+    run = {
+        "label": lambda: label(out, tiny, data=path, by="exact"),
+        "label answers": lambda: label(out, "", data=path, by="exact"),
+        "label attributes": lambda: label(out, tiny, data=path, by="words", select="ratings", attributes="words,exact"),
+        "curate": lambda: curate(out, tiny, path, by="words + exact"),
+        "fit": lambda: reward.fit(reward.Fit(out=str(out), data=path, rules="words + exact", **CPU)),
+        "accuracy": lambda: reward.accuracy(reward.Accuracy(data=path, device="cpu"), ["words", "exact"]),
+        "compare": lambda: reward.compare(reward.Compare(**table), [tiny]),
+        "compare proxy": lambda: reward.compare(reward.Compare(**table | dict(judge="words", proxy="exact")), [tiny]),
+        "overoptimize": lambda: reward.overoptimize(reward.Overoptimize(
+            out=str(out), policy=tiny, data=path, judge="words", proxy="exact", n=2, max_new=4, **CPU), [])}[command]
+    with pytest.raises(data.UserError, match=r'^(?=.*mine.jsonl)(?=.*exact)(?=.*"answer")[^\n]*$'):
+        run()
+    assert not out.exists()
+
+
 def question(i, **more):
     return dict(prompt=f"Q {i}", answer=i, family="abc"[i % 3]) | more
 
@@ -1848,8 +1878,8 @@ def test_a_language_model_as_judge_against_a_loop(exemplar, tmp_path):
     def p(content, a, b):
         text = data.judge_prompt(content, a, b, data.RULE, data.EXEMPLAR if exemplar else "")
         ids = TOK.prompt(user(text))
-        assert not exemplar or len(ids) > 64                             # what does not fit loses its beginning
-        logits = net.logits(net(torch.tensor([ids[-64:]])))[0, -1].detach()
+        assert not exemplar or len(ids) > 64             # what does not fit loses its beginning, but not whose turn it is
+        logits = net.logits(net(torch.tensor([ids[:1] + ids[1:][-63:]])))[0, -1].detach()
         return float(logits[one].exp() / (logits[one].exp() + logits[two].exp()))
     assert len(got) == len(rows) and len({len(r["responses"]) for r in rows}) > 1
     for row in rows:
@@ -1883,7 +1913,8 @@ def test_what_is_scored_after_a_rationale_ends_in_it_up_to_its_last_line(tiny, r
     play(monkeypatch, lambda text, k, begin: ["It is.\n2"])              # no room: the question's beginning is lost
     relabel(tmp_path / "b", [question_of(0, "best", "poor")], judge=tiny, rationale=True, max_new=33)
     text = data.judge_prompt("Q 0", "best", "poor", data.RULE, "", data.REASON)
-    assert scored[0] == TOK.prompt(user(text))[-(64 - 33):] + TOK.encode("It is.\n")
+    ids = TOK.prompt(user(text))
+    assert scored[0] == ids[:1] + ids[-(64 - 33 - 1):] + TOK.encode("It is.\n")
 
 
 def test_principles_are_drawn_anew_and_both_orders_are_asked_the_same_one(tiny, tmp_path, monkeypatch):
