@@ -1959,6 +1959,8 @@ Natural = typing.Annotated[int, Range(0)]
 Positive = typing.Annotated[float, Range(0, open=True)]
 NonNegative = typing.Annotated[float, Range(0)]
 Share = typing.Annotated[float, Range(0, 1)]
+COLDEST = 1e-6  # a lower temperature is less than the rounding of the logits
+Temperature = typing.Annotated[float, Range(COLDEST)]
 Families = typing.Annotated[str, Names((*WORLD, *LEVELS))]      # of the toy world
 Sum = typing.Annotated[str, Names(tuple(VERIFIERS), open=True)]  # a reward: see parse_rewards
 
@@ -2152,6 +2154,19 @@ def guard(main):
     except OSError as e:     # the disk, a name too long, no permission: the place says it all
         print(f"error: {e.filename}: {e.strerror}" if e.filename else f"error: {e}", file=sys.stderr)
         sys.exit(1)
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e):
+            raise
+        why = str(e).partition("\n")[0]
+        print("error: out of memory; a smaller --micro_tokens needs less, and so does --grad_checkpoint. What was "
+              f"saved is intact. {why}", file=sys.stderr)
+        sys.exit(1)
+
+
+def out_of_memory(e):
+    """Whether an error says that memory is too small; on a CPU PyTorch has no type of error for that."""
+    says = ("DefaultCPUAllocator", "Storage size calculation overflowed", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(text in str(e) for text in says)
 
 
 # ------------------------------------------------------------------------------------------------ the run log

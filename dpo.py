@@ -29,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share, Sum, Tokenizer, TrainConfig,
-                  UserError, add_mismatched, collate, compare_words, fits, guard, item_batches, make_item, mean,
-                  open_stream, parse, preference_items, singles, truth)
+from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share, Sum, Temperature, Tokenizer,
+                  TrainConfig, UserError, add_mismatched, collate, compare_words, fits, guard, item_batches, make_item,
+                  mean, open_stream, parse, preference_items, singles, truth)
 from model import (Optimizer, Reward, at_positions, begun, full, generate, load_model, log_ratios, reference, setup,
                    steps, token_logprobs, token_scores)
 
@@ -71,7 +71,7 @@ class Config(TrainConfig):
     k: Natural = 2              # samples a prompt; the best is set against the worst
     families: Families = "write"  # prompts of the toy world, comma-separated
     max_new: Count = 80         # longest sample, tokens
-    temperature: Positive = 1.0  # of sampling
+    temperature: Temperature = 1.0  # of sampling
     missing_end: NonNegative = 1.0  # taken off the score of a sample cut off before its end token
     # optimisation
     epochs: Positive = 1.0      # passes over the records

@@ -30,9 +30,9 @@ from typing import Annotated, Literal
 
 import torch
 
-from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Range, Run, Share, Sum, Tokenizer,
-                  TrainConfig, check_needs, compare_words, fits, guard, mean, number, open_stream, parse, truth,
-                  verifier)
+from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Range, Run, Share, Sum, Temperature,
+                  Tokenizer, TrainConfig, check_needs, compare_words, fits, guard, mean, number, open_stream, parse,
+                  truth, verifier)
 from model import (Optimizer, Reward, Rollout, generate, load_model, log_ratios, per_token, reference, setup, slices,
                    steps, token_logprobs)
 
@@ -52,7 +52,7 @@ class Config(TrainConfig):
     prompts: Count = 32         # prompts a step
     group: Annotated[int, Range(2)] = 8  # responses to each, compared with each other
     max_new: Count = 80         # longest response, tokens
-    temperature: Positive = 1.0  # of sampling; every log-probability is at this temperature too
+    temperature: Temperature = 1.0  # of sampling; every log-probability is at this temperature too
     resample: Natural = 0       # most further draws of prompts, until `prompts` groups have unequal rewards (DAPO)
     # which prompts
     pool: Natural = 0           # train on a fixed set of this many prompts; 0: no fixed set

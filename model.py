@@ -24,6 +24,8 @@ import functools
 import json
 import math
 import os
+import platform
+import re
 import struct
 import sys
 import zlib
@@ -36,9 +38,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-from data import (POINTS, RUBRIC, VERIFIERS, Count, Natural, NonNegative, OptionError, Options, Share, Tokenizer,
-                  UserError, after_thinking, answer_rows, check_needs, collate, cut_prompt, guard, micro_batches,
-                  number, pad, parse, parse_rewards, round_up, verifier, view_prompt, write_text)
+from data import (COLDEST, GPT2_SPECIALS, POINTS, RUBRIC, VERIFIERS, Count, Natural, NonNegative, OptionError, Options,
+                  Share, Tokenizer, UserError, after_thinking, answer_rows, check_needs, collate, cut_prompt, guard,
+                  micro_batches, number, pad, parse, parse_rewards, round_up, verifier, view_prompt, write_text)
 
 # ------------------------------------------------------------------------------------------------ the model
 
@@ -59,6 +61,8 @@ class GPTConfig:
             value = getattr(self, name)
             if type(value) is not int or value < (name != "n_scores"):
                 raise UserError(f"{name} {value}: must be a whole number, and not 0 but for n_scores")
+            if value >= 2 ** 48:  # of more PyTorch cannot even count the bytes
+                raise UserError(f"{name} {value}: no computer holds that")
         for name, unit in (("n_embd", self.n_head), ("block_size", 16)):  # 16: batches are padded to a multiple of it
             if getattr(self, name) % unit:
                 of = " (n_head)" if name == "n_embd" else ""
@@ -160,6 +164,7 @@ class GPT(nn.Module):
         self.grad_checkpoint = False  # recompute each block in the backward pass: less memory, 4/3 of the time
         self.fused_bwd = False  # whether its Optimizer updates in the backward pass
         self.base = self.adapter = self.tokenizer = None  # the folder it is from, its LoRA adapters, whose ids it reads
+        self.machine = None  # on what it is trained, and in which precision
         self.vectors, self.vector_lr = [], 0.0  # biases and norms of an adapter: module, name, trained, old; their rate
         self.apply(self._init)
         for name, p in self.named_parameters():
@@ -178,6 +183,7 @@ class GPT(nn.Module):
     def prepare(self, cfg):
         """Switch on what the run's options ask of a model that is to be trained."""
         self.grad_checkpoint, self.fused_bwd = cfg.grad_checkpoint, cfg.fused_bwd
+        self.machine = machine(self.device, cfg.dtype)
         if cfg.lora_r:
             torch.manual_seed(cfg.seed)
             self.add_lora(cfg.lora_r, cfg.lora_alpha, cfg.lora_bias > 0)
@@ -429,16 +435,20 @@ class Rollout:
                        torch.cat([roll.finished for roll in rolls]), [n for roll in rolls for n in roll.prompt_len])
 
 
+LOOK = {"cpu": 1, "cuda": 8}  # steps from one look at how many rows are left to the next: it makes a GPU wait
+
+
 def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """One draw per row by inverting the cumulative distribution: logits (B, V), u (B,) uniform -> token, logp (B,).
 
     One random number a row rather than one a vocabulary entry, as multinomial and Gumbel need: 15x faster on a CPU.
-    Temperature 0 is greedy. The log-probability is that of the distribution drawn from.
+    Temperature 0 is greedy. The log-probability is that of the distribution drawn from; it is NaN where the logits
+    make no distribution.
     """
     logits = full(logits)
     if temperature == 0:
-        token = logits.argmax(-1)
-        return token, torch.zeros_like(u)
+        best = logits.amax(-1)
+        return logits.argmax(-1), best - best  # 0, but of NaN or infinity NaN
     logits = logits / temperature
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[1])).values[:, -1:], -torch.inf)
@@ -452,6 +462,7 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     # draw stays below the last cdf value; rounding could lift it there, hence the minimum.
     draw = torch.minimum(u[:, None] * cdf[:, -1:], cdf[:, -1:].nextafter(torch.zeros_like(cdf[:, -1:])))
     token = torch.searchsorted(cdf, draw, right=True)                                    # (B, 1)
+    token = token.clamp(max=logits.shape[1] - 1)  # of a NaN it would be past the end
     return token[:, 0], logp.gather(1, token)[:, 0]
 
 
@@ -465,8 +476,11 @@ def generate(model, prompts, tok, max_new, n=1, temperature=1.0, top_k=0, top_p=
     context is full; finished rows leave the batch. top_k and top_p are for chatting: a policy gradient needs the
     samples to come from the distribution it differentiates, so no trainer offers them. stream(token) is called with
     each new id, for a single row. begin: ids every response is made to begin with, besides max_new; they are part
-    of it, with log-probability 0. Raises UserError for a prompt that leaves no room in the context.
+    of it, with log-probability 0. Raises UserError for a prompt that leaves no room in the context, and for a model
+    whose logits are no numbers.
     """
+    if 0 < temperature < COLDEST:
+        raise OptionError(f"--temperature {temperature}: 0 is greedy; anything else has to be {COLDEST:g} or more")
     config, device = model.config, model.device
     if min(map(len, prompts)) == 0 or max_new < 1:
         raise UserError("cannot sample from an empty prompt, nor less than one token")
@@ -497,15 +511,15 @@ def generate(model, prompts, tok, max_new, n=1, temperature=1.0, top_k=0, top_p=
     # All uniforms at once: what a row draws does not depend on which other rows have left the batch.
     uniform = torch.rand(max_new, B, device=device, dtype=logp.dtype)
     active, live = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
+    look = LOOK[device.type] if stream is None else 1  # to show a token is to wait for it
     for j in range(max_new):
         token, lp = sample(model.logits(hidden), uniform[j, active], temperature, top_k, top_p)
         said[active, j], logp[active, j], drawn[active, j] = token, lp, live
-        if stream is not None:
+        if stream is not None and live[0]:
             stream(int(token[0]))
         pos = length[active] + j  # of the token just drawn
         live = live & (token != tok.end) & (pos + 1 < config.block_size)
-        # Asking how many rows are left makes a GPU wait, so there it is asked only now and then.
-        if drop_finished and (device.type == "cpu" or j % 8 == 7):
+        if drop_finished and (j + 1) % look == 0:
             left = int(live.sum())
             if left == 0:
                 break
@@ -523,11 +537,20 @@ def generate(model, prompts, tok, max_new, n=1, temperature=1.0, top_k=0, top_p=
     row, j = drawn.nonzero(as_tuple=True)
     at, mask, laid = length[row] + j, torch.zeros(B, width - 1, device=device), logp.new_zeros(B, width - 1)
     tokens[row, at], mask[row, at - 1], laid[row, at - 1] = said[row, j], 1.0, logp[row, j]
+    if laid.isnan().any():
+        raise UserError(f"cannot sample: the logits are no numbers; {largest(model)}. In training a lower --lr helps")
     for k in range(1, len(begin) + 1):
         mask[torch.arange(B, device=device), length - k - 1] = 1.0
     width = min(round_up(int(at.max()) + 1), width)
     return Rollout(tokens[:, :width], mask[:, :width - 1], laid[:, :width - 1],
                    (drawn & (said == tok.end)).any(1), (length - len(begin)).tolist())
+
+
+def largest(model):
+    """Which weight of a model is the largest, in words; one that is no number is larger than all."""
+    peaks = {name: float(p.detach().abs().max()) for name, p in model.named_parameters()}
+    name = max(peaks, key=lambda name: math.inf if math.isnan(peaks[name]) else peaks[name])
+    return f"the largest weight, in {name}, is {peaks[name]:.3g}"
 
 
 def slices(roll, budget, rows=None):
@@ -620,18 +643,26 @@ class Reward:
                 self.models += [] if asked else [name]
 
     @staticmethod
-    def expand(spec):
-        """The terms of a sum, those of a folder's reward.txt in the place of the folder."""
+    def expand(spec, inside=()):
+        """The terms of a sum, those of a folder's reward.txt in the place of the folder; inside: the reward.txt that
+        this sum is from, and those that one is from."""
         out = []
         for term in parse_rewards(spec):
             sums = [name for name in term.names if (Path(name) / "reward.txt").exists()]
             if sums and term.label != sums[0]:
                 raise UserError(f"--reward {term.label}: {sums[0]} stands for a sum, and takes no |, @, {{}} or []")
-            if sums:
-                inner = Reward.expand((Path(sums[0]) / "reward.txt").read_text(encoding="utf-8").strip())
-                out += [replace(part, weight=term.weight * part.weight) for part in inner]
-            else:
+            if not sums:
                 out.append(term)
+                continue
+            path = Path(sums[0]).resolve() / "reward.txt"
+            if path in inside:
+                raise UserError(f"{path}: the sum in it is a part of itself")
+            try:
+                text = path.read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as e:
+                raise UserError(f"{path}: cannot be read ({e})") from None
+            for part in Reward.expand(text, (*inside, path)):
+                out.append(replace(part, weight=term.weight * part.weight))
         return out
 
     def meet(self, records, data):
@@ -720,26 +751,69 @@ def keep_freed_memory():
             libc.mallopt(option, 2 ** 31 - 1)
 
 
-def setup(device="auto", dtype="auto", threads=0):
-    """(torch.device, autocast context factory). dtype: auto, fp32 or bf16; auto is bf16 wherever it is faster.
+def find_device(name):
+    """The torch.device of --device; auto is the first GPU, where there is one."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if gpus else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", name):
+        raise OptionError(f"--device {name}: choose auto, cpu, cuda, or cuda:1 for the second GPU")
+    if name != "cpu" and int(name[5:] or 0) >= gpus:
+        raise UserError(f"--device {name}: this machine has {gpus or 'no'} CUDA device{'s' * (gpus > 1)}")
+    return torch.device(name)
 
-    Weights, optimizer and every log-softmax stay in fp32; bf16 is for the matmuls. On CPUs it pays only where there
-    are matrix units for it (AMX); elsewhere it is emulated and slow.
+
+# oneDNN, which does a CPU's matmuls, can be told to keep to older instructions than the CPU has.
+WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+
+
+def precision(device, dtype="auto"):
+    """What --dtype means on a device, fp32 or bf16: auto is bf16 where there are instructions for it.
+
+    Those are a GPU's from Ampere on, and a CPU's AMX or avx512_bf16. Elsewhere bf16 is emulated and slow.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: this machine has no CUDA device")
+    if dtype != "auto":
+        return dtype
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    told = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")
+    if told.upper() in WITHOUT_BF16:
+        return "fp32"
+    for question in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        if getattr(torch.cpu, question, bool)():  # bool() is False: a PyTorch that cannot tell
+            return "bf16"
+    return "fp32"
+
+
+def machine(device, dtype="auto"):
+    """On what, with how many threads and in which precision: figures differ between machines by their rounding."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {precision(device, dtype)}"
+    threads = torch.get_num_threads()
+    return f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}, {precision(device, dtype)}"
+
+
+def cpu_name():
+    """What the CPU calls itself."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def setup(device="auto", dtype="auto", threads=0):
+    """(torch.device, autocast context factory), and a line that says on what the figures are computed. dtype: auto,
+    fp32 or bf16, see `precision`. Weights, optimizer and every log-softmax stay in fp32; bf16 is for the matmuls."""
+    device = find_device(device)
     if threads:
         torch.set_num_threads(threads)
-    device = torch.device(device)
-    if dtype == "auto":
-        amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        dtype = "bf16" if (torch.cuda.is_bf16_supported() if device.type == "cuda" else amx()) else "fp32"
     if device.type == "cpu":
         keep_freed_memory()
     torch.set_float32_matmul_precision("high")
-    return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
+    print(f"computing on {machine(device, dtype)}")
+    half = precision(device, dtype) == "bf16"
+    return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 
 # ------------------------------------------------------------------------------------------------ the optimizer
@@ -896,23 +970,35 @@ def save_tensors(path, tensors, meta):
     """Write one safetensors file: a JSON header, then raw bytes. Nothing in it can be executed on loading.
 
     The file appears under its name only once it is complete and on the disk, so a crash, a kill or a full disk at
-    any moment leaves the previous one as it was. meta (JSON) rides in the header: weights and facts cannot part.
+    any moment leaves the previous one as it was. meta (JSON) rides in the header: weights and facts cannot part. So
+    does a checksum of all that the header says and of the data, by which load_tensors knows a file that was damaged.
     """
     path, offset = Path(path), 0
-    header = {"__metadata__": {"format": "pt", "plainalign": json.dumps(meta)}}  # transformers asks for the format
+    facts = {"format": "pt", "plainalign": json.dumps(meta)}  # transformers asks for the format
+    header = {"__metadata__": facts}
     for name, t in tensors.items():
         size = t.numel() * t.element_size()
         header[name] = dict(dtype=NAMES[t.dtype], shape=list(t.shape), data_offsets=[offset, offset + size])
         offset += size
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)  # tensors start at a multiple of 8 bytes
+
+    def head():
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+        return struct.pack("<Q", len(text)) + text
+    crc = zlib.crc32(json.dumps(header).encode())
+    facts["crc32"] = f"{0:08x}"  # its place: what it is shows when all is written
     part = path.with_suffix(".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as f:
-            f.write(struct.pack("<Q", len(head)) + head)
+            f.write(head())
             for t in tensors.values():
-                f.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                data = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+                crc = zlib.crc32(data, crc)
+                f.write(data)
+            facts["crc32"] = f"{crc:08x}"
+            f.seek(0)
+            f.write(head())
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
@@ -924,14 +1010,19 @@ def save_tensors(path, tensors, meta):
 
 
 def load_tensors(path):
-    """Read a safetensors file -> (dict of tensors, meta). Raises UserError for anything that is not one."""
+    """Read a safetensors file -> (dict of tensors, meta). Raises UserError for anything that is not one, and for one of
+    ours that does not fit its checksum. Those of others have none."""
     try:
         raw = np.memmap(path, dtype=np.uint8, mode="c")  # copy on write: the tensors are ours, the file is not
         size = struct.unpack("<Q", raw[:8].tobytes())[0]
         if size > len(raw) - 8:
             raise ValueError("it is cut short")
         header, data = json.loads(raw[8:8 + size].tobytes()), raw[8 + size:]
-        meta, tensors, end = header.pop("__metadata__", {}), {}, 0
+        meta = header.get("__metadata__", {})
+        said = meta.pop("crc32", None)
+        crc = zlib.crc32(json.dumps(header).encode())
+        header.pop("__metadata__", None)
+        tensors, end = {}, 0
         for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             (a, b), shape, dtype = info["data_offsets"], info["shape"], DTYPES[info["dtype"]]
             if a != end or min(shape, default=0) < 0 or b - a != math.prod(shape) * dtype.itemsize or b > len(data):
@@ -940,6 +1031,10 @@ def load_tensors(path):
             tensors[name], end = flat.view(dtype).reshape(shape), b
         if end != len(data):
             raise ValueError("it is longer than its header says")
+        if said is not None or "plainalign" in meta:  # a file of ours
+            crc = zlib.crc32(data, crc)
+            if said != f"{crc:08x}":
+                raise UserError(f"{path}: damaged; it says that its checksum is {said}, and it is {crc:08x}")
         facts = json.loads(meta.get("plainalign", "{}"))
         if not isinstance(facts, dict):
             raise ValueError("what it says of itself is no table")
@@ -954,6 +1049,7 @@ def load_tensors(path):
 def save_checkpoint(folder, modules, optimizers, meta):
     """modules and optimizers: dicts by name. Everything in one file, `checkpoint.safetensors`, replaced atomically."""
     tensors = {f"{name}/{key}": value for name, m in modules.items() for key, value in m.saved().items()}
+    check_finite(tensors, f"{folder}: not saved, an earlier checkpoint there is intact, a lower --lr usually helps")
     tensors |= {f"{name}/{key}": value for name, o in optimizers.items() for key, value in o.tensors().items()}
     meta = meta | {"config": {name: asdict(m.config) for name, m in modules.items()},
                    "adapter": {name: m.adapter for name, m in modules.items() if m.adapter}}
@@ -964,6 +1060,7 @@ def fill(module, tensors, name, path):
     """Load the tensors `name/...` into module; every missing, surplus or misshapen one is named in one error."""
     got = part(tensors, name)
     compare_shapes(got, {key: t.shape for key, t in module.saved().items()}, path)
+    check_finite(got, path)
     module.load_state_dict(got, strict=False)  # compared above; an adapted model's own weights are not in there
 
 
@@ -982,14 +1079,47 @@ def compare_shapes(got, want, path):
         raise UserError(f"{path}: {'; '.join(sorted(wrong)[:3])}")
 
 
-def load_model(folder, tok=None, device="cpu", n_scores=None, maker="", vocab_size=None):
+def check_finite(tensors, where):
+    """Raise a UserError that names the first tensor with a NaN or an infinity in it."""
+    for name, t in tensors.items():
+        if not t.is_floating_point() or not t.numel():
+            continue
+        for extreme in t.aminmax():  # of a NaN both are NaN
+            if not math.isfinite(extreme):
+                raise UserError(f"{where}: in {name} is {float(extreme)}, which is no weight")
+
+
+def outline(config, tensors, path, adapter=None):
+    """A GPT of config, with adapters if there are any, that takes no memory yet. tensors must be what it holds.
+
+    config is from a file and may promise anything, so what it promises is compared with what is there, names and
+    shapes, before memory is taken for it.
+    """
+    layers = {name.split(".")[2] for name in tensors if name.startswith("transformer.h.")}
+    if len(layers) != config.n_layer:  # first: even without memory a thousand million layers are too many
+        raise UserError(f"{path}: {len(layers)} layers, and its config says {config.n_layer}")
+    try:
+        with torch.device("meta"):
+            model = GPT(config)
+            if adapter:
+                model.base = adapter["base"]
+                model.add_lora(adapter["r"], adapter["alpha"], adapter["bias"])
+    except (RuntimeError, ValueError, OverflowError) as e:  # too large to be counted, or negative
+        why = str(e).partition("\n")[0]
+        raise UserError(f"{path}: no model is of the shape that it says ({why})") from None
+    compare_shapes(tensors, {name: t.shape for name, t in model.saved().items()}, path)
+    return model
+
+
+def load_model(folder, tok=None, device="cpu", n_scores=None, maker="", vocab_size=None, adapted=None):
     """The model of a run folder, or of a folder with a GPT-2 of Hugging Face's, in eval mode. A tokenizer other than
     the one it was trained with is an error.
 
     n_scores: make it a reward or value model of that many scores; those that the checkpoint has are kept, the first
     ones first, and others start at zero. 0 asks for a language model and refuses any other; None takes what is there.
     maker: the command that makes this checkpoint, for the error message. vocab_size: for a GPT-2 of Hugging Face's,
-    where there is no tok to tell how many tokens it is to have.
+    where there is no tok to tell how many tokens it is to have. adapted: the folder of an adapter that is for this
+    model, and the CRC-32 that the model's files had then.
     """
     path = Path(folder) / "checkpoint.safetensors"
     if not path.exists() and (foreign := Path(folder) / "config.json").exists() and "model_type" in read_json(foreign):
@@ -1007,15 +1137,18 @@ def load_model(folder, tok=None, device="cpu", n_scores=None, maker="", vocab_si
         raise UserError(f"{path}: it does not say what model it holds ({e})") from None
     if n_scores == 0 and config.n_scores:
         raise UserError(f"{folder}: a reward or value model, and a language model is needed")
+    crc32 = crc32_of(paths)
+    if adapted and adapted[1] != crc32:  # before its own base is read: an adapter of itself would never end
+        raise UserError(f"{adapted[0]} adapts {folder}, which has changed since")
     adapters = meta.get("adapter")
     if isinstance(adapters, dict) and "model" in adapters:
         tensors = merged_adapter(adapters["model"], config, tensors, tok, folder)
-    model = GPT(config)
+    model = outline(config, part(tensors, "model"), path).to_empty(device=device)
     fill(model, tensors, "model", path)
     if n_scores is not None and n_scores != config.n_scores:
         resize_head(model, n_scores)
-    model.base, model.tokenizer = dict(folder=str(folder), crc32=crc32_of(paths)), meta.get("tokenizer")
-    return model.to(device).eval()
+    model.base, model.tokenizer = dict(folder=str(folder), crc32=crc32), meta.get("tokenizer")
+    return model.eval()
 
 
 def resize_head(model, n_scores):
@@ -1023,7 +1156,7 @@ def resize_head(model, n_scores):
 
     The first is the score that Reward reads, so a critic starts from it however many heads the reward model has.
     """
-    old, new = model.score, nn.Linear(model.config.n_embd, n_scores)
+    old, new = model.score, nn.Linear(model.config.n_embd, n_scores, device=model.device)
     nn.init.zeros_(new.weight)
     nn.init.zeros_(new.bias)
     if old is not None:
@@ -1040,13 +1173,13 @@ def merged_adapter(adapter, config, tensors, tok, folder):
     try:
         base, r, alpha = dict(folder=adapter["folder"], crc32=adapter["crc32"]), int(adapter["r"]), adapter["alpha"]
         bias = bool(adapter.get("bias"))
+        outline(config, part(tensors, "model"), path, dict(base=base, r=r, alpha=alpha, bias=bias))
         model = load_model(base["folder"], tok, n_scores=config.n_scores, maker=f"what {folder} was trained from",
-                           vocab_size=config.vocab_size)
-        if model.base != base:
-            raise UserError(f"{folder} adapts {base['folder']}, which has changed since")
-        model.add_lora(r, alpha, bias)
+                           vocab_size=config.vocab_size, adapted=(folder, base["crc32"]))
     except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as e:
-        raise UserError(f"{path}: it does not say what it adapts ({e})") from None
+        why = str(e).partition("\n")[0]
+        raise UserError(f"{path}: it does not say what it adapts ({why})") from None
+    model.add_lora(r, alpha, bias)
     fill(model, tensors, "model", path)
     return {f"model/{k}": t for k, t in model.merge_lora().state_dict().items()}
 
@@ -1069,6 +1202,11 @@ def begun(run):
     return step if type(step) is int else 0  # `steps` says what is wrong with it
 
 
+def seed_step(seed, step):
+    """Seed PyTorch's generators for one step of a run."""
+    torch.manual_seed((seed * 1_000_003 + step) % 2 ** 63)
+
+
 def steps(run, total, modules, optimizers, state, save_every):
     """Yield the steps still to do, and save after every `save_every`, so that the loop itself reads as the paper's.
 
@@ -1079,27 +1217,34 @@ def steps(run, total, modules, optimizers, state, save_every):
     needs no generator's state, and evaluation or sampling inside one step cannot change the next.
     """
     start, folder = 0, run.folder
+    here = next((module.machine for module in modules.values()), None)
     if path := run.left("checkpoint.safetensors"):
         tensors, meta = load_tensors(path)
+        adapters = meta.get("adapter") or {}
+        if not isinstance(adapters, dict):
+            raise UserError(f"{folder}: its checkpoint does not say what it adapts")
         for name, module in modules.items():
-            if meta.get("adapter", {}).get(name) != module.adapter:
+            if adapters.get(name) != module.adapter:
                 raise UserError(f"{folder}: what it adapts has changed since it began; delete that folder")
             fill(module, tensors, name, folder)
         for name, optimizer in optimizers.items():
             optimizer.load_tensors({} if meta.get("done") else part(tensors, name), folder)
-        if not isinstance(meta.get("state"), dict) or type(meta.get("step")) is not int:
+        if not isinstance(meta.get("state"), dict) or type(meta.get("step")) is not int or meta["step"] < 0:
             raise UserError(f"{folder}: its checkpoint does not say at which step it was written")
         state.update(meta["state"])
         start = meta["step"]
+        began = meta.get("machine")
+        if began and began != here:
+            print(f"{folder}: begun on {began}; from here on it rounds as this machine does", file=sys.stderr)
     for step in run.progress(start, total):
-        torch.manual_seed((run.seed * 1_000_003 + step) % 2 ** 63)
+        seed_step(run.seed, step)
         for optimizer in optimizers.values():
             optimizer.at(step)
         yield step
         if (step + 1) % save_every == 0 or step + 1 == total:
             done = step + 1 == total
             save_checkpoint(folder, modules, {} if done else optimizers,
-                            dict(step=step + 1, done=done, state=state, tokenizer=run.fingerprint))
+                            dict(step=step + 1, done=done, state=state, tokenizer=run.fingerprint, machine=here))
 
 
 # ------------------------------------------------------------------------------------------------ Hugging Face's GPT-2
@@ -1200,9 +1345,6 @@ def read_gpt2(folder, tok=None, vocab_size=None):
     head = tensors.pop("lm_head.weight", wte)
     if not torch.equal(head, wte):
         raise UserError(f"{paths[0]}: lm_head.weight is not the embedding; only a tied head is known here")
-    layers = {name.split(".")[2] for name in tensors if name.startswith("transformer.h.")}
-    if len(layers) != shape["n_layer"]:
-        raise UserError(f"{paths[0]}: {len(layers)} layers, and config.json says {shape['n_layer']}")
 
     marked = facts.get("plainalign")  # who exports writes there whose tokens it reads, and TRL leaves that in
     mark = marked.get("tokenizer") if isinstance(marked, dict) else None
@@ -1213,15 +1355,14 @@ def read_gpt2(folder, tok=None, vocab_size=None):
                             f"would be {tok.base + 1}")
         meta["tokenizer"], vocab_size = tok.fingerprint, tok.n_vocab
     shape["vocab_size"] = max(shape["vocab_size"], vocab_size or 0)
+    if shape["vocab_size"] - len(wte) > len(GPT2_SPECIALS):
+        raise UserError(f"{path}: {len(wte)} tokens, and {vocab_size} are expected of it")
     new, rows = shape["vocab_size"] - len(wte), -(-shape["vocab_size"] // 64) * 64
     tensors["transformer.wte.weight"] = torch.cat(
         [wte, wte.mean(0).expand(new, -1), wte.new_zeros(rows - shape["vocab_size"], wte.shape[1])])
     if "score.weight" in tensors:
         shape["n_scores"] = tensors["score.weight"].numel() // shape["n_embd"]
         tensors.setdefault("score.bias", torch.zeros(shape["n_scores"]))
-    with torch.device("meta"):  # shapes before memory: config.json may promise anything
-        want = {key: t.shape for key, t in GPT(GPTConfig(**shape)).state_dict().items()}
-    compare_shapes(tensors, want, paths[0])
     return paths, {f"model/{name}": t for name, t in tensors.items()}, meta | dict(config=dict(model=shape))
 
 
@@ -1240,11 +1381,11 @@ def write_gpt2(model, tok, folder):
         bos_token_id=tok.end, eos_token_id=tok.end, pad_token_id=tok.pad, plainalign=dict(tokenizer=tok.fingerprint))
     if c.n_scores:
         facts["id2label"] = {str(k): f"score {k}" for k in range(c.n_scores)}
-    texts = dict(tok.huggingface(), **{"config.json": facts})
-    for name, content in texts.items():
-        write_text(Path(folder) / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     save_tensors(Path(folder) / "model.safetensors", {
         name: t.t() if name.endswith(TRANSPOSED) else t for name, t in state.items()}, {})
+    texts = dict(tok.huggingface(), **{"config.json": facts})  # config.json last: by it the folder holds a model
+    for name, content in texts.items():
+        write_text(Path(folder) / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 @dataclass
@@ -1367,8 +1508,8 @@ def main():
         Options, run = command
         return run(*parse(Options, TAKES[sys.argv[1]], sys.argv[2:], sys.argv[1]))
     cfg, (folder,) = parse(Config, positional=["checkpoint"])
-    tok, (device, _) = Tokenizer.load(cfg.tokenizer), setup(cfg.device, "fp32")
-    model = load_model(folder, tok, device, n_scores=0)
+    tok = Tokenizer.load(cfg.tokenizer)
+    model = load_model(folder, tok, find_device(cfg.device), n_scores=0)
     torch.manual_seed(cfg.seed)
     history = [dict(role="system", content=cfg.system)] if cfg.system else []
     tty = sys.stdin.isatty()

@@ -25,8 +25,8 @@ from typing import Literal
 
 import torch
 
-from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share, Sum, Tokenizer, TrainConfig,
-                  collate, compare_words, encode, fits, guard, mean, open_stream, parse, truth)
+from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share, Sum, Temperature, Tokenizer,
+                  TrainConfig, collate, compare_words, encode, fits, guard, mean, open_stream, parse, truth)
 from model import (Optimizer, Reward, generate, load_model, log_ratios, per_token, reference, setup, slices, steps,
                    token_logprobs, token_scores)
 
@@ -51,7 +51,7 @@ class Config(TrainConfig):
     steps: Count = 30           # rollout-and-update steps
     prompts: Count = 128        # prompts a step, one response each
     max_new: Count = 80         # longest response, tokens
-    temperature: Positive = 1.0  # of sampling; every log-probability is at this temperature too
+    temperature: Temperature = 1.0  # of sampling; every log-probability is at this temperature too
     # the reward of a response
     missing_end: NonNegative = 1.0  # taken off the score of a response cut off before its end token
     reward_shift: NonNegative = 0.0  # added to the score of a finished response (Starling's length control)

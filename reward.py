@@ -42,12 +42,12 @@ import torch
 import torch.nn.functional as F
 
 from data import (EXEMPLAR, PRINCIPLES, REASON, RULE, VERDICT, Count, Families, Natural, NonNegative, OptionError, Options,
-                  Positive, Range, Run, RunConfig, Share, Sum, Tokenizer, TrainConfig, UserError, after_thinking,
-                  checked_steps, collate, cut_prompt, encode, family_list, files, gold, guard, item_batches,
-                  judge_prompt, mean, micro_batches, next_out, open_stream, pairs, parse, read_records, read_rows,
-                  safe_metrics, sparkline, toy_record, view_prompt, write_text)
+                  Positive, Range, Run, RunConfig, Share, Sum, Temperature, Tokenizer, TrainConfig, UserError,
+                  after_thinking, checked_steps, collate, cut_prompt, encode, family_list, files, gold, guard,
+                  item_batches, judge_prompt, mean, micro_batches, next_out, open_stream, pairs, parse, read_records,
+                  read_rows, safe_metrics, sparkline, toy_record, view_prompt, write_text)
 from model import (Optimizer, Reward, Rollout, choice_logprobs, full, generate, load_model, log_ratios,
-                   response_scores, setup, steps, token_logprobs)
+                   response_scores, seed_step, setup, steps, token_logprobs)
 
 
 SELECT = Literal["rank", "ends", "best", "rso", "correct", "shortest", "short_pairs", "quantile", "ratings", "steps"]
@@ -100,7 +100,7 @@ class Label(RunConfig):
     n: Count = 8000             # prompts
     skip: Natural = 0           # prompts to pass over first: a later round sees others
     k: Natural = 2              # responses to each
-    temperature: Positive = 1.0  # of sampling
+    temperature: Temperature = 1.0  # of sampling
     max_new: Count = 80         # longest response, tokens; unfinished ones are not used
     batch: Count = 128          # prompts at a time
     system: str = ""            # system message put in front of every prompt
@@ -147,7 +147,7 @@ class Revise(RunConfig):
     families: Families = "safe"  # of the toy world, comma-separated
     n: Count = 2000             # prompts
     rounds: Count = 1           # critiques and revisions of each answer, every time by another principle
-    temperature: Positive = 1.0  # of sampling
+    temperature: Temperature = 1.0  # of sampling
     max_new: Count = 80         # longest answer, tokens
     batch: Count = 128          # prompts at a time
 
@@ -194,7 +194,7 @@ class Overoptimize(RunConfig):
     data: str = "toy"           # prompts: the toy world's test split, or a file
     prompts: Count = 200        # of them
     n: Count = 64               # samples of each: best of 1, 2, 4, ..., n
-    temperature: Positive = 1.0  # of sampling
+    temperature: Temperature = 1.0  # of sampling
     max_new: Count = 80         # longest response, tokens
 
 
@@ -211,7 +211,7 @@ class Curate(RunConfig):
     guesses: Natural = 8        # answers without thinking: one that is right, and the prompt is left out; 0: none
     begin: str = "The answer"    # how an answer without thinking begins
     cap: Natural = 0            # most prompts of one family (or "domain"); 0: no limit
-    temperature: Positive = 1.0  # of sampling
+    temperature: Temperature = 1.0  # of sampling
     max_new: Count = 80         # longest answer, tokens
     batch: Count = 64           # prompts at a time
 
@@ -469,7 +469,7 @@ def label(cfg):
     path, part = run.folder / "pairs.jsonl", run.folder / "unfinished.json"
     start, made = json.loads(part.read_text(encoding="utf-8")) if run.left(part.name) else (0, [])
     for step in run.progress(start, math.ceil(n / cfg.batch)):
-        torch.manual_seed(cfg.seed * 1_000_003 + step)
+        seed_step(cfg.seed, step)
         rng = random.Random(f"labels {cfg.seed} {step}")
         records = stream.batch(step + skip, cfg.batch)[:n - step * cfg.batch]
         groups, metrics = scored_groups(records, policy, score, attributes, cfg, tok, amp, device)
@@ -641,7 +641,7 @@ def revise(cfg):
         return out
     made = []
     for step in run.progress(0, math.ceil(n / cfg.batch)):
-        torch.manual_seed(cfg.seed * 1_000_003 + step)
+        seed_step(cfg.seed, step)
         rng = random.Random(f"revise {cfg.seed} {step}")
         records = stream.batch(step, cfg.batch)[:n - step * cfg.batch]
         rows = [r | dict(first=text, response=text, critiques=[]) for r, text in zip(
@@ -730,7 +730,7 @@ def curate(cfg):
                             **how)
         return (judge([r for r in records for _ in range(k)], roll)[0].view(-1, k) > 0.5).float().mean(1).tolist()
     for step in run.progress(0, math.ceil(n / cfg.batch)):
-        torch.manual_seed(cfg.seed * 1_000_003 + step)
+        seed_step(cfg.seed, step)
         records = stream.batch(step, cfg.batch)[:n - step * cfg.batch]
         right = rates(records, cfg.k)
         guessed = rates(records, cfg.guesses, begin=begin) if cfg.guesses else [0] * len(records)
@@ -953,7 +953,7 @@ def overoptimize(cfg, folders):
     golds, proxies = [], []
     some = max(1, 512 // cfg.n)
     for step in run.progress(0, math.ceil(len(records) / some)):
-        torch.manual_seed(cfg.seed * 1_000_003 + step)
+        seed_step(cfg.seed, step)
         part = records[step * some:(step + 1) * some]
         with amp():
             roll = generate(policy, [tok.prompt(r["prompt"]) for r in part], tok, cfg.max_new, cfg.n, cfg.temperature)

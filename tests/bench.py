@@ -9,6 +9,7 @@ can be run in turn and compared. FLOPs count matmuls only: 2 per weight and toke
 attention; the peak is a large matmul of the same precision, measured on the spot.
 """
 import argparse
+import contextlib
 import json
 import resource
 import statistics
@@ -21,7 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import collate  # noqa: E402
-from model import (GPT, GPTConfig, Optimizer, generate, response_scores, setup, slices, token_logprobs)  # noqa: E402
+from model import (GPT, GPTConfig, Optimizer, generate, machine, response_scores, setup, slices,  # noqa: E402
+                   token_logprobs)
 import dpo  # noqa: E402
 import grpo  # noqa: E402
 import orpo  # noqa: E402
@@ -163,7 +165,8 @@ def items(args, model, device, amp):
 
 
 def bench(args):
-    device, amp = setup(args.device, args.dtype, args.threads)
+    with contextlib.redirect_stdout(sys.stderr):  # what it computes on is a part of the line of JSON, below
+        device, amp = setup(args.device, args.dtype, args.threads)
     torch.manual_seed(0)
     config = GPTConfig(**SIZES[args.size], n_scores=int(args.item == "reward"))
     model = GPT(config).to(device)
@@ -178,7 +181,8 @@ def bench(args):
               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     print(json.dumps(dict(
         what=args.item, peer="plainalign", size=args.size, dtype="bf16" if half else "fp32", batch=args.batch,
-        threads=torch.get_num_threads(), seconds=round(seconds, 4), seconds_min=round(best, 4),
+        machine=machine(device, args.dtype), threads=torch.get_num_threads(), seconds=round(seconds, 4),
+        seconds_min=round(best, 4),
         cpu_seconds=round(cpu, 4), tokens_per_s=round(tokens / seconds), peak_share=round(flops / seconds / peak, 3),
         peak_memory_mb=round(memory / 2 ** 20))), flush=True)
 

@@ -2013,6 +2013,19 @@ def test_guard_tells_a_mistake_in_one_line(capsys, monkeypatch):
         guard(lambda: 1 / 0)
 
 
+def test_out_of_memory_is_one_line_that_says_what_needs_less(capsys):
+    def fail(error): raise error
+    gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has ...")
+    for run in (lambda: torch.empty(10 ** 15), lambda: torch.empty(2 ** 40, 2 ** 40), lambda: fail(MemoryError()),
+                lambda: fail(gpu)):
+        with pytest.raises(SystemExit) as stop:
+            guard(run)
+        err = capsys.readouterr().err
+        assert stop.value.code == 1 and err.count("\n") == 1 and "--micro_tokens" in err
+    with pytest.raises(RuntimeError, match="shapes"):                       # a bug stays one
+        guard(lambda: fail(RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
+
+
 # ==== the run log
 
 def options(tmp_path, **more): return Options(out=str(tmp_path / "run"), **more)

@@ -4,6 +4,7 @@ Most models here are float64 with large random weights, so that "equal" can mean
 """
 import ast
 import base64
+import contextlib
 import copy
 import errno
 import io
@@ -817,6 +818,54 @@ def test_stream_gets_each_id_of_the_row_as_it_is_drawn():
     assert [1, 2] + got == roll.tokens[0, :roll.lengths[0]].tolist()
 
 
+@pytest.mark.parametrize("drop", [True, False])
+def test_the_stream_ends_with_the_end_token_however_seldom_the_sampler_looks(drop, monkeypatch):
+    # a GPU is asked every eighth step only: up to seven ids drawn after the end were shown
+    model = scripted([0, 3, 4, 5, END, 6, 7, 6, 7, 6, 7, 6, 7, 6, 7, 6])
+    for look in (1, 8):
+        monkeypatch.setitem(M.LOOK, "cpu", look)
+        got = []
+        roll = rollout(model, [[1, 2]], max_new=13, temperature=0, stream=got.append, drop_finished=drop)
+        assert got == [4, 5, END] and roll.finished.all() and roll.lengths == [5]
+
+
+def spoil(model, name, value):
+    model.get_parameter(name).data.flatten()[3] = value
+    return model
+
+
+@pytest.mark.parametrize("temperature", [0, .7, 1.0])
+@pytest.mark.parametrize("name, value", [("transformer.h.1.mlp.c_fc.weight", float("nan")),
+                                         ("transformer.ln_f.bias", float("inf")), ("transformer.wte.weight", 1e200)])
+def test_logits_that_are_no_numbers_stop_the_sampler_and_name_the_weight(name, value, temperature):
+    # "index 768 is out of bounds"
+    model = spoil(gpt(), name, value)
+    if value == 1e200:
+        model.transformer.wte.weight.data *= 1e200
+    for cut in (dict(), dict(top_k=3, top_p=.5), dict(n=2)):
+        with pytest.raises(UserError, match=name.replace(".", r"\.")) as error:
+            rollout(model, [[1, 2], [3]], temperature=temperature, **cut)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [dict(), dict(temperature=0), dict(top_k=2, top_p=.9)], ids=str)
+def test_a_draw_from_no_distribution_is_a_token_of_log_probability_nan(kind, dtype):
+    logits = torch.randn(5, V, dtype=dtype)
+    logits[1, 4], logits[3, 0], logits[4] = float("nan"), float("inf"), -float("inf")
+    token, logp = sample(logits, torch.rand(5, dtype=dtype), **kind)
+    assert ((token >= 0) & (token < V)).all() and logp.isnan().tolist() == [False, True, False, True, True]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-9])
+def test_a_temperature_that_is_next_to_nothing_is_refused_by_name(temperature):
+    with pytest.raises(data.OptionError, match="--temperature"):
+        rollout(gpt(), [[1]], temperature=temperature)
+    for tiny in (1e-6, 1e-3):                                               # and just above, it is all but greedy
+        cold, greedy = (rollout(gpt(dtype=torch.float32), RAGGED, temperature=t) for t in (tiny, 0))
+        assert torch.equal(cold.tokens, greedy.tokens) and cold.logp.isfinite().all()
+
+
 def test_slices_and_per_token_cover_every_row_once_and_change_nothing():
     # a row left out of a micro-batch keeps reference log-probs of 0
     model = gpt(block_size=48)
@@ -959,6 +1008,27 @@ def test_p49_an_answer_that_fills_the_context_still_has_a_reward(ids, tmp_path):
     for span in ("", "@answer"):
         total, _ = reward_of(words_judge(tmp_path / "rm")[1] + span)([dict(prompt=prompt[0])], roll)
         assert total.isfinite().all()
+
+
+@pytest.mark.parametrize("sums, spec", [(dict(a="{a}"), "{a}"), (dict(a="count + 2*{b}", b="3*{a} + count"), "2*{b}"),
+                                        (dict(a="{a}/../a"), "count + {a}")])
+def test_a_reward_txt_that_is_a_part_of_itself_is_one_clear_line(sums, spec, tmp_path):
+    folders = {name: tmp_path / name for name in "ab"}
+    for name, text in sums.items():
+        folders[name].mkdir()
+        (folders[name] / "reward.txt").write_text(text.format(**folders))
+    with pytest.raises(UserError, match="reward.txt.*itself"):
+        Reward.expand(spec.format(**folders))
+
+
+def test_a_reward_txt_may_be_named_twice_and_must_be_text(tmp_path):
+    for name, text in dict(a=f"2*{tmp_path / 'b'} + {tmp_path / 'b'}", b="count").items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "reward.txt").write_text(text)
+    assert [term.weight for term in Reward.expand(f"3*{tmp_path / 'a'}")] == [6, 3]
+    (tmp_path / "b" / "reward.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="reward.txt: cannot be read"):
+        Reward.expand(str(tmp_path / "a"))
 
 
 def test_a_language_model_is_refused_as_a_reward_model(tmp_path):
@@ -1174,6 +1244,14 @@ def equal_runs(a, b):
             and all(x[:3] == y[:3] and all(map(torch.equal, x[3], y[3])) for x, y in zip(a[0], b[0])))
 
 
+def test_the_largest_seed_there_is_seeds_every_step():
+    draws = []
+    for seed, step in ((2 ** 63 - 1, 0), (2 ** 63 - 1, 10 ** 6), (2 ** 62, 0)):
+        M.seed_step(seed, step)
+        draws.append(torch.rand(1).item())
+    assert len(set(draws)) == 3
+
+
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_p41_a_run_stopped_at_any_step_resumes_bit_identically(kind, tmp_path):
     # weights, optimizer, random numbers and carried state: each forgotten one changes the suffix a little
@@ -1378,6 +1456,15 @@ def with_header(header, data):
     return struct.pack("<Q", len(head)) + head + data
 
 
+def signed(header, data):
+    """The file of a header and data, with a checksum that fits: only the sense can be wrong."""
+    facts = header["__metadata__"]
+    if isinstance(facts, dict):
+        facts.pop("crc32", None)
+        facts["crc32"] = f"{zlib.crc32(data, zlib.crc32(json.dumps(header).encode())):08x}"
+    return with_header(header, data)
+
+
 def edited(edit):
     """A checkpoint whose header was changed: edit(header, its first tensor's entry, plainalign's own facts)."""
     def make(raw):
@@ -1387,7 +1474,7 @@ def edited(edit):
         edit(header, header["model/transformer.wte.weight"], meta)
         if header["__metadata__"] is kept:
             kept["plainalign"] = json.dumps(meta)
-        return with_header(header, data)
+        return signed(header, data)
     return make
 
 
@@ -1470,6 +1557,97 @@ def test_p46_fuzzed_checkpoints_load_or_are_a_user_error(saved):
     assert refused > 200
 
 
+def same_file(a, b):
+    """Whether two results of load_tensors are the same to the bit."""
+    (tensors, meta), (others, facts) = a, b
+    return meta == facts and tensors.keys() == others.keys() and all(
+        t.dtype == others[k].dtype and t.shape == others[k].shape and t.numpy().tobytes() == others[k].numpy().tobytes()
+        for k, t in tensors.items())
+
+
+def flip(raw, bit):
+    bad = bytearray(raw)
+    bad[bit // 8] ^= 1 << bit % 8
+    return bytes(bad)
+
+
+@pytest.mark.parametrize("where", ["length", "header", "data"])
+def test_a_bit_that_flips_anywhere_is_refused_or_harmless(saved, where):
+    # without a checksum every flip in the data loaded
+    path, rng = saved / "checkpoint.safetensors", random.Random(3)
+    raw, whole = path.read_bytes(), load_tensors(path)
+    whole = {k: t.clone() for k, t in whole[0].items()}, whole[1]
+    size, = struct.unpack("<Q", raw[:8])
+    first, last = dict(length=(0, 8), header=(8, 8 + size), data=(8 + size, len(raw)))[where]
+    harmless = 0
+    for _ in range(60):
+        path.write_bytes(flip(raw, rng.randrange(8 * first, 8 * last)))
+        try:
+            harmless += same_file(load_tensors(path), whole) or pytest.fail("another checkpoint loaded")
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+    assert harmless == 0 or where == "header" and harmless < 10
+
+
+def test_a_relabelled_dtype_a_missing_checksum_and_another_files_checksum_are_refused(saved):
+    path = saved / "checkpoint.safetensors"
+    raw = path.read_bytes()
+    header, content = header_of(raw)
+
+    def stripped(header):
+        del header["__metadata__"]["crc32"]
+    for change in (lambda h: h["model/score.bias"].update(dtype="I32"), stripped,
+                   lambda h: h["model/transformer.ln_f.bias"].update(dtype="I32"),
+                   lambda h: h["__metadata__"].update(crc32="00000000"), lambda h: h["__metadata__"].update(crc32=None),
+                   lambda h: h["__metadata__"].update(plainalign=h["__metadata__"]["plainalign"] + " ")):
+        other = json.loads(json.dumps(header))
+        change(other)
+        path.write_bytes(with_header(other, content))
+        with pytest.raises(UserError, match="damaged"):
+            load_tensors(path)
+    path.write_bytes(signed(header, content))
+    load_model(saved, TOK)
+
+
+def test_files_of_others_need_no_checksum(saved):
+    path = saved / "checkpoint.safetensors"
+    header, content = header_of(path.read_bytes())
+    for facts in ({}, {"format": "pt"}, None):
+        header["__metadata__"] = facts
+        path.write_bytes(with_header({k: v for k, v in header.items() if v is not None}, content))
+        assert len(load_tensors(path)[0]) == len(header) - 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("key", ["transformer.wpe.weight", "transformer.h.0.attn.c_attn.bias", "score.weight"])
+def test_a_weight_that_is_no_number_is_named_when_it_is_saved_and_when_it_is_read(key, value, saved):
+    path, model = saved / "checkpoint.safetensors", tiny()
+    before = path.read_bytes()
+    model.get_parameter(key).data.flatten()[-1] = value
+    with pytest.raises(UserError, match=f"{key}.*{value}"):
+        save_checkpoint(saved, dict(model=model), {}, {})
+    assert path.read_bytes() == before
+    tensors, meta = load_tensors(path)
+    tensors = {k: t.clone() for k, t in tensors.items()}
+    tensors["model/" + key].flatten()[-1] = value
+    save_tensors(path, tensors, meta)
+    with pytest.raises(UserError, match=f"{saved}.*{key}.*{value}"):
+        load_model(saved, TOK)
+
+
+@pytest.mark.parametrize("size", [10 ** 9, 10 ** 12, 10 ** 40])
+@pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd", "vocab_size", "n_scores", "block_size"])
+def test_p46_sizes_that_a_checkpoint_only_promises_take_no_memory(saved, name, size, monkeypatch):
+    # a thousand million layers: 2.3 GB, then the system ended the process
+    path = saved / "checkpoint.safetensors"
+    path.write_bytes(set_in("config", name, size)(path.read_bytes()))
+    monkeypatch.setattr(GPT, "to_empty", lambda *_, **__: pytest.fail("memory was taken"))
+    for n_scores in (None, 3):
+        with pytest.raises(UserError) as error:
+            load_model(saved, TOK, n_scores=n_scores)
+        assert "\n" not in str(error.value) and "damaged" not in str(error.value)
+
+
 # ------------------------------------------------------------------------------------------------ security
 
 
@@ -1536,6 +1714,67 @@ def test_setup_chooses_the_precision_of_the_matmuls():
     for dtype, want in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         with setup("cpu", dtype)[1]():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == want
+
+
+@pytest.mark.parametrize("name", ["foo", "", "cuda:x", "cuda:-1", "cuda:99999999999999999999", "meta", "mps", "cpu:7"])
+def test_a_device_that_is_none_is_one_clear_line(name):
+    with pytest.raises(data.OptionError, match="--device"):
+        setup(name)
+
+
+def test_a_gpu_that_is_not_there_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert M.find_device("auto") == torch.device("cuda") and M.find_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UserError, match="cuda:2.*2 CUDA devices"):
+        M.find_device("cuda:2")
+
+
+@pytest.mark.parametrize("amx, avx512, told, want", [
+    (True, True, "", "bf16"), (False, True, "", "bf16"), (True, None, "", "bf16"), (False, False, "", "fp32"),
+    (None, None, "", "fp32"), (True, True, "AVX512_CORE", "fp32"), (False, True, "avx2", "fp32"),
+    (False, True, "AVX512_CORE_BF16", "bf16"), (True, True, "ALL", "bf16")])
+@pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_auto_is_bf16_where_a_cpu_may_use_instructions_for_it(variable, amx, avx512, told, want, monkeypatch):
+    # with avx512_bf16 alone it took fp32
+    for name, has in (("_is_amx_tile_supported", amx), ("_is_avx512_bf16_supported", avx512)):
+        if has is None:                                                     # a PyTorch that has no such question
+            monkeypatch.delattr(torch.cpu, name, raising=False)
+        else:
+            monkeypatch.setattr(torch.cpu, name, lambda has=has: has, raising=False)
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, told)
+    assert M.precision(torch.device("cpu")) == want
+    with setup("cpu")[1]():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dict(bf16=torch.bfloat16, fp32=torch.float32)[want]
+    assert [M.precision(torch.device("cpu"), dtype) for dtype in ("fp32", "bf16")] == ["fp32", "bf16"]
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_auto_is_fp32_on_a_gpu_that_only_emulates_bf16(emulated, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: including_emulation or not emulated)
+    assert M.precision(torch.device("cuda")) == ("fp32" if emulated else "bf16")
+
+
+def test_a_run_says_on_what_it_computes_and_where_that_changes(toy_base, tmp_path, monkeypatch, capsys):
+    def part(steps_done):
+        """Train, interrupted after so many steps if it is told; what it says."""
+        real = data.Run.log
+
+        def log(self, step, *args, **metrics):
+            return killed() if step == steps_done else real(self, step, *args, **metrics)
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(data.Run, "log", log)
+            tune(tmp_path / "a", toy_base)
+        return capsys.readouterr()
+    first = part(2)
+    assert M.cpu_name() in first.out and "fp32" in first.out and "threads" not in first.out
+    assert "begun" not in part(3).err
+    monkeypatch.setattr(M, "cpu_name", lambda: "another CPU")
+    last = part(None)
+    assert "another CPU" in last.out and "begun" in last.err
 
 
 def test_chat_answers_every_piped_line_with_whole_characters(tmp_path):
@@ -1707,6 +1946,66 @@ def test_p46_lora_whose_base_changed_or_vanished_is_one_clear_line(how, match, t
     with pytest.raises(UserError, match=match) as error:
         load_model(tmp_path / "a", TOK)
     assert "\n" not in str(error.value) and "base" in str(error.value)
+
+
+ADAPTER = {f"{key} {value}": (key, value) for key, values in dict(
+    r=[-1, 0, 10 ** 9, 10 ** 40, None, "x", [], 2], alpha=[None, "x", [], 10 ** 400, float("nan"), float("inf")],
+    folder=[None, 5, [], "\0"], crc32=[None, "x", -1]).items() for value in values}
+
+
+@pytest.mark.parametrize("key, value", ADAPTER.values(), ids=[name[:20] for name in ADAPTER])
+def test_p46_what_an_adapter_only_promises_is_refused_in_one_line(key, value, tmp_path):
+    keep(tmp_path / "a", adapt(tmp_path))
+    path = tmp_path / "a" / "checkpoint.safetensors"
+    tensors, meta = load_tensors(path)
+    meta["adapter"]["model"][key] = value
+    save_tensors(path, tensors, meta)
+    with pytest.raises(UserError) as error:
+        load_model(tmp_path / "a", TOK)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key, value", [("n_scores", 10 ** 9), ("n_embd", 10 ** 9), ("n_layer", 10 ** 9),
+                                        ("block_size", 16 * 10 ** 9), ("vocab_size", 10 ** 12)])
+@pytest.mark.parametrize("foreign", [True, False])
+def test_p46_sizes_that_an_adapter_only_promises_take_no_memory(foreign, key, value, tmp_path):
+    if foreign:
+        model = load_model(hf(tmp_path / "base"), BYTES)
+        model.add_lora(2, 4)
+    else:
+        model = adapt(tmp_path)
+    keep(tmp_path / "a", model, tokenizer=BYTES.fingerprint if foreign else TOK.fingerprint)
+    path = tmp_path / "a" / "checkpoint.safetensors"
+    tensors, meta = load_tensors(path)
+    meta["config"]["model"][key] = value
+    save_tensors(path, tensors, meta)
+    for tok in ([None] if foreign else [None, TOK]):
+        with pytest.raises(UserError) as error:
+            load_model(tmp_path / "a", tok)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("adapter", [None, {"model": None}, [], "x", 3, {"model": 3}, {"model": []}], ids=str)
+def test_p46_a_null_adapter_ends_in_one_line_or_is_none(adapter, tmp_path):
+    training(tmp_path, stop=3)
+    path = tmp_path / "checkpoint.safetensors"
+    tensors, meta = load_tensors(path)
+    save_tensors(path, tensors, meta | dict(adapter=adapter))
+    for use in (lambda: load_model(tmp_path, TOK), lambda: training(tmp_path)):
+        try:
+            use()
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
+def test_p46_adapters_of_each_other_end_in_one_line(tmp_path):
+    keep(tmp_path / "a", adapt(tmp_path))
+    path = tmp_path / "a" / "checkpoint.safetensors"
+    tensors, meta = load_tensors(path)
+    meta["adapter"]["model"]["folder"] = str(tmp_path / "a")
+    save_tensors(path, tensors, meta)
+    with pytest.raises(UserError, match="has changed since"):
+        load_model(tmp_path / "a", TOK)
 
 
 @pytest.mark.parametrize("change", ["drop", "rename", "reshape", "add"])
@@ -2530,7 +2829,7 @@ def spoilt(config=None, drop=(), tensors=None, kind="safe", write=None):
     (spoilt(config=dict(vocab_size=257.0)), r"config.json: vocab_size is 257.0, and has to be"),
     (spoilt(config=dict(n_positions=16 * 10 ** 13)), r"wpe.weight is \(16, 8\), not"),
     (spoilt(config=dict(n_embd=2 ** 40)), r"wte.weight is missing, or not \(257, 1099511627776\)"),
-    (spoilt(config=dict(n_layer=10 ** 12)), r"2 layers, and config.json says 1000000000000"),
+    (spoilt(config=dict(n_layer=10 ** 12)), r"2 layers, and its config says 1000000000000"),
     (spoilt(tensors={"score.weight": torch.tensor(1.0)}), r"score"),
     (spoilt(tensors={"transformer.h.0.ln_1.bias": torch.ones(8, dtype=torch.complex64)}, kind="bin"), r"ln_1.bias is missing"),
     (spoilt(tensors={"transformer.ln_f.bias": torch.ones(8, device="meta")}, kind="bin"), r"something else than named"),
@@ -2538,7 +2837,7 @@ def spoilt(config=None, drop=(), tensors=None, kind="safe", write=None):
     (spoilt(kind="safe shards", write={"model.safetensors.index.json": b'{"weight_map": {}}'}), r"does not name files"),
     (spoilt(config=dict(tie_word_embeddings=False)), r"config.json: tie_word_embeddings is False"),
     (spoilt(config=dict(vocab_size=300)), r"wte.weight is missing, or not \(300, 8\)"),
-    (spoilt(config=dict(n_layer=3)), r"model.safetensors: 2 layers, and config.json says 3"),
+    (spoilt(config=dict(n_layer=3)), r"model.safetensors: 2 layers, and its config says 3"),
     (spoilt(config=dict(n_positions=32)), r"wpe.weight is \(16, 8\), not \(32, 8\)"),
     (spoilt(drop=["transformer.h.1.mlp.c_fc.weight"]), r"h.1.mlp.c_fc.weight is missing"),
     (spoilt(drop=["transformer.wte.weight"]), r"wte.weight is missing"),
@@ -2865,6 +3164,37 @@ def test_gpt2_import_and_export_write_over_no_model_and_know_its_tokenizer(tmp_p
         with pytest.raises(UserError, match="other was trained with another tokenizer"):
             run(cfg("b"), [str(tmp_path / "other")])
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("run, source", [(M.import_gpt2, "hf"), (M.export_gpt2, "run"), (M.merge, "run")])
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_import_export_and_merge_killed_at_any_file_run_again(run, source, call, tmp_path, monkeypatch, capsys):
+    # config.json was written first, and the next try found "another model"
+    monkeypatch.setattr(M.Tokenizer, "load", lambda name: BYTES)
+    hf(tmp_path / "hf")
+    M.import_gpt2(M.Convert(out=str(tmp_path / "run")), [str(tmp_path / "hf")])
+    want, real, done = bits(load_model(tmp_path / "run", BYTES)), getattr(os, call), False
+    for count in range(9):
+        out, left = tmp_path / f"out{count}", [count]
+
+        def once(*args):
+            left[0] -= 1
+            return real(*args) if left[0] >= 0 else killed()
+        cfg = M.Merge(out=str(out)) if run is M.merge else M.Convert(out=str(out))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, once)
+            try:
+                run(cfg, [str(tmp_path / source)])
+                done = True
+            except KeyboardInterrupt:
+                pass
+        if done:
+            break
+        with pytest.raises(UserError):                                       # half of it is no model
+            load_model(out, BYTES)
+        run(cfg, [str(tmp_path / source)])
+        assert bits(load_model(out, BYTES)) == want and not list(out.glob("*.part"))
+    assert done and count > 0
 
 
 def test_merge_names_the_folder_that_says_no_tokenizer(tmp_path):
