@@ -815,7 +815,7 @@ def test_label_train_compare(tiny, tmp_path, capsys):
     assert table[0]["proxy"] == table[1]["proxy"] != 0
     out = capsys.readouterr().out
     assert "reward.py train" in out and f"--data {tmp_path / 'pairs' / 'pairs.jsonl'}" in out
-    assert f"ppo.py --reward {tmp_path / 'rm'}" in out
+    assert "ppo.py" in out and f"--reward {tmp_path / 'rm'}" in out
     again = train(tmp_path / "rm", tiny, tmp_path / "pairs" / "pairs.jsonl", batch=8)
     assert again == log and "nothing to do" in capsys.readouterr().out
 
