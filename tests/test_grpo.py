@@ -841,7 +841,7 @@ LOOPS = {
     "some groups of equal rewards": dict(reward="half", group=3, prompts=4, epochs=2),
     "some groups of equal rewards, k2": dict(reward="half", adv="rloo", kl="k2", kl_coef=.5, epochs=2, per="constant"),
     "equal groups replaced": dict(reward="half", resample=3),
-    "equal groups replaced, now and then by none": dict(reward="half", resample=1, prompts=1, kl_coef=.3, steps=6),
+    "equal groups replaced, now and then by none": dict(reward="half", resample=1, prompts=1, kl_coef=.3, steps=12),
     "look-ahead": dict(tripwire="e", lookahead=.7, cuts=3, ahead=2),
     "a reward model": dict(reward="2*RM + vowels", adv="dr_grpo", per="constant"),
 }
