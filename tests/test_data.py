@@ -490,7 +490,7 @@ def test_text_files_are_one_document(tmp_path):
 
 
 GOOD_ROW = b'{"text": "a"}\n'
-BAD_ROWS = [     # the broken row, its valid twin, a word of the message
+BAD_ROWS = [     # the broken row, its valid twin, a word of the message where it is ours and not Python's
     (b'{"text": "a", "x": NaN}', b'{"text": "a", "x": "NaN"}', "float"),
     (b'{"text": "a", "x": [-Infinity]}', b'{"text": "a", "x": [-1]}', "float"),
     (b'{"text": "a", "x": 1e999}', b'{"text": "a", "x": 1e99}', "float"),
@@ -500,13 +500,12 @@ BAD_ROWS = [     # the broken row, its valid twin, a word of the message
     (b'{"text": "a", "\\udc00": 1}', b'{"text": "a", "\\u0063": 1}', "surrogate"),
     (b'{"text": "\xff"}', "{\"text\": \"\u00ff\"}".encode(), "utf-8"),
     (b'{"text": "\xed\xa0\x80"}', b'{"text": "\xed\x9f\xbf"}', "utf-8"),
-    (b'{"text": "a"', b'{"text": "a"}', "delimiter"),
-    (b"{'text': 'a'}", b'{"text": "a"}', "quotes"),
-    (b'{"text": "a",}', b'{"text": "a"}', "quotes"),
+    (b'{"text": "a"', b'{"text": "a"}', ""),
+    (b"{'text': 'a'}", b'{"text": "a"}', ""),
+    (b'{"text": "a",}', b'{"text": "a"}', ""),
     (b'["text"]', b'{"text": "a"}', "object, not list"),
     (b'"text"', b'{"text": "a"}', "object, not str"),
     (b'null', b'{"text": "a"}', "object, not NoneType"),
-    (b'{"text": "a", "x": ' + b"[" * 5000 + b"]" * 5000 + b"}", b'{"text": "a", "x": [[[[]]]]}', "recursion"),
 ]
 
 
@@ -518,10 +517,19 @@ def test_malformed_rows_name_file_and_line(tmp_path, bad, twin, word):
     with pytest.raises(UserError, match=r"^rows\.jsonl:3: ") as error:
         read_records(jsonl(bad))
     assert word in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"^rows\.json(\[1\]|:[456]): |^rows.json:1: .*recursion") as error:
+    with pytest.raises(UserError, match=r"^rows\.json(\[1\]|:[456]): ") as error:
         read_records(array(bad))
     # an object left open swallows the next row, so there the parser stumbles later and over something else
     assert (word in str(error.value) or bad == b'{"text": "a"') and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("opens, name", [(b"", "rows.jsonl"), (b"[", "rows.json")])
+def test_a_row_nested_deeper_than_python_reads_is_refused(tmp_path, opens, name):
+    """How deep that is, and what Python says of it, differ between its versions."""
+    row = b'{"text": "a", "x": ' + b"[" * 500_000 + b"]" * 500_000 + b"}"
+    with pytest.raises(UserError, match=rf"^{name}:1: ") as error:
+        read_records(write(tmp_path, opens + row + b"]" * len(opens), name))
+    assert len(str(error.value)) < 200 and "\n" not in str(error.value)
 
 
 def test_two_values_on_a_line(tmp_path):

@@ -23,6 +23,7 @@ import model as models
 from data import Tokenizer, UserError
 from dpo import LOSSES
 from model import GPT, GPTConfig, load_model, save_checkpoint
+from policies import bandit_policy, random_policy
 
 TOK = Tokenizer.load("toy")
 LN2 = math.log(2)
@@ -369,15 +370,7 @@ def save(folder, net):
 
 def network(seed=0, dropout=0.0, n_scores=0):
     """A random model, far from uniform, that ends about one response in three early and never samples padding."""
-    torch.manual_seed(seed)
-    net = GPT(GPTConfig(TOK.n_vocab, 64, 1, 2, 32, dropout=dropout, n_scores=n_scores))
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-        net.transformer.ln_f.weight[0], net.transformer.ln_f.bias[0] = 0.0, 1.0
-        net.transformer.wte.weight[:, 0], net.transformer.wte.weight[TOK.end, 0] = 0.0, 4.0
-        net.transformer.wte.weight[TOK.pad, 0] = -50.0
-    return net
+    return random_policy(seed, dropout=dropout, n_scores=n_scores)
 
 
 @pytest.fixture(scope="module")
@@ -1128,16 +1121,8 @@ ARMS, PI_REF = "abcd", (.4, .3, .2, .1)
 
 @pytest.fixture(scope="module")
 def bandit(tmp_path_factory):
-    """A policy that says a, b, c, d with π_ref whatever the prompt: logits = wte @ b with b the bias of ln_f."""
-    torch.manual_seed(0)
-    net = GPT(GPTConfig(TOK.n_vocab, 16, 1, 2, 16))
-    t = net.transformer
-    with torch.no_grad():
-        t.ln_f.weight.zero_(), t.ln_f.bias.zero_()
-        t.ln_f.bias[0], t.wte.weight[:, 0] = 5.0, -6.0                   # logit -30: as good as impossible
-        for arm, p in zip(ARMS, PI_REF):
-            t.wte.weight[TOK.encode(arm)[0], 0] = math.log(p) / 5
-    return save(tmp_path_factory.mktemp("bandit"), net)
+    """A policy that says a, b, c, d with π_ref."""
+    return save(tmp_path_factory.mktemp("bandit"), bandit_policy(dict(zip(ARMS, PI_REF))))
 
 
 def arms(folder, name="model"):

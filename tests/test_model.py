@@ -40,7 +40,6 @@ from model import (GPT, Cache, GPTConfig, Optimizer, Reward, attend, clone, gene
 ROOT = Path(M.__file__).parent
 PAD, END, V = 0, 10, 11
 TOK = SimpleNamespace(pad=PAD, end=END, fingerprint="eleven")
-torch.set_num_threads(1)
 
 # ------------------------------------------------------------------------------------------------ helpers, oracles
 
@@ -3064,6 +3063,7 @@ def pickled(content):
     return file.getvalue()
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant")  # of some versions of torch, for the sparse one
 @pytest.mark.parametrize("make, match", [
     (spoilt(config=dict(layer_norm_epsilon=1e-6)), r"config.json: layer_norm_epsilon is 1e-06"),
     (spoilt(config=dict(scale_attn_weights=False)), r"config.json: scale_attn_weights is False"),

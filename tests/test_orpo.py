@@ -21,6 +21,7 @@ import model as models
 import orpo
 from data import Tokenizer, preference_items
 from model import GPT, GPTConfig, load_model, load_tensors, save_checkpoint
+from policies import random_policy
 
 TOK = Tokenizer.load("toy")
 QUICK = dict(device="cpu", dtype="fp32", warmup=0, max_new=4, save_every=1000, eval_every=1000)
@@ -36,12 +37,7 @@ def save(folder, net, **meta):
 
 def checkpoint(folder, seed=0, n_scores=0):
     """A random model, far from uniform."""
-    torch.manual_seed(seed)
-    net = GPT(GPTConfig(TOK.n_vocab, 64, 1, 2, 32, n_scores=n_scores))
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return save(folder, net)
+    return save(folder, random_policy(seed, n_scores=n_scores))
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import model as models
 import ppo
 from data import Tokenizer, parse
 from model import GPT, GPTConfig, load_model, save_checkpoint
+from policies import bandit_policy, random_policy
 
 TOK = Tokenizer.load("toy")
 QUICK = dict(device="cpu", dtype="fp32", data="toy", families="write", steps=2, prompts=6, max_new=6, micro_tokens=64,
@@ -43,17 +44,9 @@ def save(folder, net, **meta):
     return str(folder)
 
 
-def checkpoint(folder, seed=0, n_scores=0, n_layer=1, end=4.0):
+def checkpoint(folder, seed=0, **options):
     """A random model, far from uniform, that ends about one response in three early and never samples padding."""
-    torch.manual_seed(seed)
-    net = GPT(GPTConfig(TOK.n_vocab, 64, n_layer, 2, 32, n_scores=n_scores))
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-        net.transformer.ln_f.weight[0], net.transformer.ln_f.bias[0] = 0.0, 1.0
-        net.transformer.wte.weight[:, 0], net.transformer.wte.weight[TOK.end, 0] = 0.0, end
-        net.transformer.wte.weight[TOK.pad, 0] = -50.0
-    return save(folder, net)
+    return save(folder, random_policy(seed, **options))
 
 
 @pytest.fixture(scope="module")
@@ -508,7 +501,7 @@ LOOPS = {
     "k2, entropy, clipped score": dict(
         kl="k2", kl_coef=.5, whiten=False, entropy_coef=.1, clip_reward=.5, missing_end=.3, epochs=3, lr=2e-3),
     "k3, running score, no value clip, a reward model, critic warm-up": dict(
-        kl="k3", kl_coef=.5, normalize_reward=True, value_clip=0.0, epochs=2, lr=2e-3, reward="0.5*RM + vowels",
+        kl="k3", kl_coef=.5, normalize_reward=True, value_clip=0.0, epochs=2, lr=5e-3, reward="0.5*RM + vowels",
         temperature=1.3, critic_warmup=1),
 }
 
@@ -765,16 +758,9 @@ ARMS, PI_REF = "abcd", (.4, .3, .2, .1)
 
 @pytest.fixture(scope="module")
 def bandit(tmp_path_factory):
-    """A policy that says a, b, c, d with π_ref whatever the prompt: logits = wte @ b with b the bias of ln_f."""
+    """A policy that says a, b, c, d with π_ref."""
     folder = tmp_path_factory.mktemp("bandit")
-    torch.manual_seed(0)
-    net = GPT(GPTConfig(TOK.n_vocab, 16, 1, 2, 16))
-    t = net.transformer
-    with torch.no_grad():
-        t.ln_f.weight.zero_(), t.ln_f.bias.zero_()
-        t.ln_f.bias[0], t.wte.weight[:, 0] = 5.0, -6.0                   # logit -30: as good as impossible
-        for arm, p in zip(ARMS, PI_REF):
-            t.wte.weight[TOK.encode(arm)[0], 0] = math.log(p) / 5
+    net = bandit_policy(dict(zip(ARMS, PI_REF)))
     (folder / "prompts.jsonl").write_text("\n".join([json.dumps(dict(prompt="?"))] * 40))
     return save(folder, net), str(folder / "prompts.jsonl")
 
@@ -797,18 +783,19 @@ def test_bandit_starts_at_the_reference(bandit):
 
 F2 = [  # kl, β, whitening, where it must arrive; k1 has no noise left there, k2 and k3 have, so they need more samples
     ("k1", 1.0, True, [.085073, .173439, .314304, .427184], dict(steps=40, prompts=96, lr=1e-2)),    # π_ref e^(r/β) / Z
-    ("k2", 1.0, False, [.085073, .173439, .314304, .427184], dict(steps=60, prompts=256, lr=5e-3)),  # the same
-    ("k3", 2.0, False, [.219513, .226892, .243245, .310350], dict(steps=45, prompts=96, lr=1e-2)),  # βπ_ref/(β+r̄-r)
+    ("k2", 1.0, False, [.085073, .173439, .314304, .427184], dict(steps=80, prompts=256, lr=5e-3)),  # the same
+    ("k3", 2.0, False, [.219513, .226892, .243245, .310350], dict(steps=80, prompts=64, lr=1e-2)),   # βπ_ref/(β+r̄-r)
 ]
 
 
 @pytest.mark.parametrize("kl, beta, whiten, target, options", F2, ids=["k1", "k2", "k3"])
 def test_bandit_fixed_point(kl, beta, whiten, target, options, bandit, tmp_path, monkeypatch):
-    """The real loop, to its end. k3 in the loss is no KL penalty: it does not arrive at the tilt of β = 2."""
+    """The real loop, to its end: within .006 (three seeds). k3 in the loss is no KL penalty: it does not arrive at the
+    tilt of β = 2."""
     monkeypatch.setitem(data.VERIFIERS, "arm", lambda record, text, finished: ARMS.index(text))
     init, prompts = bandit
     train(tmp_path / "a", init, data=prompts, reward="arm", kl=kl, kl_coef=beta, whiten=whiten, max_new=1, epochs=1,
-          missing_end=0.0, micro_tokens=2048, critic_lr=3e-2, **options)
+          missing_end=0.0, micro_tokens=2048, critic_lr=3e-2, lr_end=0.0, **options)
     final = arms(tmp_path / "a")
     assert (final - torch.tensor(target)).abs().max() < .02
     torch.testing.assert_close(tilt(2.0), torch.tensor([.212039, .262195, .288191, .237574]), atol=1e-6, rtol=0)

@@ -20,24 +20,17 @@ import model as models
 import reward
 from data import Tokenizer, encode
 from model import GPT, GPTConfig, Reward, Rollout, generate, load_model, response_scores, save_checkpoint
+from policies import random_policy
 
 TOK = Tokenizer.load("toy")
 CPU = dict(device="cpu", dtype="fp32")
 QUICK = CPU | dict(warmup=0, save_every=1000, eval_every=1000)
 
 
-def checkpoint(folder, seed=0, n_scores=0, end=4.0, says="", block=64):
-    """A random model that ends about one response in three early and never samples padding; with says: little else
-    than these letters."""
-    torch.manual_seed(seed)
-    net = GPT(GPTConfig(TOK.n_vocab, block, 1, 2, 32, n_scores=n_scores))
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-        net.transformer.ln_f.weight[0], net.transformer.ln_f.bias[0] = 0.0, 1.0
-        net.transformer.wte.weight[:, 0] = 0.0
-        net.transformer.wte.weight[TOK.end, 0], net.transformer.wte.weight[TOK.pad, 0] = end, -50.0
-        net.transformer.wte.weight[TOK.encode(says), 0] = end
+def checkpoint(folder, seed=0, **options):
+    """A random model that ends about one response in three early and never samples padding; says="ae": nothing but
+    these letters."""
+    net = random_policy(seed, **options)
     save_checkpoint(folder, dict(model=net), {}, dict(step=0, done=True, state={}, tokenizer=TOK.fingerprint))
     return str(folder)
 
@@ -55,7 +48,14 @@ def judge(tmp_path_factory):
 @pytest.fixture(scope="module")
 def roomy(tmp_path_factory):
     """With room for a question about answers."""
-    return checkpoint(tmp_path_factory.mktemp("roomy"), 5, block=256)
+    return checkpoint(tmp_path_factory.mktemp("roomy"), 5, block_size=256)
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -353,7 +353,7 @@ def label(out, policy, **options):
 def test_label_best_first_without_unfinished_or_duplicate_answers(k, tmp_path, monkeypatch):
     rolls, real = [], reward.generate
     monkeypatch.setattr(reward, "generate", lambda *args: rolls.append(real(*args)) or rolls[-1])
-    rows = label(tmp_path / "a", checkpoint(tmp_path / "abc", says="ae", end=9.0), k=k, max_new=3, n=104, batch=48)
+    rows = label(tmp_path / "a", checkpoint(tmp_path / "abc", says="ae"), k=k, max_new=3, n=104, batch=48)
     said = [answer for roll in rolls for answer in zip(roll.responses(TOK), roll.finished.tolist())]
     groups = [[text for text, done in said[i:i + k] if done and text.strip()] for i in range(0, 104 * k, k)]
     assert [len(roll.tokens) // k for roll in rolls] == [48, 48, 8]                   # the last batch is what is left
@@ -388,7 +388,7 @@ def test_label_flip_and_seed(tmp_path, tiny):
 
 def test_label_with_nothing_finished_is_one_clear_line(tmp_path):
     with pytest.raises(data.UserError):
-        label(tmp_path / "a", checkpoint(tmp_path / "never", end=-50.0), n=4, max_new=2)
+        label(tmp_path / "a", checkpoint(tmp_path / "never", end=0.0), n=4, max_new=2)
 
 
 # ---------------------------------------------------------------- scores
@@ -403,7 +403,7 @@ def test_score_ignores_padding_batch_mates_and_end_tokens_in_the_prompt(judge):
     assert any(TOK.end in ids[:ids.index(TOK.role["assistant"], 6)] for ids, _ in rows[4:])
     net = load_model(judge)
     alone = [net.score(net(torch.tensor([ids]))[0, -1]).item() for ids, _ in rows]
-    assert len({round(x, 3) for x in alone}) == len(rows)
+    assert len({round(x, 4) for x in alone}) == len(rows)
     with torch.no_grad():
         for order in (range(8), [7, 0], [3], [2, 6, 1]):
             tokens, mask = data.collate([rows[i] for i in order], TOK)
@@ -517,14 +517,16 @@ def ranked(*answers, n=40, **more):
 def test_training_recovers_known_gaps(tiny, tmp_path):
     """The real loop on the pairs of F2's bandit, both orders as often as Bradley-Terry says: gaps 1, 2, 3."""
     arms, rows = "abcd", []
+    often = {1: (11, 15), 2: (22, 25), 3: (20, 21)}                      # σ(1) = .731, σ(2) = .881, σ(3) = .953
     for i, j in itertools.combinations(range(4), 2):
-        won = round(148 * sigmoid(j - i))                                # of 148: close to whole numbers
-        rows += ranked(arms[j], arms[i], n=won) + ranked(arms[i], arms[j], n=148 - won)
+        won, n = often[j - i]
+        rows += ranked(arms[j], arms[i], n=won) + ranked(arms[i], arms[j], n=n - won)
     random.Random(0).shuffle(rows)
-    for place in range(19, len(rows) * 20 // 19, 20):                    # every 20th is held out: let it be a spare
+    n = len(rows)
+    for place in range(19, n * 20 // 19, 20):                            # every 20th is held out: let it be a spare
         rows.insert(place, ranked("a", "d", n=1)[0])
     path = write(tmp_path / "pairs.jsonl", rows)
-    train(tmp_path / "rm", tiny, path, batch=888, epochs=50.0, lr=1e-2, weight_decay=0.0, optimizer="adamw")
+    train(tmp_path / "rm", tiny, path, batch=n, epochs=50.0, lr=1e-2, weight_decay=0.0, optimizer="adamw")
     a, b, c, d = score(tmp_path / "rm", *arms)
     assert [b - a, c - a, d - a] == pytest.approx([1, 2, 3], abs=.05)
 
@@ -581,13 +583,14 @@ def test_ragged_rankings_against_a_loop(judge, tmp_path, monkeypatch):
         close(p, g, atol=1e-4)
 
 
-def test_micro_batches_change_nothing(judge, tmp_path):
+def test_micro_batches_change_nothing(judge, tmp_path, float64):
+    """In float64: AdamW's first steps are as long for a gradient that is all rounding as for any other."""
     path = write(tmp_path / "p.jsonl", rankings())
     small, large = (train(tmp_path / str(n), judge, path, micro_tokens=n, batch=16, eval_every=2, lr=1e-5)
                     for n in (64, 100_000))
     for a, b in zip(small, large):
         for key in a.keys() - {"seconds", "val_gold"}:
-            assert a[key] == pytest.approx(b[key], abs=2e-5, rel=1e-4), key
+            assert a[key] == pytest.approx(b[key], abs=1e-9, rel=1e-9), key
 
 
 def test_pairs_all_and_split_count_differently(judge, tmp_path):
@@ -713,7 +716,7 @@ def test_compare_with_several_samples_scales_with_test_time(letters, tmp_path, m
     monkeypatch.setitem(data.VERIFIERS, "right", lambda record, text, finished: finished and text.count("a") % 2 == 1)
     calls = spied(monkeypatch)
     options = dict(judge="right", proxy="vowels", max_new=4, families="write,safe", on="write,safe", n=35)
-    other = checkpoint(tmp_path / "other", 7, says="aeo", end=8.0)
+    other = checkpoint(tmp_path / "other", 7, says="aeo")
     table = compare([letters, other], tmp_path, samples=6, **options)
     rolls = [roll for _, roll in calls if len(roll.tokens) > 35]
     assert [len(roll.tokens) for roll in rolls] == [64 * 6, 6 * 6] * 2               # 70 prompts of both families
@@ -910,7 +913,7 @@ def sampled(monkeypatch, k):
 @pytest.fixture(scope="module")
 def letters(tmp_path_factory):
     """A policy of two letters: its short answers repeat, and tie."""
-    return checkpoint(tmp_path_factory.mktemp("letters"), says="ae", end=7.0)
+    return checkpoint(tmp_path_factory.mktemp("letters"), says="ae")
 
 
 def rows_of(folder, policy, **options):
@@ -1609,7 +1612,7 @@ def test_training_on_ratings_explains_each_attribute(tiny, tmp_path):
     rate = lambda t: [float("red" in t), 3.0 - 2 * ("soft" in t)]
     rows = [dict(prompt=user("?"), response=t, ratings=rate(t)) for t in (text() for _ in range(300))]
     path = write(tmp_path / "r.jsonl", rows)
-    log = train(tmp_path / "rm", tiny, path, loss="ratings", heads=2, epochs=8.0, **LEARN)
+    log = train(tmp_path / "rm", tiny, path, loss="ratings", heads=2, epochs=20.0, **LEARN)
     assert log[-1]["val_r2/0"] > .9 and log[-1]["val_r2/1"] > .9 and "val_accuracy" not in log[-1]
     net, held = load_model(tmp_path / "rm"), rows[19::20]
     assert net.config.n_scores == 2
@@ -2150,7 +2153,7 @@ def test_a_critic_without_room_for_the_question_is_not_asked(tiny, tmp_path, mon
     """Of a long and a short prompt; nor is it where no answer of a batch was finished."""
     asked = scripted(monkeypatch, lambda text: None if text == "Q 3" else scene(text) if "Q" in text else "A9")
     path = write(tmp_path / "q.jsonl", [dict(prompt="Q 1"), dict(prompt="cup " * 30), dict(prompt="Q 3")])
-    small = checkpoint(tmp_path / "small", 5, block=96)
+    small = checkpoint(tmp_path / "small", 5, block_size=96)
     rows = revise(tmp_path / "a", tiny, small, path, batch=1)
     room = [len(TOK.prompt(user(text))) for who, texts in asked for text in texts if who == small]
     assert [row["prompt"][0]["content"] for row in rows] == ["Q 1"] and len(room) in (2, 3) and max(room) + 20 <= 96

@@ -741,7 +741,7 @@ def optimum(said, ref, kl_coef, ent_coef):
 def test_f2_the_best_quantile_is_worth_its_exact_mean(plain_pool, tmp_path):
     """2.50 where the pool, and π_ref, are worth 1.00; and each of the others its own."""
     assert worth(arms(plain_pool)) == pytest.approx(1.0, abs=.06)
-    cfg, _ = fit(tmp_path, data=pool(tmp_path / "d.jsonl", 5), init=plain_pool, **BANDIT)
+    cfg, _ = fit(tmp_path, data=pool(tmp_path / "d.jsonl", 5), init=plain_pool, **BANDIT | dict(steps=120))
     got = [worth(arms(cfg.out, f"Quality {q}.")) for q in range(1, 6)]
     assert got == pytest.approx([0, 0, 1, 1.5, 2.5], abs=.1)
     assert got[4] == pytest.approx(2.5, abs=.06)
