@@ -2244,6 +2244,8 @@ class Run:
     """One folder a run: config.json, metrics.jsonl, samples/, checkpoint.safetensors, and summary.json at its end."""
 
     def __init__(self, cfg, tok):
+        if not cfg.out:
+            raise OptionError("--out: name the folder of the run")
         self.cfg, self.folder, self.seed, self.fingerprint = cfg, Path(cfg.out), cfg.seed, tok.fingerprint
         # Where a run goes on need not be where it began (only there do the bits agree), and may save more often.
         free = ("out", "overwrite", "device", "threads", "save_every")

@@ -2128,6 +2128,11 @@ def test_a_damaged_log_loses_no_row_in_silence_and_doubles_none(tmp_path, capsys
     assert ("missing or damaged" in told) == (rest != [0, 1, 2]) and (f" {3 - len(rest)} are" in told or rest == [0, 1, 2])
 
 
+def test_a_run_without_a_folder_is_refused():
+    with pytest.raises(OptionError, match="--out"):
+        Run(Options(), TOK)
+
+
 def test_a_finished_run_gives_its_rows_again(tmp_path):
     run = go(cfg := options(tmp_path))
     assert run.finish(()) == rows(cfg) == Run(cfg, TOK).rows and len(rows(cfg)) == 5
