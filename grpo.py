@@ -19,7 +19,8 @@ responses). Only its gradient matters.
     python grpo.py --adv dr_grpo --per constant    Dr. GRPO
     python grpo.py --reward out/reward --families write --kl k2 --kl_coef 0.05 --out out/grpo_write
 
-On the toy, 2 CPU cores: a minute; held-out sums .54 -> .93 sampled, .43 -> .97 greedy; .34 -> .99 think (three seeds).
+On the toy, 2 CPU cores with AMX, bf16: a minute; held-out sums .54 -> .93 sampled, .43 -> .97 greedy; .34 -> .99 think
+(three seeds).
 README, "What the numbers mean", explains each metric, and what a collapse looks like.
 """
 import math
