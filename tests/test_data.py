@@ -2594,8 +2594,8 @@ def test_no_text_however_long_stalls_a_verifier(name):
 
 def test_it_shows_every_family_with_its_gold(monkeypatch, capsys):
     code, out, err = told(capsys, script(monkeypatch, "data.py", "--n", "2"))
-    assert not code and not err and [f"── {f} ──" in out for f in FAMILIES] == [True] * 4
-    assert len(re.findall(r"gold -?\d+\.\d\d, \d+ tokens", out)) == 8
+    assert not code and not err and all(f"── {f} ──" in out for f in FAMILIES)
+    assert len(re.findall(r"gold -?\d+\.\d\d, \d+ tokens", out)) == 2 * len(FAMILIES)
     code, out, _ = told(capsys, script(monkeypatch, "data.py", "--families", "safe,fmt"))
     assert not code and "safe" in out and "── arith" not in out
     code, _, err = told(capsys, script(monkeypatch, "data.py", "--families", "safe,math"))
@@ -2908,8 +2908,8 @@ def test_verdicts_points_and_classes_are_one_token_each():
 
 
 def test_questions_about_answers_come_by_name_only():
-    assert FAMILIES == ("arith", "write", "safe", "fmt") and family_list("") == list(FAMILIES)
-    assert family_list(",".join(QUESTIONS)) == list(QUESTIONS) == [name for name in WORLD if name not in FAMILIES]
+    assert family_list("") == list(FAMILIES) and not set(FAMILIES) & set(QUESTIONS)
+    assert family_list(",".join(QUESTIONS)) == list(QUESTIONS) and set(QUESTIONS) < set(WORLD)
     rng = random.Random(0)
     assert {draw_family(family_list(""), rng) for _ in range(500)} == set(FAMILIES)
     drawn = Counter(draw_family(list(QUESTIONS), rng) for _ in range(3000))
@@ -2934,9 +2934,13 @@ def test_the_same_seed_asks_the_same_questions_in_another_process():
     assert tasks("train", "judge", 20, seed=0) != tasks("train", "judge", 20, seed=1)
 
 
-def test_questions_are_in_no_document_and_the_toy_tokenizer_is_the_published_one():
+@pytest.mark.skipif(FAMILIES != ("arith", "write", "safe", "fmt"), reason="other families, another tokenizer")
+def test_the_toy_tokenizer_is_the_published_one():
     """Its checkpoints could not be read otherwise."""
     assert TOK.fingerprint == "toy-22554fc5aa01" and len(data.toy_ranks()) == 763
+
+
+def test_questions_are_in_no_document():
     rng = random.Random(2)
     texts = "\n".join(words(toy_document(rng)) for _ in range(1000))
     assert not any(mark in texts for mark in (*ASKS.values(), "Answer", "Prompt:", "Revision", "Better", data.RULE,

@@ -36,6 +36,7 @@ from data import Tokenizer, UserError, collate, pack
 from model import (GPT, Cache, GPTConfig, Optimizer, Reward, attend, clone, generate, load_model, load_tensors,
                    per_token, response_scores, sample, save_checkpoint, save_tensors, setup, slices, steps,
                    token_logprobs, token_scores)
+from policies import NOTHING, teach
 
 ROOT = Path(M.__file__).parent
 PAD, END, V = 0, 10, 11
@@ -146,15 +147,19 @@ def check_logps(model, roll, temperature=1.0, tol=1e-10):
         close(logp, want, tol)
 
 
-def scripted(plan, **size):
-    """A model that is certain to put plan[p] at position p, whatever came before."""
-    model = gpt(std=0, block_size=len(plan), **size)
-    code = {token: i for i, token in enumerate(dict.fromkeys(plan))}
-    for token, i in code.items():
-        model.transformer.wte.weight.data[token, i] = 1
-    for p, token in enumerate(plan[1:]):
-        model.transformer.wpe.weight.data[p, code[token]] = 100
-    model.transformer.ln_f.weight.data.fill_(20)
+def scripted(prompts, answers, **size):
+    """A model that is certain to go on from each of these prompts as told."""
+    model = gpt(**size)
+    tokens, mask = collate([(p + a, [0] * len(p) + [1] * len(a)) for p, a in zip(prompts, answers)], TOK)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = -token_logprobs(model, tokens, mask).sum()
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    assert closure() < .01
     return model
 
 
@@ -682,9 +687,11 @@ def test_p02_the_pad_id_never_reaches_a_prompt_or_a_sample():
 def test_p18_p34_finished_and_truncated_rows_and_nothing_after_the_end(drop):
     # end in the last slot, absent, or only in the prompt; a token after the end would be trained
     plan = [1, 2, 3, 4, 5, 6, 7, 8, END, 1, 2, 3, 4, 5, 6, 7]
-    model = scripted(plan)
-    prompts = [[9] * 3, [9] * 4, [9] * 5, [9] * 8, [9] * 9, [END] * 2, [9, END, 9, 9, END], [9] * 13, [9] * 15]
-    want = [5, 5, 4, 1, 5, 5, 4, 3, 1]                      # tokens of each response at max_new 5
+    first = [1, 2, 3, 4, 5, END, END, 6, 7]
+    rest = [[9] * n for n in (2, 3, 4, 7, 8)] + [[END], [9, 9, END]] + [[9] * n for n in (12, 14)]
+    prompts = [[token] + more for token, more in zip(first, rest)]
+    model = scripted(prompts, [plan[len(p):] for p in prompts])
+    want = [5, 5, 4, 1, 5, 5, 5, 3, 1]                      # tokens of each response at max_new 5
     ends = [False, True, True, True, False, False, True, False, False]
     roll = rollout(model, prompts, 5, drop_finished=drop)
     assert roll.finished.tolist() == ends and roll.lengths == [len(p) + n for p, n in zip(prompts, want)]
@@ -1140,7 +1147,7 @@ def test_muon_orthogonalises_the_step_of_hidden_matrices_and_adamw_takes_the_res
             hidden += 1
             u, s, vt = torch.linalg.svd(grads[name], full_matrices=False)
             ortho = u.T @ step @ vt.T / (muon_lr * max(1, p.shape[0] / p.shape[1]) ** .5)   # diagonal, about 1
-            assert (ortho.diag() > .4).all() and (ortho.diag() < 1.4).all()
+            assert (ortho.diag()[s > .1 * s[0]] > .4).all() and (ortho.diag() < 1.4).all()
             assert (ortho - ortho.diag().diag()).abs().max() < .05
         else:
             close(step, lr * grads[name].sign(), 1e-5)
@@ -1787,9 +1794,8 @@ def test_a_run_says_on_what_it_computes_and_where_that_changes(toy_base, tmp_pat
 def test_chat_answers_every_piped_line_with_whole_characters(tmp_path):
     # printed byte by byte, é is two question marks
     tok, said = Tokenizer.load("toy"), "é€😀 ok"
-    start = len(tok.prompt([dict(role="user", content="hi")]))
-    plan = [0] * start + tok.response(said)
-    model = scripted(plan + [0] * (-len(plan) % 16), vocab_size=tok.n_vocab, n_embd=32, n_layer=1)
+    model = scripted([tok.prompt([dict(role="user", content="hi")])], [tok.response(said)], vocab_size=tok.n_vocab,
+                     block_size=64, n_embd=32, n_layer=1)
     save_checkpoint(tmp_path, dict(model=model.float()), {}, dict(tokenizer=tok.fingerprint))
     done = subprocess.run([sys.executable, "model.py", str(tmp_path)], input="hi\n\nhi\n".encode(), cwd=ROOT,
                           env=os.environ | {"PYTHONIOENCODING": "utf-8"}, capture_output=True, timeout=120)
@@ -2065,7 +2071,7 @@ def test_lora_bias_trains_biases_and_norms_too_at_their_own_rate(tmp_path):
     model = adapt(tmp_path, bias=True, stir=0)
     model.vector_lr = .5
     before, opt = copy.deepcopy(model.state_dict()), Optimizer(model, .01, 10, weight_decay=0)
-    assert len(vectors(before)) == 2 * 2 * (2 + 4) - 8 + 2 == 18      # a layer: 4 linears and 2 norms; the last norm
+    assert vectors(before) == {n for n, t in before.items() if t.ndim == 1}
     assert torch.equal(logps(model), logps(gpt(dtype=torch.float32)))
     train_a_little(model, opt, 0, 1)
     moved = {n: float((t - before[n]).abs().max()) for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
@@ -2086,14 +2092,14 @@ def test_lora_bias_off_is_the_base_to_the_bit_within_one_autocast_too(tmp_path):
                 assert torch.equal(logps(model), base)
             assert torch.equal(logps(model), tuned) and (tuned - base).abs().max() > .1
     names = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert vectors(names) == vectors(model.state_dict()) and len(names) == 18 + 16
+    assert vectors(names) == vectors(model.state_dict()) and len(names) == len(vectors(names)) + 16
 
 
 def test_lora_bias_is_saved_with_the_adapter_and_loads_as_the_merged_model(tmp_path):
     model = adapt(tmp_path, bias=True)
     keep(tmp_path / "a", model)
     tensors, _ = load_tensors(tmp_path / "a" / "checkpoint.safetensors")
-    assert len(tensors) == 16 + 18 and len(vectors(tensors)) == 18
+    assert len(tensors) == 16 + len(vectors(tensors)) and len(vectors(tensors)) > 8
     loaded, merged = load_model(tmp_path / "a", TOK), model.merge_lora()
     assert all(torch.equal(t, loaded.state_dict()[n]) for n, t in merged.state_dict().items())
     assert not merged.vectors and not loaded.vectors
@@ -2115,7 +2121,7 @@ def test_lora_bias_run_resumes_bit_for_bit(toy_base, tmp_path, monkeypatch):
         tune(tmp_path / "b", toy_base, **options)
     assert tune(tmp_path / "b", toy_base, **options) == whole
     a, b = (load_tensors(tmp_path / name / "checkpoint.safetensors")[0] for name in "ab")
-    assert a.keys() == b.keys() and len(a) == 8 + 10 and all(torch.equal(a[k], b[k]) for k in a)
+    assert a.keys() == b.keys() and len(a) == 8 + len(vectors(a)) and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_lora_of_a_new_model_is_refused(tmp_path):
@@ -2416,14 +2422,13 @@ def test_rate_is_the_expected_points_of_a_language_model_as_minus_1_to_1(budget,
         p = odds(model, turn(f"Prompt: {p[0]['content']}\nAnswer: {text}\nHow good is it, from 0 to 5?"), "012345")
         want.append(sum(n * share for n, share in enumerate(p)) / 5 * 2 - 1)
     close(parts[f"{name}@rate"], want, 1e-4), close(total, [2 * x for x in want], 1e-4)
-    assert list(parts) == [f"{name}@rate"] and max(want) - min(want) > .01 and all(-1 < x < 1 for x in want)
+    assert list(parts) == [f"{name}@rate"] and max(want) - min(want) > 1e-3 and all(-1 < x < 1 for x in want)
 
 
 def test_rate_of_a_certain_grader_is_minus_1_to_1_at_the_ends(tmp_path):
     for n in range(6):                                              # whatever it reads, it is certain of n
-        model, _ = talker(tmp_path / "lm", std=0)
-        model.transformer.wte.weight.data[WORDS.encode(str(n))[0], 0] = 100
-        model.transformer.ln_f.bias.data[0] = 1
+        model, _ = talker(tmp_path / "lm", std=.02)
+        teach(model, torch.randint(0, WORDS.n_vocab, (2, 64)), NOTHING | {WORDS.encode(str(n))[0]: 1.0})
         save_checkpoint(tmp_path / "lm", dict(model=model), {}, dict(tokenizer=WORDS.fingerprint))
         total, _ = reward_of(f"{tmp_path / 'lm'}@rate")(RECORDS[:2], spoken(ASKED[:2], SAID[:2]))
         close(total, [[-1, -.6, -.2, .2, .6, 1][n]] * 2, 1e-6)
@@ -3023,7 +3028,7 @@ def test_lora_options_reach_the_adapter_its_optimizer_and_its_seed(tmp_path):
     for step, share in ((0, .25), (3, 1.0), (9, None)):                   # the schedule is both rates'
         opt.at(step)
         (matrices, a), (biases, b) = ((group["params"], group["lr"]) for group in opt.groups())
-        assert {p.ndim for p in matrices} == {2} and {p.ndim for p in biases} == {1} and len(biases) == 18
+        assert {p.ndim for p in matrices} == {2} and {p.ndim for p in biases} == {1} and len(biases) > 8
         assert b == pytest.approx(20 * a) and (share is None or a == pytest.approx(.001 * share))
     first, again, other = (torch.cat([p.flatten() for n, p in prepared(seed=seed).named_parameters() if "lora_A" in n])
                            for seed in (0, 0, 1))
