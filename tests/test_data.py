@@ -4,6 +4,7 @@ import ast
 import base64
 import bz2
 import dataclasses
+import functools
 import gzip
 import importlib
 import inspect
@@ -1958,8 +1959,12 @@ def commands():
                 yield path.name, name, Config
 
 
+SOURCE = functools.cache(inspect.getsource)  # which reads a whole file anew for each class
+
+
 @pytest.mark.parametrize("name, command, Config", [pytest.param(*c, id=" ".join(c[:2]).strip()) for c in commands()])
 def test_help_prints_every_option_with_its_comment(monkeypatch, capsys, name, command, Config):
+    monkeypatch.setattr(inspect, "getsource", SOURCE)
     code, out, err = told(capsys, script(monkeypatch, name, *[command] * bool(command), "--help"))
     assert not code and not err and inspect.getdoc(Config) in out
     entries = re.sub(r"\n {21}(?=\S)", " ", out)                                        # a long one goes on below
