@@ -1078,7 +1078,7 @@ def answer(model, records, temperature, cfg, tok, amp):
 
 
 def compare(cfg, folders):
-    """Let every checkpoint answer the same prompts, judge the answers, and print one table.
+    """Let every checkpoint answer the same prompts, judge the answers, print one table, and return its rows.
 
     The column nll is the mean -log π per token of fresh pretraining documents; greedy, the score of the likeliest
     answer to each distinct prompt of --on, and how often it wins: what is left of a gain without the sampling. The
@@ -1198,6 +1198,7 @@ def compare(cfg, folders):
                 print(f"  {folder:{wide}}  {score:>6.2f}  {text}")
     if cfg.save:
         write_text(cfg.save, json.dumps(table, indent=1))
+    return table
 
 
 COMMANDS = {"train": (Train, train), "label": (Label, label), "revise": (Revise, revise), "curate": (Curate, curate),
