@@ -1378,7 +1378,7 @@ def hash_answer(text):
 
 
 def known_answer(record):
-    """A record's "answer" as an int: 1080 of 1080, "1,080", "$1080." or "It is so.\\n#### 1,080"; None where it is none."""
+    """A record's "answer" as an int: 1080 of 1080, "1,080", "$1080." or "So.\\n#### 1,080"; None where it is none."""
     answer = record.get("answer")
     if type(answer) is str:
         return whole_number(answer.rpartition("####")[2].strip())
@@ -2310,8 +2310,8 @@ class Run:
                 if type(row["step"]) is int and 0 <= row["step"] < start and row["seconds"] >= 0:
                     rows.setdefault(row["step"], row)
         if start < math.inf and len(rows) < start:
-            print(f"{path}: of the rows before step {start}, {start - len(rows)} are missing or damaged; the model is not",
-                  file=sys.stderr)
+            print(f"{path}: of the rows before step {start}, {start - len(rows)} are missing or damaged; the model is "
+                  "not", file=sys.stderr)
         return [rows[step] for step in sorted(rows)]
 
     def progress(self, start, total):

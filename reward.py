@@ -908,7 +908,8 @@ def train(cfg):
                 **({} if cfg.loss in DATA else dict(accuracy=right, margin=gap)))
     then = ["ppo.py", "--init", cfg.init, "--reward", cfg.out, "--out", next_out(cfg, "ppo")]
     then += ["--data", cfg.data] * (cfg.tokenizer != "toy")  # its prompts
-    return run.finish(("loss", "accuracy", "val_accuracy", "val_gold", "val_sign", "val_r2/0", "calibration_error"), then)
+    return run.finish(("loss", "accuracy", "val_accuracy", "val_gold", "val_sign", "val_r2/0", "calibration_error"),
+                      then)
 
 
 # ---------------------------------------------------------------- accuracy, over-optimisation
@@ -1088,7 +1089,8 @@ def compare(cfg, folders):
     tok = Tokenizer.load(cfg.tokenizer)
     device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
     families = family_list(cfg.families) if cfg.data == "toy" else ["file"]
-    on = ["file"] if cfg.data != "toy" else cfg.on.split(",") if cfg.on else ["write"] if "write" in families else families
+    on = family_list(cfg.on) if cfg.on else ["write"] if "write" in families else families
+    on = on if cfg.data == "toy" else families
     if not set(on) <= set(families):
         raise OptionError(f"--on {cfg.on}: not among --families {cfg.families}")
     judge, proxy = (Reward(spec, tok, device, amp, cfg.micro_tokens) if spec else None
