@@ -835,7 +835,7 @@ def test_stream_gets_each_id_of_the_row_as_it_is_drawn():
 @pytest.mark.parametrize("drop", [True, False])
 def test_the_stream_ends_with_the_end_token_however_seldom_the_sampler_looks(drop, monkeypatch):
     # a GPU is asked every eighth step only: up to seven ids drawn after the end were shown
-    model = scripted([0, 3, 4, 5, END, 6, 7, 6, 7, 6, 7, 6, 7, 6, 7, 6])
+    model = scripted([[1, 2]], [[4, 5, END, 6, 7, 6, 7, 6, 7, 6, 7, 6, 7, 6]])
     for look in (1, 8):
         monkeypatch.setitem(M.LOOK, "cpu", look)
         got = []
