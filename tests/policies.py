@@ -35,7 +35,7 @@ def made(seed, end=.08, says="", dropout=0.0, **size):
     if says:
         tokens = [*TOK.encode(says), TOK.end]
         chances = NOTHING | dict.fromkeys(tokens, 1 / len(tokens))
-    return teach(net, torch.randint(0, TOK.n_vocab, (4, 48)), chances)
+    return teach(net, torch.randint(0, TOK.n_vocab, (2, 48)), chances)
 
 
 def bandit_policy(chances):

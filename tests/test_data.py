@@ -635,7 +635,7 @@ def test_an_object_over_several_lines_is_one_record(tmp_path):
         records = read_records(write(tmp_path, text.encode(), "rows.json"))
         assert len(records) == n and all(record in rows for record in records)
     broken = two.replace('"a"', "").replace('"content": "Q"', '"content": "Q",')
-    with pytest.raises(UserError, match="^rows.json:7: "):      # the brace behind the comma
+    with pytest.raises(UserError, match="^rows.json:[67]: "):   # the comma, or the brace behind it: Pythons differ
         read_records(write(tmp_path, (json.dumps(rows[0]) + "\n" + broken).encode(), "rows.json"))
 
 

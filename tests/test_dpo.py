@@ -1157,7 +1157,7 @@ def learn(bandit, folder, rows, steps=60, lr=3e-2, **options):
 CERTAIN = {1: (1, 1), 2: (1, 1), 3: (1, 1)}
 BT = {1: (11, 15), 2: (22, 25), 3: (20, 21)}                             # σ(1) = .731, σ(2) = .881, σ(3) = .953
 EVEN = {1: (19, 26), 2: (23, 26), 3: (25, 26)}                           # the same, every pair as often
-FLIPPED = {1: (23, 36), 2: (51, 70), 3: (27, 35)}                        # .2 + .6 σ
+FLIPPED = {1: (23, 36), 2: (8, 11), 3: (17, 22)}                         # .2 + .6 σ
 FLIPPED_EVEN = {1: (23, 36), 2: (26, 36), 3: (28, 36)}
 TILT = [.085073, .173439, .314304, .427184]                              # π_ref e^r / Z
 F2 = {  # what must be arrived at, from which records, with which options
