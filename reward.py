@@ -1078,6 +1078,80 @@ def answer(model, records, temperature, cfg, tok, amp):
                         begin=tok.encode(cfg.begin))
 
 
+def test_prompts(cfg, families, tok, block):
+    """{family: records} to answer, of the toy world's test split or of the files; those without room are left out."""
+    tasks = {}
+    for family in families:
+        if cfg.data == "toy":
+            rng = random.Random(f"compare {family}")
+            tasks[family] = [toy_record("prompt", "test", [family], rng) for _ in range(cfg.n)]
+        else:
+            records = [record for path in files(cfg.data) for record in read_records(path, "prompt", cfg.skip_bad)]
+            tasks[family] = records[:cfg.n]
+    room = block - len(tok.encode(cfg.begin)) - 1
+    for family, records in tasks.items():
+        if cfg.system:
+            system = dict(role="system", content=cfg.system)
+            records = [record | dict(prompt=[system] + record["prompt"]) for record in records]
+        tasks[family] = [record for record in records if len(tok.prompt(record["prompt"])) <= room]
+        if lost := len(records) - len(tasks[family]):
+            print(f"{lost} of {len(records)} prompts ({family}) leave no room in the context of {block} tokens and are "
+                  "left out", file=sys.stderr)
+        if not tasks[family]:
+            raise UserError(f"{cfg.data}: no prompt ({family}) leaves room in the context of {block} tokens")
+        if not cfg.temperature:
+            tasks[family] = distinct(tasks[family])
+    return tasks
+
+
+def pretraining_nll(model, texts, tok, amp, budget):
+    """Mean -log π per token of documents: how much of its pretraining a model still knows, the alignment tax."""
+    rows = [row for text in texts for row in encode(text, tok, model.config.block_size, "all")]
+    nll = 0.0
+    for part in micro_batches([len(ids) for ids, _ in rows], budget):
+        tokens, mask = collate([rows[i] for i in part], tok, model.device)
+        with torch.no_grad(), amp():
+            nll -= float(token_logprobs(model, tokens, mask).sum())
+    return nll / sum(sum(target) for _, target in rows)
+
+
+def measured(model, first, tasks, on, baseline, judge, proxy, cfg, tok, amp):
+    """A row of the table, and the answers {family: [(text, score, finished), ...]} of one model. baseline holds the
+    scores of the first model's answers, which the first call puts there."""
+    row, answers = {}, {}
+    wins, kls, lengths, proxies, greedy, greedy_wins = [], [], [], [], [], []
+    for family, records in tasks.items():
+        roll = answer(model, records, cfg.temperature, cfg, tok, amp)
+        scores = judge(records, roll)[0].tolist()
+        row[family] = mean(scores)
+        answers[family] = list(zip(roll.responses(tok), scores, roll.finished.tolist()))
+        if family not in on:
+            continue
+        theirs = baseline.setdefault(family, scores)
+        wins += [preference(a, b) for a, b in zip(scores, theirs)]  # scores know no order of presentation
+        lengths += roll.mask.sum(1).tolist()
+        proxies += proxy(records, roll)[0].tolist() if proxy else []
+        if not cfg.temperature:
+            continue
+        with amp():
+            logp_ratio = log_ratios(roll, model, (first, contextlib.nullcontext), cfg.micro_tokens,
+                                    cfg.temperature)                                     # (B, T-1)
+        drawn = roll.mask.cumsum(1) > len(tok.encode(cfg.begin))                         # not what was put there
+        kls += (logp_ratio * drawn).sum(1).tolist()
+        once = distinct(records)
+        likeliest = judge(once, answer(model, once, 0, cfg, tok, amp))[0].tolist()
+        theirs = baseline.setdefault((family, "greedy"), likeliest)
+        greedy += likeliest
+        greedy_wins += [preference(a, b) for a, b in zip(likeliest, theirs)]
+    row |= dict(win=mean(wins), interval=wilson(sum(wins), len(wins)), length=mean(lengths))
+    if cfg.temperature:
+        row |= dict(kl=mean(kls), greedy=mean(greedy), greedy_win=mean(greedy_wins),
+                    greedy_interval=wilson(sum(greedy_wins), len(greedy_wins)))
+    if proxy:
+        row["proxy"] = mean(proxies)
+    return row, answers
+
+
 def compare(cfg, folders):
     """Let every checkpoint answer the same prompts, judge the answers, print one table, and return its rows.
 
@@ -1095,86 +1169,52 @@ def compare(cfg, folders):
         raise OptionError(f"--on {cfg.on}: not among --families {cfg.families}")
     judge, proxy = (Reward(spec, tok, device, amp, cfg.micro_tokens) if spec else None
                     for spec in (cfg.judge, cfg.proxy))
-    tasks = {}
-    for family in families:
-        rng = random.Random(f"compare {family}")
-        tasks[family] = ([toy_record("prompt", "test", [family], rng) for _ in range(cfg.n)] if cfg.data == "toy"
-                         else [r for path in files(cfg.data)
-                               for r in read_records(path, "prompt", cfg.skip_bad)][:cfg.n])
+    first = load_model(folders[0], tok, device, n_scores=0)
+    tasks = test_prompts(cfg, families, tok, first.config.block_size)
     for reward in [judge] + [proxy] * bool(proxy):
         reward.meet([record for records in tasks.values() for record in records], cfg.data)
-    if cfg.system:
-        tasks = {family: [r | dict(prompt=[dict(role="system", content=cfg.system)] + r["prompt"]) for r in records]
-                 for family, records in tasks.items()}
-    if not cfg.temperature:
-        tasks = {family: distinct(records) for family, records in tasks.items()}
-    asked = {family: len(distinct(records)) for family, records in tasks.items()}
     rng = random.Random("compare documents")
     texts = [toy_record("text", "test", families, rng) for _ in range(cfg.n)] if cfg.data == "toy" else []
-    first, baseline, table, answers = None, {}, [], {}
+    asked = {family: len(distinct(records)) for family, records in tasks.items()}
+
+    baseline, table, answers = {}, [], {}
     for folder in folders:
-        model, row = load_model(folder, tok, device, n_scores=0), dict(checkpoint=folder, distinct=asked)
-        first = first or model
-        wins, kls, lengths, proxies, greedy, greedy_wins = [], [], [], [], [], []
-        for family, records in tasks.items():
-            roll = answer(model, records, cfg.temperature, cfg, tok, amp)
-            scores = judge(records, roll)[0].tolist()
-            row[family] = mean(scores)
-            answers[folder, family] = list(zip(roll.responses(tok), scores, roll.finished.tolist()))
-            if family in on:
-                theirs = baseline.setdefault(family, scores)
-                wins += [preference(a, b) for a, b in zip(scores, theirs)]  # scores know no order of presentation
-                lengths += roll.mask.sum(1).tolist()
-                proxies += proxy(records, roll)[0].tolist() if proxy else []
-            if family in on and cfg.temperature:
-                with amp():
-                    logp_ratio = log_ratios(roll, model, (first, contextlib.nullcontext), cfg.micro_tokens,
-                                            cfg.temperature)                             # (B, T-1)
-                drawn = roll.mask.cumsum(1) > len(tok.encode(cfg.begin))                 # not what was put there
-                kls += (logp_ratio * drawn).sum(1).tolist()
-                once = distinct(records)
-                likeliest = judge(once, answer(model, once, 0, cfg, tok, amp))[0].tolist()
-                theirs = baseline.setdefault((family, "greedy"), likeliest)
-                greedy += likeliest
-                greedy_wins += [preference(a, b) for a, b in zip(likeliest, theirs)]
-        if texts:  # how much of its pretraining it still knows: the alignment tax
-            rows = [row for text in texts for row in encode(text, tok, model.config.block_size, "all")]
-            nll = 0.0
-            for part in micro_batches([len(ids) for ids, _ in rows], cfg.micro_tokens):
-                tokens, mask = collate([rows[i] for i in part], tok, device)
-                with torch.no_grad(), amp():
-                    nll -= float(token_logprobs(model, tokens, mask).sum())
-            row["nll"] = nll / sum(sum(target) for _, target in rows)
+        model = load_model(folder, tok, device, n_scores=0)
+        row, answers[folder] = measured(model, first, tasks, on, baseline, judge, proxy, cfg, tok, amp)
+        if texts:
+            row["nll"] = pretraining_nll(model, texts, tok, amp, cfg.micro_tokens)
         if cfg.samples > 1:
             row |= at_k(model, [r for family in on for r in tasks[family]], judge, proxy, cfg, tok, amp)
-        row |= dict(win=mean(wins), interval=wilson(sum(wins), len(wins)), length=mean(lengths))
-        if cfg.temperature:
-            row |= dict(kl=mean(kls), greedy=mean(greedy), greedy_win=mean(greedy_wins),
-                        greedy_interval=wilson(sum(greedy_wins), len(greedy_wins)))
-        table.append(row | (dict(proxy=mean(proxies)) if proxy else {}))
+        if "safe" in families:
+            row |= safety(tasks["safe"], answers[folder]["safe"])
+        table.append(dict(checkpoint=folder, distinct=asked) | row)
 
-    if "safe" in families:
-        for row in table:
-            row |= safety(tasks["safe"], answers[row["checkpoint"], "safe"])
-    wide = max(len(f) for f in folders)
-    columns = families + ["nll"] * bool(texts) + ["proxy"] * bool(proxy)
-    count = len(tasks[families[0]])
-    where = "held-out " if cfg.data == "toy" else ""
-    of_each = ", ".join(f"{family} {n}" for family, n in asked.items())
-    what = f"{count} {where}prompts a family, distinct: {of_each}"
-    sampled = cfg.temperature > 0
-    tail = [("length", "length", ".1f")]
-    if sampled:
-        tail = [("KL", "kl", ".2f"), *tail, ("greedy", "greedy", ".3f"), ("win", "greedy_win", ".3f")]
+    show_table(table, families, on, len(tasks[families[0]]), cfg)
+    for i, record in enumerate(tasks[on[0]][:cfg.show]):
+        print(f"\n{record['prompt'][-1]['content']}")
+        for folder in folders:
+            text, score, _ = answers[folder][on[0]][i]
+            print(f"  {folder:{max(map(len, folders))}}  {score:>6.2f}  {text}")
+    if cfg.save:
+        write_text(cfg.save, json.dumps(table, indent=1))
+    return table
+
+
+def show_table(table, families, on, count, cfg):
+    """Print the rows of compare: scores, wins and the rest; of safety; of several samples."""
+    first, asked, wide = table[0]["checkpoint"], table[0]["distinct"], max(len(row["checkpoint"]) for row in table)
+    where, of_each = "held-out " * (cfg.data == "toy"), ", ".join(f"{family} {n}" for family, n in asked.items())
+    if cfg.temperature:
+        what, also = f"{count} {where}prompts a family, distinct: {of_each}", "KL, length and greedy answers"
+        tail = [("KL", "kl", ".2f"), ("length", "length", ".1f"), ("greedy", "greedy", ".3f"), ("win", "greedy_win", ".3f")]
     else:
-        what = f"greedy answers to {where}prompts: {of_each}"
-    print(f"{cfg.judge} on {what}\nwin rate against {folders[0]}, {'KL, ' * sampled}length"
-          f"{' and greedy answers' * sampled} on {','.join(on)}\n")
-    titles = columns + ["win"]
+        what, also, tail = f"greedy answers to {where}prompts: {of_each}", "length", [("length", "length", ".1f")]
+    print(f"{cfg.judge} on {what}\nwin rate against {first}, {also} on {','.join(on)}\n")
+    titles = families + [name for name in ("nll", "proxy") if name in table[0]] + ["win"]
     print(f"{'':{wide}}" + "".join(f"{title:>8}" for title in titles) + "  [95% interval]"
           + "".join(f"{title:>8}" for title, *_ in tail))
     for row in table:
-        cells = "".join(f"{row[f]:>8.3f}" for f in titles)
+        cells = "".join(f"{row[title]:>8.3f}" for title in titles)
         low, high = row["interval"]
         rest = "".join(f"{row[key]:>8{form}}" for _, key, form in tail)
         print(f"{row['checkpoint']:{wide}}{cells}  [{low:.3f}, {high:.3f}]{rest}")
@@ -1182,25 +1222,16 @@ def compare(cfg, folders):
         print(f"\n{'':{wide}}   harmless  over-refusal    help")
         for row in table:
             print(f"{row['checkpoint']:{wide}}{row['harmless']:>11.3f}{row['over_refusal']:>14.3f}{row['help']:>8.3f}")
-    if proxy and len(folders) > 2:
-        by = lambda key: max(table, key=key)
-        best, liked = by(lambda row: mean([row[f] for f in on])), by(lambda row: row["proxy"])
+    if cfg.proxy and len(table) > 2:
+        best = max(table, key=lambda row: mean([row[family] for family in on]))
+        liked = max(table, key=lambda row: row["proxy"])
         print(f"\n{cfg.judge} would pick {best['checkpoint']}, {cfg.proxy} {liked['checkpoint']}")
     for name in ("pass", "maj", "best"):
-        if f"{name}@1" in table[0]:
-            ks = [key for key in table[0] if key.startswith(name + "@")]
+        ks = [key for key in table[0] if key.startswith(name + "@")]
+        if ks:
             print(f"\n{'':{wide}}" + "".join(f"{key:>9}" for key in ks))
             for row in table:
                 print(f"{row['checkpoint']:{wide}}" + "".join(f"{row[key]:>9.3f}" for key in ks))
-    for family in on[:1]:
-        for i in range(min(cfg.show, len(tasks[family]))):
-            print(f"\n{tasks[family][i]['prompt'][-1]['content']}")
-            for folder in folders:
-                text, score, _ = answers[folder, family][i]
-                print(f"  {folder:{wide}}  {score:>6.2f}  {text}")
-    if cfg.save:
-        write_text(cfg.save, json.dumps(table, indent=1))
-    return table
 
 
 COMMANDS = {"train": (Train, train), "label": (Label, label), "revise": (Revise, revise), "curate": (Curate, curate),

@@ -793,6 +793,15 @@ def test_compare_gives_each_distinct_prompt_one_greedy_answer(tiny, tmp_path, mo
     assert "distinct: file 4" in out and f"{row['greedy']:.3f}" in out and f"{row['kl']:.2f}" in out
 
 
+def test_compare_leaves_out_prompts_without_room_and_counts_them(tiny, tmp_path, capsys):
+    prompts = ["Why?", "Why? " * 200, "Who?"]
+    path = write(tmp_path / "d.jsonl", [dict(prompt=prompt) for prompt in prompts])
+    row = compare([tiny], tmp_path, data=path)[0]
+    assert row["distinct"] == dict(file=2) and "1 of 3 prompts" in capsys.readouterr().err
+    with pytest.raises(UserError, match="d.jsonl.* no prompt"):
+        compare([tiny], tmp_path, data=write(tmp_path / "d.jsonl", [dict(prompt=prompts[1])]))
+
+
 def test_greedy_answers_have_no_kl_and_one_to_the_same_prompt_counts_once(tiny, tmp_path, capsys):
     other, path = checkpoint(tmp_path / "other", 7), some_prompts(tmp_path / "d.jsonl")
     sampled = compare([tiny, other], tmp_path, data=path)[1]
