@@ -1206,7 +1206,8 @@ def show_table(table, families, on, count, cfg):
     where, of_each = "held-out " * (cfg.data == "toy"), ", ".join(f"{family} {n}" for family, n in asked.items())
     if cfg.temperature:
         what, also = f"{count} {where}prompts a family, distinct: {of_each}", "KL, length and greedy answers"
-        tail = [("KL", "kl", ".2f"), ("length", "length", ".1f"), ("greedy", "greedy", ".3f"), ("win", "greedy_win", ".3f")]
+        tail = [("KL", "kl", ".2f"), ("length", "length", ".1f"), ("greedy", "greedy", ".3f"),
+                ("win", "greedy_win", ".3f")]
     else:
         what, also, tail = f"greedy answers to {where}prompts: {of_each}", "length", [("length", "length", ".1f")]
     print(f"{cfg.judge} on {what}\nwin rate against {first}, {also} on {','.join(on)}\n")

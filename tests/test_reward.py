@@ -798,7 +798,7 @@ def test_compare_leaves_out_prompts_without_room_and_counts_them(tiny, tmp_path,
     path = write(tmp_path / "d.jsonl", [dict(prompt=prompt) for prompt in prompts])
     row = compare([tiny], tmp_path, data=path)[0]
     assert row["distinct"] == dict(file=2) and "1 of 3 prompts" in capsys.readouterr().err
-    with pytest.raises(UserError, match="d.jsonl.* no prompt"):
+    with pytest.raises(data.UserError, match="d.jsonl.* no prompt"):
         compare([tiny], tmp_path, data=write(tmp_path / "d.jsonl", [dict(prompt=prompts[1])]))
 
 
