@@ -1,5 +1,5 @@
 """Models to test with. They are made by training, through what every model of ours can do, so that no test knows what
-a model is made of: replace the positions, the norms or the tied head in model.py, and these stay what they say they are.
+a model is made of: replace positions, norms or the tied head in model.py, and these stay what they say they are.
 """
 import copy
 import functools

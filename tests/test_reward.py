@@ -19,7 +19,7 @@ import data
 import model as models
 import reward
 from data import Tokenizer, encode
-from model import GPT, GPTConfig, Reward, Rollout, generate, load_model, response_scores, save_checkpoint
+from model import Reward, Rollout, generate, load_model, response_scores, save_checkpoint
 from policies import random_policy
 
 TOK = Tokenizer.load("toy")
