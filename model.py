@@ -36,6 +36,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
 
 from data import (COLDEST, GPT2_SPECIALS, POINTS, RUBRIC, VERIFIERS, Count, Natural, NonNegative, OptionError, Options,
@@ -136,8 +137,8 @@ class LoRA(nn.Module):
     def __init__(self, linear, r, alpha):
         super().__init__()
         self.weight, self.bias, self.scale, self.on = linear.weight, linear.bias, alpha / r, True
-        self.lora_A = nn.Parameter(torch.randn(r, linear.in_features, device=linear.weight.device)
-                                   * linear.in_features ** -0.5)
+        start = torch.empty(r, linear.in_features, device=linear.weight.device)
+        self.lora_A = nn.Parameter(nn.init.normal_(start).mul_(linear.in_features ** -0.5))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, device=linear.weight.device))
 
     def forward(self, x):
@@ -1089,6 +1090,15 @@ def check_finite(tensors, where):
                 raise UserError(f"{where}: in {name} is {float(extreme)}, which is no weight")
 
 
+class Undrawn(TorchFunctionMode):
+    """Within it no weight is drawn: all will be read from a file. On the meta device PyTorch would even import its
+    compiler to draw, which takes a second."""
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (nn.init.normal_, nn.init.kaiming_uniform_, nn.init.uniform_):
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def outline(config, tensors, path, adapter=None):
     """A GPT of config, with adapters if there are any, that takes no memory yet. tensors must be what it holds.
 
@@ -1099,7 +1109,7 @@ def outline(config, tensors, path, adapter=None):
     if len(layers) != config.n_layer:  # first: even without memory a thousand million layers are too many
         raise UserError(f"{path}: {len(layers)} layers, and its config says {config.n_layer}")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Undrawn():
             model = GPT(config)
             if adapter:
                 model.base = adapter["base"]
@@ -1143,12 +1153,14 @@ def load_model(folder, tok=None, device="cpu", n_scores=None, maker="", vocab_si
     adapters = meta.get("adapter")
     if isinstance(adapters, dict) and "model" in adapters:
         tensors = merged_adapter(adapters["model"], config, tensors, tok, folder)
-    model = outline(config, part(tensors, "model"), path).to_empty(device=device)
+    outline(config, part(tensors, "model"), path)
+    with Undrawn():
+        model = GPT(config)
     fill(model, tensors, "model", path)
     if n_scores is not None and n_scores != config.n_scores:
         resize_head(model, n_scores)
     model.base, model.tokenizer = dict(folder=str(folder), crc32=crc32), meta.get("tokenizer")
-    return model.eval()
+    return model.to(device).eval()
 
 
 def resize_head(model, n_scores):
