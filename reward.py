@@ -20,7 +20,7 @@ towards 0 (2312.09244), a wall at ±5 (COOL).
     python reward.py overoptimize out/ppo         gold and proxy against √KL, best-of-n beside it
 
 On 2 CPU cores with AMX, bf16: label 16 s, train 40 s, compare 3 s a checkpoint. On pairs of subjects that were held out
-the reward model meets .69 of the noisy labels and .77 of the truth (seed 0, an EPYC without AMX, bf16).
+the reward model meets .67 to .69 of the noisy labels, .74 to .77 of the truth (two runs, an EPYC without AMX, bf16).
 
 On the toy world the labels are Bradley-Terry draws from the gold reward with a tenth flipped, so the learned reward
 is an imperfect proxy by construction, and both can be watched.
