@@ -1965,6 +1965,7 @@ Families = typing.Annotated[str, Names((*WORLD, *LEVELS))]      # of the toy wor
 Sum = typing.Annotated[str, Names(tuple(VERIFIERS), open=True)]  # a reward: see parse_rewards
 
 
+@functools.cache
 def option_types(Config):
     """{option: (type, choices, limit)}: the plain type; the values of a Literal; the Range or Names it is held to."""
     out = {}
