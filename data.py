@@ -121,6 +121,10 @@ class Tokenizer:
         raise UserError(f"--tokenizer {name}: not `toy`, no such file, and none of tiktoken's encodings "
                         f"({', '.join(tiktoken.list_encoding_names())})")
 
+    def __deepcopy__(self, memo):
+        """It never changes, so a copy of a model shares it."""
+        return self
+
     def encode(self, text):
         if len(text) < LONG or all(len(run.group()) < LONG for run in re.finditer(r"\S+|\s+", text)):
             return self.enc.encode_ordinary(text)
@@ -1610,6 +1614,17 @@ class Stream:
         size = len(self.items)
         return [self.items[self.order(p // size)[p % size]] for p in range(step * n, (step + 1) * n)]
 
+    def seen(self, first, total, n):
+        """The items of a list that the steps from first to total see, each once, in the order of the list."""
+        seen = set()
+        for step in range(first, total):
+            seen.update(id(item) for item in self.batch(step, n))
+        return [item for item in self.items if id(item) in seen]
+
+    def updates(self, cfg):
+        """How many a run of a list takes: --steps, or what --epochs of it in parts of --batch come to."""
+        return cfg.steps or math.ceil(cfg.epochs * len(self.items) / cfg.batch)
+
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):
         order = list(range(len(self.items)))
@@ -1840,8 +1855,31 @@ def add_mismatched(items, block_size):
         item["other"] = (prompt + said, [0] * len(prompt) + [1] * len(said))
 
 
+def open_preferences(cfg, tok, block_size, paired=True, one=False):
+    """(training Stream, held-out items, prompts) of the preferences in --data, as pairs or as single responses; one:
+    see preference_items. The prompts are those of held-out records to which an answer can be sampled, each once."""
+    kind, unit = ("preference", "pair") if paired else ("thumbs", "single")
+    stream, held = open_stream(cfg.data, kind, cfg.seed, n_held=256, context=(tok, block_size), skip_bad=cfg.skip_bad,
+                               prepare=lambda record: preference_items(record, tok, block_size, unit, cfg.pairs, one))
+    fit, prompts = fits(tok, block_size, cfg.max_new), {}
+    for item in held:
+        for record in fit(item["record"]):
+            prompts[str(record["prompt"])] = record
+    return stream, held, list(prompts.values())[:64]
+
+
+def column(items, key):
+    """What the items hold of each of their rows under a key, in one list."""
+    out = []
+    for item in items:
+        out += item[key]
+    return out
+
+
 def item_batches(items, budget):
     """Micro-batches of items; all rows of one are in the same, and rows of like length together."""
+    if not items:
+        return
     most = max(len(item["rows"]) for item in items)
     for part in micro_batches([max(len(ids) for ids, _ in item["rows"]) for item in items], budget // most):
         yield [items[i] for i in part]
@@ -2089,7 +2127,7 @@ def parse(Config, positional=(), argv=None, name=None):
     given); `python sft.py --config configs/gpt2.toml` takes both. A positional ending in ... takes any number.
     """
     argv, script = list(sys.argv[1:] if argv is None else argv), name or Path(sys.argv[0]).stem
-    program = " ".join([Path(sys.argv[0]).name] + sys.argv[1:2] * bool(name))  # as in `reward.py label`
+    program = " ".join(sys.argv[:2] if name else sys.argv[:1])  # as in `reward.py label`
     types, flags, rest, path = option_types(Config), {}, [], None
     if "-h" in argv or "--help" in argv:
         raise SystemExit(show_help(Config, positional, program))
@@ -2194,7 +2232,10 @@ def write_text(path, text):
     part = Path(path).with_suffix(".part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
+        with open(part, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())  # when a run is finished, its checkpoint is deleted in reliance on this
         os.replace(part, path)
     except OSError as e:
         with contextlib.suppress(OSError):
@@ -2222,10 +2263,12 @@ def inputs_of(cfg):
 
 
 def code_of(cfg):
-    """The digest of the code that a run executes: its script, model.py and this file."""
-    script = getattr(sys.modules[type(cfg).__module__], "__file__", None)
-    here = Path(__file__)
-    return " ".join(digest(path) for path in (script, here.with_name("model.py"), here) if path)
+    """The digest of the code that a run executes: its script, and what of ours that imports."""
+    script, names = getattr(sys.modules[type(cfg).__module__], "__file__", None), ["model", "data"]
+    if script:
+        names += re.findall(r"(?m)^(?:from|import) (\w+)", Path(script).read_text(encoding="utf-8"))
+    paths = [script] + [str(Path(__file__).with_name(f"{name}.py")) for name in dict.fromkeys(names)]
+    return " ".join(digest(path) for path in paths if path and os.path.exists(path))
 
 
 def hold(path):
@@ -2242,7 +2285,8 @@ def hold(path):
 
 
 class Run:
-    """One folder a run: config.json, metrics.jsonl, samples/, checkpoint.safetensors, and summary.json at its end."""
+    """One folder a run: run.json (its options), metrics.jsonl, samples/, checkpoint.safetensors while it is unfinished,
+    and at its end the model and summary.json."""
 
     def __init__(self, cfg, tok):
         if not cfg.out:
@@ -2257,6 +2301,8 @@ class Run:
         self.rows = self.read_log() if self.finished else []
         if theirs is not None and not cfg.overwrite:
             self.compare(theirs)
+        if self.finished:  # `finish` may have been killed before it did this
+            (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
     def compare(self, theirs):
         """Refuse other options than an earlier run's, and other inputs while it is unfinished; say what has changed."""
@@ -2266,7 +2312,7 @@ class Run:
                                 "--out, or add --overwrite")
         before, changed = theirs.get("inputs", {}), []
         for path, content in self.made_of["inputs"].items():
-            if before.get(path, content) != content:
+            if before.get(path) != content:  # of a run that was unfinished then, the file of the model is new
                 changed.append(path)
         if changed and not self.finished:
             raise UserError(f"{changed[0]} has changed since {self.folder} began: choose another --out, or add "
@@ -2282,9 +2328,11 @@ class Run:
             print(f"{self.folder}: {what} changed since it began", file=sys.stderr)
 
     def options_there(self):
-        """What config.json of an earlier run in the folder says; None where there is none."""
-        path = self.folder / "config.json"
+        """What run.json of an earlier run in the folder says; None where there is none."""
+        path = self.folder / "run.json"
         if not path.exists():
+            if (self.folder / "config.json").exists():
+                raise UserError(f"{self.folder} holds a model that no run of this version made: choose another --out")
             return None
         try:
             theirs = json.loads(path.read_text(encoding="utf-8"))
@@ -2292,8 +2340,6 @@ class Run:
             raise UserError(f"{path}: no JSON; choose another --out, or delete that folder") from None
         if not isinstance(theirs, dict) or not isinstance(theirs.get("inputs", {}), dict):
             raise UserError(f"{path}: not a run's options; choose another --out, or delete that folder")
-        if "model_type" in theirs:
-            raise UserError(f"{self.folder} holds a model of Hugging Face's: choose another --out")
         return theirs
 
     def left(self, name):
@@ -2321,7 +2367,7 @@ class Run:
         self.lock = hold(self.folder / "lock")
         if self.cfg.overwrite:
             self.clear()
-        write_text(self.folder / "config.json", json.dumps(self.options | self.made_of, indent=1))
+        write_text(self.folder / "run.json", json.dumps(self.options | self.made_of, indent=1))
         path = self.folder / "metrics.jsonl"
         self.rows = self.read_log(start)
         write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -2334,10 +2380,12 @@ class Run:
             yield from self.bar
 
     def clear(self):
-        """Delete what an earlier run wrote, its checkpoint last: interrupted here, it is still a run."""
-        for path in [self.folder / "summary.json", *(self.folder / "samples").glob("*.txt"),
-                     *(self.folder / name for name in ("metrics.jsonl", "unfinished.json", "checkpoint.safetensors"))]:
-            path.unlink(missing_ok=True)
+        """Delete what an earlier run wrote, run.json last: interrupted here, it is still a run."""
+        for path in (self.folder / "samples").glob("*.txt"):
+            path.unlink()
+        for name in ("summary.json", "metrics.jsonl", "unfinished.json", "checkpoint.safetensors", "config.json",
+                     "model.safetensors", "run.json"):
+            (self.folder / name).unlink(missing_ok=True)
 
     def log(self, step, show=(), **metrics):
         """Write one row; `show` names the two or three numbers for the bar. A loss that is no number ends the run."""
@@ -2374,6 +2422,7 @@ class Run:
             words += ["--tokenizer", self.cfg.tokenizer] * (self.cfg.tokenizer != "toy")
             print("next: " + shlex.join(["python", script, *words]))
         write_text(self.folder / "summary.json", json.dumps(last, indent=1))
+        (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)  # the model is beside it, whole
         os.close(self.lock)
         return self.rows
 

@@ -20,8 +20,6 @@ Departures: dropout stays off, so that policy and reference agree until the firs
 log-probabilities of what the run will see of a file are computed once, before training, and it then leaves the memory
 but for evaluations.
 """
-import contextlib
-import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
@@ -31,10 +29,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share, Sum, Temperature, Tokenizer,
-                  TrainConfig, UserError, add_mismatched, collate, compare_words, fits, guard, item_batches, make_item,
-                  mean, open_stream, parse, preference_items, singles, truth)
-from model import (Optimizer, Reward, at_positions, begun, full, generate, load_model, log_ratios, reference, setup,
-                   steps, token_logprobs, token_scores)
+                  TrainConfig, UserError, add_mismatched, collate, column, compare_words, fits, guard, item_batches,
+                  make_item, mean, open_preferences, open_stream, parse, singles, truth)
+from model import (Optimizer, Reward, at_positions, begun, full, load_model, logps, reference, respond, setup, steps,
+                   token_logprobs, token_scores)
 
 
 @dataclass
@@ -61,11 +59,6 @@ class Config(TrainConfig):
     nll_per: Literal["token", "pair"] = "token"  # its mean: over all chosen tokens, or over pairs of each one's mean
     # the reference
     ref_every: Natural = 0      # steps after which the policy becomes the reference (and `kl` is to that); 0: never
-    # Online Merging Optimizer (2405.17931)
-    merge_base: str = ""        # the model before fine-tuning: mix what that changed into each update
-    merge: Literal["ondare", "onties"] = "ondare"  # at random, or the largest changes where their signs agree
-    merge_alpha: Share = 1e-4   # weight of that change
-    merge_keep: Share = 0.5     # share of the parameters that each update touches
     # online
     online: bool = False        # sample pairs from the policy as it is now
     reward: Sum = "out/reward"  # what judges them: reward models and verifiers, as 0.5*out/reward + exact
@@ -90,83 +83,87 @@ class Config(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        unit = LOSSES[self.loss][0]
         if self.online and (self.k < 2 or not self.steps):
             raise OptionError("--online needs --steps, and --k of at least 2")
         if not self.online and self.data == "toy":
             raise OptionError("--data toy: preferences come from a file (python reward.py label), or add --online")
-        if self.margin and (unit != "pair" or self.loss in NO_MARGIN):
+        if self.margin and not needs(self, "d"):
             raise OptionError(f"--margin: --loss {self.loss} has no difference to ask a margin of")
-        if self.length_norm and self.loss.startswith("tdpo"):
+        if self.length_norm and needs(self, "kl_w"):
             raise OptionError(f"--length_norm: --loss {self.loss} sets sums of log-ratios against sums of KL")
         if self.loss == "robust" and self.eps >= 0.5:
             raise OptionError(f"--eps {self.eps}: with half of the labels flipped they say nothing")
-        if self.lora_r and (self.ref_every or self.merge_base):
-            raise OptionError("--lora_r: the reference is the model it adapts; no --ref_every, no --merge_base")
+        if self.lora_r and self.ref_every:
+            raise OptionError("--lora_r: the reference is the model it adapts; no --ref_every")
 
 
 # ---------------------------------------------------------------- the mathematics
-# Each loss gives (N,) numbers, to be averaged over what its first word names: pairs, single responses, or bad ones.
-# Its arguments are h, the options, and x, with
-#   a, b                 log-ratio log π/π_ref of the chosen (or good) and of the rejected (or bad) responses
-#   d                    a - b, for pairs
+# A loss gives (N,) numbers of x and h, the options. The words before it say what it needs. The first: what the numbers
+# are averaged over, pairs, single responses, or the bad ones alone. The others: what it reads of x; only that is there.
+#   a, b                 always: log-ratio log π/π_ref of the chosen (or good) and of the rejected (or bad) responses
+#   d                    a - b, of which a margin can be asked
 #   gap, p, p_w, p_l     of the data: r_w - r_l; P(w ≻ l); how often each of them wins
 #   z                    KTO's reference point, see reference_point
 #   kl_w, kl_l           TDPO's KL along each sequence
 #   r_w, r_l, v_w, v_l   DRO's reward and V(x) of each response
+#   anchors              makes a the mean over all responses of a ranking but the last
 
 logsig = F.logsigmoid  # log σ without underflow
+OF_THE_DATA = ("gap", "p", "p_w", "p_l")  # what of x comes from the records
 
 LOSSES = {
     # the label's likelihood                                                                 DPO 2305.18290 eq. 7
-    "dpo": ("pair", lambda x, h: -logsig(h.beta * x.d)),
+    "dpo": ("pair d", lambda x, h: -logsig(h.beta * x.d)),
     # labels smoothed: a share ε is wrong, so no margin is ever certain                      cDPO, Mitchell 2023
-    "cdpo": ("pair", lambda x, h: -(1 - h.eps) * logsig(h.beta * x.d) - h.eps * logsig(-h.beta * x.d)),
+    "cdpo": ("pair d", lambda x, h: -(1 - h.eps) * logsig(h.beta * x.d) - h.eps * logsig(-h.beta * x.d)),
     # unbiased under flips with probability ε: what the clean labels would give on average   rDPO 2403.00409 eq. 9
-    "robust": ("pair", lambda x, h: ((h.eps * logsig(-h.beta * x.d) - (1 - h.eps) * logsig(h.beta * x.d))
-                                     / (1 - 2 * h.eps))),
+    "robust": ("pair d", lambda x, h: ((h.eps * logsig(-h.beta * x.d) - (1 - h.eps) * logsig(h.beta * x.d))
+                                       / (1 - 2 * h.eps))),
     # regress d on 1 / 2β: certain labels do not drive it to infinity                        IPO 2310.12036 eq. 17
-    "ipo": ("pair", lambda x, h: (x.d - 1 / (2 * h.beta)) ** 2),
+    "ipo": ("pair d", lambda x, h: (x.d - 1 / (2 * h.beta)) ** 2),
     # hinge, for pairs drawn by rejection sampling; TRL's "hinge"                            RSO 2309.06657 eq. 10
-    "rso": ("pair", lambda x, h: F.relu(1 - h.beta * x.d)),
+    "rso": ("pair d", lambda x, h: F.relu(1 - h.beta * x.d)),
     # other convex f(β d); the logistic f is dpo, the hinge rso, the square ipo's            GPO 2402.05749 tab. 1
-    "gpo_exponential": ("pair", lambda x, h: (-h.beta * x.d).exp()),
-    "gpo_squared": ("pair", lambda x, h: (h.beta * x.d - 1) ** 2),
-    "gpo_truncated": ("pair", lambda x, h: F.relu(1 - h.beta * x.d) ** 2),
-    "gpo_savage": ("pair", lambda x, h: torch.sigmoid(-h.beta * x.d) ** 2),
+    "gpo_exponential": ("pair d", lambda x, h: (-h.beta * x.d).exp()),
+    "gpo_squared": ("pair d", lambda x, h: (h.beta * x.d - 1) ** 2),
+    "gpo_truncated": ("pair d", lambda x, h: F.relu(1 - h.beta * x.d) ** 2),
+    "gpo_savage": ("pair d", lambda x, h: torch.sigmoid(-h.beta * x.d) ** 2),
     # match the gap of the scores, not only its sign: nothing diverges; KL(data || policy)   RPO 2406.11704 sec. 3.3
-    "rpo_squared": ("pair", lambda x, h: (h.beta * x.d - h.eta * x.gap) ** 2),
-    "rpo_backward": ("pair", lambda x, h: bernoulli_kl(h.eta * x.gap, h.beta * x.d)),  # NeMo's name
-    "rpo_forward": ("pair", lambda x, h: bernoulli_kl(h.beta * x.d, h.eta * x.gap)),
+    "rpo_squared": ("pair d gap", lambda x, h: (h.beta * x.d - h.eta * x.gap) ** 2),
+    "rpo_backward": ("pair d gap", lambda x, h: bernoulli_kl(h.eta * x.gap, h.beta * x.d)),  # NeMo's name
+    "rpo_forward": ("pair d gap", lambda x, h: bernoulli_kl(h.beta * x.d, h.eta * x.gap)),
     # a penalty once the chosen itself becomes less likely                                   DPOP 2402.13228 eq. 3
-    "dpop": ("pair", lambda x, h: -logsig(h.beta * (x.d - h.lam * F.relu(-x.a)))),
+    "dpop": ("pair d", lambda x, h: -logsig(h.beta * (x.d - h.lam * F.relu(-x.a)))),
     # penalise a KL that grows faster on the rejected than on the chosen                     TDPO 2404.11999 eq. 13, 16
-    "tdpo1": ("pair", lambda x, h: -logsig(h.beta * (x.d - (x.kl_l - x.kl_w)))),
-    "tdpo2": ("pair", lambda x, h: -logsig(h.beta * (x.d - h.alpha * (x.kl_l - x.kl_w.detach())))),
+    "tdpo1": ("pair d kl_w kl_l", lambda x, h: -logsig(h.beta * (x.d - (x.kl_l - x.kl_w)))),
+    "tdpo2": ("pair d kl_w kl_l", lambda x, h: -logsig(h.beta * (x.d - h.alpha * (x.kl_l - x.kl_w.detach())))),
     # only the bad is labelled; the good are the reference's own samples, a their mean       D2O 2403.03419 eq. 6
-    "d2o": ("pair", lambda x, h: -logsig(h.beta * x.a - h.alpha * x.b)),
+    "d2o": ("pair anchors", lambda x, h: -logsig(h.beta * x.a - h.alpha * x.b)),
     # log-ratios regress on win rates against the policy: self-play                          SPPO 2405.00675 eq. 4.7
-    "sppo": ("pair", lambda x, h: ((x.a - h.eta * (x.p_w - .5)) ** 2 + (x.b - h.eta * (x.p_l - .5)) ** 2) / 2),
+    "sppo": ("pair p_w p_l", lambda x, h: ((x.a - h.eta * (x.p_w - .5)) ** 2
+                                           + (x.b - h.eta * (x.p_l - .5)) ** 2) / 2),
     "sppo_hard": ("pair", lambda x, h: (x.a - .5 / h.beta) ** 2 + (x.b + .5 / h.beta) ** 2),  # p 1 and 0, TRL's scale
     # soft labels p; the paper's are σ(win rate of w - win rate of l)                        DNO 2404.03715 alg. 1
-    "dno": ("pair", lambda x, h: -x.p * logsig(h.beta * x.d) - (1 - x.p) * logsig(-h.beta * x.d)),
+    "dno": ("pair d p", lambda x, h: -x.p * logsig(h.beta * x.d) - (1 - x.p) * logsig(-h.beta * x.d)),
     # the chosen up and the rejected down, each by itself                                    APO-zero 2408.06266
     "apo_zero": ("pair", lambda x, h: torch.sigmoid(-h.beta * x.a) + torch.sigmoid(h.beta * x.b)),
     # thumbs up and down about a reference point z                                           KTO 2402.01306 eq. 8
-    "kto": ("single", lambda x, h: torch.cat([h.lam_up * torch.sigmoid(h.beta * (x.z - x.a)),
-                                              h.lam_down * torch.sigmoid(h.beta * (x.b - x.z))])),
+    "kto": ("single z", lambda x, h: torch.cat([h.lam_up * torch.sigmoid(h.beta * (x.z - x.a)),
+                                                h.lam_down * torch.sigmoid(h.beta * (x.b - x.z))])),
     # r = V(x) + β log π/π_ref at the optimum: one square trains policy and V                DRO-V 2405.19107 eq. 4
-    "dro": ("single", lambda x, h: torch.cat([x.r_w - x.v_w - h.beta * x.a, x.r_l - x.v_l - h.beta * x.b]) ** 2 / 2),
+    "dro": ("single r_w r_l v_w v_l", lambda x, h: torch.cat([x.r_w - x.v_w - h.beta * x.a,
+                                                              x.r_l - x.v_l - h.beta * x.b]) ** 2 / 2),
     # forget the bad; unlike gradient ascent it stops when they are gone                     NPO 2404.05868 eq. 3
     "npo": ("bad", lambda x, h: -2 / h.beta * logsig(-h.beta * x.b)),
 }
-NEEDS = dict(rpo_squared=["gap"], rpo_backward=["gap"], rpo_forward=["gap"], dno=["p"], sppo=["p_w", "p_l"])
-NO_MARGIN = ("d2o", "sppo", "sppo_hard", "apo_zero")  # a and b do not meet in a difference
 
 
-def needs(cfg):
-    """What of x comes from the records."""
-    return NEEDS.get(cfg.loss, []) + (["gap"] if cfg.margin else [])
+def needs(cfg, word):
+    """Whether the loss needs this; a margin needs the gap, whatever the loss."""
+    words, _ = LOSSES[cfg.loss]
+    if cfg.margin:
+        words += " gap"
+    return word in words.split()
 
 
 def bernoulli_kl(s, t):
@@ -181,246 +178,327 @@ def response_logps(logp, mask, skip=None, mean=False):
     return total / keep.sum(1).clamp(min=1) if mean else total
 
 
-def sequence_kl(policy, ref, as_ref, tokens, mask, chunk=None):
+def sequence_kl(policy, ref, tokens, mask, chunk=None):
     """TDPO's D = Σ_t KL(π_ref || π) over the response positions, whole vocabulary: (B, T), (B, T-1) -> (B,). The
-    gradient goes through π. The head needs no as_ref: it is the embedding, which no adapter changes."""
-    def head(hidden, ref_hidden):
+    gradient goes through π."""
+    def head(hidden, ref_hidden):                                                        # (N, C) each
         logp = full(policy.logits(hidden)).log_softmax(-1)                               # (N, V)
         with torch.no_grad():
             ref_logp = full(ref.logits(ref_hidden)).log_softmax(-1)                      # (N, V)
         return ((ref_logp.exp() * (ref_logp - logp)).sum(-1),)                           # (N,)
+
     where = mask.bool()
-    with torch.no_grad(), as_ref():
+    chunk = chunk or max(64, 2 ** 24 // policy.config.vocab_size)
+    with torch.no_grad():
         ref_hidden = ref(tokens[:, :-1])[where]                                          # (N, C)
-    return at_positions(head, where, policy(tokens[:, :-1])[where], ref_hidden,
-                        chunk=chunk or max(64, 2 ** 24 // policy.config.vocab_size))[0].sum(1)
+    with policy.autocast():  # around all chunks, or the embedding would be cast anew for each
+        hidden = policy(tokens[:, :-1])[where]                                           # (N, C)
+        kl, = at_positions(head, where, hidden, ref_hidden, chunk=chunk)                 # (B, T-1)
+    return kl.sum(1)
 
 
-# ---------------------------------------------------------------- rows of policy and reference
-# An item is what data.make_item makes. Here it gets ref, log π_ref of each of its rows, and for KTO other, a mismatched
-# row, with other_ref.
+# ---------------------------------------------------------------- the steps
+# An item, as data.make_item makes it, is a pair or a single response: its rows (ids, target), and which of them are
+# good, up. Here it gets ref, log π_ref of each of its rows, and for KTO other, a mismatched row, with other_ref.
 
-def sample_items(policy, records, reward, cfg, tok, amp):
-    """Online: of cfg.k samples to each prompt the best against the worst; none where all are equally good -> items,
-    scores (B, k)."""
-    with amp():
-        roll = generate(policy, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new, cfg.k, cfg.temperature)
-    scores = reward([r for r in records for _ in range(cfg.k)], roll)[0] - cfg.missing_end * ~roll.finished
-    scores, rows, items = scores.view(-1, cfg.k), roll.rows(), []
-    for i, (record, group) in enumerate(zip(records, scores)):
-        record = {key: value for key, value in record.items() if key not in ("prob", "margin")}  # of a file's answers
-        best, worst = int(group.argmax()), int(group.argmin())
-        if group[best] > group[worst]:
-            beats = (torch.sigmoid(group[:, None] - group).sum(1) - .5) / (cfg.k - 1)    # (k,) win rates
-            told = {key: [float(x[best]), float(x[worst])] for key, x in (("scores", group), ("win", beats))}
-            item = make_item(record | told, [rows[i * cfg.k + j] for j in (best, worst)], [True, False])
-            items += [item] if LOSSES[cfg.loss][0] == "pair" else singles(item)
-    if cfg.loss == "kto":
-        if len({str(item["record"]["prompt"]) for item in items}) < 2:
-            return [], scores  # z needs two prompts
-        add_mismatched(items, policy.config.block_size)
-    return items, scores
+class FromFile:
+    """Items of a file of preferences or thumbs. They are the same in every epoch, so a fixed reference reads them once,
+    before the training."""
+
+    def __init__(self, policy, cfg):
+        self.cfg = cfg
+        block_size = policy.config.block_size
+        self.stream, self.held, self.prompts = open_preferences(
+            cfg, policy.tok, block_size, paired=needs(cfg, "pair"), one=needs(cfg, "anchors"))
+        every = self.stream.items + self.held
+        for name in OF_THE_DATA:
+            if needs(cfg, name) and any(item[name] is None for item in every):
+                raise UserError(f"{cfg.data}: --loss {cfg.loss} needs to know how much better a response is, and some "
+                                "records have neither scores nor a margin")
+        self.total = self.stream.updates(cfg)
+        self.then = compare_words(cfg, "toy" if cfg.tokenizer == "toy" else cfg.data)
+        if needs(cfg, "z"):
+            torch.manual_seed(cfg.seed)
+            add_mismatched(every, block_size)
+
+    def batch(self, step):
+        """The items of a step, and what is logged of them."""
+        return self.stream.batch(step, self.cfg.batch), {}
+
+    def read_by(self, ref, first):
+        """Let a fixed reference read what the run will see from its first step on. -> The reference, or None where its
+        log-probs are all that was needed of it: one model less in memory."""
+        cfg = self.cfg
+        if cfg.ref_every:
+            return ref
+        # The micro-batches are those of the whole run, so that a resumed one has the same bits.
+        every = self.stream.seen(0, self.total, cfg.batch) + self.held
+        still = set(map(id, self.stream.seen(first, self.total, cfg.batch) + self.held))
+        for part in tqdm(list(item_batches(every, cfg.micro_tokens)), desc="reference", leave=False):
+            if not still.isdisjoint(map(id, part)):
+                add_reference(part, ref, cfg)
+        return ref if cfg.lora_r or needs(cfg, "kl_w") else None  # LoRA's shares the weights of the policy
+
+    def forget(self):
+        """The reference is another one from now on."""
+        for item in self.stream.items + self.held:
+            item.pop("ref", None)
 
 
-def row_logps(model, rows, cfg, tok, amp):
-    """What the preference term takes of each row (R,), log π of all its response tokens (R,), tokens, mask."""
-    tokens, mask = collate(rows, tok, model.device)                                      # (R, T), (R, T-1)
-    with amp():
-        logp = token_logprobs(model, tokens, mask)                                       # (R, T-1)
-    skip = tokens[:, 1:] == tok.end if cfg.mask_end else None
-    return response_logps(logp, mask, skip, cfg.length_norm), logp.sum(1), tokens, mask
+class FromPolicy:
+    """Items of the policy's own samples, which the reward judges (--online): no two steps see the same."""
+
+    def __init__(self, policy, cfg):
+        self.cfg = cfg
+        self.policy = policy
+        self.total, self.held = cfg.steps, []
+        self.reward = Reward(cfg.reward, policy, cfg.micro_tokens)
+        self.stream, self.prompts = open_stream(
+            cfg.data, "prompt", cfg.seed, cfg.families, n_held=64, skip_bad=cfg.skip_bad,
+            prepare=fits(policy.tok, policy.config.block_size, cfg.max_new))
+        self.reward.meet(self.stream.some(), cfg.data)
+        self.then = compare_words(cfg, cfg.data, cfg.families, cfg.reward)
+
+    def batch(self, step):
+        """The items of a step, and what is logged of them."""
+        cfg = self.cfg
+        records = self.stream.batch(step, cfg.batch)
+        roll = respond(self.policy, records, cfg, cfg.k)
+        asked = [record for record in records for _ in range(cfg.k)]
+        judged, _ = self.reward(asked, roll)                                             # (P k,)
+        score = judged - cfg.missing_end * ~roll.finished
+        score = score.view(-1, cfg.k)                                                    # (P, k)
+        items = best_and_worst(records, roll.rows(), score, cfg)
+        if needs(cfg, "z"):
+            if len({str(item["record"]["prompt"]) for item in items}) < 2:
+                items = []  # a mismatched response is one to another prompt
+            add_mismatched(items, self.policy.config.block_size)
+        return items, dict(reward=score.mean(), items=len(items))
+
+    def read_by(self, ref, first):
+        """Nothing is there yet for the reference to read."""
+        return ref
+
+    def forget(self):
+        """Nothing is kept from one step to the next."""
 
 
-def seen_items(stream, steps, batch):
-    """The items that these steps see, each once, in the order of the file."""
-    seen = set()
-    for step in steps:
-        seen.update(id(item) for item in stream.batch(step, batch))
-    return [item for item in stream.items if id(item) in seen]
+def best_and_worst(records, rows, score, cfg):
+    """Of the k samples to each prompt the best against the worst: rows (P k), score (P, k) -> items. Where all are
+    equally good there is none."""
+    items = []
+    for i, record in enumerate(records):
+        mine, said = score[i], rows[i * cfg.k:(i + 1) * cfg.k]
+        ends = [int(mine.argmax()), int(mine.argmin())]
+        best, worst = mine[ends].tolist()
+        if best == worst:
+            continue
+        beats = torch.sigmoid(mine[:, None] - mine)                                      # (k, k)
+        wins = (beats.sum(1) - .5) / (cfg.k - 1)                                         # (k,) against the others
+        told = {key: value for key, value in record.items() if key not in ("prob", "margin")}  # of a file's answers
+        told |= dict(scores=[best, worst], win=wins[ends].tolist())
+        pair = make_item(told, [said[i] for i in ends], [True, False])
+        items += [pair] if needs(cfg, "pair") else singles(pair)
+    return items
+
+
+def read(model, rows, cfg):
+    """What a model says of rows: their tokens (R, T), mask and logp (R, T-1), and taken (R,), the sum or mean of logp
+    that the preference term takes of each."""
+    tokens, mask = collate(rows, model.tok, model.device)
+    logp = token_logprobs(model, tokens, mask)
+    skip = tokens[:, 1:] == model.tok.end if cfg.mask_end else None
+    taken = response_logps(logp, mask, skip, cfg.length_norm)
+    return SimpleNamespace(tokens=tokens, mask=mask, logp=logp, taken=taken)
 
 
 @torch.no_grad()
-def add_reference(items, frozen, cfg, tok, amp, soon=None, bar=False):
-    """Give the items that lack it log π_ref of their rows, and of the mismatched row; with `soon`, only the
-    micro-batches that hold one of those items."""
-    items = [item for item in items if "ref" not in item]
-    if not items:
-        return
-    ref, as_ref = frozen
-    soon = {id(item) for item in (items if soon is None else soon)}
-    with as_ref(), tqdm(total=len(items), desc="reference", disable=not bar, leave=False) as progress:
-        for part in item_batches(items, cfg.micro_tokens):
-            progress.update(len(part))
-            if soon.isdisjoint(id(item) for item in part):
-                continue
-            logps = row_logps(ref, [row for item in part for row in item["rows"]], cfg, tok, amp)[0]
-            for item, s in zip(part, logps.split([len(item["rows"]) for item in part])):
-                item["ref"] = s
-            if "other" in part[0]:
-                for item, s in zip(part, row_logps(ref, [item["other"] for item in part], cfg, tok, amp)[0]):
-                    item["other_ref"] = s
+def add_reference(items, ref, cfg):
+    """Give the items that lack it log π_ref of their rows, and of the mismatched row."""
+    unread = [item for item in items if "ref" not in item]
+    for part in item_batches(unread, cfg.micro_tokens):
+        sizes = [len(item["rows"]) for item in part]
+        said = read(ref, column(part, "rows"), cfg).taken                                # (R,)
+        for item, own in zip(part, said.split(sizes)):
+            item["ref"] = own
+        if needs(cfg, "z"):
+            said = read(ref, [item["other"] for item in part], cfg).taken                # (R,)
+            for item, own in zip(part, said):
+                item["other_ref"] = own
 
 
 @torch.no_grad()
-def reference_point(policy, items, cfg, tok, amp):
+def reference_point(policy, items, cfg):
     """KTO's z = max(0, mean log-ratio of mismatched responses), an estimate of KL(π || π_ref) (2402.01306, sec. 4).
 
     The estimate is biased: π did not draw those responses. As π learns what answers a prompt, answers to other prompts
     become less likely than under π_ref, the mean falls below 0, and z is 0: the rule, not the exception.
     """
-    gaps = [row_logps(policy, [item["other"] for item in part], cfg, tok, amp)[0]
-            - torch.stack([item["other_ref"] for item in part]) for part in item_batches(items, cfg.micro_tokens)]
-    return torch.cat(gaps).mean().clamp(min=0)
-
-
-def measure(policy, items, frozen, critic, cfg, tok, amp):
-    """x of the losses but for z: what policy, reference, critic and data say of the good and bad rows of items."""
-    s, whole, tokens, mask = row_logps(policy, [row for item in items for row in item["rows"]], cfg, tok, amp)
-    up = torch.tensor([u for item in items for u in item["up"]], device=s.device)        # (R,)
-    given = lambda values: torch.tensor(values, device=s.device, dtype=s.dtype)
-    ratio = s - torch.cat([item["ref"] for item in items])                               # (R,)
-    x = SimpleNamespace(a=ratio[up], b=ratio[~up], lw=whole[up], ll=whole[~up], n_w=mask.sum(1)[up])
-    if cfg.loss == "d2o":
-        x.a = torch.stack([part.mean() for part in x.a.split([len(item["rows"]) - 1 for item in items])])
-    for key in needs(cfg):
-        setattr(x, key, given([item[key] for item in items]))                            # (P,)
-    if LOSSES[cfg.loss][0] == "pair":
-        x.d = x.a - x.b - (cfg.margin / cfg.beta * x.gap if cfg.margin else 0)
-    if cfg.loss.startswith("tdpo"):
-        with amp():
-            kl = sequence_kl(policy, *frozen, tokens, mask)                              # (R,)
-        x.kl_w, x.kl_l = kl[up], kl[~up]
-    if critic is not None:
-        with amp():  # V is read at the last token of the prompt
-            v = token_scores(critic, tokens, mask * mask.cumsum(1).eq(1)).sum(1)         # (R,)
-        r = given([r for item in items for r in item["r"]])
-        x.v_w, x.v_l, x.r_w, x.r_l = v[up], v[~up], r[up], r[~up]
-    return x
-
-
-def batch_loss(policy, items, frozen, critic, cfg, tok, amp):
-    """Loss and metrics of a batch, micro-batch by micro-batch; in training the gradient is added up on the way."""
-    unit, loss_of = LOSSES[cfg.loss]
-    add_reference(items, frozen, cfg, tok, amp)
-    z = reference_point(policy, items, cfg, tok, amp) if cfg.loss == "kto" else None
-    n = max(1, sum(not item["up"][0] for item in items)) if unit == "bad" else len(items)
-    good = [target for item in items for (_, target), u in zip(item["rows"], item["up"]) if u]
-    n_good, n_w = len(good), sum(map(sum, good))  # responses, and their tokens
-    loss, xs = 0.0, []
+    ratios = []
     for part in item_batches(items, cfg.micro_tokens):
-        x = measure(policy, part, frozen, critic, cfg, tok, amp)
-        x.z = z
-        term = loss_of(x, cfg).sum() / n
-        if cfg.nll_coef:
-            term = term + cfg.nll_coef * (-x.lw.sum() / max(1, n_w) if cfg.nll_per == "token"
-                                          else -(x.lw / x.n_w).sum() / max(1, n_good))
-        if torch.is_grad_enabled():
-            term.backward()
-        loss += term.detach()
-        xs.append(x)
-    a, b, lw, ll = (torch.cat([getattr(x, k).detach() for x in xs]) for k in ("a", "b", "lw", "ll"))
-    of = lambda values: float(values.mean()) if len(values) else None
-    out = {"loss": loss, "rewards/chosen": of(cfg.beta * a), "rewards/rejected": of(cfg.beta * b),
-           "logps/chosen": of(lw), "logps/rejected": of(ll)}
+        said = read(policy, [item["other"] for item in part], cfg).taken                 # (R,)
+        ratios.append(said - torch.stack([item["other_ref"] for item in part]))
+    return torch.cat(ratios).mean().clamp(min=0)
+
+
+def ask(policy, ref, items, cfg):
+    """A batch: its items, which now know what the reference says of them; KTO's z; and what its means are over."""
+    add_reference(items, ref, cfg)
+    z = reference_point(policy, items, cfg) if items and needs(cfg, "z") else None
+    rows, good = column(items, "rows"), []  # the tokens of every good response
+    for (_, target), up in zip(rows, column(items, "up")):
+        if up:
+            good.append(sum(target))
+    n = len(rows) - len(good) if needs(cfg, "bad") else len(items)
+    n_nll = sum(good) if cfg.nll_per == "token" else len(good)
+    return SimpleNamespace(items=items, z=z, n=max(1, n), n_nll=max(1, n_nll))
+
+
+def apart(values, good):
+    """What belongs to the good rows, and what to the bad ones: (R,) -> (W,), (L,)."""
+    return values[good], values[~good]
+
+
+def compare(policy, ref, critic, batch, cfg):
+    """Policy against reference: x of the losses, of one micro-batch after the other. lw and ll are log π of whole
+    responses, n_w the tokens of the good ones."""
+    for part in item_batches(batch.items, cfg.micro_tokens):
+        said = read(policy, column(part, "rows"), cfg)
+        good = torch.tensor(column(part, "up"), device=policy.device)                    # (R,)
+        ratio = said.taken - torch.cat([item["ref"] for item in part])                   # (R,)
+        x = SimpleNamespace(z=batch.z)
+        x.a, x.b = apart(ratio, good)
+        x.lw, x.ll = apart(said.logp.sum(1), good)
+        x.n_w = said.mask.sum(1)[good]
+        if needs(cfg, "anchors"):
+            anchors = x.a.split([len(item["rows"]) - 1 for item in part])
+            x.a = torch.stack([own.mean() for own in anchors])                           # (P,)
+        for name in OF_THE_DATA:
+            if needs(cfg, name):
+                setattr(x, name, ratio.new_tensor([item[name] for item in part]))        # (P,)
+        if needs(cfg, "d"):
+            x.d = x.a - x.b                                                              # (P,)
+        if cfg.margin:
+            x.d = x.d - cfg.margin / cfg.beta * x.gap
+        if needs(cfg, "kl_w"):
+            kl = sequence_kl(policy, ref, said.tokens, said.mask)                        # (R,)
+            x.kl_w, x.kl_l = apart(kl, good)
+        if critic:
+            first = said.mask * said.mask.cumsum(1).eq(1)  # V is read at the last token of the prompt
+            v = token_scores(critic, said.tokens, first).sum(1)                          # (R,)
+            x.v_w, x.v_l = apart(v, good)
+            x.r_w, x.r_l = apart(v.new_tensor(column(part, "r")), good)
+        yield x
+
+
+def batch_loss(x, batch, cfg):
+    """A micro-batch's share of the loss of its batch, with the NLL term of the good responses."""
+    _, loss_of = LOSSES[cfg.loss]
+    loss = loss_of(x, cfg).sum() / batch.n
+    if cfg.nll_coef:
+        logp = x.lw if cfg.nll_per == "token" else x.lw / x.n_w                          # (W,)
+        loss = loss - cfg.nll_coef * (logp.sum() / batch.n_nll)
+    return loss
+
+
+def joined(xs, name):
+    """What all micro-batches have of a name."""
+    return torch.cat([getattr(x, name) for x in xs])
+
+
+def average(values):
+    """Their mean, None where there are none."""
+    return float(values.mean()) if len(values) else None
+
+
+@torch.no_grad()
+def report(xs, batch, cfg):
+    """Loss and metrics of a batch, from the x of its micro-batches."""
+    a, b = joined(xs, "a"), joined(xs, "b")
+    metrics = {"loss": sum(batch_loss(x, batch, cfg) for x in xs), "rewards/chosen": average(cfg.beta * a),
+               "rewards/rejected": average(cfg.beta * b), "logps/chosen": average(joined(xs, "lw")),
+               "logps/rejected": average(joined(xs, "ll"))}
     if len(a) and len(b):
-        out["rewards/margin"] = out["rewards/chosen"] - out["rewards/rejected"]
-    if unit == "pair":
-        out["rewards/accuracy"] = of(0.5 + 0.5 * (a - b).sign())
-    if z is not None:
-        out["z"] = z
-    return out
+        metrics["rewards/margin"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    if needs(cfg, "pair"):
+        metrics["rewards/accuracy"] = average(0.5 + 0.5 * (a - b).sign())
+    if needs(cfg, "z"):
+        metrics["z"] = batch.z
+    return metrics
+
+
+@torch.no_grad()
+def evaluate(policy, ref, critic, source, run, step, cfg):
+    """Held-out items, by the same loss; held-out prompts, answered: the KL to the reference and, where it is known, the
+    true score."""
+    metrics = {}
+    if source.held:
+        batch = ask(policy, ref, source.held, cfg)
+        xs = list(compare(policy, ref, critic, batch, cfg))
+        metrics = {f"val_{name}": value for name, value in report(xs, batch, cfg).items()}
+    if source.prompts:
+        old = ref or load_model(cfg.init, policy)  # back for a moment, where it has left the memory
+        torch.manual_seed(cfg.seed)
+        roll = respond(policy, source.prompts, cfg)
+        kl = logps(policy, roll, cfg) - logps(old, roll, cfg)                            # (B, T-1)
+        texts = roll.responses()
+        run.samples(step + 1, source.prompts, texts)
+        metrics |= dict(kl=kl.sum(1).mean(), response_length=roll.mask.sum(1).mean(),
+                        gold=mean(truth(source.prompts, texts, roll.finished)))
+    return metrics
 
 
 # ---------------------------------------------------------------- the loop
 
-def train(cfg):
-    """Compare policy and reference on good and bad responses, and step on the loss of what comes out."""
+def train(cfg, make_optimizer=Optimizer):
+    """Take good and bad responses, ask the reference, compare, step, report: one step after another. make_optimizer
+    makes that of the policy (configs/qwen2.py has another)."""
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
         return run.rows
-    device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
-    policy = load_model(cfg.init, tok, device, n_scores=0, maker="python sft.py")
-    policy.prepare(cfg)
-    frozen, block = reference(policy), policy.config.block_size
-    fit = fits(tok, block, cfg.max_new)
-
-    # Where rows come from: the policy itself, or a file whose reference log-probs are computed once.
-    if cfg.online:
-        reward = Reward(cfg.reward, tok, device, amp, cfg.micro_tokens)
-        stream, prompts = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64, prepare=fit,
-                                      skip_bad=cfg.skip_bad)
-        reward.meet(stream.some(), cfg.data)
-        total, held = cfg.steps, []
-    else:
-        stream, held = open_stream(cfg.data, "preference" if LOSSES[cfg.loss][0] == "pair" else "thumbs", cfg.seed,
-                                   n_held=256, context=(tok, block), skip_bad=cfg.skip_bad,
-                                   prepare=lambda record: preference_items(
-                                       record, tok, block, LOSSES[cfg.loss][0], cfg.pairs, cfg.loss == "d2o"))
-        if any(item[key] is None for item in stream.items + held for key in needs(cfg)):
-            raise UserError(f"{cfg.data}: --loss {cfg.loss} needs to know how much better a response is, and some "
-                            "records have neither scores nor a margin")
-        total = cfg.steps or math.ceil(cfg.epochs * len(stream.items) / cfg.batch)
-        prompts = list({str(p["prompt"]): p for item in held for p in fit(item["record"])}.values())[:64]
-        if cfg.loss == "kto":
-            torch.manual_seed(cfg.seed)
-            add_mismatched(stream.items + held, block)
-        if not cfg.ref_every:
-            # The micro-batches are those of the whole run, so that a resumed one has the same bits.
-            ever = seen_items(stream, range(total), cfg.batch)
-            soon = seen_items(stream, range(begun(run), total), cfg.batch)
-            add_reference(ever + held, frozen, cfg, tok, amp, soon + held, bar=True)
-            if not policy.adapter and not cfg.loss.startswith("tdpo"):
-                frozen = None  # its log-probs are all that is needed: one model less in memory
-
-    shared = dict(weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
-    modules, optimizers = dict(model=policy), dict(optimizer=Optimizer(
-        policy, cfg.lr, total, cfg.optimizer, cfg.muon_lr, **shared))
-    critic = None
-    if cfg.merge_base:
-        base = load_model(cfg.merge_base, tok, device, n_scores=0, maker="python sft.py --loss_on all --init new")
-        optimizers["optimizer"].merge_in(policy, base, cfg.merge, cfg.merge_alpha, cfg.merge_keep)
+    policy = load_model(cfg.init, setup(cfg, tok), n_scores=0, maker="python sft.py").prepare(cfg)
+    source = FromPolicy(policy, cfg) if cfg.online else FromFile(policy, cfg)
+    ref = source.read_by(reference(policy), begun(run))
+    shared = dict(total=source.total, weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
+    optimizer = make_optimizer(policy, cfg.lr, kind=cfg.optimizer, muon_lr=cfg.muon_lr, **shared)
+    modules, optimizers = dict(model=policy), dict(optimizer=optimizer)
     if cfg.ref_every:
-        modules["ref"] = frozen[0]
-    if cfg.loss == "dro":
-        critic = modules["critic"] = load_model(cfg.init, tok, device, n_scores=1)
-        optimizers["critic_opt"] = Optimizer(critic, cfg.critic_lr, total, **shared)
+        modules["ref"] = ref
+    if needs(cfg, "v_w"):  # V(x) is learnt beside the policy
+        modules["critic"] = load_model(cfg.init, policy, n_scores=1)
+        optimizers["critic_opt"] = Optimizer(modules["critic"], cfg.critic_lr, **shared)
+    critic = modules.get("critic")
 
-    for step in steps(run, total, modules, optimizers, {}, cfg.save_every):
+    for step in steps(run, source.total, modules, optimizers, {}, cfg.save_every):
         if cfg.ref_every and step and step % cfg.ref_every == 0:
-            frozen[0].load_state_dict(policy.state_dict())
-            for item in (stream.items or []) + held:
-                item.pop("ref", None)
-        if cfg.online:
-            items, scores = sample_items(policy, stream.batch(step, cfg.batch), reward, cfg, tok, amp)
-            metrics = dict(reward=scores.mean(), items=len(items))
-        else:
-            items, metrics = stream.batch(step, cfg.batch), {}
-        if items:
-            metrics |= batch_loss(policy, items, frozen, critic, cfg, tok, amp)
-            for optimizer in reversed(optimizers.values()):  # the policy's numbers last
-                metrics["grad_norm"], metrics["lr"] = optimizer.step(step)
-        if (step + 1) % cfg.eval_every == 0 or step + 1 == total:
-            with torch.no_grad():
-                if held:
-                    val = batch_loss(policy, held, frozen, critic, cfg, tok, amp)
-                    metrics |= {f"val_{key}": value for key, value in val.items()}
-                if prompts:  # the reference comes back for a moment where it has left
-                    old = frozen or (load_model(cfg.init, tok, device), contextlib.nullcontext)
-                    torch.manual_seed(cfg.seed)
-                    with amp():
-                        roll = generate(policy, [tok.prompt(r["prompt"]) for r in prompts], tok, cfg.max_new,
-                                        temperature=cfg.temperature)
-                        kl = log_ratios(roll, policy, old, cfg.micro_tokens, cfg.temperature).sum(1)  # (B,)
-                    texts = roll.responses(tok)
-                    run.samples(step + 1, prompts, texts)
-                    metrics |= dict(kl=kl.mean(), response_length=roll.mask.sum(1).mean(),
-                                    gold=mean(truth(prompts, texts, roll.finished)))
+            ref.load_state_dict(policy.state_dict())
+            source.forget()
+
+        # 1. Take good and bad responses: of the file, or the best and the worst of what the policy says now.
+        items, metrics = source.batch(step)
+
+        # 2. Ask the reference how likely they are, where it has not said so yet.
+        batch = ask(policy, ref, items, cfg)
+
+        # 3. Compare policy and reference on them; the gradients of the micro-batches add up.
+        xs = []
+        for x in compare(policy, ref, critic, batch, cfg):
+            batch_loss(x, batch, cfg).backward()
+            xs.append(x)
+
+        # 4. Step towards the good ones and away from the bad ones; online there may be none.
+        if xs:
+            metrics |= report(xs, batch, cfg) | optimizer.step(step)
+            if critic:
+                optimizers["critic_opt"].step(step)
+
+        # 5. Report.
+        if (step + 1) % cfg.eval_every == 0 or step + 1 == source.total:
+            metrics |= evaluate(policy, ref, critic, source, run, step, cfg)
         run.log(step, ("loss", "rewards/margin", "gold"), **metrics)
-    then = (compare_words(cfg, cfg.data, cfg.families, cfg.reward) if cfg.online else
-            compare_words(cfg, "toy" if cfg.tokenizer == "toy" else cfg.data))
     return run.finish(("loss", "rewards/accuracy", "rewards/margin", "logps/chosen", "logps/rejected", "gold", "kl"),
-                      then)
+                      then=source.then)
 
 
 if __name__ == "__main__":

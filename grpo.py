@@ -34,8 +34,8 @@ import torch
 from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Range, Run, Share, Sum, Temperature,
                   Tokenizer, TrainConfig, check_needs, compare_words, fits, guard, mean, number, open_stream, parse,
                   truth, verifier)
-from model import (Optimizer, Reward, Rollout, generate, load_model, log_ratios, per_token, reference, setup, slices,
-                   steps, token_logprobs)
+from model import (Means, Optimizer, Reward, Rollout, evaluate, generate, load_model, logps, minibatches, parts,
+                   reference, respond, setup, steps, token_logprobs)
 
 
 @dataclass
@@ -118,57 +118,72 @@ def center(r):
     return r - r.mean(1, keepdim=True)
 
 
+# Each gives the advantages (P, G) of rewards r (P, G); h: the options, among them whatever one of your own needs.
 ADVANTAGES = {
     # in units of the group's spread; that rescales β and the weight of each prompt        GRPO 2402.03300 sec. 4.1.2
-    "grpo": lambda r: center(r) / (r.std(1, keepdim=True) + 1e-6),
+    "grpo": lambda r, h: center(r) / (r.std(1, keepdim=True) + 1e-6),
     # without it: all prompts count alike                                                  Dr. GRPO 2503.20783
-    "dr_grpo": center,
+    "dr_grpo": lambda r, h: center(r),
     # minus the mean of the others: unbiased, the group mean shrinks it by (G-1)/G         RLOO 2402.14740
-    "rloo": lambda r: center(r) * r.shape[1] / (r.shape[1] - 1),
+    "rloo": lambda r, h: center(r) * r.shape[1] / (r.shape[1] - 1),
     # the batch is the baseline, so a group of equal rewards teaches as well. A response counts once in its mean and
     # spread; in verl each of its tokens does, so there long responses count for more     REINFORCE++ 2501.03262
-    "reinforce_pp": lambda r: center(r.view(1, -1)).view_as(r) / (r.std() + 1e-6),
+    "reinforce_pp": lambda r, h: center(r.view(1, -1)).view_as(r) / (r.std() + 1e-6),
     # the group is the baseline, the batch the scale                                       the same, "baseline"
-    "reinforce_pp_baseline": lambda r: center(r) / (center(r).std() + 1e-6),
+    "reinforce_pp_baseline": lambda r, h: center(r) / (center(r).std() + 1e-6),
 }
 
 
-def clipped(x, ratio, h):
-    """-min(ρ A, clip(ρ, 1-ε_low, 1+ε_high) A) (PPO 1707.06347, eq. 7; two ε: DAPO 2503.14476, eq. 8)."""
-    free, held = -ratio * x.adv, -ratio.clamp(1 - h.clip_low, 1 + h.clip_high) * x.adv
-    x.decides = held > free
-    return torch.maximum(free, held)
+def clip(x, h):
+    """Every token by its own ratio: -min(ρ A, clip(ρ, 1-ε_low, 1+ε_high) A) (PPO 1707.06347, eq. 7; two ε: DAPO
+    2503.14476, eq. 8)."""
+    return clipped(x.ratio, x.adv, h)
 
 
-def capped(x, h):
-    """min(ρ, 1+ε_high) as a weight, without a gradient (CISPO 2506.13585, eq. 5)."""
-    x.decides = (x.ratio > 1 + h.clip_high) & (x.adv != 0)
-    return x.ratio.clamp(max=1 + h.clip_high).detach()
+def gspo(x, h):
+    """Every token by the n-th root of the ratio of its whole response of n tokens; per response, with clips of 3e-4 and
+    4e-4 (GSPO 2507.18071, eq. 5, 7)."""
+    return clipped(x.whole.expand_as(x.logp), x.adv, h)
 
 
-# Each gives a loss per token (B, T-1). x: logp; gap = logp - old_logp; ratio = exp(gap); whole (B, 1), the ratio of the
-# whole response to the power 1 / its length; adv (B, 1); decides: where a clip decides, which clipped and
-# capped note there. h: the options, among them whatever a loss of your own needs.
-POLICY_LOSSES = {
-    # every token by its own ratio                                                         PPO, GRPO, DAPO
-    "clip": lambda x, h: clipped(x, x.ratio, h),
-    # by the n-th root of its response's of n tokens (per response, clips 3e-4 and 4e-4)   GSPO 2507.18071 eq. 5, 7
-    "gspo": lambda x, h: clipped(x, x.whole.expand_as(x.logp), h),
-    # clip the weight, never the gradient, and only from above                             CISPO 2506.13585 eq. 4, 5
-    "cispo": lambda x, h: -capped(x, h) * x.adv * x.logp,
-    # a square around π_old; summed over a response (per constant) it is the paper's       OPMD, Kimi 2501.12599 eq. 3
-    "opmd": lambda x, h: -x.adv * x.logp + h.tau / 2 * x.gap * x.gap.sum(1, keepdim=True),
-}
+def clipped(ratio, adv, h):
+    """The larger of two losses, so that clipping can only hold back; it decides where it is the larger."""
+    free = -ratio * adv
+    held = -ratio.clamp(1 - h.clip_low, 1 + h.clip_high) * adv
+    return torch.maximum(free, held), held > free
+
+
+def cispo(x, h):
+    """Clip the weight, only from above, and never the gradient (CISPO 2506.13585, eq. 4, 5)."""
+    weight = x.ratio.clamp(max=1 + h.clip_high).detach()
+    decides = (x.ratio > weight) & (x.adv != 0)
+    return -weight * x.adv * x.logp, decides
+
+
+def opmd(x, h):
+    """A square around π_old instead of a clip; summed over a response (--per constant) it is the paper's (Kimi k1.5
+    2501.12599, eq. 3)."""
+    square = x.gap * x.gap.sum(1, keepdim=True)  # summed over the response it is (Σ gap)²
+    never = torch.zeros_like(x.gap, dtype=torch.bool)
+    return -x.adv * x.logp + h.tau / 2 * square, never
+
+
+# Each gives the loss of every token, and where a clip decides it: (B, T-1) both. x: logp; gap = logp - old_logp; ratio =
+# exp(gap); whole (B, 1), the ratio of the whole response to the power 1 / its length; adv (B, 1). h: the options,
+# among them whatever a loss of your own needs.
+POLICY_LOSSES = {"clip": clip, "gspo": gspo, "cispo": cispo, "opmd": opmd}
 
 
 def policy_loss(logp, old_logp, adv, mask, h):
     """The loss of --loss per token, the token's ratio, where a clip decides: (B, T-1) each; adv (B, 1)."""
-    gap = torch.where(mask.bool(), logp - old_logp, 0.0)
-    whole = (gap.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).exp()    # (B, 1)
-    x = SimpleNamespace(logp=torch.where(mask.bool(), logp, 0.0), gap=gap, ratio=gap.exp(), whole=whole, adv=adv,
-                        decides=torch.zeros_like(mask, dtype=torch.bool))
-    loss = POLICY_LOSSES[h.loss](x, h)
-    return loss, x.ratio, x.decides & mask.bool()
+    inside = mask.bool()
+    gap = torch.where(inside, logp - old_logp, 0.0)                                      # (B, T-1)
+    length = mask.sum(1, keepdim=True).clamp(min=1)                                      # (B, 1)
+    whole = (gap.sum(1, keepdim=True) / length).exp()                                    # (B, 1)
+    logp = torch.where(inside, logp, 0.0)
+    x = SimpleNamespace(logp=logp, gap=gap, ratio=gap.exp(), whole=whole, adv=adv)
+    loss, decides = POLICY_LOSSES[h.loss](x, h)
+    return loss, x.ratio, decides & inside
 
 
 def token_weights(mask, per, max_new):
@@ -184,7 +199,10 @@ def token_weights(mask, per, max_new):
     n = mask.sum(1, keepdim=True)                                                        # (B, 1)
     if per == "token":
         return mask / n.sum().clamp(min=1)
-    return mask / (n.clamp(min=1) * (n > 0).sum().clamp(min=1) if per == "response" else len(mask) * max_new)
+    if per == "response":
+        responses = (n > 0).sum().clamp(min=1)
+        return mask / (n.clamp(min=1) * responses)
+    return mask / (len(mask) * max_new)
 
 
 def kl_estimate(logp, ref_logp, ratio, kind):
@@ -204,48 +222,120 @@ def kl_estimate(logp, ref_logp, ratio, kind):
     a token is then chosen by the reward that follows alone, as if the KL of all later tokens cost nothing.
     """
     d = logp - ref_logp
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return d * d / 2
     k3 = (-d).exp() - 1 + d
-    return {"k1": d, "k2": d * d / 2, "k3": k3, "k3_is": ratio * k3}[kind]
+    return ratio * k3 if kind == "k3_is" else k3
 
 
 def overlong_penalty(length, max_new, buffer):
     """0 up to max_new - buffer tokens, then down to -1 at max_new (DAPO, eq. 13); length (B,)."""
-    return ((max_new - buffer - length) / max(1, buffer)).clamp(-1, 0)
+    over = length - (max_new - buffer)
+    return -(over / max(1, buffer)).clamp(0, 1)
 
 
 def length_reward(length, right):
     """λ = ½ - (len - min) / (max - min) in each group, of wrong answers min(0, λ), 0 where all are as long (Kimi k1.5,
     2501.12599, sec. 2.3.3); length and right (P, G)."""
-    low, high = length.amin(1, keepdim=True), length.amax(1, keepdim=True)
-    lam = 0.5 - (length - low) / (high - low).clamp(min=1)
-    return torch.where(high > low, torch.where(right, lam, lam.clamp(max=0)), 0.0)
+    low = length.amin(1, keepdim=True)                                                   # (P, 1)
+    spread = length.amax(1, keepdim=True) - low                                          # (P, 1)
+    lam = 0.5 - (length - low) / spread.clamp(min=1)                                     # (P, G)
+    lam = torch.where(right, lam, lam.clamp(max=0))
+    return torch.where(spread > 0, lam, 0.0)
 
 
 def win_rates(p):
     """p (P, G, G), chance that i beats j -> mean over j ≠ i (SPO 2401.04056); if p_ij + p_ji = 1 they sum to G / 2."""
-    G = p.shape[1]
-    return (p.sum(2) - p.diagonal(dim1=1, dim2=2)) / (G - 1)
+    itself = p.diagonal(dim1=1, dim2=2)                                                  # (P, G)
+    return (p.sum(2) - itself) / (p.shape[1] - 1)
 
 
 def draw_prompts(rates, share, n, rng):
-    """n different indices among the first `share` of a pool, with chances ∝ 1 - rates[i] (one exponential race)."""
-    among = range(max(n, math.ceil(share * len(rates))))
-    return sorted(among, key=lambda i: -math.log(1 - rng.random()) / (1 - rates[i] + 1e-3))[:n]
+    """n different indices among the first `share` of a pool, with chances ∝ 1 - rates[i]: a race, in which the one of
+    chance c arrives after an exponential time of mean 1 / c."""
+    some = max(n, math.ceil(share * len(rates)))
+    arrival = [-math.log(1 - rng.random()) / (1 - rates[i] + 1e-3) for i in range(some)]
+    return sorted(range(some), key=lambda i: arrival[i])[:n]
 
 
-# ---------------------------------------------------------------- the reward of a response
+# ---------------------------------------------------------------- the steps
 
-def look_ahead(policy, records, roll, judge, cfg, tok, amp):
-    """Chance (B,) that the policy, going on from somewhere in a response, trips the wire within `ahead` tokens: the
-    mean over `cuts` places inside it, evenly spaced, of one continuation each."""
-    rows = [(record, ids[:p + (n - p) * (cut + 1) // (cfg.cuts + 1)], p) for record, ids, p, n in zip(
-        records, roll.tokens.tolist(), roll.prompt_len, roll.lengths) for cut in range(cfg.cuts)]
-    with amp():
-        onward = generate(policy, [ids for _, ids, _ in rows], tok, cfg.ahead, temperature=cfg.temperature)
-    trips = []
-    for (record, _, p), ids, n, done in zip(rows, onward.tokens.tolist(), onward.lengths, onward.finished.tolist()):
-        trips.append(number(judge(record, tok.decode(ids[p:n]), done), "--tripwire", record))
-    return torch.tensor(trips, device=roll.tokens.device).view(-1, cfg.cuts).mean(1)
+class Prompts:
+    """The prompts of every step: new ones, or from a pool, which opens from the easy ones on (--curriculum) and gives
+    more often what went wrong (--prioritized)."""
+
+    def __init__(self, stream, cfg):
+        self.stream, self.cfg, self.pool = stream, cfg, []
+        if cfg.pool:
+            pool = stream.items or stream.batch(0, cfg.pool)
+            self.pool = sorted(pool[:cfg.pool], key=difficulty)
+        self.state = dict(rates=[0.0] * len(self.pool))  # the last mean reward of each prompt of the pool
+
+    def choose(self, step, draw):
+        """The records of a step, new ones for every draw; of a pool, their places in it too."""
+        cfg = self.cfg
+        if not self.pool:
+            place = step * (1 + cfg.resample) + draw
+            return self.stream.batch(place, cfg.prompts), []
+        share, n = 1.0, min(cfg.prompts, len(self.pool))
+        if cfg.curriculum:
+            share = min(1.0, 0.25 + 0.75 * step / (cfg.curriculum * cfg.steps))
+        places = draw_prompts(self.state["rates"], share, n, random.Random(f"{cfg.seed} {step}"))
+        return [self.pool[i] for i in places], places
+
+    def learn(self, places, score):
+        """Remember how the prompts at these places of the pool went: score (P, G)."""
+        if self.cfg.prioritized:
+            rates = score.mean(1).clamp(0, 1).tolist()
+            for place, rate in zip(places, rates):
+                self.state["rates"][place] = rate
+
+
+def difficulty(record):
+    """What reward.py or the toy world says of how hard a prompt is."""
+    return record.get("difficulty", record.get("level", 0))
+
+
+def repeat(things, n):
+    """Each of them n times in a row, as a record for every response of its group."""
+    return [thing for thing in things for _ in range(n)]
+
+
+def sample_groups(policy, reward, prompts, step, cfg):
+    """Groups to learn from: their records (P), responses, scores (P, G); and metrics of all that was drawn.
+
+    DAPO's dynamic sampling (--resample): a group of equal rewards teaches nothing, so others are drawn instead. When no
+    draws are left the batch stays smaller; if it were empty, the last draw is it.
+    """
+    groups, seen = [], {}
+    for draw in range(1 + cfg.resample):
+        records, places = prompts.choose(step, draw)
+        roll = respond(policy, records, cfg, cfg.group)
+        repeated = repeat(records, cfg.group)
+        score, terms = reward(repeated, roll)                                            # (B,)
+        gold = truth(repeated, roll.responses(), roll.finished)
+        drawn = dict(reward=score.tolist(), gold=gold)
+        for name, term in terms.items():
+            drawn[f"reward/{name}"] = term.tolist()
+        for name, values in drawn.items():
+            seen.setdefault(name, []).extend(values)
+        score = score.view(-1, cfg.group)                                                # (P, G)
+        prompts.learn(places, score)
+        differ = score.amax(1) > score.amin(1)                                           # (P,)
+        for i, record in enumerate(records):
+            if differ[i] or not cfg.resample:
+                rows = range(i * cfg.group, (i + 1) * cfg.group)
+                groups.append((record, roll.take(rows), score[i]))
+        if len(groups) >= cfg.prompts:
+            break
+    metrics = {name: mean(values) for name, values in seen.items()}
+    metrics["groups"] = len(seen["reward"]) // cfg.group
+    if not groups:
+        return records, roll, score, metrics
+    records, rolls, scores = zip(*groups[:cfg.prompts])
+    return records, Rollout.join(rolls), torch.stack(scores), metrics
 
 
 def preferences(records, texts, score, judge):
@@ -253,169 +343,177 @@ def preferences(records, texts, score, judge):
     if judge is None:
         return torch.sigmoid(score[:, :, None] - score[:, None, :])
     G = score.shape[1]
-    groups = [texts[i:i + G] for i in range(0, len(texts), G)]
-    return torch.tensor([[[number(judge(r, a, b), "--prefer", r) for b in group] for a in group]
-                         for r, group in zip(records, groups)], device=score.device)
+    p = torch.zeros(len(records), G, G, device=score.device)
+    for n, record in enumerate(records):
+        group = texts[n * G:(n + 1) * G]
+        for i, a in enumerate(group):
+            for j, b in enumerate(group):
+                value = judge(record, a, b)
+                p[n, i, j] = number(value, "--prefer", record)
+    return p
+
+
+def look_ahead(policy, records, roll, tripwire, cfg):
+    """Chance (B,) that the policy, going on from somewhere in a response, trips the wire within `ahead` tokens: the
+    mean over `cuts` places inside it, evenly spaced, of one continuation each."""
+    beginnings, starts = [], repeat(roll.prompt_len, cfg.cuts)
+    for ids, start, end in zip(roll.tokens.tolist(), roll.prompt_len, roll.lengths):
+        for cut in range(1, cfg.cuts + 1):
+            place = start + (end - start) * cut // (cfg.cuts + 1)
+            beginnings.append(ids[:place])
+    onward = generate(policy, beginnings, cfg.ahead, temperature=cfg.temperature)
+    texts = []                                                                           # from the prompt on
+    for ids, start, end in zip(onward.tokens.tolist(), starts, onward.lengths):
+        texts.append(policy.tok.decode(ids[start:end]))
+    trips = tripped(tripwire, repeat(records, cfg.cuts), texts, onward.finished)         # (B cuts,)
+    return trips.view(-1, cfg.cuts).mean(1)
+
+
+def tripped(tripwire, records, texts, finished):
+    """What the tripwire says of every response -> (B,)."""
+    values = []
+    for record, text, done in zip(records, texts, finished.tolist()):
+        value = tripwire(record, text, done)
+        values.append(number(value, "--tripwire", record))
+    return torch.tensor(values, device=finished.device)
+
+
+def shape_reward(score, records, roll, policy, judge, tripwire, cfg):
+    """The reward (P, G) of each response, from its score: the rate at which it wins, its length, cut off or nearly, and
+    what might follow it."""
+    r, length = score.clone(), roll.mask.sum(1).view_as(score)
+    if cfg.prefer:
+        r = win_rates(preferences(records, roll.responses(), score, judge))
+    if cfg.len_reward:
+        r += cfg.len_reward * length_reward(length, score > 0.5)
+    if cfg.missing_end:
+        r -= cfg.missing_end * (~roll.finished).view_as(r)
+    if cfg.overlong:
+        r += overlong_penalty(length, cfg.max_new, cfg.overlong)
+    if tripwire and cfg.lookahead:
+        ahead = look_ahead(policy, repeat(records, cfg.group), roll, tripwire, cfg)      # (B,)
+        r -= cfg.lookahead * ahead.view_as(r)
+    return r
+
+
+def open_prompts(policy, reward, tripwire, cfg):
+    """The Prompts to train on, which reward and tripwire can judge, and held-out records."""
+    stream, held = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64, skip_bad=cfg.skip_bad,
+                               prepare=fits(policy.tok, policy.config.block_size, cfg.max_new))
+    reward.meet(stream.some(), cfg.data)
+    check_needs(cfg.tripwire, tripwire, stream.some(), cfg.data, "tripwire")
+    return Prompts(stream, cfg), held
+
+
+def in_loss(cfg):
+    """Whether a KL penalty is a part of the loss; k1 is a part of the reward."""
+    return cfg.kl_coef > 0 and cfg.kl != "k1"
+
+
+def needs_old(cfg):
+    """Whether log π_old needs a pass of its own; with one update a rollout π_old is the policy itself."""
+    return cfg.epochs * cfg.minibatches > 1 or (cfg.kl_coef > 0 and cfg.kl == "k1")
+
+
+def has_gradient(adv, mask, cfg):
+    """Which responses (B,) teach something: one without advantage has no gradient but of the KL term and opmd's
+    square. On the CPU, where the rows of a minibatch are."""
+    taught = mask.any(1)
+    if not in_loss(cfg) and cfg.loss != "opmd":
+        taught = taught & (adv[:, 0] != 0)
+    return taught.cpu()
+
+
+def report(records, roll, r, means, tripwire, cfg):
+    """What is logged of the rollout that the update learned from, r its rewards (P, G), and of the update."""
+    length, equal = float(roll.mask.sum(1).mean()), r.amax(1) == r.amin(1)
+    metrics = means.all() | dict(
+        zero_std=equal.float().mean(), response_length=length, finished=roll.finished.float().mean())
+    if "kl" in metrics:
+        metrics["kl"] *= length  # of a response
+    if tripwire:
+        records = repeat(records, cfg.group)
+        metrics["tripped"] = tripped(tripwire, records, roll.responses(), roll.finished).mean()
+    return metrics
+
+
+def warn_if_nothing_differed(rows, cfg):
+    """Say what to do when no step had anything to learn from."""
+    if all(row["zero_std"] == 1 for row in rows):
+        print(f"\nIn no group did the rewards differ, so nothing was learned. --reward {cfg.reward} has to tell the "
+              f"responses of {cfg.init} apart now and then: easier prompts, a larger --group, or more SFT first.")
 
 
 # ---------------------------------------------------------------- the loop
 
 def train(cfg):
-    """Sample groups, reward, compare within each group, update, report: one step after another."""
+    """Sample groups, score, compare within each group, update, report: one step after another."""
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
         return run.rows
-    device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
-    policy = load_model(cfg.init, tok, device, n_scores=0, maker="python sft.py")
-    policy.prepare(cfg)
-    ref, as_ref = reference(policy) if cfg.kl_coef else (None, None)
-    modules = dict(model=policy) | (dict(ref=ref) if cfg.ref_every else {})
-    reward = Reward(cfg.reward, tok, device, amp, cfg.micro_tokens)
-    tripwire, judge = (verifier(name, option) if name and name != "score" else None
-                       for name, option in ((cfg.tripwire, "tripwire"), (cfg.prefer, "prefer")))
-    stream, held = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64,
-                               prepare=fits(tok, policy.config.block_size, cfg.max_new), skip_bad=cfg.skip_bad)
-    reward.meet(stream.some(), cfg.data)
-    check_needs(cfg.tripwire, tripwire, stream.some(), cfg.data, "tripwire")
-    pool = (stream.items or stream.batch(0, cfg.pool))[:cfg.pool]
-    pool = sorted(pool, key=lambda record: record.get("difficulty", record.get("level", 0)))
+    policy = load_model(cfg.init, setup(cfg, tok), n_scores=0, maker="python sft.py").prepare(cfg)
+    ref = reference(policy) if cfg.kl_coef else None
+    reward = Reward(cfg.reward, policy, cfg.micro_tokens)
+    tripwire = verifier(cfg.tripwire, "tripwire") if cfg.tripwire else None
+    judge = verifier(cfg.prefer, "prefer") if cfg.prefer not in ("", "score") else None
+    prompts, held = open_prompts(policy, reward, tripwire, cfg)
     optimizer = Optimizer(policy, cfg.lr, cfg.steps, weight_decay=cfg.weight_decay, warmup=cfg.warmup,
                           floor=cfg.lr_end, clip=cfg.clip_grad)
-    state = dict(rates=[0.0] * len(pool))
+    modules = dict(model=policy, ref=ref) if cfg.ref_every else dict(model=policy)
 
-    def sample(records, n=1):
-        with amp():
-            return generate(policy, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new, n, cfg.temperature)
-
-    def choose(step, draw):
-        """The prompts of a step, new ones for every draw; of a pool, their places in it too."""
-        if not pool:
-            return stream.batch(step * (1 + cfg.resample) + draw, cfg.prompts), []
-        share = min(1.0, 0.25 + 0.75 * step / (cfg.curriculum * cfg.steps)) if cfg.curriculum else 1.0
-        places = draw_prompts(state["rates"], share, min(cfg.prompts, len(pool)), random.Random(f"{cfg.seed} {step}"))
-        return [pool[i] for i in places], places
-
-    def sample_groups(step):
-        """Groups to learn from: their prompts, responses and scores (P, G); and metrics of all that was drawn."""
-        groups, seen = [], {}
-        for draw in range(1 + cfg.resample):
-            records, places = choose(step, draw)
-            repeated, roll = [r for r in records for _ in range(cfg.group)], sample(records, cfg.group)
-            score, parts = reward(repeated, roll)
-            drawn = dict(reward=score.tolist(), gold=truth(repeated, roll.responses(tok), roll.finished))
-            drawn |= {f"reward/{name}": part.tolist() for name, part in parts.items()}
-            for name, values in drawn.items():
-                seen.setdefault(name, []).extend(values)
-            score = score.view(-1, cfg.group)                                            # (P, G)
-            for place, rate in zip(places if cfg.prioritized else (), score.mean(1).clamp(0, 1).tolist()):
-                state["rates"][place] = rate
-            # DAPO's dynamic sampling: a group of equal rewards teaches nothing, so others are drawn instead. When no
-            # draws are left the batch stays smaller; if it were empty, the last draw is it.
-            keep = [i for i, s in enumerate(score) if not cfg.resample or s.amax() > s.amin()]
-            if not keep and not groups and draw == cfg.resample:
-                keep = range(len(records))
-            groups += [(records[i], roll.take(range(i * cfg.group, (i + 1) * cfg.group)), score[i]) for i in keep]
-            if len(groups) >= cfg.prompts:
-                break
-        records, rolls, scores = zip(*groups[:cfg.prompts])
-        metrics = {name: mean(values) for name, values in seen.items()} | dict(groups=len(seen["reward"]) // cfg.group)
-        return records, Rollout.join(rolls, tok.pad), torch.stack(scores), metrics
-
-    def logps(model, roll):
-        with torch.no_grad(), amp():
-            return per_token(roll, cfg.micro_tokens, lambda tokens, mask: token_logprobs(
-                model, tokens, mask, cfg.temperature))[0]                                # (B, T-1)
-
-    for step in steps(run, cfg.steps, modules, dict(optimizer=optimizer), state, cfg.save_every):
+    for step in steps(run, cfg.steps, modules, dict(optimizer=optimizer), prompts.state, cfg.save_every):
         if cfg.ref_every and step and step % cfg.ref_every == 0:
             ref.load_state_dict(policy.state_dict())
 
         # 1. Sample a group of responses to each prompt, and score them.
-        records, roll, raw, metrics = sample_groups(step)                                # raw (P, G)
-        repeated, length = [r for r in records for _ in range(cfg.group)], roll.mask.sum(1)
+        records, roll, score, metrics = sample_groups(policy, reward, prompts, step, cfg)  # score (P, G)
 
-        # 2. Shape the reward: win rate, length, cut off or nearly, look-ahead, KL.
-        r = raw.clone()
-        if cfg.prefer:
-            r = win_rates(preferences(records, roll.responses(tok), raw, judge))
-        if cfg.len_reward:
-            r += cfg.len_reward * length_reward(length.view_as(r), raw > 0.5)
-        if cfg.missing_end:
-            r -= cfg.missing_end * (~roll.finished).view_as(r)
-        if cfg.overlong:
-            r += overlong_penalty(length, cfg.max_new, cfg.overlong).view_as(r)
-        if cfg.tripwire and cfg.lookahead:
-            ahead = look_ahead(policy, repeated, roll, tripwire, cfg, tok, amp)
-            r -= cfg.lookahead * ahead.view_as(r)
-        # With one update a rollout π_old is the policy itself, and needs no pass of its own.
-        need_old = cfg.epochs * cfg.minibatches > 1 or (cfg.kl_coef and cfg.kl == "k1")
-        old_logp = logps(policy, roll) if need_old else None                             # (B, T-1)
-        if cfg.kl_coef:
-            with as_ref():
-                ref_logp = logps(ref, roll)                                              # (B, T-1)
-            if cfg.kl == "k1":
-                penalty = kl_estimate(old_logp, ref_logp, 1.0, "k1") * roll.mask         # (B, T-1)
-                r -= cfg.kl_coef * penalty.sum(1).view_as(r)
+        # 2. Shape the reward, and take off the KL where it sits in there.
+        r = shape_reward(score, records, roll, policy, judge, tripwire, cfg)             # (P, G)
+        old_logp = logps(policy, roll, cfg) if needs_old(cfg) else None                  # (B, T-1)
+        ref_logp = logps(ref, roll, cfg) if cfg.kl_coef else None                        # (B, T-1)
+        if cfg.kl_coef and cfg.kl == "k1":
+            kl = kl_estimate(old_logp, ref_logp, 1.0, "k1") * roll.mask                  # (B, T-1)
+            r -= cfg.kl_coef * kl.sum(1).view_as(r)
 
-        # 3. Advantages: every token of a response gets the same.
-        adv = ADVANTAGES[cfg.adv](r.double()).to(roll.logp.dtype).view(-1, 1)            # (B, 1)
-        mask = roll.mask * roll.finished[:, None] if cfg.mask_truncated else roll.mask
-        in_loss = cfg.kl_coef > 0 and cfg.kl != "k1"
+        # 3. Compare within each group: every token of a response gets the same advantage.
+        adv = ADVANTAGES[cfg.adv](r.double(), cfg).to(roll.logp.dtype).view(-1, 1)       # (B, 1)
+        mask = roll.mask                                                                 # (B, T-1)
+        if cfg.mask_truncated:
+            mask = mask * roll.finished[:, None]
 
-        # 4. Update. A response without advantage has no gradient but of the KL term and opmd's square: it is left out,
-        # and metrics of the update are about the others.
-        teaches = mask.any(1) & (adv[:, 0] != 0 if not in_loss and cfg.loss != "opmd" else True)
-        tally, grad_norm, lr = torch.zeros(7, device=device), None, None
-        for batch in [rows for _ in range(cfg.epochs) for rows in torch.randperm(len(adv)).chunk(cfg.minibatches)]:
-            weights = torch.zeros_like(mask)
-            weights[batch] = token_weights(mask[batch], cfg.per, cfg.max_new)
-            busy = batch[teaches.cpu()[batch]].tolist()
-            for rows, tokens, m in slices(roll, cfg.micro_tokens, busy) if busy else ():
-                cut = rows, slice(0, m.shape[1])                                         # their corner of (B, T-1)
-                with amp():
-                    logp, entropy = token_logprobs(policy, tokens, m, cfg.temperature, entropy=True)
-                old = logp.detach() if old_logp is None else old_logp[cut]
-                loss, ratio, decides = policy_loss(logp, old, adv[rows], m, cfg)
-                kl = torch.zeros_like(logp)
-                if cfg.kl_coef:
-                    kl = logp.detach() - ref_logp[cut]
-                if in_loss:
-                    loss = loss + cfg.kl_coef * kl_estimate(logp, ref_logp[cut], ratio, cfg.kl)
-                loss = (loss * weights[cut]).sum()
+        # 4. Step towards the better ones. A response without a gradient is left out, and metrics of the update are
+        # about the others.
+        means, total, busy = Means(), 0.0, has_gradient(adv, mask, cfg)
+        for rows in minibatches(len(adv), cfg):
+            weights = torch.zeros_like(mask)                                             # (B, T-1)
+            weights[rows] = token_weights(mask[rows], cfg.per, cfg.max_new)
+            rows = rows[busy[rows]]
+            for x in parts(roll, rows, cfg, weights=weights, adv=adv, old_logp=old_logp, ref_logp=ref_logp):
+                logp, entropy = token_logprobs(policy, x.tokens, x.mask, cfg.temperature, entropy=True)
+                old = logp.detach() if old_logp is None else x.old_logp                  # (b, t-1)
+                loss, ratio, decides = policy_loss(logp, old, x.adv, x.mask, cfg)        # (b, t-1)
+                if in_loss(cfg):
+                    loss = loss + cfg.kl_coef * kl_estimate(logp, x.ref_logp, ratio, cfg.kl)
+                loss = (loss * x.weights).sum()
                 loss.backward()
-                tally += torch.stack([loss.detach() / cfg.minibatches] + [(x.detach() * m).sum() for x in (
-                    entropy, ratio, decides, kl_estimate(old, logp, 1.0, "k3"), kl, torch.ones_like(m))])
-            if busy:
-                grad_norm, lr = optimizer.step(step)
+                total += loss.detach() / cfg.minibatches
+                drift = kl_estimate(old, logp, 1.0, "k3")
+                means.add(x.mask, entropy=entropy, ratio=ratio, clip_frac=decides, approx_kl=drift)
+                if cfg.kl_coef:
+                    means.add(x.mask, kl=logp - x.ref_logp)
+            if len(rows):
+                metrics |= optimizer.step(step)
         if cfg.reset:
             optimizer.forget()
 
         # 5. Report.
-        loss, *sums, count = tally.tolist()
-        entropy, ratio, clip_frac, approx_kl, kl = (s / count if count else None for s in sums)
+        metrics |= report(records, roll, r, means, tripwire, cfg) | dict(loss=total / cfg.epochs)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
-            held_roll = sample(held)
-            texts = held_roll.responses(tok)
-            metrics |= dict(val_reward=reward(held, held_roll)[0].mean(),
-                            val_gold=mean(truth(held, texts, held_roll.finished)))
-            if cfg.kl_coef:
-                with amp():
-                    val_kl = log_ratios(held_roll, policy, (ref, as_ref), cfg.micro_tokens, cfg.temperature)  # (B, T-1)
-                metrics["val_kl"] = val_kl.sum(1).mean()
-            run.samples(step + 1, held, texts)
-        if cfg.kl_coef:
-            metrics["kl"] = kl and kl * float(length.mean())
-        if cfg.tripwire:
-            caught = zip(repeated, roll.responses(tok), roll.finished.tolist())
-            metrics["tripped"] = mean([number(tripwire(*c), "--tripwire", c[0]) for c in caught])
-        run.log(step, ("reward", "zero_std", "response_length"), **metrics, loss=loss / cfg.epochs,
-                zero_std=(r.amax(1) == r.amin(1)).float().mean(), entropy=entropy, response_length=length.mean(),
-                finished=roll.finished.float().mean(), ratio=ratio, clip_frac=clip_frac, approx_kl=approx_kl,
-                grad_norm=grad_norm, lr=lr)
-    if all(row["zero_std"] == 1 for row in run.rows):
-        print(f"\nIn no group did the rewards differ, so nothing was learned. --reward {cfg.reward} has to tell the "
-              f"responses of {cfg.init} apart now and then: easier prompts, a larger --group, or more SFT first.")
+            metrics |= evaluate(policy, ref, reward, held, run, step, cfg)
+        run.log(step, ("reward", "zero_std", "response_length"), **metrics)
+    warn_if_nothing_differed(run.rows, cfg)
     return run.finish(("reward", "zero_std", "entropy", "response_length", "grad_norm"),
                       then=compare_words(cfg, cfg.data, cfg.families, cfg.reward))
 

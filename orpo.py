@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 
 from data import (Count, Natural, NonNegative, OptionError, Positive, Run, Share, Tokenizer, TrainConfig, collate,
-                  compare_words, fits, guard, item_batches, mean, open_stream, parse, preference_items, truth)
-from model import Optimizer, generate, load_model, setup, steps, token_logprobs
+                  column, compare_words, guard, item_batches, mean, open_preferences, parse, truth)
+from model import Means, Optimizer, generate, load_model, setup, steps, token_logprobs
 
 
 @dataclass
@@ -97,70 +97,103 @@ def log_odds(s):
                            torch.log1p(-torch.exp(torch.where(near, -1.0, s))))
 
 
+# ---------------------------------------------------------------- the steps
+# The rows of pairs lie as chosen, rejected, chosen, rejected, ...
+CHOSEN = slice(0, None, 2)
+REJECTED = slice(1, None, 2)
+
+
+def total_weight(items, cfg):
+    """What the likelihood term is divided by: the tokens of the chosen rows, those of a prompt times prompt_weight."""
+    total = 0
+    for ids, target in column(items, "rows")[CHOSEN]:
+        said = sum(target)
+        total += said + cfg.prompt_weight * (len(ids) - 1 - said)  # nothing predicts the first token
+    return total
+
+
+def compare(policy, items, cfg):
+    """How likely the policy finds chosen and rejected: x of the losses, of one micro-batch after the other."""
+    total = total_weight(items, cfg)
+    for part in item_batches(items, cfg.micro_tokens):
+        tokens, mask = collate(column(part, "rows"), policy.tok, policy.device)          # (2P, T), (2P, T-1)
+        real = tokens[:, 1:] != policy.tok.pad
+        weights = mask + cfg.prompt_weight * (1 - mask) * real  # of the tokens in the likelihood, (2P, T-1)
+        logp = token_logprobs(policy, tokens, weights)                                   # (2P, T-1)
+        s = (logp * mask).sum(1)                                                         # (2P,) of responses
+        n = mask.sum(1)                                                                  # (2P,)
+        nll = -(logp[CHOSEN] * weights[CHOSEN]).sum(1)                                   # (P,)
+        yield SimpleNamespace(lw=s[CHOSEN], ll=s[REJECTED], n_w=n[CHOSEN], n_l=n[REJECTED],
+                              nll=nll * len(items) / total)
+
+
+def batch_loss(x, items, cfg):
+    """A micro-batch's share of the loss of the batch."""
+    return LOSSES[cfg.loss](x, cfg).sum() / len(items)
+
+
+@torch.no_grad()
+def report(xs, items, cfg):
+    """Loss and metrics of a batch, from the x of its micro-batches."""
+    means = Means()
+    for x in xs:
+        chosen = x.lw / x.n_w  # (P,), what ORPO and SimPO call the reward
+        rejected = x.ll / x.n_l
+        right = 0.5 + 0.5 * (chosen - rejected).sign()
+        means.add(torch.ones_like(right), **{
+            "nll": x.nll, "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/accuracy": right,
+            "logps/chosen": x.lw, "logps/rejected": x.ll})
+    metrics = means.all()
+    metrics["rewards/margin"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    metrics["loss"] = sum(batch_loss(x, items, cfg) for x in xs)
+    return metrics
+
+
+@torch.no_grad()
+def evaluate(policy, held, prompts, run, step, cfg):
+    """Held-out pairs, by the same loss; held-out prompts, answered, with their true score where it is known."""
+    xs = list(compare(policy, held, cfg))
+    metrics = {f"val_{name}": value for name, value in report(xs, held, cfg).items() if "logps" not in name}
+    if prompts:
+        torch.manual_seed(cfg.seed)
+        roll = generate(policy, [policy.tok.prompt(record["prompt"]) for record in prompts], cfg.max_new)
+        texts = roll.responses()
+        run.samples(step + 1, prompts, texts)
+        metrics |= dict(response_length=roll.mask.sum(1).mean(), gold=mean(truth(prompts, texts, roll.finished)))
+    return metrics
+
+
 # ---------------------------------------------------------------- the loop
 
 def train(cfg):
-    """One forward over chosen and rejected, one loss, one step."""
+    """Take pairs, read them, set chosen against rejected, step, report: one step after another."""
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
         return run.rows
-    device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
-    policy = load_model(cfg.init, tok, device, n_scores=0, maker="python sft.py")
-    policy.prepare(cfg)
-    block = policy.config.block_size
-    stream, held = open_stream(cfg.data, "preference", cfg.seed, n_held=256,
-                               prepare=lambda record: preference_items(record, tok, block, which=cfg.pairs),
-                               context=(tok, block), skip_bad=cfg.skip_bad)
-    fit = fits(tok, block, cfg.max_new)
-    prompts = list({str(p["prompt"]): p for item in held for p in fit(item["record"])}.values())[:64]
-    total = cfg.steps or math.ceil(cfg.epochs * len(stream.items) / cfg.batch)
+    policy = load_model(cfg.init, setup(cfg, tok), n_scores=0, maker="python sft.py").prepare(cfg)
+    pairs, held, prompts = open_preferences(cfg, tok, policy.config.block_size)
+    total = pairs.updates(cfg)
     optimizer = Optimizer(policy, cfg.lr, total, weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
 
-    def one_step(items, backward):
-        """Loss and metrics of a batch of pairs; its gradient is added up on the way if backward."""
-        loss, sums = 0.0, torch.zeros(6, device=device)
-        weight = lambda ids, target: sum(target) + cfg.prompt_weight * (len(ids) - 1 - sum(target))
-        n_nll = sum(weight(*item["rows"][0]) for item in items)
-        for part in item_batches(items, cfg.micro_tokens):
-            tokens, mask = collate([row for item in part for row in item["rows"]], tok, device)  # (2P, T), ...
-            real = tokens[:, 1:] != tok.pad
-            with amp():
-                logp = token_logprobs(policy, tokens, real if cfg.prompt_weight else mask)  # (2P, T-1)
-            s, n = (logp * mask).sum(1), mask.sum(1)                                     # (2P,)
-            weights = (mask + cfg.prompt_weight * (1 - mask) * real)[::2]
-            x = SimpleNamespace(lw=s[::2], ll=s[1::2], n_w=n[::2], n_l=n[1::2],
-                                nll=-(logp[::2] * weights).sum(1) * len(items) / n_nll)  # (P,) each
-            part_loss = LOSSES[cfg.loss](x, cfg).sum() / len(items)
-            if backward:
-                part_loss.backward()
-            loss += part_loss.detach()
-            chosen, rejected = x.lw.detach() / x.n_w, x.ll.detach() / x.n_l  # what ORPO and SimPO call the reward
-            right = 0.5 + 0.5 * (chosen - rejected).sign()
-            sums += torch.stack([v.detach().sum() for v in (chosen, rejected, right, x.lw, x.ll, x.nll)])
-        chosen, rejected, right, lw, ll, nll = (sums / len(items)).tolist()
-        return {"loss": loss, "nll": nll, "rewards/chosen": chosen, "rewards/rejected": rejected,
-                "rewards/margin": chosen - rejected, "rewards/accuracy": right, "logps/chosen": lw,
-                "logps/rejected": ll}
-
-    def evaluate(step):
-        """Held-out pairs, and samples to held-out prompts with, in the toy world, their true score."""
-        torch.manual_seed(cfg.seed)
-        with torch.no_grad(), amp():
-            out = {f"val_{k}": v for k, v in one_step(held, False).items() if "logps" not in k}
-            if prompts:
-                roll = generate(policy, [tok.prompt(r["prompt"]) for r in prompts], tok, cfg.max_new)
-                texts = roll.responses(tok)
-                out |= dict(response_length=float(roll.mask.sum(1).mean()),
-                            gold=mean(truth(prompts, texts, roll.finished)))
-                run.samples(step + 1, prompts, texts)
-        return out
-
     for step in steps(run, total, dict(model=policy), dict(optimizer=optimizer), {}, cfg.save_every):
-        metrics = one_step(stream.batch(step, cfg.batch), True)
-        grad_norm, lr = optimizer.step(step)
-        val = evaluate(step) if (step + 1) % cfg.eval_every == 0 or step + 1 == total else {}
-        run.log(step, ("loss", "rewards/margin", "gold"), **metrics, **val, grad_norm=grad_norm, lr=lr)
+        # 1. Take a batch of pairs.
+        items = pairs.batch(step, cfg.batch)
+
+        # 2. Read chosen and rejected: how likely the policy finds them.
+        # 3. Set them against each other; the gradients of the micro-batches add up.
+        xs = []
+        for x in compare(policy, items, cfg):
+            batch_loss(x, items, cfg).backward()
+            xs.append(x)
+
+        # 4. Step towards the chosen ones.
+        metrics = report(xs, items, cfg) | optimizer.step(step)
+
+        # 5. Report.
+        if (step + 1) % cfg.eval_every == 0 or step + 1 == total:
+            metrics |= evaluate(policy, held, prompts, run, step, cfg)
+        run.log(step, ("loss", "rewards/margin", "gold"), **metrics)
     return run.finish(("loss", "nll", "rewards/accuracy", "rewards/margin", "gold"),
                       then=compare_words(cfg, "toy" if cfg.tokenizer == "toy" else cfg.data))
 

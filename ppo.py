@@ -28,8 +28,8 @@ import torch
 
 from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share, Sum, Temperature, Tokenizer,
                   TrainConfig, collate, compare_words, encode, fits, guard, mean, open_stream, parse, truth)
-from model import (Optimizer, Reward, generate, load_model, log_ratios, per_token, reference, setup, slices, steps,
-                   token_logprobs, token_scores)
+from model import (Means, Optimizer, Reward, evaluate, load_model, logps, minibatches, parts, per_token, reference,
+                   respond, setup, steps, token_logprobs, token_scores)
 
 
 @dataclass
@@ -90,8 +90,8 @@ class Config(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.fused_bwd and (self.ptx_coef or self.critic_warmup):
-            raise OptionError("--fused_bwd: an update is one backward pass; no --ptx_coef, no --critic_warmup")
+        if self.fused_bwd and self.ptx_coef:
+            raise OptionError("--fused_bwd: an update is one backward pass; no --ptx_coef")
 
 
 # ---------------------------------------------------------------- the mathematics
@@ -111,13 +111,19 @@ def kl_estimate(logp, ref_logp, kind):
     that follows alone, as if the KL of all later tokens cost nothing.
     """
     d = logp - ref_logp
-    return {"k1": d, "k2": d * d / 2, "k3": (-d).exp() - 1 + d}[kind]
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return d * d / 2
+    return (-d).exp() - 1 + d
 
 
 def token_rewards(score, kl, mask, beta):
     """score (B,) on the last response token, -β · kl on every one -> (B, T-1)."""
-    last = mask.cumsum(1).eq(mask.sum(1, keepdim=True)) & mask.bool()
-    return torch.where(mask.bool(), -beta * kl, 0.0) + torch.where(last, score[:, None], 0.0)
+    inside, so_far = mask.bool(), mask.cumsum(1)
+    last = inside & (so_far == so_far[:, -1:])                                           # (B, T-1)
+    paid = torch.where(inside, -beta * kl, 0.0)
+    return paid + torch.where(last, score[:, None], 0.0)
 
 
 def gae(rewards, values, mask, gamma, lam):
@@ -126,12 +132,13 @@ def gae(rewards, values, mask, gamma, lam):
     δ_t = r_t + γ V_{t+1} - V_t and A_t = δ_t + γλ A_{t+1}, with V = A = 0 after the last token: a response cut off at
     max_new ends there like any other. returns = A + V, the critic's target.
     """
-    rewards, values = (torch.where(mask.bool(), x, 0.0) for x in (rewards, values))
-    adv, running, following = torch.zeros_like(values), 0.0, 0.0
+    rewards, values = torch.where(mask.bool(), rewards, 0.0), torch.where(mask.bool(), values, 0.0)
+    adv = torch.zeros_like(values)
+    adv_after, value_after = 0.0, 0.0  # of the token that follows
     for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * following - values[:, t]
-        running = (delta + gamma * lam * running) * mask[:, t]
-        adv[:, t], following = running, values[:, t]
+        delta = rewards[:, t] + gamma * value_after - values[:, t]
+        adv[:, t] = (delta + gamma * lam * adv_after) * mask[:, t]
+        adv_after, value_after = adv[:, t], values[:, t]
     return adv, (adv + values) * mask
 
 
@@ -144,7 +151,8 @@ def lagrangian(adv, cost_adv, lam):
 def next_lambda(lam, excess, rate):
     """ln λ += α λ J with J = E[c] - limit (Safe RLHF 2310.12773, sec. 3.3): λ stays positive, and grows while the cost
     is too high; ours by no more than a factor e a step."""
-    return lam * math.exp(max(-1.0, min(1.0, rate * lam * excess)))
+    growth = rate * lam * excess
+    return lam * math.exp(max(-1.0, min(1.0, growth)))
 
 
 def masked_sum(x, mask):
@@ -159,18 +167,21 @@ def masked_mean(x, mask):
 
 def masked_var(x, mask):
     """Unbiased, dividing by n - 1."""
-    return masked_sum((x - masked_mean(x, mask)) ** 2, mask) / (mask.sum() - 1).clamp(min=1)
+    off = x - masked_mean(x, mask)
+    return masked_sum(off ** 2, mask) / (mask.sum() - 1).clamp(min=1)
 
 
 def whiten(x, mask):
     """Mean 0 and variance 1 over the masked entries, 0 elsewhere."""
-    return torch.where(mask.bool(), (x - masked_mean(x, mask)) * (masked_var(x, mask) + 1e-8).rsqrt(), 0.0)
+    off, scale = x - masked_mean(x, mask), (masked_var(x, mask) + 1e-8).rsqrt()
+    return torch.where(mask.bool(), off * scale, 0.0)
 
 
 def policy_loss(logp, old_logp, adv, clip):
     """-min(ρ A, clip(ρ, 1-ε, 1+ε) A) per token (1707.06347, eq. 7) -> loss, ratio, where the clip decided."""
     ratio = (logp - old_logp).exp()
-    plain, clipped = -ratio * adv, -ratio.clamp(1 - clip, 1 + clip) * adv
+    plain = -ratio * adv
+    clipped = -ratio.clamp(1 - clip, 1 + clip) * adv
     return torch.maximum(plain, clipped), ratio, clipped > plain
 
 
@@ -184,8 +195,17 @@ def value_loss(values, old_values, returns, clip):
 
 
 def adapt(beta, kl, target, n, horizon):
-    """β after n more responses whose KL was `kl` (Ziegler et al. 1909.08593, eq. 8)."""
-    return beta * (1 + max(-0.2, min(0.2, kl / target - 1)) * n / horizon)
+    """β after n more responses whose KL was `kl` (Ziegler et al. 1909.08593, eq. 8); without a target it stays."""
+    if not target:
+        return beta
+    error = max(-0.2, min(0.2, kl / target - 1))
+    return beta * (1 + error * n / horizon)
+
+
+def explained_variance(returns, values, mask):
+    """The share of the returns' variance that the values foresaw: 1 is all, 0 is as much as their mean would."""
+    left, whole = masked_var(returns - values, mask), masked_var(returns, mask)
+    return 1 - float(left / whole.clamp(min=1e-8))
 
 
 def normalize(score, state):
@@ -194,156 +214,207 @@ def normalize(score, state):
     state["sum"] += float(score.double().sum())
     state["square"] += float((score.double() ** 2).sum())
     mean = state["sum"] / state["seen"]
-    return (score - mean) / (max(0.0, state["square"] / state["seen"] - mean ** 2) + 1e-8) ** 0.5
+    variance = max(0.0, state["square"] / state["seen"] - mean ** 2)
+    return (score - mean) / (variance + 1e-8) ** 0.5
+
+
+# ---------------------------------------------------------------- the steps
+
+def shape_score(raw, records, roll, ref, reward, state, cfg):
+    """The score (B,) of each response, from what the reward says of it: that of the reference's own answer taken off,
+    the end it has or lacks paid for, brought to a common scale, and clipped."""
+    score = raw
+    if cfg.minus_reference:  # what a prompt's answers have in common drops out (ChatGLM-RLHF 2404.00934)
+        score = score - reward(records, respond(ref, records, cfg))[0]
+    score = score + torch.where(roll.finished, cfg.reward_shift, -cfg.missing_end)
+    if cfg.normalize_reward:
+        score = normalize(score, state)
+    if cfg.clip_reward:
+        score = score.clamp(-cfg.clip_reward, cfg.clip_reward)
+    return score
+
+
+def logps_and_entropy(policy, roll, cfg):
+    """log π of a rollout's tokens, and the entropy of the distributions they were drawn from: (B, T-1) each."""
+    with policy.autocast():
+        return per_token(roll, cfg.micro_tokens, lambda tokens, mask: torch.stack(
+            token_logprobs(policy, tokens, mask, cfg.temperature, entropy=True)))
+
+
+class Critic:
+    """A value function: what it expects of every token, and how it learns from what came out."""
+
+    def __init__(self, folder, policy, cfg):
+        """folder: the reward model it starts from, or the policy, whose trunk it takes."""
+        self.cfg = cfg
+        self.model = load_model(folder, policy, n_scores=1).prepare(cfg)
+        self.optimizer = Optimizer(self.model, cfg.critic_lr, **schedule(cfg))
+
+    def advantages(self, rewards, roll):
+        """Token rewards (B, T-1) -> advantages (B, T-1)."""
+        with self.model.autocast():
+            self.values = per_token(roll, self.cfg.micro_tokens, lambda tokens, mask: token_scores(
+                self.model, tokens, mask))                                               # (B, T-1)
+        adv, self.returns = gae(rewards, self.values, roll.mask, self.cfg.gamma, self.cfg.lam)
+        return adv
+
+    def fit(self, roll, batches, step):
+        """Regress the values on the returns; batches: the rows of each update -> metrics."""
+        metrics = dict(explained_variance=explained_variance(self.returns, self.values, roll.mask))
+        means = Means()
+        for rows in batches:
+            count = float(roll.mask[rows].sum())
+            for x in parts(roll, rows, self.cfg, old_values=self.values, returns=self.returns):
+                values = token_scores(self.model, x.tokens, x.mask)                      # (b, t-1)
+                loss = value_loss(values, x.old_values, x.returns, self.cfg.value_clip)
+                (masked_sum(loss, x.mask) / count).backward()
+                means.add(x.mask, value_loss=loss)
+            metrics["critic_grad_norm"] = self.optimizer.step(step)["grad_norm"]
+        return metrics | means.all()
+
+
+class Constraint:
+    """Safe RLHF's cost (2310.12773): what is paid for it is a multiplier λ, which grows while the cost is too high."""
+
+    def __init__(self, policy, prompts, cfg):
+        self.cfg = cfg
+        self.cost = Reward(cfg.cost, policy, cfg.micro_tokens, cost=True)
+        self.cost.meet(prompts.some(), cfg.data)
+        self.critic = Critic((self.cost.models + [cfg.init])[0], policy, cfg)
+
+    def advantages(self, adv, kl, beta, records, roll, state, step):
+        """The advantages (B, T-1) of reward and cost together; λ is in state, and is updated."""
+        cost = self.cost(records, roll)[0]                                               # (B,)
+        costs = token_rewards(cost, kl, roll.mask, -beta)                                # (B, T-1)
+        lam = state["lam"]
+        adv = lagrangian(adv, self.critic.advantages(costs, roll), lam)                  # (B, T-1)
+        excess = float(cost.mean()) - self.cfg.cost_limit
+        if step >= self.cfg.critic_warmup:
+            state["lam"] = next_lambda(lam, excess, self.cfg.lambda_lr)
+        self.paid = {"cost": cost.mean(), "lambda": lam}
+        return adv
+
+    def fit(self, roll, batches, step):
+        """Let its critic learn -> metrics."""
+        metrics = self.paid
+        for name, value in self.critic.fit(roll, batches, step).items():
+            metrics[f"cost_{name}"] = value
+        return metrics
+
+
+def pretraining_loss(policy, rows):
+    """Mean -log π per token of pretraining documents (PPO-ptx, InstructGPT eq. 2) -> scalar."""
+    tokens, mask = collate(rows, policy.tok, policy.device)
+    return -masked_mean(token_logprobs(policy, tokens, mask), mask)
+
+
+def schedule(cfg):
+    """What the optimizers of policy and critic have in common."""
+    return dict(total=cfg.steps, weight_decay=cfg.weight_decay, warmup=cfg.warmup, floor=cfg.lr_end,
+                clip=cfg.clip_grad)
+
+
+def open_data(policy, reward, cfg):
+    """Prompts to train on (a Stream) and held-out ones, which the reward can judge; the documents of PPO-ptx, a Stream
+    or None."""
+    tok, block_size = policy.tok, policy.config.block_size
+    prompts, held = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=cfg.eval_prompts,
+                                prepare=fits(tok, block_size, cfg.max_new), skip_bad=cfg.skip_bad)
+    reward.meet(prompts.some(), cfg.data)
+    documents = None
+    if cfg.ptx_coef:
+        documents, _ = open_stream(cfg.ptx_data, "text", cfg.seed, n_held=0, skip_bad=cfg.skip_bad,
+                                   prepare=lambda document: encode(document, tok, block_size, "all"))
+    return prompts, held, documents
+
+
+def report(records, roll, raw, terms, old_logp, entropy, kl):
+    """What is logged of a rollout: raw rewards (B,) and their terms, and what is known of every token (B, T-1)."""
+    gap, length = (roll.logp - old_logp).abs(), roll.mask.sum(1)
+    gold = truth(records, roll.responses(), roll.finished)
+    metrics = dict(
+        reward=raw.mean(), gold=mean(gold), kl=float(kl.sum(1).mean()), entropy=masked_mean(entropy, roll.mask),
+        sampler_gap=masked_mean(gap, roll.mask), response_length=length.mean(), finished=roll.finished.float().mean())
+    for name, term in terms.items():
+        metrics[f"reward/{name}"] = term.mean()
+    return metrics
 
 
 # ---------------------------------------------------------------- the loop
 
 def train(cfg):
-    """Roll out, score, turn into advantages, update, report: one step after another."""
+    """Sample, score, compare with what was expected, update, report: one step after another."""
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
         return run.rows
-    device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
-    policy = load_model(cfg.init, tok, device, n_scores=0, maker="python sft.py")
-    policy.prepare(cfg)
-    ref, as_ref = reference(policy)
-    reward = Reward(cfg.reward, tok, device, amp, cfg.micro_tokens)
-    critic = load_model(cfg.critic or (reward.models + [cfg.init])[0], tok, device, n_scores=1)
-    critic.prepare(cfg)
-    modules = dict(model=policy, critic=critic)
-    if cfg.cost:
-        cost = Reward(cfg.cost, tok, device, amp, cfg.micro_tokens, cost=True)
-        modules["cost_critic"] = load_model((cost.models + [cfg.init])[0], tok, device, n_scores=1)
-        modules["cost_critic"].prepare(cfg)
-    critics = list(modules.values())[1:]  # of the reward, and of the cost if there is one
-    block = policy.config.block_size
-
-    stream, held = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=cfg.eval_prompts,
-                               prepare=fits(tok, block, cfg.max_new), skip_bad=cfg.skip_bad)
-    reward.meet(stream.some(), cfg.data)
-    if cfg.cost:
-        cost.meet(stream.some(), cfg.data)
-    if cfg.ptx_coef:
-        documents, _ = open_stream(cfg.ptx_data, "text", cfg.seed, n_held=0, skip_bad=cfg.skip_bad,
-                                   prepare=lambda doc: encode(doc, tok, block, "all"))
-    shared = dict(total=cfg.steps, weight_decay=cfg.weight_decay, warmup=cfg.warmup, floor=cfg.lr_end,
-                  clip=cfg.clip_grad)
-    policy_opt = Optimizer(policy, cfg.lr, **shared)
-    critic_opts = {f"{name}_opt": Optimizer(modules[name], cfg.critic_lr, **shared) for name in list(modules)[1:]}
+    policy = load_model(cfg.init, setup(cfg, tok), n_scores=0, maker="python sft.py").prepare(cfg)
+    ref, reward = reference(policy), Reward(cfg.reward, policy, cfg.micro_tokens)
+    critic = Critic(cfg.critic or (reward.models + [cfg.init])[0], policy, cfg)
+    prompts, held, documents = open_data(policy, reward, cfg)
+    constraint = Constraint(policy, prompts, cfg) if cfg.cost else None
+    optimizer = Optimizer(policy, cfg.lr, **schedule(cfg))
+    modules = dict(model=policy, critic=critic.model)
+    optimizers = dict(policy_opt=optimizer, critic_opt=critic.optimizer)
+    if constraint:
+        modules["cost_critic"], optimizers["cost_critic_opt"] = constraint.critic.model, constraint.critic.optimizer
     state = dict(beta=cfg.kl_coef, seen=0, sum=0.0, square=0.0, lam=cfg.cost_lambda)
 
-    def sample(records, model=policy):
-        with amp():
-            return generate(model, [tok.prompt(r["prompt"]) for r in records], tok, cfg.max_new,
-                            temperature=cfg.temperature)
+    for step in steps(run, cfg.steps, modules, optimizers, state, cfg.save_every):
+        # 1. Sample a response to each prompt, and score it.
+        records = prompts.batch(step, cfg.prompts)
+        roll = respond(policy, records, cfg)
+        raw, terms = reward(records, roll)                                               # (B,)
+        score = shape_score(raw, records, roll, ref, reward, state, cfg)                 # (B,)
 
-    for step in steps(run, cfg.steps, modules, dict(policy_opt=policy_opt) | critic_opts, state, cfg.save_every):
-        # 1. Roll out.
-        records = stream.batch(step, cfg.prompts)
-        roll = sample(records)
-        mask = roll.mask                                                                 # (B, T-1)
-
-        # 2. Score: what the reward says of the response, and what every model says of every token.
-        raw, parts = reward(records, roll)                                               # (B,)
-        score = raw
-        if cfg.minus_reference:  # what a prompt's answers have in common drops out
-            with as_ref():
-                score = raw - reward(records, sample(records, ref))[0]
-        score = score + torch.where(roll.finished, cfg.reward_shift, -cfg.missing_end)
-        if cfg.normalize_reward:
-            score = normalize(score, state)
-        if cfg.clip_reward:
-            score = score.clamp(-cfg.clip_reward, cfg.clip_reward)
-        with torch.no_grad(), amp():
-            old_logp, entropy = per_token(roll, cfg.micro_tokens, lambda tokens, mask: token_logprobs(
-                policy, tokens, mask, cfg.temperature, entropy=True))                    # (B, T-1)
-            with as_ref():
-                ref_logp = per_token(roll, cfg.micro_tokens, lambda tokens, mask: token_logprobs(
-                    ref, tokens, mask, cfg.temperature))[0]                              # (B, T-1)
-            values = [per_token(roll, cfg.micro_tokens, lambda tokens, mask: token_scores(c, tokens, mask))[0]
-                      for c in critics]                                                  # (B, T-1) each
-
-        # 3. Rewards and advantages.
+        # 2. Reward every token: each pays for its KL, the last one gets the score.
+        old_logp, entropy = logps_and_entropy(policy, roll, cfg)                         # (B, T-1)
+        ref_logp = logps(ref, roll, cfg)                                                 # (B, T-1)
+        kl = kl_estimate(old_logp, ref_logp, "k1") * roll.mask                           # (B, T-1)
         beta = state["beta"]
-        kl = kl_estimate(old_logp, ref_logp, "k1") * mask
-        rewards = token_rewards(score, kl, mask, beta if cfg.kl == "k1" else 0.0)        # (B, T-1)
-        adv, target = gae(rewards, values[0], mask, cfg.gamma, cfg.lam)                  # (B, T-1)
-        returns, constraint = [target], {}
-        if cfg.cost:
-            costs = cost(records, roll)[0]                                               # (B,)
-            paid = token_rewards(costs, kl, mask, -beta if cfg.kl == "k1" else 0.0)
-            cost_adv, target = gae(paid, values[1], mask, cfg.gamma, cfg.lam)
-            adv, returns = lagrangian(adv, cost_adv, state["lam"]), returns + [target]
-            constraint = {"cost": costs.mean(), "lambda": state["lam"]}
-            if step >= cfg.critic_warmup:
-                state["lam"] = next_lambda(state["lam"], float(costs.mean()) - cfg.cost_limit, cfg.lambda_lr)
-        explained = 1 - float(masked_var(returns[0] - values[0], mask) / masked_var(returns[0], mask).clamp(min=1e-8))
-        unit = float(masked_var(adv, mask)) ** 0.5 + 1e-8 if cfg.whiten else 1.0  # whitening changes the unit of reward
-        if cfg.whiten:
-            adv = whiten(adv, mask)
+        in_reward = beta if cfg.kl == "k1" else 0.0
+        rewards = token_rewards(score, kl, roll.mask, in_reward)                         # (B, T-1)
 
-        # 4. Update. Every loss is a mean over the response tokens of its minibatch, however that is split up. Policy
-        # and critic share no weights, so their losses need no relative weight and one backward serves both.
-        tally, seen, grad_norm, lr = torch.zeros(5, device=device), 0.0, None, None
-        for batch in [rows for _ in range(cfg.epochs) for rows in torch.randperm(len(records)).chunk(cfg.minibatches)]:
-            count, sums = float(mask[batch].sum()), torch.zeros(5, device=device)
-            for rows, tokens, m in slices(roll, cfg.micro_tokens, batch.tolist()):
-                cut = rows, slice(0, m.shape[1])                                         # their corner of (B, T-1)
-                with amp():
-                    vs = [token_scores(c, tokens, m) for c in critics]                   # (b, t-1) each
-                    logp, ent = token_logprobs(policy, tokens, m, cfg.temperature, entropy=True)
-                p_loss, ratio, clipped = policy_loss(logp, old_logp[cut], adv[cut], cfg.clip)
-                v_loss = sum(value_loss(v, old[cut], ret[cut], cfg.value_clip)
-                             for v, old, ret in zip(vs, values, returns))
-                loss = p_loss + v_loss - cfg.entropy_coef * ent
+        # 3. Compare with what the critic expected.
+        adv = critic.advantages(rewards, roll)                                           # (B, T-1)
+        if constraint:
+            adv = constraint.advantages(adv, kl, in_reward, records, roll, state, step)
+        if cfg.whiten:  # changes the unit of reward, and with it what β means in the loss
+            spread = float(masked_var(adv, roll.mask)) ** 0.5
+            beta, adv = beta / (spread + 1e-8), whiten(adv, roll.mask)
+
+        # 4. Let the critic learn what came out, and step towards the better ones; a loss is the mean over its minibatch.
+        means, batches = Means(), minibatches(len(records), cfg)
+        metrics = critic.fit(roll, batches, step)
+        if constraint:
+            metrics |= constraint.fit(roll, batches, step)
+        for rows in batches if step >= cfg.critic_warmup else ():
+            count, update = float(roll.mask[rows].sum()), Means()
+            for x in parts(roll, rows, cfg, old_logp=old_logp, ref_logp=ref_logp, adv=adv):
+                logp, bonus = token_logprobs(policy, x.tokens, x.mask, cfg.temperature, entropy=True)
+                p_loss, ratio, clipped = policy_loss(logp, x.old_logp, x.adv, cfg.clip)  # (b, t-1)
+                loss = p_loss - cfg.entropy_coef * bonus
                 if cfg.kl != "k1":  # exact at the first update of a step; later ones see slightly stale samples
-                    loss = loss + beta / unit * kl_estimate(logp, ref_logp[cut], cfg.kl)
-                (masked_sum(loss, m) / count).backward()
-                drift = kl_estimate(old_logp[cut], logp, "k3")
-                sums += torch.stack([masked_sum(x.detach(), m) for x in (p_loss, v_loss, clipped, drift, ratio)])
-            if cfg.ptx_coef:
-                with amp():
-                    nll = pretraining_loss(policy, documents.batch(step, cfg.ptx_batch), tok)
+                    loss = loss + beta * kl_estimate(logp, x.ref_logp, cfg.kl)
+                (masked_sum(loss, x.mask) / count).backward()
+                drift = kl_estimate(x.old_logp, logp, "k3")
+                update.add(x.mask, policy_loss=p_loss, ratio=ratio, clip_frac=clipped, approx_kl=drift)
+            if documents:
+                nll = pretraining_loss(policy, documents.batch(step, cfg.ptx_batch))
                 (cfg.ptx_coef * nll).backward()
-            critic_norm = [opt.step(step)[0] for opt in critic_opts.values()][0]
-            if step < cfg.critic_warmup:
-                policy_opt.clear()
-            else:
-                grad_norm, lr = policy_opt.step(step)
-            tally, seen = tally + sums, seen + count
-            if cfg.stop_kl and sums[3] / count > cfg.stop_kl:
+            metrics |= optimizer.step(step)
+            means.join(update)
+            if cfg.stop_kl and update.all()["approx_kl"] > cfg.stop_kl:
                 break
 
         # 5. Report.
-        kl_response = float(kl.sum(1).mean())
-        if cfg.target_kl:
-            state["beta"] = adapt(beta, kl_response, cfg.target_kl, len(records), cfg.kl_horizon)
-        p_loss, v_loss, clip_frac, approx_kl, ratio = (tally / seen).tolist()
-        gold, val = truth(records, roll.responses(tok), roll.finished), {}
+        metrics |= means.all() | report(records, roll, raw, terms, old_logp, entropy, kl) | dict(beta=state["beta"])
+        state["beta"] = adapt(state["beta"], metrics["kl"], cfg.target_kl, len(records), cfg.kl_horizon)
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
-            held_roll = sample(held)
-            texts = held_roll.responses(tok)
-            with amp():
-                val_kl = log_ratios(held_roll, policy, (ref, as_ref), cfg.micro_tokens, cfg.temperature).sum(1)  # (B,)
-            val = dict(val_kl=val_kl.mean(), val_reward=reward(held, held_roll)[0].mean(),
-                       val_gold=mean(truth(held, texts, held_roll.finished)))
-            run.samples(step + 1, held, texts)
-        run.log(step, ("reward", "gold", "kl"), reward=raw.mean(), gold=mean(gold), **val,
-                kl=kl_response, beta=beta, entropy=masked_mean(entropy, mask), response_length=mask.sum(1).mean(),
-                finished=roll.finished.float().mean(), policy_loss=p_loss, value_loss=v_loss, clip_frac=clip_frac,
-                approx_kl=approx_kl, ratio=ratio, explained_variance=explained, grad_norm=grad_norm,
-                critic_grad_norm=critic_norm, lr=lr, sampler_gap=masked_mean((roll.logp - old_logp).abs(), mask),
-                **constraint, **{f"reward/{name}": part.mean() for name, part in parts.items()})
+            metrics |= evaluate(policy, ref, reward, held, run, step, cfg)
+        run.log(step, ("reward", "gold", "kl"), **metrics)
     return run.finish(("reward", "gold", "kl", "response_length", "entropy"),
                       then=compare_words(cfg, cfg.data, cfg.families, cfg.reward))
-
-
-def pretraining_loss(policy, rows, tok):
-    """Mean -log π per token of pretraining documents (PPO-ptx, InstructGPT eq. 2) -> scalar."""
-    tokens, mask = collate(rows, tok, policy.device)
-    return -masked_mean(token_logprobs(policy, tokens, mask), mask)
 
 
 if __name__ == "__main__":

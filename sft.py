@@ -16,13 +16,13 @@ That share stands on the steep part of the learning curve: another machine's rou
 """
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from data import (THINK, Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share, Tokenizer,
                   TrainConfig, collate, encode, guard, micro_batches, open_stream, pack, parse)
-from model import GPT, GPTConfig, Optimizer, at_positions, full, load_model, setup, steps, token_logprobs
+from model import GPTConfig, Optimizer, load_model, new_model, setup, steps, token_logprobs
 
 
 @dataclass
@@ -38,10 +38,6 @@ class Config(TrainConfig):
     loss_on: Literal["assistant", "all"] = "assistant"  # all: pretraining, on documents
     prompt_weight: Share = 0.1  # weight of the other tokens beside the assistant's
     packing: Natural = 128      # sequences share rows of this many tokens, kept apart by a mask; 0: one row each
-    # Quark (2205.13636): records whose system message tells their quality, as reward.py label --select quantile makes
-    kl_coef: NonNegative = 0.0  # weight of KL(π || π_ref), π_ref without that message (.05)
-    ent_coef: NonNegative = 0.0  # weight of the entropy of π, which is to stay (.06)
-    ref: str = ""               # π_ref; none: init
     # model
     init: str = "out/base"      # checkpoint to start from, or new: random weights of this size
     n_layer: Natural = 4        # of a new model
@@ -64,135 +60,129 @@ class Config(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        quark = self.kl_coef or self.ent_coef
-        if quark and (self.loss_on == "all" or self.prompt_weight == 1):
-            raise OptionError("--kl_coef, --ent_coef: over what the assistant says; no --loss_on all, "
-                              "no --prompt_weight 1")
-        if quark and self.init == "new" and not self.ref:
-            raise OptionError("--kl_coef, --ent_coef: --init new is no reference; name one with --ref")
+        if self.lora_r and self.init == "new":
+            raise OptionError("--lora_r: LoRA adapts a trained model; --init new has to be trained whole")
 
+
+# ---------------------------------------------------------------- the mathematics
+
+class Batch(NamedTuple):
+    """Sequences that go through the model together: one to a row, or packed, several to a row."""
+    tokens: torch.Tensor             # (B, T)
+    mask: torch.Tensor               # (B, T-1) the weight w of token t+1 in the loss
+    pos: torch.Tensor | None = None  # (B, T) of packed rows: the place of each token in its own sequence,
+    see: torch.Tensor | None = None  # (B, 1, T, T) and which tokens it may look at
+
+
+def sft_loss(model, x):
+    """Σ_t w_t · -log π(token t+1) of a Batch: a sum, which the caller divides by the weight of the whole update."""
+    logp = token_logprobs(model, x.tokens, x.mask, pos=x.pos, see=x.see)                 # (B, T-1)
+    return -(logp * x.mask).sum()
+
+
+# ---------------------------------------------------------------- the steps
+# Until a Batch makes tensors of it, a sequence is a row: two lists (ids, weights), its tokens and the w of each.
 
 SIZE = ("n_layer", "n_head", "n_embd", "block_size", "dropout")  # options of a new model
 
 
-def sft_loss(model, tokens, mask, **layout):
-    """Σ_t w_t · -log π(token t+1), a sum: the caller divides by the weight of the whole batch.
-
-    tokens (B, T), mask (B, T-1) of weights w -> scalar. layout: pos and see of packed rows.
-    """
-    return -(token_logprobs(model, tokens, mask, **layout) * mask).sum()
-
-
-def kl_and_entropy(model, ref, tokens, mask, plain, plain_mask):
-    """Σ KL(π(·|x, system) || π_ref(·|x)) and Σ entropy of π, over what the assistant says: scalars (Quark 2205.13636,
-    eq. 4 in the direction of the authors' code). tokens (B, T), mask (B, T-1); plain: these without system turns."""
-    def head(hidden, ref_hidden):
-        logp = full(model.logits(hidden)).log_softmax(-1)                                # (N, V)
-        with torch.no_grad():
-            ref_logp = full(ref.logits(ref_hidden)).log_softmax(-1)                      # (N, V)
-        return (logp.exp() * (logp - ref_logp)).sum(-1), -(logp.exp() * logp).sum(-1)    # (N,) each
-    with torch.no_grad():
-        ref_hidden = ref(plain[:, :-1])[plain_mask == 1]                                 # (N, C)
-    kl, entropy = at_positions(head, mask == 1, model(tokens[:, :-1])[mask == 1], ref_hidden,
-                               chunk=max(64, 2 ** 24 // model.config.vocab_size))
-    return kl.sum(), entropy.sum()
+def initial_model(cfg, like):
+    """The model to train: random weights, or a checkpoint's. like: whose tokenizer, device and precision it gets."""
+    if cfg.init == "new":
+        torch.manual_seed(cfg.seed)
+        size = {name: getattr(cfg, name) for name in SIZE}
+        return new_model(GPTConfig(vocab_size=like.tok.n_vocab, **size), like)
+    model = load_model(cfg.init, like, n_scores=0, maker="python sft.py --loss_on all --init new --out out/base")
+    for name in SIZE:
+        asked, has = getattr(cfg, name), getattr(model.config, name)
+        if asked not in (has, getattr(Config, name)):  # a default asks for nothing: one --config can serve both stages
+            raise OptionError(f"--{name} {asked}: {cfg.init} has {has}, and only --init new makes a model of another")
+    return model
 
 
-def rows_of(record, tok, block, cfg):
-    """Rows (ids, weights) of a record; with a KL or entropy term followed by the same without its system turns."""
-    rows = encode(record, tok, block, cfg.loss_on, cfg.prompt_weight)
-    if not (cfg.kl_coef or cfg.ent_coef):
-        return rows
-    plain = record | dict(messages=[turn for turn in record["messages"] if turn["role"] != "system"])
-    both = zip(rows, encode(plain, tok, block, cfg.loss_on, cfg.prompt_weight))
-    return [row + other for row, other in both if 0 < row[1].count(1) == other[1].count(1)]  # not where one was cut
+def open_data(model, cfg):
+    """The rows to train on, a Stream, and a list of held-out ones."""
+    tok, block_size = model.tok, model.config.block_size
+    kind = "text" if cfg.loss_on == "all" else "messages"
+    return open_stream(cfg.data, kind, cfg.seed, cfg.families, n_held=128, skip_bad=cfg.skip_bad,
+                       think=cfg.think, restate=cfg.restate, tamper=cfg.tamper, context=(tok, block_size),
+                       prepare=lambda record: encode(record, tok, block_size, cfg.loss_on, cfg.prompt_weight))
 
 
-def batches(rows, cfg, tok, device):
-    """Rows [(ids, weights), ...] as micro-batches of at most cfg.micro_tokens: (tokens, mask, layout) each; of the rows
-    with a KL term, layout is the batch without system turns."""
-    if cfg.kl_coef or cfg.ent_coef:
-        for part in micro_batches([len(ids) for ids, *_ in rows], cfg.micro_tokens):
-            yield *collate([rows[i][:2] for i in part], tok, device), dict(zip(("plain", "plain_mask"), collate(
-                [rows[i][2:] for i in part], tok, device)))
-    elif cfg.packing:
-        packed = pack(rows, tok, max(cfg.packing, *(len(ids) for ids, _ in rows)), device)
-        for tokens, mask, pos, see in zip(*(x.split(max(1, cfg.micro_tokens // packed[0].shape[1])) for x in packed)):
-            yield tokens, mask, dict(pos=pos, see=see)
+def one_epoch(stream, cfg):
+    """How many updates see every row once."""
+    if not stream.items:
+        raise OptionError("--steps 0: the toy world never ends, so it has no epochs")
+    return math.ceil(len(stream.items) / cfg.batch)
+
+
+def batches(rows, model, cfg):
+    """The rows as Batches of at most cfg.micro_tokens tokens each, padding included."""
+    lengths = [len(ids) for ids, _ in rows]
+    if cfg.packing:
+        width = max(cfg.packing, *lengths)
+        packed = Batch(*pack(rows, model.tok, width, model.device))
+        n = max(1, cfg.micro_tokens // packed.tokens.shape[1])
+        for i in range(0, len(packed.tokens), n):
+            yield Batch(*(x[i:i + n] for x in packed))
     else:
-        for part in micro_batches([len(ids) for ids, _ in rows], cfg.micro_tokens):
-            yield *collate([rows[i] for i in part], tok, device), {}
+        for places in micro_batches(lengths, cfg.micro_tokens):
+            some = [rows[i] for i in places]
+            yield Batch(*collate(some, model.tok, model.device))
+
+
+def total_weight(rows):
+    """Σ w over all tokens of the rows."""
+    return sum(sum(weights) for _, weights in rows)
 
 
 @torch.no_grad()
-def evaluate(model, rows, cfg, tok, amp):
-    """Mean -log π per target token on held-out rows, in eval mode."""
+def evaluate(model, rows, cfg):
+    """The loss on held-out rows, without dropout."""
     model.eval()
-    with amp():
-        loss = sum(float(sft_loss(model, tokens, mask, **({} if "plain" in layout else layout)))
-                   for tokens, mask, layout in batches(rows, cfg, tok, model.device))
-    return loss / sum(sum(weights) for _, weights, *_ in rows)
+    loss = 0.0
+    for x in batches(rows, model, cfg):
+        loss += float(sft_loss(model, x))
+    return loss / total_weight(rows)
 
 
-def same_size(cfg, model):
-    """Refuse options of a new model that the one of --init contradicts. What was left at its default, or given as that,
-    asks for nothing, so that one --config can serve both."""
-    for name in SIZE:
-        asked, has = getattr(cfg, name), getattr(model.config, name)
-        if asked != has and asked != getattr(Config, name):
-            raise OptionError(f"--{name} {asked}: {cfg.init} has {has}, and only --init new makes a model of another")
-
+# ---------------------------------------------------------------- the loop
 
 def train(cfg):
-    """One update a step on a fresh batch, evaluated now and then on held-out records."""
+    """Draw a batch, raise the likelihood of what it says, evaluate now and then: one step after another."""
     tok = Tokenizer.load(cfg.tokenizer)
     run = Run(cfg, tok)
     if run.finished:
         return run.rows
-    device, amp = setup(cfg.device, cfg.dtype, cfg.threads)
-    torch.manual_seed(cfg.seed)
-    if cfg.init == "new":
-        size = {k: getattr(cfg, k) for k in SIZE}
-        model = GPT(GPTConfig(vocab_size=tok.n_vocab, **size)).to(device)
-    else:
-        model = load_model(cfg.init, tok, device, n_scores=0,
-                           maker="python sft.py --loss_on all --init new --out out/base")
-        same_size(cfg, model)
-    model.prepare(cfg)
-    ref = None
-    if cfg.kl_coef or cfg.ent_coef:
-        ref = load_model(cfg.ref or cfg.init, tok, device, n_scores=0)
-    stream, held = open_stream(cfg.data, "text" if cfg.loss_on == "all" else "messages", cfg.seed,
-                               cfg.families, n_held=128, prepare=lambda record: rows_of(
-                                   record, tok, model.config.block_size, cfg), context=(tok, model.config.block_size),
-                               skip_bad=cfg.skip_bad, think=cfg.think, restate=cfg.restate, tamper=cfg.tamper)
-    if not cfg.steps and not stream.items:
-        raise OptionError("--steps 0: the toy world never ends, so it has no epochs")
-    total = cfg.steps or math.ceil(len(stream.items) / cfg.batch)
-    optimizer = Optimizer(model, cfg.lr, total, cfg.optimizer, cfg.muon_lr, cfg.weight_decay, (0.9, cfg.beta2),
-                          cfg.warmup, clip=cfg.clip_grad)
+    model = initial_model(cfg, setup(cfg, tok)).prepare(cfg)
+    stream, held = open_data(model, cfg)
+    total = cfg.steps or one_epoch(stream, cfg)
+    optimizer = Optimizer(model, cfg.lr, total, kind=cfg.optimizer, muon_lr=cfg.muon_lr, betas=(0.9, cfg.beta2),
+                          weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
 
     for step in steps(run, total, dict(model=model), dict(optimizer=optimizer), {}, cfg.save_every):
+        # 1. Draw some rows.
         rows = stream.batch(step, cfg.batch)
-        weight = sum(sum(weights) for _, weights, *_ in rows)
-        said = sum(weights.count(1) for _, weights, *_ in rows)  # tokens of the assistant
+        weight = total_weight(rows)
+
+        # 2. Add up the gradient of their loss, a micro-batch at a time.
         model.train()
-        loss, more = 0.0, {}
-        for tokens, mask, layout in batches(rows, cfg, tok, device):
-            with amp():
-                nll, extra = sft_loss(model, tokens, mask, **({} if ref else layout)) / weight, 0.0
-                if ref:
-                    kl, entropy = (x / said for x in kl_and_entropy(model, ref, tokens, mask, **layout))
-                    extra = cfg.kl_coef * kl - cfg.ent_coef * entropy
-                    more = {k: more.get(k, 0.0) + v.detach() for k, v in dict(kl=kl, entropy=entropy).items()}
-            (nll + extra).backward()
-            loss += nll.detach()
-        grad_norm, lr = optimizer.step(step)
-        last = step + 1 == total
-        val = evaluate(model, held, cfg, tok, amp) if last or (step + 1) % cfg.eval_every == 0 else None
-        run.log(step, ("loss", "val_loss"), loss=loss, val_loss=val, grad_norm=grad_norm, lr=lr,
-                tokens=sum(len(ids) for ids, *_ in rows), **more)
-    return run.finish(("loss", "val_loss", "kl", "entropy"), then=["model.py", cfg.out])
+        loss = 0.0
+        for x in batches(rows, model, cfg):
+            part = sft_loss(model, x) / weight
+            part.backward()
+            loss += part.detach()
+
+        # 3. Update the weights.
+        metrics = optimizer.step(step)
+
+        # 4. Evaluate now and then, and report.
+        tokens = sum(len(ids) for ids, _ in rows)
+        val_loss = None
+        if (step + 1) % cfg.eval_every == 0 or step + 1 == total:
+            val_loss = evaluate(model, held, cfg)
+        run.log(step, ("loss", "val_loss"), loss=loss, val_loss=val_loss, tokens=tokens, **metrics)
+    return run.finish(("loss", "val_loss"), then=["model.py", cfg.out])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 #                   token + .05 KL to the reference without the token - .06 entropy; explore with the best token, and again
 #   reconstruction  the token is a system message; two rounds; the reward is the true one of `write`; all sizes
 #
+# configs/quark.py is sft.py with the two terms more.
 # Effect to look for: the same model asked for the best and for the worst; the second round above the first. So small a model
 # pays for a system message it never saw in fine-tuning: it forgets sums, and asked for nothing it is worse than before.
 # Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/quark.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
@@ -16,10 +17,10 @@ python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
 python reward.py label --policy $OUT/sft --n 3000 --scale 0 --flip 0 --out $Q/samples1 "$@"
 python reward.py label --policy "" --data $Q/samples1/pairs.jsonl --select quantile --out $Q/pool1 "$@"
-python sft.py --init $OUT/sft --data $Q/pool1/pairs.jsonl --kl_coef 0.05 --ent_coef 0.06 --steps 90 --lr 1e-3 --muon_lr 3e-3 --out $Q/one "$@"
+python configs/quark.py --init $OUT/sft --data $Q/pool1/pairs.jsonl --kl_coef 0.05 --ent_coef 0.06 --steps 90 --lr 1e-3 --muon_lr 3e-3 --out $Q/one "$@"
 python reward.py label --policy $Q/one --n 3000 --skip 3072 --system "Quality 5." --scale 0 --flip 0 --out $Q/samples2 "$@"
 python reward.py label --policy "" --data $Q/samples1/pairs.jsonl,$Q/samples2/pairs.jsonl --select quantile --out $Q/pool2 "$@"
-python sft.py --init $Q/one --ref $OUT/sft --data $Q/pool2/pairs.jsonl --kl_coef 0.05 --ent_coef 0.06 --steps 90 --lr 1e-3 --muon_lr 3e-3 --out $Q/two "$@"
+python configs/quark.py --init $Q/one --ref $OUT/sft --data $Q/pool2/pairs.jsonl --kl_coef 0.05 --ent_coef 0.06 --steps 90 --lr 1e-3 --muon_lr 3e-3 --out $Q/two "$@"
 python reward.py compare $OUT/sft $Q/one $Q/two --system "Quality 5." "$@"
 python reward.py compare $OUT/sft $Q/one $Q/two --system "Quality 1." "$@"
 python reward.py compare $OUT/sft $Q/one $Q/two "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Qwen2 (Yang et al. 2024, 2407.10671): offline DPO, then online DPO on the policy's own samples, with the Online
-# Merging Optimizer (Lu et al. 2024, 2405.17931) against the alignment tax.
+# Merging Optimizer (Lu et al. 2024, 2405.17931; configs/qwen2.py) against the alignment tax.
 #
 #   reported        the two stages; several samples a prompt, the reward model's best against its worst; an optimizer
 #                   that mixes what fine-tuning changed into every update
@@ -24,6 +24,6 @@ python reward.py train --init $OUT/sft --data $OUT/qwen2/labels/pairs.jsonl --ou
 python reward.py label --policy $OUT/sft --by $OUT/qwen2/reward --k 4 --select ends --n 3400 --skip 8000 --scale 0 --flip 0 --out $OUT/qwen2/pairs "$@"
 python dpo.py --init $OUT/qwen2/offline --data $OUT/qwen2/pairs/pairs.jsonl --steps 100 --lr 1e-4 --out $OUT/qwen2/more "$@"
 python dpo.py --init $OUT/qwen2/offline --online --data toy --reward $OUT/qwen2/reward --k 4 --steps 100 --lr 1e-4 --out $OUT/qwen2/online "$@"
-python dpo.py --init $OUT/qwen2/offline --online --data toy --reward $OUT/qwen2/reward --k 4 --steps 100 --lr 1e-4 --merge_base $OUT/base --out $OUT/qwen2/online_merging "$@"
-python dpo.py --init $OUT/qwen2/offline --online --data toy --reward $OUT/qwen2/reward --k 4 --steps 100 --lr 1e-4 --merge_base $OUT/base --merge_alpha 0 --out $OUT/qwen2/online_dropping "$@"
+python configs/qwen2.py --init $OUT/qwen2/offline --online --data toy --reward $OUT/qwen2/reward --k 4 --steps 100 --lr 1e-4 --merge_base $OUT/base --out $OUT/qwen2/online_merging "$@"
+python configs/qwen2.py --init $OUT/qwen2/offline --online --data toy --reward $OUT/qwen2/reward --k 4 --steps 100 --lr 1e-4 --merge_base $OUT/base --merge_alpha 0 --out $OUT/qwen2/online_dropping "$@"
 python reward.py compare $OUT/sft $OUT/qwen2/offline $OUT/qwen2/more $OUT/qwen2/online $OUT/qwen2/online_merging $OUT/qwen2/online_dropping --proxy $OUT/qwen2/reward "$@"

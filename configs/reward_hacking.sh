@@ -30,7 +30,7 @@ python ppo.py --init $OUT/sft --reward "$H/reward1 + named + sentences" --kl_coe
 python reward.py label --policy $H/hacked --n 3000 --skip 14000 --out $H/refresh "$@"
 python reward.py train --init $OUT/sft --data $H/pairs1/pairs.jsonl,$H/refresh/pairs.jsonl --out $H/refreshed "$@"
 python ppo.py --init $OUT/sft --reward $H/refreshed --kl_coef 0 --steps 40 --eval_every 2 --eval_prompts 200 --out $H/refreshing "$@"
-python reward.py overoptimize $H/hacked $H/kl $H/more $H/ensemble $H/verifier $H/refreshing --policy $OUT/sft --proxy $H/reward1 --out $H/curves "$@"
+python configs/reward_hacking.py $H/hacked $H/kl $H/more $H/ensemble $H/verifier $H/refreshing --policy $OUT/sft --proxy $H/reward1 --out $H/curves "$@"
 python reward.py label --policy $OUT/sft --n 1000 --skip 20000 --out $H/held "$@"
 python reward.py accuracy "$H/reward1|$H/reward2|$H/reward3" $OUT/reward --data $H/held/pairs.jsonl,$H/refresh/pairs.jsonl "$@"
 python reward.py compare $OUT/sft $H/hacked $H/kl $H/more $H/ensemble $H/verifier $H/refreshing --proxy $H/reward1 "$@"

@@ -20,7 +20,7 @@ python sft.py --init $OUT/base --families judge,reason,rate,classify,critique,re
 python reward.py label --policy $OUT/sft --families safe --n 3000 --by "help + 0.5*harm + -0.2*refuses" --out $U/helpful "$@"
 python reward.py train --init $OUT/sft --data $U/helpful/pairs.jsonl --out $U/reward "$@"
 python reward.py label --policy $OUT/sft --families safe --n 500 --k 6 --skip 3000 --scale 0 --flip 0 --out $U/orderings "$@"
-python reward.py fit --data $U/orderings/pairs.jsonl --base $U/reward --rules "$OUT/judge@A + $OUT/judge@B + $OUT/judge@C + $OUT/judge@D + refuses" --out $U/rules "$@"
+python configs/rule_based_rewards.py --data $U/orderings/pairs.jsonl --base $U/reward --rules "$OUT/judge@A + $OUT/judge@B + $OUT/judge@C + $OUT/judge@D + refuses" --out $U/rules "$@"
 python ppo.py --init $OUT/sft --reward $U/reward --families safe --out $U/helpful_only "$@"
 python ppo.py --init $OUT/sft --reward $U/rules --families safe --out $U/with_rules "$@"
 python reward.py compare $OUT/sft $U/helpful_only $U/with_rules --on safe "$@"

@@ -22,13 +22,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import collate  # noqa: E402
-from model import (GPT, GPTConfig, Optimizer, generate, machine, response_scores, setup, slices,  # noqa: E402
+from model import (GPTConfig, Optimizer, generate, machine, new_model, response_scores, setup, slices,  # noqa: E402
                    token_logprobs)
 import dpo  # noqa: E402
 import grpo  # noqa: E402
 import orpo  # noqa: E402
 from reward import bradley_terry  # noqa: E402
-from sft import sft_loss  # noqa: E402
+from sft import Batch, sft_loss  # noqa: E402
 
 SIZES = {"tiny": dict(n_layer=4, n_embd=128, n_head=4, vocab_size=512, block_size=256),
          "gpt2": dict(n_layer=12, n_embd=768, n_head=12, vocab_size=50257, block_size=1024)}
@@ -50,29 +50,31 @@ def forward_flops(config, tokens, context, head=None):
 def n_params(config):
     rows = -(-config.vocab_size // 64) * 64
     C, layers = config.n_embd, config.n_layer
-    return (rows + config.block_size) * C + layers * (12 * C ** 2 + 13 * C) + 2 * C + config.n_scores * (C + 1)
+    return (rows + config.block_size) * C + layers * (12 * C ** 2 + 13 * C) + 2 * C + config.n_scores * C
 
 
 def memory(algorithm, config, tokens, half=2, lora_r=0, grad_checkpoint=False):
     """Bytes at the peak of an update whose micro-batches hold `tokens` tokens; half: bytes of a matmul's number.
 
-    A trained number costs 16 bytes (itself, its gradient, AdamW's two), a frozen one 4. A layer keeps for its backward
-    pass, in widths a token, two residual states in fp32 and fourteen of its matmuls'; the head's logits exist in
-    chunks: in a half, in fp32, as their log-softmax and as a gradient that is freed in part. With LoRA everything is
-    frozen but the adapters, and the reference is the policy.
+    A trained number costs 16 bytes (itself, its gradient, AdamW's two), a frozen one 4; PPO's policy and critic are
+    updated one after the other, so gradients, activations and rounded weights are those of one. A layer keeps for its
+    backward pass, in widths a token, two residual states in fp32 and fourteen of its matmuls'; the head's logits exist
+    in chunks: in a half, in fp32, as their log-softmax and as a gradient that is freed in part. With LoRA everything is
+    frozen but the adapters, and the reference shares it.
     """
     trained, frozen = MODELS[algorithm]
     P, C, layers = n_params(config), config.n_embd, config.n_layer
-    held = trained * 16 * P + frozen * 4 * P
+    held = (trained * 12 + 4) * P + frozen * 4 * P
     if lora_r:
-        held = (trained + max(0, frozen - 1)) * 4 * P + trained * 16 * layers * lora_r * 16 * C
+        adapters = layers * lora_r * 16 * C
+        held = (trained + max(0, frozen - 1)) * 4 * P + (trained * 12 + 4) * adapters
     if half == 2:  # autocast keeps the weights it has rounded
-        held += trained * 2 * P
+        held += 2 * P
     layer = tokens * C * (8 + 14 * half)
     head = 0 if algorithm == "reward" else min(tokens, 2 ** 24 // config.vocab_size) * config.vocab_size * (10 + half // 2)
     if grad_checkpoint:  # a layer keeps its input; the one that is being recomputed, or the head, comes on top
-        return held + trained * tokens * layers * 4 * C + max(layer, head)
-    return held + trained * layers * layer + head
+        return held + tokens * layers * 4 * C + max(layer, head)
+    return held + layers * layer + head
 
 
 def memory_table(args):
@@ -110,7 +112,7 @@ def measure(fn, device, repeats):
     return statistics.median(times[1:]), min(times[1:])
 
 
-def items(args, model, device, amp):
+def items(args, model):
     """(fn, tokens, FLOPs) of the item: what one call does, and how many tokens it is counted as."""
     config, draw = model.config, torch.Generator().manual_seed(0)
     optimizer = Optimizer(model, 1e-4, total=10 ** 6)
@@ -118,22 +120,19 @@ def items(args, model, device, amp):
         prompts = torch.randint(3, 500, (args.batch, args.prompt), generator=draw).tolist()
 
         def run():
-            with amp():
-                generate(model, prompts, TOK, args.new)
+            generate(model, prompts, args.new)
         count = args.batch * args.new
         return run, count, forward_flops(config, count, args.prompt + args.new / 2)
     if args.item == "grpo":  # a whole step: sample groups of 8, advantages of some reward, one update
         prompts, cfg = torch.randint(3, 500, (args.batch, args.prompt), generator=draw).tolist(), grpo.Config()
 
         def run():
-            with amp():
-                roll = generate(model, prompts, TOK, args.new, n=8)
+            roll = generate(model, prompts, args.new, n=8)
             score = (roll.tokens % 7 == 0).sum(1).view(-1, 8).double()
-            adv = grpo.ADVANTAGES["grpo"](score).float().view(-1, 1)
+            adv = grpo.ADVANTAGES["grpo"](score, cfg).float().view(-1, 1)
             weights = grpo.token_weights(roll.mask, cfg.per, args.new)
             for rows, tokens, mask in slices(roll, cfg.micro_tokens):
-                with amp():
-                    logp = token_logprobs(model, tokens, mask)
+                logp = token_logprobs(model, tokens, mask)
                 loss, _, _ = grpo.policy_loss(logp, logp.detach(), adv[rows], mask, cfg)
                 (loss * weights[rows, :mask.shape[1]]).sum().backward()
             optimizer.step(0)
@@ -144,21 +143,20 @@ def items(args, model, device, amp):
     rows = args.batch * (1 if args.item == "sft" else 2)
     tokens = torch.randint(3, 500, (rows, length), generator=draw)
     mask = [[1] * length if args.item == "sft" else [0] * args.prompt + [1] * args.new] * rows
-    tokens, mask = collate(list(zip(tokens.tolist(), mask)), TOK, device)
+    tokens, mask = collate(list(zip(tokens.tolist(), mask)), TOK, model.device)
 
     def run():
-        with amp():
-            if args.item == "sft":
-                loss = sft_loss(model, tokens, mask) / mask.sum()
-            elif args.item in ("dpo", "orpo"):  # DPO's reference log-probs are computed beforehand
-                s, n = token_logprobs(model, tokens, mask).sum(1), mask.sum(1)
-                x = SimpleNamespace(lw=s[::2], ll=s[1::2], n_w=n[::2], n_l=n[1::2], nll=-s[::2] / n[::2],
-                                    d=s[::2] - s[1::2])
-                loss = (dpo.LOSSES["dpo"][1](x, dpo.Config()) if args.item == "dpo"
-                        else orpo.LOSSES["orpo"](x, orpo.Config())).mean()
-            else:
-                scores = response_scores(model, tokens, mask)[:, 0]
-                loss = bradley_terry(scores[::2], scores[1::2]).mean()
+        if args.item == "sft":
+            loss = sft_loss(model, Batch(tokens, mask)) / mask.sum()
+        elif args.item in ("dpo", "orpo"):  # DPO's reference log-probs are computed beforehand
+            s, n = token_logprobs(model, tokens, mask).sum(1), mask.sum(1)
+            x = SimpleNamespace(lw=s[::2], ll=s[1::2], n_w=n[::2], n_l=n[1::2], nll=-s[::2] / n[::2],
+                                d=s[::2] - s[1::2])
+            loss = (dpo.LOSSES["dpo"][1](x, dpo.Config()) if args.item == "dpo"
+                    else orpo.LOSSES["orpo"](x, orpo.Config())).mean()
+        else:
+            scores = response_scores(model, tokens, mask)[:, 0]
+            loss = bradley_terry(scores[::2], scores[1::2]).mean()
         loss.backward()
         optimizer.step(0)
     return run, rows * length, 3 * forward_flops(config, rows * length, length / 2)
@@ -166,16 +164,15 @@ def items(args, model, device, amp):
 
 def bench(args):
     with contextlib.redirect_stdout(sys.stderr):  # what it computes on is a part of the line of JSON, below
-        device, amp = setup(args.device, args.dtype, args.threads)
+        like = setup(args, TOK)
     torch.manual_seed(0)
     config = GPTConfig(**SIZES[args.size], n_scores=int(args.item == "reward"))
-    model = GPT(config).to(device)
-    run, tokens, flops = items(args, model, device, amp)
+    model, device = new_model(config, like), like.device
+    run, tokens, flops = items(args, model)
     cpu = time.process_time()
     seconds, best = measure(run, device, args.repeats)
     cpu = (time.process_time() - cpu) / (args.repeats + 1)
-    with amp():
-        half = torch.is_autocast_enabled(device.type)
+    half = like.precision == "bf16"
     peak = matmul_peak(device, torch.bfloat16 if half else torch.float32)
     memory = (torch.cuda.max_memory_allocated() if device.type == "cuda"
               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -4,11 +4,13 @@ a model is made of: replace positions, norms or the tied head in model.py, and t
 import copy
 import functools
 import math
+import sys
+from pathlib import Path
 
 import torch
 
 from data import Tokenizer
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, load_model, load_tensors, write_model
 
 TOK = Tokenizer.load("toy")
 NOTHING = dict.fromkeys(range(TOK.n_vocab), 0.0)  # the chances of a policy that says nothing
@@ -25,7 +27,7 @@ def made(seed, end=.08, says="", dropout=0.0, **size):
     """end: how likely each token is to be the last; .08 ends about one response in three early. says: the only letters
     it says, each of them and the end as often."""
     torch.manual_seed(seed)
-    net = GPT(GPTConfig(TOK.n_vocab, dropout=dropout, **dict(block_size=64, n_layer=1, n_head=2, n_embd=32) | size))
+    net = GPT(GPTConfig(TOK.n_vocab, dropout=dropout, **dict(block_size=64, n_layer=1, n_head=2, n_embd=32) | size), TOK)
     with torch.no_grad():
         for p in net.parameters():
             p.add_(torch.randn_like(p) * 0.1)
@@ -41,7 +43,7 @@ def made(seed, end=.08, says="", dropout=0.0, **size):
 def bandit_policy(chances):
     """A policy that answers "?" with one token: letter -> its chance."""
     torch.manual_seed(0)
-    net = GPT(GPTConfig(TOK.n_vocab, block_size=16, n_layer=1, n_head=2, n_embd=16))
+    net = GPT(GPTConfig(TOK.n_vocab, block_size=16, n_layer=1, n_head=2, n_embd=16), TOK)
     arms = {TOK.encode(letter)[0]: p for letter, p in chances.items()}
     return teach(net, torch.tensor([TOK.prompt([dict(role="user", content="?")])]), NOTHING | arms, exact=True)
 
@@ -68,3 +70,30 @@ def teach(net, contexts, chances, exact=False):
     optimizer.zero_grad()
     assert gaps().abs().max() < .1
     return net.float().train()
+
+
+def save(folder, net):
+    """The folder of a finished run whose model this is, as a word of a command."""
+    net.tok = TOK
+    write_model(folder, net)
+    return str(folder)
+
+
+def weights(folder, part="model"):
+    """{part/name: tensor} of a model in a run's folder, finished or not; {} where there is no such part."""
+    folder = Path(folder)
+    if (folder / "checkpoint.safetensors").exists():
+        tensors = load_tensors(folder / "checkpoint.safetensors")[0]
+        return {name: t.clone() for name, t in tensors.items() if name.startswith(part + "/")}
+    if part != "model" and not (folder / part).exists():
+        return {}
+    net = load_model(folder if part == "model" else folder / part)
+    return {f"{part}/{name}": t for name, t in net.state_dict().items()}
+
+
+def patch(monkeypatch, name, new):
+    """Put new in the place of a function in model.py and in every file of ours that has imported it."""
+    beside = [path.stem for path in (Path(__file__).resolve().parents[1] / "configs").glob("*.py")]
+    for module in ("model", "sft", "reward", "ppo", "dpo", "grpo", "orpo", *beside):
+        if hasattr(sys.modules.get(module), name):
+            monkeypatch.setattr(sys.modules[module], name, new)

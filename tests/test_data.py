@@ -667,12 +667,15 @@ def test_skip_bad_counts_what_it_leaves_out(tmp_path, capsys):
             read_records(write(tmp_path, data, name), skip_bad=True)
 
 
-@pytest.mark.parametrize("name", ["sft", "orpo", "dpo", "grpo", "ppo", "reward"])
+@pytest.mark.parametrize("name", ["data", "sft", "orpo", "dpo", "grpo", "ppo", "reward"])
 def test_skip_bad_reaches_all_that_read_records(name):
-    """Every call that opens a user's records hands the option on."""
+    """Every call that opens a user's records hands the option on, by its name or among all options."""
+    openers = ("open_stream", "read_records", "open_preferences")
     called = [node for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")))
-              if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("open_stream", "read_records")]
-    assert called and all("skip_bad" in ast.unparse(node) for node in called)
+              if isinstance(node, ast.Call) and getattr(node.func, "id", "") in openers]
+    assert called
+    for node in called:
+        assert "cfg" == ast.unparse(node.args[0]) if node.func.id == "open_preferences" else "skip_bad" in ast.unparse(node)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "long name"])
@@ -1952,11 +1955,13 @@ def test_every_config_is_checked_when_it_is_made(script, options, word):
 
 def commands():
     """(script, command, Config) of everything one can run that has options; found, not listed."""
-    for path in sorted(ROOT.glob("*.py")):
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("configs/*.py")]):
         module = importlib.import_module(path.stem)
         for name, (Config, *_) in getattr(module, "COMMANDS", {"": (getattr(module, "Config", None),)}).items():
             if Config:
-                yield path.name, name, Config
+                yield str(path.relative_to(ROOT)), name, Config
+        if hasattr(module, "Merge"):
+            yield path.name, "merge", module.Merge
 
 
 SOURCE = functools.cache(inspect.getsource)  # which reads a whole file anew for each class
@@ -1966,7 +1971,7 @@ SOURCE = functools.cache(inspect.getsource)  # which reads a whole file anew for
 def test_help_prints_every_option_with_its_comment(monkeypatch, capsys, name, command, Config):
     monkeypatch.setattr(inspect, "getsource", SOURCE)
     code, out, err = told(capsys, script(monkeypatch, name, *[command] * bool(command), "--help"))
-    assert not code and not err and inspect.getdoc(Config) in out
+    assert not code and not err and inspect.getdoc(Config) in out and f"{name} {command}".strip() in out.splitlines()[0]
     entries = re.sub(r"\n {21}(?=\S)", " ", out)                                        # a long one goes on below
     lines = {line.split()[0]: line for line in entries.splitlines() if line.startswith("  --")}
     source = "".join(inspect.getsource(cls) for cls in Config.__mro__[:-1])         # the nearest class comes first
@@ -1992,7 +1997,7 @@ def test_help_of_model(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ["data.py", "sft.py", "ppo.py", "model.py", "reward.py train", "reward.py label",
-                                  "reward.py compare"])
+                                  "reward.py compare", "configs/claude_cai.py", "configs/kimi_k15.py"])
 def test_scripts_refuse_unknown_options_and_missing_checkpoints(monkeypatch, capsys, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     name, *command = name.split()
@@ -2176,6 +2181,20 @@ def test_a_run_knows_its_inputs_by_their_content(tmp_path, capsys, monkeypatch, 
     assert Run(cfg, TOK).finished and "changed" not in capsys.readouterr().out
 
 
+def test_a_model_that_was_unfinished_when_a_run_began_has_changed_once_it_is_finished(tmp_path, monkeypatch):
+    """Its checkpoint is gone then, and its weights are in a file that was not there."""
+    monkeypatch.chdir(tmp_path)
+    @dataclass
+    class Reads(Options):
+        given: str = ""
+    write_text("base/checkpoint.safetensors", "half way")
+    go(cfg := Reads(out="run", given="base"))
+    Path("base/checkpoint.safetensors").unlink()
+    write_text("base/model.safetensors", "the end")
+    with pytest.raises(UserError, match="^base/model.safetensors has changed since run began"):
+        Run(cfg, TOK)
+
+
 def test_a_run_says_when_the_code_has_changed(tmp_path, capsys, monkeypatch):
     run = go(cfg := options(tmp_path))
     monkeypatch.setattr(data, "code_of", lambda cfg: "other")
@@ -2193,21 +2212,31 @@ def test_the_code_of_a_run_is_its_script_and_the_two_shared_files(tmp_path, monk
     assert read == ["test_data.py", "model.py", "data.py"] and len(set(before.split())) == 3
 
 
+def test_the_code_of_a_run_beside_a_recipe_is_also_what_its_script_imports(tmp_path, monkeypatch):
+    module, read = importlib.import_module("kimi_k15"), []
+    monkeypatch.setattr(data, "digest", lambda path: read.append(Path(path)) or "x")
+    data.code_of(module.Config())
+    assert read == [ROOT / "configs/kimi_k15.py", ROOT / "model.py", ROOT / "data.py", ROOT / "reward.py"]
+
+
 def test_overwrite_begins_anew_and_deletes_nothing_before_the_first_step(tmp_path):
     go(cfg := options(tmp_path)).finish(())
-    (Path(cfg.out) / "checkpoint.safetensors").write_text("weights")
+    for name in ("checkpoint.safetensors", "model.safetensors", "config.json"):
+        (Path(cfg.out) / name).write_text("weights")
     (Path(cfg.out) / "mine.txt").write_text("not the run's")
     before = {path: path.read_bytes() for path in Path(cfg.out).iterdir()}
     again = dataclasses.replace(cfg, overwrite=True, lr=.25)
     run = Run(again, TOK)
-    assert not run.finished and run.left("checkpoint.safetensors") is None and Run(cfg, TOK).left("checkpoint.safetensors")
+    assert not run.finished and run.left("checkpoint.safetensors") is None
     assert before == {path: path.read_bytes() for path in Path(cfg.out).iterdir()}
     for step in run.progress(0, 2):
         run.log(step, loss=1.0)
     assert [r["step"] for r in rows(cfg)] == [0, 1] and (Path(cfg.out) / "mine.txt").exists()
-    assert not {"summary.json", "checkpoint.safetensors"} & {path.name for path in Path(cfg.out).iterdir()}
+    assert {path.name for path in Path(cfg.out).iterdir()} == {"run.json", "metrics.jsonl", "lock", "mine.txt"}
     run.finish(())
+    write_text(Path(cfg.out) / "checkpoint.safetensors", "left when `finish` was killed")
     assert Run(dataclasses.replace(again, overwrite=False), TOK).finished
+    assert not (Path(cfg.out) / "checkpoint.safetensors").exists()
     with pytest.raises(UserError, match="--lr"):
         Run(cfg, TOK)
 
@@ -2246,7 +2275,7 @@ def test_42_a_text_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
     class Killed(BaseException): pass
     for error, expected in ((Killed, Killed), (OSError(28, "No space left on device"), UserError)):
         def fail(*_, **__): raise error
-        for target in ("os.replace", "pathlib.Path.write_text"):
+        for target in ("os.replace", "os.fsync"):
             with monkeypatch.context() as patch:
                 patch.setattr(target, fail)
                 with pytest.raises(expected):

@@ -23,8 +23,8 @@ import grpo
 import model as models
 from data import Tokenizer, parse
 from grpo import ADVANTAGES, POLICY_LOSSES, kl_estimate, policy_loss, token_weights
-from model import GPT, GPTConfig, Rollout, load_model, save_checkpoint
-from policies import bandit_policy, random_policy
+from model import GPT, GPTConfig, Rollout, Setup, load_model
+from policies import bandit_policy, patch, random_policy, save, weights
 from test_ppo import Tree, apart, spread_over_reward, towards_reward
 
 TOK = Tokenizer.load("toy")
@@ -60,11 +60,6 @@ def verifiers(monkeypatch):
         monkeypatch.setitem(data.VERIFIERS, name, judge)
 
 
-def save(folder, net, **meta):
-    save_checkpoint(folder, dict(model=net), {}, dict(step=0, done=True, state={}, tokenizer=TOK.fingerprint) | meta)
-    return str(folder)
-
-
 def checkpoint(folder, seed=0, **options):
     """A random model, far from uniform, that ends about one response in three early and never samples padding."""
     return save(folder, random_policy(seed, **options))
@@ -97,30 +92,25 @@ def read(out):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-def weights(folder, name="model"):
-    tensors, _ = models.load_tensors(Path(folder) / "checkpoint.safetensors")
-    return {k: v for k, v in tensors.items() if k.startswith(name + "/")}
-
-
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def watch(monkeypatch, *names):
-    """Record every call of grpo.<name>: lists of (arguments, result)."""
+    """Record every call of a function that the algorithm has or calls: lists of (arguments, result)."""
     calls = {}
     for name in names:
-        def wrap(*args, real=getattr(grpo, name), log=calls.setdefault(name, []), **kwargs):
+        def wrap(*args, real=getattr(grpo, name, None) or getattr(models, name), log=calls.setdefault(name, []), **kwargs):
             log.append((args, real(*args, **kwargs)))
             return log[-1][1]
-        monkeypatch.setattr(grpo, name, wrap)
+        patch(monkeypatch, name, wrap)
     return calls
 
 
 def watch_advantages(monkeypatch, name):
     """Record what the rewards (P, G) of a step are just before they become advantages."""
     seen, real = [], ADVANTAGES[name]
-    monkeypatch.setitem(ADVANTAGES, name, lambda r: seen.append((r.clone(), real(r))) or seen[-1][1])
+    monkeypatch.setitem(ADVANTAGES, name, lambda r, h: seen.append((r.clone(), real(r, h))) or seen[-1][1])
     return seen
 
 
@@ -186,7 +176,7 @@ def test_every_advantage_and_every_loss_has_a_golden_number():
 
 @pytest.mark.parametrize("name", GOLDEN_ADVANTAGES)
 def test_f1_advantages(name):
-    close(ADVANTAGES[name](torch.tensor(F1_REWARDS, dtype=torch.float64)), GOLDEN_ADVANTAGES[name], atol=3e-6)
+    close(ADVANTAGES[name](torch.tensor(F1_REWARDS, dtype=torch.float64), None), GOLDEN_ADVANTAGES[name], atol=3e-6)
 
 
 def f1_loss(name, per, h=None):
@@ -266,7 +256,7 @@ SLOW_ADVANTAGES = {
 def test_advantages_against_a_slow_loop(name, P, G):
     rng = random.Random(f"{P} {G}")
     groups = [[rng.gauss(5 * i, 1 + i) for _ in range(G)] for i in range(P)]
-    got = ADVANTAGES[name](torch.tensor(groups, dtype=torch.float64))
+    got = ADVANTAGES[name](torch.tensor(groups, dtype=torch.float64), None)
     assert got.shape == (P, G)                                                           # 33
     close(got, SLOW_ADVANTAGES[name](groups))
 
@@ -277,7 +267,7 @@ def test_p16_groups_stay_apart_and_permute(name):
     responses within groups, and groups, permutes the advantages and nothing else."""
     torch.manual_seed(0)
     r = 100 * torch.arange(5.0, dtype=torch.float64)[:, None] + torch.randn(5, 4, dtype=torch.float64)
-    adv = ADVANTAGES[name](r)
+    adv = ADVANTAGES[name](r, None)
     if name == "reinforce_pp":
         close(adv.sum(), 0)
         assert adv[0].sum() < -1 and adv[4].sum() > 1
@@ -285,7 +275,7 @@ def test_p16_groups_stay_apart_and_permute(name):
         close(adv.sum(1), torch.zeros(5), atol=1e-9)
     rows, columns = torch.randperm(5), torch.stack([torch.randperm(4) for _ in range(5)])
     shuffle = lambda x: x[rows].gather(1, columns)                                       # noqa: E731
-    close(ADVANTAGES[name](shuffle(r)), shuffle(adv))
+    close(ADVANTAGES[name](shuffle(r), None), shuffle(adv))
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
@@ -295,11 +285,11 @@ def test_p17_equal_rewards_give_exactly_0(name, dtype, G):
     """Rounding leaves a mean of equal numbers some ulps off, and a standard deviation of as little blows that up."""
     rng = random.Random(1)
     for constant in [rng.gauss(0, 10) for _ in range(1000)]:
-        assert not ADVANTAGES[name](torch.full((2, G), constant, dtype=dtype)).any()
+        assert not ADVANTAGES[name](torch.full((2, G), constant, dtype=dtype), None).any()
     if name != "reinforce_pp":                     # which has no groups: equal rewards, if high, are praised
         different = torch.tensor([[rng.gauss(0, 10)] for _ in range(1000)], dtype=dtype).expand(-1, G)
         mixed = torch.cat([different, torch.arange(1.0 * G, dtype=dtype)[None]])
-        adv = ADVANTAGES[name](mixed)
+        adv = ADVANTAGES[name](mixed, None)
         assert not adv[:-1].any() and adv[-1, -1] > .1
 
 
@@ -308,10 +298,10 @@ def test_advantages_do_not_depend_on_a_constant():
     torch.manual_seed(1)
     r = torch.randn(4, 5, dtype=torch.float64)
     for name, f in ADVANTAGES.items():
-        close(f(r + 3), f(r), atol=1e-9)
-        scaled = (f(10 * r) / f(r)).mean()
+        close(f(r + 3, None), f(r, None), atol=1e-9)
+        scaled = (f(10 * r, None) / f(r, None)).mean()
         close(scaled, 10 if name in ("dr_grpo", "rloo") else 1, atol=1e-4)
-    close(ADVANTAGES["rloo"](r), ADVANTAGES["dr_grpo"](r) * 5 / 4)
+    close(ADVANTAGES["rloo"](r, None), ADVANTAGES["dr_grpo"](r, None) * 5 / 4)
 
 
 # ---------------------------------------------------------------- losses against slow loops
@@ -484,10 +474,20 @@ class Own(grpo.Config):
     sharpness: float = 4.0
 
 
+def soft(x, h):
+    """Without a clip."""
+    return -x.adv * torch.sigmoid(h.sharpness * (x.ratio - 1)) * 4 / h.sharpness, torch.zeros_like(x.adv).bool()
+
+
+def sharp(ratio, x, h):
+    loss, decides = grpo.clipped(ratio, x.adv, h)
+    return h.sharpness * loss, decides
+
+
 OWN_LOSSES = {
-    "of its option alone": lambda x, h: -x.adv * torch.sigmoid(h.sharpness * (x.ratio - 1)) * 4 / h.sharpness,
-    "clipped too": lambda x, h: h.sharpness * grpo.clipped(x, x.ratio, h),
-    "of whole responses": lambda x, h: h.sharpness * grpo.clipped(x, x.whole, h),        # (B, 1), for every token
+    "of its option alone": soft,
+    "clipped too": lambda x, h: sharp(x.ratio, x, h),
+    "of whole responses": lambda x, h: sharp(x.whole, x, h),                             # (B, 1), for every token
 }
 
 
@@ -673,7 +673,7 @@ def expected_gradient(adv, loss, per, G, seed=0):
     groups = torch.tensor(list(itertools.product(range(len(score)), repeat=G)))          # (N^G, G)
     chance = whole.detach()[groups].sum(1).exp()                                         # (N^G,)
     close(chance.sum(), 1)
-    A, rows = ADVANTAGES[adv](score[groups]), groups.flatten()
+    A, rows = ADVANTAGES[adv](score[groups], None), groups.flatten()
     w = torch.stack([token_weights(mask[g], per, 3) for g in groups]) if per != "constant" else (
         token_weights(mask[rows], per, 3).view(len(groups), G, 3) * len(groups))
     losses, ratio, _ = policy_loss(logp[rows], logp[rows].detach(), A.view(-1, 1), mask[rows], hyper(loss))
@@ -849,7 +849,7 @@ def run_both(cfg, monkeypatch, judge=None):
     grpo.train(cfg)
     monkeypatch.undo()
 
-    rolls = [(args, roll) for args, roll in calls["generate"] if args[3] == cfg.max_new]
+    rolls = [(args, roll) for args, roll in calls["generate"] if args[2] == cfg.max_new]
     slow, metrics = Slow(cfg), read(cfg.out)
     for step, row in enumerate(metrics):
         rows, raw, every = [], [], []
@@ -958,7 +958,7 @@ def test_p38_equal_rewards_and_no_penalty_teach_nothing(tiny, prompts, tmp_path,
     calls = watch(monkeypatch, "token_logprobs")
     rows = train(tmp_path / "a", tiny, reward="same", weight_decay=.1, lr=.1)
     assert same(weights(tmp_path / "a"), weights(tiny)) and not calls["token_logprobs"]
-    assert all(row["grad_norm"] is None and row["zero_std"] == 1 and row["loss"] == 0 for row in rows)
+    assert all("grad_norm" not in row and row["zero_std"] == 1 and row["loss"] == 0 for row in rows)
     assert "nothing was learned" in capsys.readouterr().out
     rows = train(tmp_path / "b", tiny, reward="half", data=prompts, prompts=1, steps=6)  # now and then is enough
     assert {row["zero_std"] for row in rows} == {0, 1} and "nothing was learned" not in capsys.readouterr().out
@@ -1069,7 +1069,7 @@ def test_p10_samples_and_log_probabilities_are_at_the_temperature(tiny, tmp_path
     """In training, evaluation and look-ahead what was drawn has the log-probabilities of softmax(logits / T)."""
     calls, policy = watch(monkeypatch, "generate"), load_model(tiny)
     train(tmp_path / "a", tiny, temperature=.6, steps=1, lr=1e-30, tripwire="e", ahead=3)
-    assert [args[3] for args, _ in calls["generate"]] == [6, 3, 6]
+    assert [args[2] for args, _ in calls["generate"]] == [6, 3, 6]
     for _, roll in calls["generate"]:
         for (ids, p), logp, mask in zip(rolled(roll), roll.logp, roll.mask.bool()):
             close(logp[mask], log_softmax_rows(policy, ids, p, .6)[range(len(ids) - p), ids[p:]].detach(), atol=1e-9)
@@ -1105,7 +1105,7 @@ def test_p29_second_epoch_moves_the_ratio_and_the_clip_bites(tiny, tmp_path):
 def test_p19_reference_is_constant_and_shares_no_memory(tiny, tmp_path, monkeypatch):
     calls = watch(monkeypatch, "reference")
     rows = train(tmp_path / "a", tiny, lr=3e-3, steps=3, kl_coef=.1)
-    (policy,), (ref, _) = calls["reference"][0]
+    (policy,), ref = calls["reference"][0]
     start = weights(tiny)
     assert all(torch.equal(t, start[f"model/{k}"]) for k, t in ref.state_dict().items())
     assert not {t.data_ptr() for t in policy.state_dict().values()} & {t.data_ptr() for t in ref.state_dict().values()}
@@ -1237,7 +1237,7 @@ def test_curriculum_starts_with_the_easiest(tiny, tmp_path, monkeypatch):
 
 def test_prioritized_draws_by_the_last_mean_reward(tiny, tmp_path, monkeypatch):
     """The rates a step draws by are, for every prompt drawn before, its last mean reward within [0, 1]; else 0."""
-    calls, seen = watch(monkeypatch, "draw_prompts"), watch_advantages(monkeypatch, "grpo")
+    calls, seen = watch(monkeypatch, "draw_prompts", "save_checkpoint"), watch_advantages(monkeypatch, "grpo")
     rates = []
     real = grpo.draw_prompts
     monkeypatch.setattr(grpo, "draw_prompts", lambda r, *args: rates.append(list(r)) or real(r, *args))
@@ -1247,7 +1247,7 @@ def test_prioritized_draws_by_the_last_mean_reward(tiny, tmp_path, monkeypatch):
         assert before == pytest.approx(expected, abs=1e-6)
         for i, rate in zip(drawn, r.mean(1).clamp(0, 1).tolist()):
             expected[i] = rate
-    _, meta = models.load_tensors(tmp_path / "a" / "checkpoint.safetensors")
+    (_, _, _, meta), _ = calls["save_checkpoint"][-1]
     assert meta["state"]["rates"] == pytest.approx(expected, abs=1e-6) and len(set(expected)) > 2
     rates.clear()
     train(tmp_path / "b", tiny, reward="e", pool=6, prompts=3, steps=3)                  # unless asked for: all alike
@@ -1259,16 +1259,16 @@ def test_prioritized_draws_by_the_last_mean_reward(tiny, tmp_path, monkeypatch):
 def test_look_ahead_is_the_share_of_continuations_that_trip(tiny, tmp_path, monkeypatch):
     """By hand from what was sampled: from every cut the row goes on, the judge reads all of it, and half of the cuts
     tripping is ½. What the judge is told of is what the continuation says, its end included."""
-    policy, records = load_model(tiny), [dict(n=i) for i in range(8)]
-    torch.manual_seed(3)
-    roll = models.generate(policy, [[5, 6, 7], [8, 9]], TOK, 6, 4)
+    policy, records = load_model(tiny, Setup(TOK)), [dict(n=i) for i in range(8)]
+    torch.manual_seed(4)
+    roll = models.generate(policy, [[5, 6, 7], [8, 9]], 6, 4)
     cfg = SimpleNamespace(cuts=3, ahead=5, temperature=.8)
     calls, heard = watch(monkeypatch, "generate"), []
 
     def judge(record, text, finished):
         heard.append((record, text, finished))
         return "e" in text
-    chance = grpo.look_ahead(policy, records, roll, judge, cfg, TOK, models.setup("cpu", "fp32")[1])
+    chance = grpo.look_ahead(policy, records, roll, judge, cfg)
     assert chance.shape == (8,) and not chance.requires_grad
     slow, said, ((args, onward),) = [0.0] * 8, [], calls["generate"]
     assert len(args[1]) == 24
@@ -1283,7 +1283,7 @@ def test_look_ahead_is_the_share_of_continuations_that_trip(tiny, tmp_path, monk
     close(chance, slow, atol=1e-6)
     assert len(set(slow)) > 2
     for constant in (0.0, 1.0):
-        close(grpo.look_ahead(policy, records, roll, lambda *_: constant, cfg, TOK, models.setup("cpu", "fp32")[1]),
+        close(grpo.look_ahead(policy, records, roll, lambda *_: constant, cfg),
               [constant] * 8, atol=1e-6)
 
 
@@ -1300,17 +1300,17 @@ def test_look_ahead_lambda_0_is_bitwise_no_tripwire(tiny, tmp_path):
 
 def test_rollouts_taken_and_joined():
     """Rows stay whole: a row of a narrow rollout is padded with the padding id, and its mask and log-probs with 0."""
-    net = GPT(GPTConfig(TOK.n_vocab, 64, 1, 2, 16))
+    net = GPT(GPTConfig(TOK.n_vocab, 64, 1, 2, 16), TOK)
     torch.manual_seed(0)
-    a, b = models.generate(net, [[5, 6], [7]], TOK, 3, 2), models.generate(net, [list(range(9, 30))], TOK, 20, 3)
+    a, b = models.generate(net, [[5, 6], [7]], 3, 2), models.generate(net, [list(range(9, 30))], 20, 3)
     assert a.tokens.shape[1] < b.tokens.shape[1]
     for parts in ([a, b], [b, a]):
-        roll = Rollout.join(parts, TOK.pad)
+        roll = Rollout.join(parts)
         B, T = roll.tokens.shape
         assert B == 7 and T == b.tokens.shape[1] and roll.mask.shape == roll.logp.shape == (7, T - 1)
         assert rolled(roll) == [row for part in parts for row in rolled(part)]
         assert roll.lengths == [n for part in parts for n in part.lengths]
-        assert roll.responses(TOK) == [text for part in parts for text in part.responses(TOK)]
+        assert roll.responses() == [text for part in parts for text in part.responses()]
         assert roll.finished.tolist() == [f for part in parts for f in part.finished.tolist()]
         offset = 0
         for part in parts:
@@ -1325,7 +1325,7 @@ def test_rollouts_taken_and_joined():
         assert taken.lengths == [roll.lengths[i] for i in (6, 0, 3)]
         close(taken.logp, roll.logp[[6, 0, 3]]), close(taken.mask, roll.mask[[6, 0, 3]])
         assert taken.finished.tolist() == [roll.finished[i].item() for i in (6, 0, 3)]
-    assert not rolled(a.take([])) and len(Rollout.join([a.take([]), b], TOK.pad).tokens) == 3
+    assert not rolled(a.take([])) and len(Rollout.join([a.take([]), b]).tokens) == 3
 
 
 # ---------------------------------------------------------------- the run
@@ -1407,12 +1407,13 @@ def test_samples_are_for_people(tiny, tmp_path):
 def test_lora_trains_adapters_and_the_reference_is_the_policy_without(tiny, tmp_path, monkeypatch):
     calls = watch(monkeypatch, "reference")
     rows = train(tmp_path / "a", tiny, lr=1e-2, steps=3, lora_r=2, kl_coef=.1)
-    (policy,), (ref, _) = calls["reference"][0]
-    assert ref is policy and rows[0]["kl"] == 0 and rows[2]["kl"] != 0
-    names = weights(tmp_path / "a").keys()
-    assert names and all(".lora_" in key for key in names)
-    merged = load_model(tmp_path / "a")
-    assert not merged.loras() and not same({f"model/{k}": t for k, t in merged.state_dict().items()}, weights(tiny))
+    (policy,), ref = calls["reference"][0]
+    assert not ref.loras() and rows[0]["kl"] == 0 and rows[2]["kl"] != 0
+    frozen = {p.data_ptr() for p in policy.parameters() if not p.requires_grad}
+    assert {p.data_ptr() for p in ref.parameters()} == frozen            # no second model
+    start, end = weights(tiny), weights(tmp_path / "a")                  # written merged
+    assert {key for key in start if not torch.equal(start[key], end[key])} == {
+        f"model/transformer.h.0.{layer}.weight" for layer in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
 
 
 @pytest.mark.parametrize("flags", [
@@ -1510,17 +1511,17 @@ F2 = {  # options, where it must arrive
     "k3 in the loss": (dict(kl="k3", adv="rloo"), FORWARD_2),
     "k3 times the ratio": (dict(kl="k3_is", adv="rloo"), TILT_2),
     # The division by the group's spread rescales β; with 128 responses the spread is close to the policy's own.
-    "k2 in the loss, scaled advantage": (dict(kl="k2", adv="grpo", group=128, prompts=8), SCALED_2),
+    "k2 in the loss, scaled advantage": (dict(kl="k2", adv="grpo", group=128, prompts=8, steps=60), SCALED_2),
 }
 
 
 @pytest.mark.parametrize("name", F2)
 def test_bandit_fixed_point(name, bandit, tmp_path, monkeypatch):
-    """The real loop, β = 2. It arrives within .0075 (five seeds), and the targets are .011 and more apart."""
+    """The real loop, β = 2. It arrives within .0056 (four seeds), and the targets are .011 and more apart."""
     options, target = F2[name]
-    final = play(tmp_path / "a", bandit, monkeypatch, kl_coef=2.0, **options)
+    final = play(tmp_path / "a", bandit, monkeypatch, kl_coef=2.0, **(dict(steps=90) | options))
     far = {id(x): float((final - torch.tensor(x)).abs().max()) for x in (TILT_2, FORWARD_2, SCALED_2)}
-    assert far.pop(id(target)) < (.006 if target is SCALED_2 else .012) and min(far.values()) > .006
+    assert far.pop(id(target)) < (.012 if target is FORWARD_2 else .006) < min(far.values())
 
 
 def test_help_says_where_each_estimator_sits(capsys):
@@ -1534,7 +1535,7 @@ def grpo_loss(tree, adv, kl, G):
     """logp -> the exact expectation, over all groups of G responses, of GRPO's loss at the first update of a step."""
     ref, groups = tree.logp(tree.ref), torch.tensor(list(itertools.product(range(len(tree.reward)), repeat=G)))
     rows, mask = groups.flatten(), tree.mask.repeat(G * len(tree.reward) ** (G - 1), 1)
-    advantages = torch.vmap(ADVANTAGES[adv])       # of a batch of one group, for every group
+    advantages = torch.vmap(lambda r: ADVANTAGES[adv](r, None))       # of a batch of one group, for every group
 
     def loss_of(logp):
         old, r = logp.detach(), tree.reward
@@ -1578,7 +1579,7 @@ def test_which_distribution_is_reached(n, G, adv, kl):
 def test_reinforce_pp_counts_responses_where_verl_counts_tokens():
     """A long bad response and a short good one: ours are as far from 0, of theirs the short one is seven times as far."""
     r, lengths = torch.tensor([[0.0, 1.0]], dtype=torch.float64), torch.tensor([9, 1])
-    close(ADVANTAGES["reinforce_pp"](r), [[-.5 ** .5, .5 ** .5]], atol=1e-5)
+    close(ADVANTAGES["reinforce_pp"](r, None), [[-.5 ** .5, .5 ** .5]], atol=1e-5)
     tokens = r[0].repeat_interleave(lengths)
     theirs = (tokens - tokens.mean()) / tokens.std()
     assert -theirs[-1] / theirs[0] > 7
@@ -1588,8 +1589,8 @@ def test_within_one_prompt_the_standardised_advantages_are_one():
     """So what grpo reaches above, REINFORCE++ reaches too; they differ by whose spread divides several prompts."""
     r = torch.randn(1, 8, dtype=torch.float64)
     for name in ("reinforce_pp", "reinforce_pp_baseline"):
-        close(ADVANTAGES[name](r), ADVANTAGES["grpo"](r))
-        assert (ADVANTAGES[name](torch.cat([r, 3 * r])) - ADVANTAGES["grpo"](torch.cat([r, 3 * r]))).abs().max() > .1
+        close(ADVANTAGES[name](r, None), ADVANTAGES["grpo"](r, None))
+        assert (ADVANTAGES[name](torch.cat([r, 3 * r]), None) - ADVANTAGES["grpo"](torch.cat([r, 3 * r]), None)).abs().max() > .1
 
 
 def minimise(loss_of, start, steps=60):
@@ -1619,7 +1620,7 @@ def test_bandit_fixed_point_of_the_scaled_advantage(adv, target):
         count = (20_000 * logp.detach().exp()).round().long()
         group = torch.arange(4.0, dtype=torch.float64).repeat_interleave(count)
         firsts = [int(count[:i].sum()) for i in range(4)]
-        A = ADVANTAGES[adv](group[None])[0, firsts]
+        A = ADVANTAGES[adv](group[None], None)[0, firsts]
         loss, ratio, _ = policy_loss(logp[:, None], logp.detach()[:, None], A[:, None], torch.ones(4, 1), hyper())
         loss = loss[:, 0] + 2.0 * kl_estimate(logp, ref, ratio[:, 0], "k2")
         grad, = torch.autograd.grad((logp.detach().exp() * loss).sum(), z)
@@ -1677,7 +1678,7 @@ def test_gsm8k_end_to_end(tmp_path, capsys):
     some.write_text("".join(GSM8K.read_text().splitlines(keepends=True)[:40]))
     policy = checkpoint(tmp_path / "policy", block_size=512)
     rows = train(tmp_path / "out", policy, data=str(some), reward="gsm8k", max_new=8)
-    assert all(row["reward"] == 0 and row["zero_std"] == 1 and row["grad_norm"] is None for row in rows)
+    assert all(row["reward"] == 0 and row["zero_std"] == 1 and "grad_norm" not in row for row in rows)
     assert "nothing was learned" in capsys.readouterr().out
     assert same(weights(policy), weights(tmp_path / "out"))
     import reward

@@ -5,6 +5,7 @@ import base64
 import dataclasses
 import functools
 import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -20,10 +21,12 @@ import tempfile
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import data
 import model
 import ppo
 import reward
@@ -42,7 +45,12 @@ TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=256, steps=2, batch=8, pa
 
 # ---- reading a recipe
 
-def positionals(name): return (reward.TAKES | model.TAKES).get(name, [])
+# What a script beside a recipe runs, and the file that this makes.
+BESIDE = dict(claude_cai=("revise", "revisions.jsonl"), rule_based_rewards=("fit", "reward.txt"),
+              kimi_k15=("curate", "prompts.jsonl"), reward_hacking=("overoptimize", "curves.json"))
+
+
+def positionals(name): return (reward.TAKES | dict(merge=["checkpoint", "checkpoint..."], reward_hacking=["run..."])).get(name, [])
 
 
 @functools.cache
@@ -58,7 +66,7 @@ def given():
     (folder / "gpt2/merges.txt").write_text("#version: 0.2\n")
     tok = Tokenizer.load(str(folder / "gpt2"))
     torch.manual_seed(0)
-    model.write_gpt2(model.GPT(model.GPTConfig(tok.n_vocab, 256, 1, 2, 32)), tok, folder / "gpt2")
+    model.write_model(folder / "gpt2", model.GPT(model.GPTConfig(tok.n_vocab, 256, 1, 2, 32), tok))
     talk = lambda i, answer: f"\n\nHuman: What is {i}?\n\nAssistant: {answer}"
     rows = dict(
         alpaca=[dict(instruction=f"Say {i}.", input="", output=f"It is {i}.") for i in range(60)],
@@ -69,14 +77,25 @@ def given():
     return {"GPT2": str(folder / "gpt2")} | {name.upper(): str(folder / f"{name}.jsonl") for name in rows}
 
 
+@functools.cache
+def opened(path):
+    """A script as a module."""
+    return importlib.import_module(path.stem)
+
+
 def scripts():
     """{how its options are named in a TOML file: (Config, function)} of everything that trains, labels or compares."""
     found = {}
-    for path in sorted(ROOT.glob("*.py")):
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("configs/*.py")]):
         if path.stem == "data":
             continue
-        module = importlib.import_module(path.stem)
-        commands = getattr(module, "COMMANDS", None) or {"": (module.Config, module.train)}
+        module = opened(path)
+        function, _ = BESIDE.get(path.stem, ("train", ""))
+        commands = getattr(module, "COMMANDS", None)
+        if module is model:
+            commands = dict(merge=(model.Merge, model.merge))
+        elif not commands:
+            commands = {"": (module.Config, getattr(module, function))}
         for name, command in commands.items():
             found[path.stem if name in ("", "train") else name] = command
     return found
@@ -134,7 +153,7 @@ def problems(commands):
             continue
         for path in reads(name, cfg, folders):
             maker = made.get(path) or made.get(str(Path(path).parent))
-            if maker is None or (path in made and maker in ("label", "curate")):
+            if maker is None or (path in made and maker in ("label", "kimi_k15")):
                 out.append(f"{line}: nothing before it makes {path}")
         if getattr(cfg, "out", None):
             made[cfg.out] = name
@@ -226,7 +245,7 @@ def shared(tmp_path_factory): return tmp_path_factory.mktemp("recipes") / "out"
 def shrunk(words):
     """The command with the options of TINY that it has, unless it sets them itself."""
     _, name, cfg, _ = options(words)
-    tiny = TINY | (dict(n=3) if name == "compare" else {})
+    tiny = TINY | dict(compare=dict(n=3), quark=dict(packing=0)).get(name, {})
     have = {field.name for field in dataclasses.fields(cfg)}
     return words + [word for k, v in tiny.items() if k in have for word in (f"--{k}", str(v))]
 
@@ -270,11 +289,10 @@ def test_it_runs_through_and_a_second_time_does_nothing(recipe, shared, fluent, 
             _, name, cfg, _ = options(words)
             folder = Path(cfg.out)
             if name == "merge":
-                assert (folder / "checkpoint.safetensors").exists()
+                assert (folder / "model.safetensors").exists()
                 continue
-            assert (folder / "summary.json").exists() and (folder / "config.json").exists()
-            made = dict(label="pairs.jsonl", curate="prompts.jsonl", revise="revisions.jsonl", fit="reward.txt",
-                        overoptimize="curves.json").get(name, "checkpoint.safetensors")
+            assert (folder / "summary.json").exists() and (folder / "run.json").exists()
+            _, made = (BESIDE | dict(label=("label", "pairs.jsonl"))).get(name, ("train", "model.safetensors"))
             assert (folder / made).stat().st_size > 0
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             assert rows and all({"step", "seconds"} <= row.keys() for row in rows)
@@ -336,7 +354,7 @@ def test_every_printed_command_runs_with_a_tokenizer_and_files_of_ones_own(own, 
             ["dpo.py", "--data", file("pairs")], ["orpo.py", "--data", file("pairs")],
             ["reward.py", "train", "--data", file("pairs")],
             ["reward.py", "label", "--data", file("sums"), "--by", "words", "--policy"],
-            ["reward.py", "curate", "--data", file("sums"), "--by", "words", "--policy"],
+            ["configs/kimi_k15.py", "--data", file("sums"), "--by", "words", "--policy"],
             ["ppo.py", "--data", file("sums"), "--reward", "words"],
             ["grpo.py", "--data", file("sums"), "--reward", "words"]):
         out = tmp_path / "-".join(words[:2]).replace("/", "_")
@@ -349,20 +367,52 @@ def test_every_printed_command_runs_on_the_toy(base, fluent, tmp_path, monkeypat
     """From another folder, on families that compare does not show by itself."""
     monkeypatch.chdir(tmp_path)
     for words in (["ppo.py", "--reward", "exact", "--families", "arith4"], ["grpo.py"], ["grpo.py", "--families", "safe,fmt", "--reward", "no_filler"],
-                  ["dpo.py", "--data", f"{base}/pairs/pairs.jsonl"], ["reward.py", "train", "--data", f"{base}/pairs/pairs.jsonl"]):
+                  ["dpo.py", "--data", f"{base}/pairs/pairs.jsonl"],
+                  ["reward.py", "train", "--data", f"{base}/pairs/pairs.jsonl"],
+                  ["configs/qwen2.py", "--data", f"{base}/pairs/pairs.jsonl", "--merge_base", f"{base}/first"]):
         out = tmp_path / str(len(list(tmp_path.iterdir())))
         run(shrunk([*words, "--init", f"{base}/sft", "--out", str(out)]))
         follow(printed(capsys), monkeypatch, capsys)
 
 
+def test_a_script_beside_a_recipe_says_what_comes_next_and_that_runs(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/sft").symlink_to(base / "sft")
+    run(shrunk(["ppo.py", "--reward", f"{base}/reward", "--out", "out/ppo"]))
+    for words in (["configs/claude_cai.py", "--critic", "out/sft"], ["configs/kimi_k15.py", "--by", "gold"],
+                  ["configs/rule_based_rewards.py", "--rules", "words", "--data", f"{base}/pairs/pairs.jsonl"],
+                  ["configs/reward_hacking.py", "out/ppo", "--proxy", f"{base}/reward"]):
+        run(shrunk([*words, "--out", "out/" + Path(words[0]).stem]))
+        follow(printed(capsys), monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=lambda path: path.stem)
+def test_a_script_beside_a_recipe_finds_our_files_from_anywhere(path, tmp_path):
+    own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, path, "--help"], cwd=tmp_path, env=own, capture_output=True, text=True)
+    assert not done.returncode and not done.stderr and "--out" in done.stdout
+
+
 # ---- kill and resume of labels, reward models and PPO (sft.py's are in test_sft.py)
+
+
+# ---- kill and resume of labels, reward models, PPO and a script beside a recipe (sft.py's are in test_sft.py)
+
+QWEN2 = opened(ROOT / "configs/qwen2.py")
+
+
+def save(folder, net):
+    model.write_model(folder, net)
+    return str(folder)
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A folder with a model that answers, preferences and a reward model."""
+    """A folder with a model that answers, another one, preferences and a reward model."""
     out = tmp_path_factory.mktemp("base")
-    net = random_policy(end=.15, block_size=256)
-    model.save_checkpoint(out / "sft", dict(model=net), {}, dict(step=0, done=True, state={}, tokenizer=TOK.fingerprint))
+    save(out / "sft", random_policy(end=.15, block_size=256))
+    save(out / "first", random_policy(seed=1, end=.15, block_size=256))
     have = lambda Config: {f.name for f in dataclasses.fields(Config)}
     small = lambda Config, **more: Config(**{k: v for k, v in TINY.items() if k in have(Config)} | more)
     reward.label(small(reward.Label, policy=str(out / "sft"), out=str(out / "pairs"), n=24))
@@ -378,23 +428,27 @@ def stage(base, name, out):
               f" --warmup 1 --pairs split",
         ppo=f"ppo.py --init {base}/sft --reward {base}/reward+0.5*format --steps 5 --prompts 8 --max_new 12 --save_every 2"
             f" --eval_every 2 --target_kl 1 --kl_horizon 20 --normalize_reward --minibatches 2 --ptx_coef 0.5 --ptx_batch 4"
-            f" --critic_warmup 1")[name].split()
+            f" --critic_warmup 1",
+        qwen2=f"configs/qwen2.py --init {base}/sft --merge_base {base}/first --data {base}/pairs/pairs.jsonl"
+              f" --merge_alpha .1 --steps 5 --batch 4 --max_new 12 --save_every 2 --eval_every 2 --warmup 1")[name].split()
     words += ["--out", str(out), "--device", "cpu", "--dtype", "fp32", "--threads", "1"]
     return words, *{"label": (reward.Label, reward.label), "train": (reward.Train, reward.train),
-                    "ppo": (ppo.Config, ppo.train)}[name]
+                    "ppo": (ppo.Config, ppo.train), "qwen2": (QWEN2.Config, QWEN2.train)}[name]
 
 
 def perform(base, name, out, *more):
     words, Config, function = stage(base, name, out)
-    function(parse(Config, argv=words[1 if name == "ppo" else 2:] + list(more), name=name))
+    function(parse(Config, argv=words[1 if name in ("ppo", "qwen2") else 2:] + list(more), name=name))
 
 
 def outcome(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     made = {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.name == "pairs.jsonl"
             or path.parent.name == "samples"}
-    checkpoint = folder / "checkpoint.safetensors"
-    tensors = load_tensors(checkpoint)[0] if checkpoint.exists() else {}
+    assert not (folder / "checkpoint.safetensors").exists()
+    tensors = {}
+    for path in folder.rglob("model.safetensors"):
+        tensors |= {path.relative_to(folder).with_name(name): t for name, t in load_tensors(path)[0].items()}
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows], made, tensors
 
 
@@ -432,7 +486,7 @@ def whole(base):
     return get
 
 
-@pytest.mark.parametrize("name, every", [("label", 3), ("train", 3), ("ppo", 4)])
+@pytest.mark.parametrize("name, every", [("label", 3), ("train", 3), ("ppo", 4), ("qwen2", 3)])
 def test_41_and_42_killed_again_and_again_it_ends_as_if_it_had_not_been(name, every, base, whole, tmp_path, monkeypatch):
     expected = whole(name)
     deaths, last = 0, 10 ** 6
@@ -456,7 +510,7 @@ def test_41_and_42_killed_again_and_again_it_ends_as_if_it_had_not_been(name, ev
     assert deaths >= 2 * every and expected[0]
 
 
-@pytest.mark.parametrize("name, rows", [("label", 1), ("ppo", 3)])
+@pytest.mark.parametrize("name, rows", [("label", 1), ("ppo", 3), ("qwen2", 3)])
 def test_41_a_real_kill(name, rows, base, whole, tmp_path):
     words, _, _ = stage(base, name, tmp_path / "run")
     process = subprocess.Popen([sys.executable, ROOT / words[0], *words[1:]], cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -471,7 +525,7 @@ def test_41_a_real_kill(name, rows, base, whole, tmp_path):
 
 def test_the_stages_are_worth_killing(whole):
     """Each has several steps, state that must survive (β, running means) and metrics that move."""
-    for name in ("label", "train", "ppo"):
+    for name in ("label", "train", "ppo", "qwen2"):
         rows = whole(name)[0]
         assert len(rows) >= 3 and len({json.dumps(row) for row in rows}) == len(rows)
     assert len({row["beta"] for row in whole("ppo")[0]}) == 5
@@ -493,6 +547,137 @@ def test_labels_of_a_model_that_never_finishes(base, tmp_path):
         perform(base, "label", tmp_path / "run", "--max_new", "1")
 
 
+# ---- configs/qwen2.py: the Online Merging Optimizer
+
+def close(a, b, tol=1e-6):
+    assert a.shape == b.shape and torch.allclose(a, b, rtol=tol, atol=tol), float((a - b).abs().max())
+
+
+def merging(folder, **options):
+    """The options of the optimizer; folder: the model before fine-tuning."""
+    return SimpleNamespace(merge_base=folder, init="sft", **dict(merge="ondare", merge_alpha=0.0, merge_keep=1.0) | options)
+
+
+def grown(cfg=None, steps=3):
+    """A model's parameters after a few steps, and the optimizer, which merges if cfg says how."""
+    net = random_policy()
+    Optimizer = functools.partial(QWEN2.Optimizer, cfg) if cfg else model.Optimizer
+    optimizer = Optimizer(net, .01, 10, weight_decay=.1)
+    for step in range(steps):
+        torch.manual_seed(step)
+        tokens = torch.randint(0, TOK.base, (4, 16))
+        (-model.token_logprobs(net, tokens, torch.ones(4, 15)).mean()).backward()
+        optimizer.step(step)
+    return [p.detach().clone() for p in optimizer.params], optimizer
+
+
+@pytest.mark.parametrize("kind, seed", [("ondare", 1), ("onties", 0)])
+def test_online_merging_with_alpha_0_and_all_kept_is_adamw_to_the_bit(kind, seed, tmp_path):
+    # OnTIES also needs a task vector that never outvotes the change: it elects the sign whatever alpha is
+    base = save(tmp_path / "base", random_policy(seed))
+    plain, merged = (grown(cfg)[0] for cfg in (None, merging(base, merge=kind)))
+    assert all(torch.equal(a, b) for a, b in zip(plain, merged))
+
+
+def test_online_merging_moves_each_parameter_by_its_own_task_vector(tmp_path):
+    # one step with everything kept: θ + (1 - α) Δ + α τ, where Δ is AdamW's
+    start, first = random_policy(), random_policy(1)
+    plain, _ = grown(steps=1)
+    merged, optimizer = grown(merging(save(tmp_path / "base", first), merge_alpha=.25), steps=1)
+    for old, base, tau in zip(start.parameters(), first.parameters(), optimizer.tau, strict=True):
+        assert torch.equal(tau, old - base) and tau.abs().max() > 0
+    for old, new, got, tau in zip(start.parameters(), plain, merged, optimizer.tau, strict=True):
+        close(got, old + .75 * (new - old) + .25 * tau)
+
+
+def test_online_merging_of_a_whole_run_adds_what_fine_tuning_had_changed(base, tmp_path):
+    """One update with everything kept: θ + (1 - α) Δ + α (θ_sft - θ_base), Δ being that of the plain run."""
+    words = f"--init {base}/sft --data {base}/pairs/pairs.jsonl --steps 1 --lr 2e-3".split()
+    words += ["--device", "cpu", "--dtype", "fp32", "--threads", "1"]
+    dpo = opened(ROOT / "dpo.py")
+    dpo.train(parse(dpo.Config, argv=[*words, "--out", str(tmp_path / "a")]))
+    QWEN2.train(parse(QWEN2.Config, argv=[*words, "--out", str(tmp_path / "b"), "--merge_base", f"{base}/first",
+                                          "--merge_alpha", ".25", "--merge_keep", "1"]))
+    old, first, plain, merged = (load_tensors(folder / "model.safetensors")[0] for folder in (
+        base / "sft", base / "first", tmp_path / "a", tmp_path / "b"))
+    assert old.keys() == merged.keys()
+    for name, t in merged.items():
+        close(t, old[name] + .75 * (plain[name] - old[name]) + .25 * (old[name] - first[name]))
+
+
+def test_ondare_mean_over_draws_is_the_kept_share_without_rescaling():
+    n, keep, alpha = 10_000, .3, .2
+    old = torch.tensor([1.0, -2, 0, 3, 5, .5], dtype=torch.float64)
+    delta = torch.tensor([1.0, -1, 2, 0, -3, .1], dtype=torch.float64)
+    tau = torch.tensor([-2.0, 1, 2, 4, 0, 6], dtype=torch.float64)
+    torch.manual_seed(0)
+    wide = lambda x: x.expand(n, 6).contiguous()
+    moved = QWEN2.merged_update(wide(old), wide(old + delta), wide(tau), "ondare", alpha, keep) - old
+    a, b = (1 - alpha) * delta, alpha * tau
+    spread = (keep * (1 - keep) * (a ** 2 + b ** 2)).sqrt()                  # two independent coins
+    assert ((moved.mean(0) - keep * (a + b)).abs() <= 3 * spread / n ** .5).all()
+    assert ((moved.std(0) - spread).abs() <= .05 * spread).all()
+    near = torch.stack([(moved - x).abs() < 1e-9 for x in (0 * a, a, b, a + b)]).any(0)
+    assert near.all()                                                        # each whole or not at all
+
+
+def test_onties_truth_table():
+    """By hand. keep ½: of each the 4 largest of 8 magnitudes, then those that agree with the sign of their sum,
+    weighted ¾ and ¼."""
+    delta = torch.tensor([4.0, 2, -6, 7, 1, -1, 1, .5])         # kept: 4 2 -6 7
+    tau = torch.tensor([8.0, -3, 4, -9, 5, 2, -1, 0])           # kept: 8 -9 5, and 4 (3 is fifth)
+    moved = torch.tensor([.75 * 4 + .25 * 8,                    # both agree
+                          .75 * 2,                              # τ was too small: δ alone, though -3 outweighs it
+                          .75 * -6,                             # the sum -2 has δ's sign
+                          .25 * -9,                             # the sum -2 has τ's sign
+                          .25 * 5,                              # δ was too small: τ alone
+                          0, 0, 0])                             # both too small
+    old = torch.arange(8.0)
+    close(QWEN2.merged_update(old, old + delta, tau, "onties", .25, .5), old + moved)
+
+
+def test_onties_elects_the_sign_of_the_unweighted_sum():
+    # the authors' code: alpha weighs what is added, not who is heard; and of no task vector 1 - alpha remains
+    one = lambda d, t, alpha, share=1.0: float(QWEN2.merged_update(
+        torch.zeros(1), torch.tensor([d]), torch.tensor([t]), "onties", alpha, share))
+    assert one(1.0, -2.0, .1) == pytest.approx(-.2) and one(-1.0, 2.0, .1) == pytest.approx(.2)
+    assert one(2.0, -1.0, .9) == pytest.approx(.2) and one(-3.0, 1.0, .9) == pytest.approx(-.3)
+    assert one(1.0, 2.0, .5) == pytest.approx(1.5) and one(-1.0, -2.0, .5) == pytest.approx(-1.5)
+    assert one(1.0, 0.0, .25) == pytest.approx(.75) and one(0.0, 1.0, .25) == pytest.approx(.25)
+    assert one(1.0, 1.0, .25, .01) == pytest.approx(1.0)                     # at least one entry is kept
+
+
+@pytest.mark.parametrize("flags, code, word", [
+    ("--merge_base nowhere", 1, "nowhere: no checkpoint"), ("--merge_base OTHER", 1, "other: of another architecture"),
+    ("--merge_base=", 2, "--merge_base"), ("--merge_keep 2", 2, "--merge_keep"), ("--merge ties", 2, "--merge ties"),
+    ("--lora_r 2", 2, "no --lora_r"), ("--fused_bwd --clip_grad 0", 2, "no --fused_bwd"), ("--loss dop", 2, "dop"),
+    ("--merge_bose x", 2, "did you mean --merge_base?")])
+def test_qwen2_impossible_options_are_one_line(flags, code, word, base, tmp_path, monkeypatch, capsys):
+    save(tmp_path / "other", random_policy(n_layer=2, block_size=256))
+    words = [*stage(base, "qwen2", tmp_path / "run")[0], *flags.replace("OTHER", str(tmp_path / "other")).split()]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    err = capsys.readouterr().err  # where the base alone is wrong, the file has been counted and read
+    error, = [line for line in re.split("[\r\n]", err) if line.startswith("error: ")]
+    assert stop.value.code == code and word in error and err.endswith(error + "\n") and not (tmp_path / "run").exists()
+
+
+def test_qwen2_runs_from_anywhere_and_shows_its_own_and_all_of_dpos_options(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "configs/qwen2.py", "--help"], cwd=tmp_path, capture_output=True,
+                          text=True)
+    shown = set(re.findall(r"^  --(\w+)", done.stdout, re.MULTILINE))
+    assert done.returncode == 0 and not done.stderr and {"merge_base", "merge", "merge_alpha", "merge_keep"} <= shown
+    assert {field.name for field in dataclasses.fields(opened(ROOT / "dpo.py").Config)} <= shown
+
+
+def test_the_code_of_a_script_beside_a_recipe_is_also_that_of_the_script_it_adds_to(base, tmp_path, monkeypatch):
+    cfg, read = parse(QWEN2.Config, argv=stage(base, "qwen2", tmp_path)[0][1:]), []
+    monkeypatch.setattr(data, "digest", lambda path: read.append(Path(path)) or "x")
+    data.code_of(cfg)
+    assert set(read) == {ROOT / name for name in ("configs/qwen2.py", "dpo.py", "model.py", "data.py")}
+
+
 # ---- real files, with GPT-2's vocabulary
 
 DATA = ROOT.parent / "shared" / "data"
@@ -506,7 +691,7 @@ def small_gpt2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpt2")
     torch.manual_seed(0)
     tok = Tokenizer.load(str(DATA / "gpt2_bpe"))
-    model.write_gpt2(model.GPT(model.GPTConfig(50257, 64, 1, 2, 32)), tok, folder)
+    model.write_model(folder, model.GPT(model.GPTConfig(50257, 64, 1, 2, 32), tok))
     config = json.loads((folder / "config.json").read_text())
     del config["plainalign"]
     (folder / "config.json").write_text(json.dumps(config))
@@ -545,7 +730,7 @@ def test_every_real_file_trains_from_a_gpt2_of_hugging_face(words, file, small_g
     run(words.split() + ["--tokenizer", str(small_gpt2), "--init", str(small_gpt2),
                          "--data", str(beginning(DATA / file, tmp_path)), "--out", str(tmp_path / "run"), *flags])
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert rows and (tmp_path / "run" / "checkpoint.safetensors").exists()
+    assert rows and (tmp_path / "run" / "model.safetensors").exists()
     if name == "sft":
         assert rows[0]["loss"] == pytest.approx(10.8, abs=.1)
         assert rows[-1]["loss"] < rows[0]["loss"] - .1 * ("lora" not in words)

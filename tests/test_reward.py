@@ -15,12 +15,16 @@ import numpy as np
 import pytest
 import torch
 
+import claude_cai
 import data
+import kimi_k15
 import model as models
 import reward
+import reward_hacking
+import rule_based_rewards
 from data import Tokenizer, encode
-from model import Reward, Rollout, generate, load_model, response_scores, save_checkpoint
-from policies import random_policy
+from model import Reward, Rollout, Setup, generate, load_model, response_scores, save_checkpoint
+from policies import patch, random_policy
 
 TOK = Tokenizer.load("toy")
 CPU = dict(device="cpu", dtype="fp32")
@@ -296,7 +300,7 @@ def test_a_lone_answer_draws_no_label_noise():
         def random(self):
             raise AssertionError("a number was drawn")
     for select in ("rank", "ends"):
-        assert reward.kept([("It is red.", 1.0, 4, None)], reward.Label(select=select), Never()) == []
+        assert reward.kept([reward.Answer("It is red.", 1.0, 4)], reward.Label(select=select), Never()) == []
         assert reward.kept([], reward.Label(select=select), Never()) == []
 
 
@@ -351,10 +355,10 @@ def label(out, policy, **options):
 
 @pytest.mark.parametrize("k", [2, 4])
 def test_label_best_first_without_unfinished_or_duplicate_answers(k, tmp_path, monkeypatch):
-    rolls, real = [], reward.generate
-    monkeypatch.setattr(reward, "generate", lambda *args: rolls.append(real(*args)) or rolls[-1])
+    rolls, real = [], models.generate
+    patch(monkeypatch, "generate", lambda *args, **how: rolls.append(real(*args, **how)) or rolls[-1])
     rows = label(tmp_path / "a", checkpoint(tmp_path / "abc", says="ae"), k=k, max_new=3, n=104, batch=48)
-    said = [answer for roll in rolls for answer in zip(roll.responses(TOK), roll.finished.tolist())]
+    said = [answer for roll in rolls for answer in zip(roll.responses(), roll.finished.tolist())]
     groups = [[text for text, done in said[i:i + k] if done and text.strip()] for i in range(0, 104 * k, k)]
     assert [len(roll.tokens) // k for roll in rolls] == [48, 48, 8]                   # the last batch is what is left
     assert not all(done for _, done in said) and any(len(set(g)) < len(g) for g in groups)   # both occur here
@@ -429,7 +433,7 @@ def test_a_score_that_is_no_number_names_its_term_its_record_and_itself(value, m
     roll = Rollout.of([([1, 2, 3], [0, 0, 1])] * 2, TOK)
     records = [dict(prompt=user("Praise the tea.")), dict(prompt=user("Praise the cup."))]
     with pytest.raises(data.UserError) as error:
-        Reward("words + 0.5*odd", TOK, "cpu", models.setup("cpu", "fp32")[1], 64)(records, roll)
+        Reward("words + 0.5*odd", Setup(TOK), 64)(records, roll)
     text = str(error.value)
     assert "odd" in text and "cup" in text and "tea" not in text and repr(value)[:20] in text and "\n" not in text
 
@@ -438,7 +442,7 @@ def test_a_score_that_is_no_number_names_its_term_its_record_and_itself(value, m
 def test_whatever_is_a_number_is_a_score(value, monkeypatch):
     says(monkeypatch, value)
     roll = Rollout.of([([1, 2, 3], [0, 0, 1])] * 2, TOK)
-    total, _ = Reward("2*odd", TOK, "cpu", models.setup("cpu", "fp32")[1], 64)([{}] * 2, roll)
+    total, _ = Reward("2*odd", Setup(TOK), 64)([{}] * 2, roll)
     assert total.tolist() == [2.0, 2 * float(value)]
 
 
@@ -454,11 +458,11 @@ def test_every_command_stops_at_a_score_that_is_no_number(command, tiny, tmp_pat
         elif command == "accuracy":
             reward.accuracy(reward.Accuracy(data=pairs, **CPU), ["odd"])
         elif command == "curate":
-            reward.curate(reward.Curate(out=str(tmp_path / "c"), policy=tiny, by="odd", n=4, k=2, max_new=4, **CPU))
+            kimi_k15.curate(kimi_k15.Config(out=str(tmp_path / "c"), policy=tiny, by="odd", n=4, k=2, max_new=4, **CPU))
         elif command == "label":
             label(tmp_path / "l", tiny, by="odd", n=4)
         elif command == "fit":
-            reward.fit(reward.Fit(out=str(tmp_path / "f"), data=pairs, rules="odd", steps=2, **CPU))
+            fit(tmp_path / "f", pairs, rules="odd", base="", steps=2)
         else:
             overoptimize(tmp_path / "o", tiny, judge="odd", n=2, prompts=2)
     assert not (tmp_path / "table.json").exists()
@@ -467,7 +471,7 @@ def test_every_command_stops_at_a_score_that_is_no_number(command, tiny, tmp_pat
 @pytest.mark.parametrize("asked", ["", "@rate"])
 def test_a_reward_model_whose_weights_are_no_numbers_is_named(asked, tmp_path, monkeypatch):
     folder = checkpoint(tmp_path / "rm", 1, n_scores=0 if asked else 1)
-    reader = Reward(folder + asked, TOK, "cpu", models.setup("cpu", "fp32")[1], 64)
+    reader = Reward(folder + asked, Setup(TOK), 64)
     next(reader.loaded[folder].parameters()).data.fill_(math.nan)
     roll = Rollout.of([([1, 2, 3], [0, 0, 1])], TOK)
     with pytest.raises(data.UserError) as error:
@@ -477,7 +481,7 @@ def test_a_reward_model_whose_weights_are_no_numbers_is_named(asked, tmp_path, m
 
 def test_same_ids_in_reward_training_evaluation_and_ppo(judge, tmp_path, monkeypatch):
     """A text that is sampled by PPO and one that comes from a file are the same ids, end token included."""
-    prompt, spec = user("Describe the old van."), Reward(judge, TOK, "cpu", models.setup("cpu", "fp32")[1], 64)
+    prompt, spec = user("Describe the old van."), Reward(judge, Setup(TOK), 64)
     seen, real = [], reward.response_scores
     monkeypatch.setattr(reward, "response_scores", lambda net, tokens, mask: seen.extend(
         [i for i in row if i != TOK.pad] for row in tokens.tolist()) or real(net, tokens, mask))
@@ -486,11 +490,11 @@ def test_same_ids_in_reward_training_evaluation_and_ppo(judge, tmp_path, monkeyp
     served = []
     for text in TEXTS[1:3]:
         script = iter(TOK.response(text))
-        with monkeypatch.context() as patch:
-            patch.setattr(models, "sample", lambda logits, *_: (torch.tensor([next(script)]), torch.zeros(1)))
-            roll = generate(load_model(judge), [TOK.prompt(prompt)], TOK, 40)
+        with monkeypatch.context() as change:
+            change.setattr(models, "sample", lambda logits, *_: (torch.tensor([next(script)]), torch.zeros(1)))
+            roll = generate(load_model(judge, Setup(TOK)), [TOK.prompt(prompt)], 40)
         served.append(roll.tokens[0, :roll.lengths[0]].tolist())
-        assert roll.finished.all() and roll.responses(TOK) == [text]
+        assert roll.finished.all() and roll.responses() == [text]
         close(spec([dict(prompt=prompt)], roll)[0], score(judge, text, prompt=prompt[0]["content"]), atol=2e-5)
     assert len(seen) >= 50 and {tuple(ids) for ids in seen} == {tuple(ids) for ids in served}
 
@@ -501,8 +505,8 @@ def test_score_of_an_unfinished_response_is_read_at_its_last_token(judge):
     mask[0, len(TOK.prompt(user("Hi"))) - 1:len(ids) - 1] = 1
     net = load_model(judge)
     tokens = torch.tensor([ids + [TOK.pad] * (32 - len(ids))])
-    roll = Rollout(tokens, mask, torch.zeros(1, 31), torch.tensor([False]), [len(TOK.prompt(user("Hi")))])
-    got, parts = Reward(f"2*{judge} + -1*vowels", TOK, "cpu", models.setup("cpu", "fp32")[1], 64)([{}], roll)
+    roll = Rollout(tokens, mask, torch.zeros(1, 31), torch.tensor([False]), [len(TOK.prompt(user("Hi")))], TOK)
+    got, parts = Reward(f"2*{judge} + -1*vowels", Setup(TOK), 64)([{}], roll)
     alone = net.score(net(torch.tensor([ids]))[0, -1]).item()
     close(got, [2 * alone - (len("The cup is") / 10 - 2 + 1)], atol=1e-5)
     assert parts[judge].item() == pytest.approx(alone, abs=1e-5)
@@ -629,7 +633,7 @@ def test_evaluate_against_a_loop(judge):
             right.append(s[i] > s[j])
             if r["scores"][i] != r["scores"][j]:
                 agree.append((s[i] > s[j]) == (r["scores"][i] > r["scores"][j]))
-    got = reward.evaluate(load_model(judge), items_of(records), CFG, TOK, models.setup("cpu", "fp32")[1])
+    got = reward.evaluate(load_model(judge, Setup(TOK)), items_of(records), CFG)
     for key, x in dict(val_loss=loss, val_accuracy=right, val_gold=agree, val_mean=every).items():
         assert got[key] == pytest.approx(sum(x) / len(x), abs=1e-5), key
 
@@ -640,7 +644,7 @@ def test_evaluate_when_only_some_records_have_scores(judge):
     best, worst = ("yes", "no") if a > b else ("no", "yes")
     right, wrong = dict(prompt=user("?"), responses=[best, worst]), dict(prompt=user("?"), responses=[worst, best])
     for one, other in ((right, wrong | dict(scores=[1.0, 0.0])), (wrong, right | dict(scores=[1.0, 0.0]))):
-        got = reward.evaluate(load_model(judge), items_of([one, other]), CFG, TOK, models.setup("cpu", "fp32")[1])
+        got = reward.evaluate(load_model(judge, Setup(TOK)), items_of([one, other]), CFG)
         assert got["val_gold"] == float(other["responses"][0] == best)
 
 
@@ -659,20 +663,20 @@ def test_self_against_self_is_exactly_half(tiny, tmp_path):
 
 
 def test_win_rates_of_two_policies_add_to_1(tiny, tmp_path):
-    other = checkpoint(tmp_path / "other", 7)
+    other = checkpoint(tmp_path / "other", 8)
     (_, b), (_, a) = compare([tiny, other], tmp_path), compare([other, tiny], tmp_path)
     assert a["win"] + b["win"] == pytest.approx(1, abs=1e-12) and a["win"] != .5
 
 
 def test_compare_against_a_loop(tiny, judge, tmp_path, monkeypatch):
     """Scores, win rate, KL = Σ log π - log π_first and length, from the samples, one unpadded row at a time."""
-    other, calls, real = checkpoint(tmp_path / "other", 7), [], reward.generate
+    other, calls, real = checkpoint(tmp_path / "other", 7), [], models.generate
 
     def spy(net, prompts, *args, **kwargs):
         roll = real(net, prompts, *args, **kwargs)
         calls.extend([(prompts, roll)] if kwargs["temperature"] else [])
         return roll
-    monkeypatch.setattr(reward, "generate", spy)
+    patch(monkeypatch, "generate", spy)
     table = compare([tiny, other], tmp_path, proxy=judge, families="write,arith", on="write")
     base, net = load_model(tiny).double(), load_model(other).double()
 
@@ -705,8 +709,8 @@ def test_compare_families_outside_the_shown_ones(tiny, tmp_path):
 
 def spied(monkeypatch):
     """The rollouts of what follows, with their keyword arguments."""
-    calls, real = [], reward.generate
-    monkeypatch.setattr(reward, "generate", lambda *args, **how: (
+    calls, real = [], models.generate
+    patch(monkeypatch, "generate", lambda *args, **how: (
         calls.append((how, real(*args, **how))), calls[-1][1])[1])
     return calls
 
@@ -721,7 +725,7 @@ def test_compare_with_several_samples_scales_with_test_time(letters, tmp_path, m
     rolls = [roll for _, roll in calls if len(roll.tokens) > 35]
     assert [len(roll.tokens) for roll in rolls] == [64 * 6, 6 * 6] * 2               # 70 prompts of both families
     for row, (a, b) in zip(table, (rolls[:2], rolls[2:])):
-        said = [(t, f) for roll in (a, b) for t, f in zip(roll.responses(TOK), roll.finished.tolist())]
+        said = [(t, f) for roll in (a, b) for t, f in zip(roll.responses(), roll.finished.tolist())]
         expected = {}
         for k in (1, 2, 4):
             some = [said[i:i + 6] for i in range(0, len(said), 6)]
@@ -753,7 +757,7 @@ def test_compare_with_several_samples_scales_with_test_time(letters, tmp_path, m
 def test_compare_makes_every_answer_begin_as_told(letters, tmp_path, monkeypatch, capsys):
     calls, begin = spied(monkeypatch), TOK.encode("<think>")
     row, = compare([letters], tmp_path, begin="<think>", samples=2, n=5, families="write", on="write", show=2)
-    texts = [text for _, roll in calls for text in roll.responses(TOK)]
+    texts = [text for _, roll in calls for text in roll.responses()]
     once = [len(roll.tokens) for how, roll in calls if how.get("temperature") == 0]
     assert len(texts) == 5 + sum(once) + 10 and all(text.startswith("<think>") for text in texts)
     assert all(how["begin"] == begin for how, _ in calls)
@@ -783,7 +787,7 @@ def test_compare_gives_each_distinct_prompt_one_greedy_answer(tiny, tmp_path, mo
     other, calls = checkpoint(tmp_path / "other", 7), spied(monkeypatch)
     first, row = compare([tiny, other], tmp_path, data=some_prompts(tmp_path / "d.jsonl"))
     vowels = lambda text: len(text) / 10 - text.count("e")
-    mine, theirs = ([vowels(text) for text in roll.responses(TOK)] for how, roll in calls[::-1] if not how["temperature"])
+    mine, theirs = ([vowels(text) for text in roll.responses()] for how, roll in calls[::-1] if not how["temperature"])
     assert len(mine) == 4 and row["distinct"] == dict(file=4)
     assert row["greedy"] == pytest.approx(sum(mine) / 4, abs=1e-6)
     wins = sum((a > b) + .5 * (a == b) for a, b in zip(mine, theirs))
@@ -835,12 +839,12 @@ def test_label_train_compare(tiny, tmp_path, capsys):
 def test_reward_training_resumes_bit_for_bit(judge, tmp_path, monkeypatch):
     path = write(tmp_path / "p.jsonl", rankings())
     whole, real = train(tmp_path / "a", judge, path, batch=16), data.Run.log
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as change, pytest.raises(KeyboardInterrupt):
         def log(self, step, *args, **kwargs):
             if step == 3:
                 raise KeyboardInterrupt
             real(self, step, *args, **kwargs)
-        patch.setattr(data.Run, "log", log)
+        change.setattr(data.Run, "log", log)
         train(tmp_path / "b", judge, path, batch=16, save_every=2)
     resumed = train(tmp_path / "b", judge, path, batch=16, save_every=2)
     assert [{k: v for k, v in r.items() if k != "seconds"} for r in resumed] == [
@@ -851,15 +855,19 @@ def test_reward_training_resumes_bit_for_bit(judge, tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", [
     "train --lr 0", "train --epochs 0", "train --pairs some", "train --margn true", "train --batch 0",
     "train --eval_every 0", "label --k 1", "label --flip 2", "label --n 0", "label --temperature 0", "label --scale -1",
-    "label --select most", "curate --k 0", "curate --n 0", "curate --guesses -1", "curate --cap -1",
+    "label --select most", "configs/kimi_k15.py --k 0", "configs/kimi_k15.py --n 0", "configs/kimi_k15.py --guesses -1",
+    "configs/kimi_k15.py --cap -1", "configs/kimi_k15.py stray", "configs/claude_cai.py --rounds 0",
+    "configs/rule_based_rewards.py", "configs/reward_hacking.py x --n 0",
     "compare x --samples -1",
-    "compare", "compare x --n 0", "compare x --families nope", "compare x --max_new 0", "", "judge",
+    "compare", "compare x --n 0", "compare x --families nope", "compare x --families write --on fmt",
+    "compare x --max_new 0", "", "judge",
     "train --data toy"])
 def test_impossible_options_exit_2_with_one_line(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["reward.py", *command.split()])
+    words = command.split() if command.startswith("configs/") else ["reward.py", *command.split()]
+    monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(reward.__file__, run_name="__main__")
+        runpy.run_path(str(Path(reward.__file__).parent / words[0]), run_name="__main__")
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("error: ")
     assert not list(tmp_path.iterdir())                                  # nothing written
@@ -907,15 +915,15 @@ def test_win_rates_against_a_loop():
 
 def sampled(monkeypatch, k):
     """For each prompt of the label runs that follow, its finished, different answers and their scores."""
-    groups, real = [], reward.generate
+    groups, real = [], models.generate
 
-    def spy(*args):
-        roll = real(*args)
-        said = list(zip(roll.responses(TOK), roll.finished.tolist()))
+    def spy(*args, **how):
+        roll = real(*args, **how)
+        said = list(zip(roll.responses(), roll.finished.tolist()))
         groups.extend({t: len(t) / 10 - t.count("e") for t, done in said[i:i + k] if done and t.strip()}
                       for i in range(0, len(said), k))
         return roll
-    monkeypatch.setattr(reward, "generate", spy)
+    patch(monkeypatch, "generate", spy)
     return groups
 
 
@@ -996,13 +1004,13 @@ def test_p41_label_killed_and_resumed_equals_uninterrupted(select, tiny, tmp_pat
         if step == 3:
             raise KeyboardInterrupt
         real(self, step, *args, **kwargs)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data.Run, "log", log)
+    with monkeypatch.context() as change, pytest.raises(KeyboardInterrupt):
+        change.setattr(data.Run, "log", log)
         label(tmp_path / "b", tiny, **options)
     assert json.loads((tmp_path / "b" / "unfinished.json").read_text())[0] == 3
     assert not (tmp_path / "b" / "pairs.jsonl").exists()
-    calls, generate_ = [], reward.generate
-    monkeypatch.setattr(reward, "generate", lambda *args: (calls.append(1), generate_(*args))[1])
+    calls, generate_ = [], models.generate
+    patch(monkeypatch, "generate", lambda *args, **how: (calls.append(1), generate_(*args, **how))[1])
     assert label(tmp_path / "b", tiny, **options) == whole and len(calls) == 2       # of 5 batches
     a, b = ((tmp_path / name / "pairs.jsonl").read_bytes() for name in "ab")
     assert a == b and not (tmp_path / "b" / "unfinished.json").exists()
@@ -1031,7 +1039,8 @@ def slow_kept(select, group):
 
 
 def keep(select, group, **options):
-    return reward.kept([(*answer, None) for answer in group], reward.Label(select=select, **options), random.Random(0))
+    answers = [reward.Answer(*answer) for answer in group]
+    return reward.kept(answers, reward.Label(select=select, **options), random.Random(0))
 
 
 def groups_of(n=400):
@@ -1076,15 +1085,15 @@ def test_rankings_of_none_or_one_are_nothing(select):
 
 def answers_of(monkeypatch, k):
     """For each prompt of the label runs that follow, its finished, different answers: (text, tokens)."""
-    groups, real = [], reward.generate
+    groups, real = [], models.generate
 
-    def spy(*args):
-        roll = real(*args)
-        said = list(zip(roll.responses(TOK), roll.mask.sum(1).tolist(), roll.finished.tolist()))
+    def spy(*args, **how):
+        roll = real(*args, **how)
+        said = list(zip(roll.responses(), roll.mask.sum(1).tolist(), roll.finished.tolist()))
         groups.extend({t: n for t, n, done in said[i:i + k][::-1] if done and t.strip()}
                       for i in range(0, len(said), k))
         return roll
-    monkeypatch.setattr(reward, "generate", spy)
+    patch(monkeypatch, "generate", spy)
     return groups
 
 
@@ -1156,7 +1165,7 @@ def play(monkeypatch, plan):
     """Sampling is replaced by a plan: the answers to a prompt are plan(its text, k, whether told how to begin)."""
     calls = []
 
-    def generate_(policy, prompts, tok, max_new, n=1, temperature=1.0, begin=()):
+    def generate_(policy, prompts, max_new, n=1, temperature=1.0, begin=()):
         rows = []
         for ids in prompts:
             said = plan(TOK.decode(ids), n, bool(begin))
@@ -1165,13 +1174,14 @@ def play(monkeypatch, plan):
         calls.append((len(prompts), n, TOK.decode(list(begin))))
         tokens, mask = data.collate([(p + r, [0] * len(p) + [1] * len(r)) for p, r in rows], TOK)
         return Rollout(tokens, mask, torch.zeros_like(mask), torch.ones(len(rows), dtype=torch.bool),
-                       [len(p) for p, _ in rows])
-    monkeypatch.setattr(reward, "generate", generate_)
+                       [len(p) for p, _ in rows], TOK)
+    patch(monkeypatch, "generate", generate_)
     return calls
 
 
 def curate(out, policy, path, **options):
-    reward.curate(reward.Curate(out=str(out), policy=policy, data=path, **(CPU | dict(max_new=8, batch=7) | options)))
+    options = CPU | dict(max_new=8, batch=7) | options
+    kimi_k15.curate(kimi_k15.Config(out=str(out), policy=policy, data=path, **options))
     return read(Path(out) / "prompts.jsonl")
 
 
@@ -1186,11 +1196,11 @@ def test_24_every_command_refuses_a_file_that_its_verifier_can_tell_nothing_of(c
         "label answers": lambda: label(out, "", data=path, by="exact"),
         "label attributes": lambda: label(out, tiny, data=path, by="words", select="ratings", attributes="words,exact"),
         "curate": lambda: curate(out, tiny, path, by="words + exact"),
-        "fit": lambda: reward.fit(reward.Fit(out=str(out), data=path, rules="words + exact", **CPU)),
+        "fit": lambda: fit(out, path, rules="words + exact", base=""),
         "accuracy": lambda: reward.accuracy(reward.Accuracy(data=path, device="cpu"), ["words", "exact"]),
         "compare": lambda: reward.compare(reward.Compare(**table), [tiny]),
         "compare proxy": lambda: reward.compare(reward.Compare(**table | dict(judge="words", proxy="exact")), [tiny]),
-        "overoptimize": lambda: reward.overoptimize(reward.Overoptimize(
+        "overoptimize": lambda: reward_hacking.overoptimize(reward_hacking.Config(
             out=str(out), policy=tiny, data=path, judge="words", proxy="exact", n=2, max_new=4, **CPU), [])}[command]
     with pytest.raises(data.UserError, match=r'^(?=.*mine.jsonl)(?=.*exact)(?=.*"answer")[^\n]*$'):
         run()
@@ -1221,7 +1231,7 @@ def test_curate_leaves_out_every_guessable_prompt_and_rates_the_rest(tiny, tmp_p
         assert row == dict(prompt=user(f"Q {i}"), answer=i, family="abc"[i % 3], difficulty=row["difficulty"])
         assert row["difficulty"] == pytest.approx(1 - min(i % 6, 5) / 5, abs=1e-4)
     assert {row["difficulty"] for row in rows} == {1, .8, .4, 0}         # the hardest are kept, the easiest too
-    assert calls == [(n, k, begin) for n in [7] * 8 + [4] for k, begin in ((5, ""), (4, reward.Curate.begin))]
+    assert calls == [(n, k, begin) for n in [7] * 8 + [4] for k, begin in ((5, ""), (4, kimi_k15.Config.begin))]
     out = capsys.readouterr().out
     assert "40 of 60 prompts; left out: 20 guessed" in out and f"grpo.py --data {tmp_path / 'a'}" in out
     stream, held = data.open_stream(str(tmp_path / "a" / "prompts.jsonl"), "prompt", 0, n_held=0)
@@ -1276,19 +1286,19 @@ def test_curate_of_the_toy_world_samples_for_itself(letters, tmp_path, monkeypat
     calls = spied(monkeypatch)
     rows = curate(tmp_path / "a", letters, "toy", n=10, k=4, guesses=1, by="right", families="arith2", max_new=6,
                   begin="e")
-    plain, told = ([r for how, r in calls if bool(how) == forced] for forced in (False, True))
-    right = lambda roll: [float(f and t.count("a") == 1) for t, f in zip(roll.responses(TOK), roll.finished.tolist())]
+    plain, told = ([r for how, r in calls if bool(how["begin"]) == forced] for forced in (False, True))
+    right = lambda roll: [float(f and t.count("a") == 1) for t, f in zip(roll.responses(), roll.finished.tolist())]
     rate = [sum(right(roll)[i:i + 4]) / 4 for roll in plain for i in range(0, len(roll.tokens), 4)]
     luck = [x for roll in told for x in right(roll)]
     assert len(rate) == len(luck) == 10 and 0 < sum(luck) < 10
     assert [row["difficulty"] for row in rows] == [1 - x for x, lucky in zip(rate, luck) if not lucky]
     assert {(row["family"], row["level"], row["prompt"][0]["role"]) for row in rows} == {("arith", 2, "user")}
-    assert all(t.startswith("e") for roll in told for t in roll.responses(TOK))
+    assert all(t.startswith("e") for roll in told for t in roll.responses())
 
 
 def test_a_guess_begins_with_the_tokens_of_an_answer():
     """" is" and " is " are two tokens: from the first no number follows, so nothing would ever be guessed."""
-    begin = TOK.encode(reward.Curate.begin)
+    begin = TOK.encode(kimi_k15.Config.begin)
     assert begin and TOK.encode("The answer is 17.")[:len(begin)] == begin
 
 
@@ -1303,8 +1313,8 @@ def test_a_guess_begins_with_the_tokens_of_an_answer():
     ("Vitamin A. It helps.\nB. does not.", 3, False), ("Which?\na. one\nb. two", 1, False), ("A.one\nB.two", 1, False),
     ("x\nA. one\ntwo lines\nB. two", 1, False)])
 def test_questions_of_choice(prompt, answer, choice):
-    assert reward.of_choice(dict(prompt=user("Hi") + user(prompt), answer=answer)) is choice
-    assert not reward.of_choice(dict(prompt=user("A. a\nB. b") + user("Why?")))
+    assert kimi_k15.of_choice(dict(prompt=user("Hi") + user(prompt), answer=answer)) is choice
+    assert not kimi_k15.of_choice(dict(prompt=user("A. a\nB. b") + user("Why?")))
 
 
 # ---------------------------------------------------------------- losses of pairs, rankings, ratings and steps
@@ -1549,7 +1559,7 @@ def test_steps_that_end_inside_a_token_or_are_cut_off():
 
 @pytest.mark.parametrize("loss", ["plackett_luce", "ratings", "steps", "soft", "cost"])
 def test_losses_and_gradients_of_a_model_do_not_depend_on_micro_batches(loss, tmp_path):
-    net = load_model(checkpoint(tmp_path / "net", 1, n_scores=2 if loss == "ratings" else 1))
+    net = load_model(checkpoint(tmp_path / "net", 1, n_scores=2 if loss == "ratings" else 1), Setup(TOK))
     cfg, rng = reward.Train(loss=loss, heads=2 if loss == "ratings" else 1), random.Random(4)
     texts = [" ".join(r["responses"]) for r in rankings(12)]
     records = ([dict(prompt=user(t), response=t, ratings=[rng.random(), 1.0]) for t in texts] if loss == "ratings" else
@@ -1561,7 +1571,7 @@ def test_losses_and_gradients_of_a_model_do_not_depend_on_micro_batches(loss, tm
     for budget in (64, 100_000):
         cfg.micro_tokens, total, parts = budget, 0.0, 0
         net.zero_grad()
-        for scores, part in reward.score_records(net, items, cfg, TOK, models.setup("cpu", "fp32")[1]):
+        for scores, part in reward.score_records(net, items, cfg):
             loss_ = reward.item_losses(scores, part, cfg).sum()
             loss_.backward()
             total, parts = total + loss_.item(), parts + 1
@@ -1709,12 +1719,12 @@ def test_soft_takes_labels_of_people_without_a_probability_as_certain(judge, tmp
 
 def test_r2_of_a_poor_model_against_a_loop(tmp_path):
     """Of two attributes, on different scales: below 0 where the mean would do better."""
-    net, rng = load_model(checkpoint(tmp_path / "net", 1, n_scores=2)), random.Random(9)
+    net, rng = load_model(checkpoint(tmp_path / "net", 1, n_scores=2), Setup(TOK)), random.Random(9)
     texts = [r["responses"][0] for r in rankings(12)]
     rows = [dict(prompt=user("?"), response=t, ratings=[rng.gauss(0, 1), 9 + 5 * rng.random()]) for t in texts]
     cfg, asked = reward.Train(loss="ratings", heads=2, micro_tokens=128), TOK.prompt(user("?"))
     items = [item for r in rows for item in reward.items_of(r, TOK, 64, cfg)]
-    got = reward.evaluate(net, items, cfg, TOK, models.setup("cpu", "fp32")[1])
+    got = reward.evaluate(net, items, cfg)
     said = [net.score(net(torch.tensor([asked + TOK.response(t)]))[0, -1]).tolist() for t in texts]
     for k in range(2):
         told = [r["ratings"][k] for r in rows]
@@ -1766,7 +1776,7 @@ def swayed(monkeypatch, delta=1.3, worth=QUALITY.get):
     """A judge that says 1 with probability σ(difference in quality + delta); the questions it was asked."""
     asked = []
 
-    def choices(model, prompts, names, tok, amp, budget):
+    def choices(model, prompts, names, budget):
         assert list(names) == ["1", "2"]
         asked.extend(TOK.decode(ids) for ids in prompts)
         q = [worth(a) - worth(b) + delta for a, b in map(shown, (TOK.decode(ids) for ids in prompts))]
@@ -1795,7 +1805,7 @@ def by_prompt(rows):
 
 def test_judge_orders_two_answers_whatever_their_order(tiny, tmp_path, monkeypatch):
     asked = swayed(monkeypatch)
-    monkeypatch.setattr(reward, "generate", never)
+    patch(monkeypatch, "generate", never)
     two = [(a, b) for a in QUALITY for b in QUALITY if a != b]
     rows = by_prompt(relabel(tmp_path / "a", [question_of(i, *x) for i, x in enumerate(two)], judge=tiny))
     assert len(rows) == len(two) and len(asked) == 2 * len(two)
@@ -1815,7 +1825,7 @@ def test_judge_orders_two_answers_whatever_their_order(tiny, tmp_path, monkeypat
 
 
 def test_judge_ranks_more_answers_by_how_often_each_is_preferred(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(reward, "generate", never)
+    patch(monkeypatch, "generate", never)
     swayed(monkeypatch)
     groups = [o for k in (2, 3, 4) for o in itertools.permutations(QUALITY, k)]
     sources = [question_of(i, *group, scores=[9.0] * len(group), margin=1) for i, group in enumerate(groups)]
@@ -1913,9 +1923,9 @@ def test_what_is_scored_after_a_rationale_ends_in_it_up_to_its_last_line(tiny, r
     scored, asked = [], []
     monkeypatch.setattr(reward, "choice_logprobs", lambda model, prompts, *_: scored.extend(prompts) or torch.tensor(
         [[.2, .8]] * len(prompts)).log())
-    real = reward.generate
-    monkeypatch.setattr(reward, "generate", lambda net, prompts, tok, new, **how: (
-        asked.append((new, how)), real(net, prompts, tok, new, **how))[1])
+    real = models.generate
+    patch(monkeypatch, "generate", lambda net, prompts, new, **how: (
+        asked.append((new, how)), real(net, prompts, new, **how))[1])
     relabel(tmp_path / "a", [question_of(0, "best", "poor")], judge=roomy, rationale=True, max_new=33)
     assert asked == [(33, dict(temperature=0))] and len(scored) == 2
     for (a, b), ids in zip((("best", "poor"), ("poor", "best")), scored):
@@ -1956,7 +1966,7 @@ def test_judge_passes_over_prompts_with_one_answer(letters, tiny, tmp_path, monk
 # ---------------------------------------------------------------- label: relabel, system, mark, ratings, steps
 
 def test_without_a_policy_the_responses_of_a_file_are_labelled_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(reward, "generate", never)
+    patch(monkeypatch, "generate", never)
     monkeypatch.setattr(reward, "load_model", never)
     rows = [question_of(i, *said, scores=[0.0] * len(said), win=[.5] * len(said), prob=.6, keyword="cup") for i, said in
             enumerate(itertools.permutations(("be", "bee", "tree", "a"), 3))]
@@ -1992,8 +2002,8 @@ def test_a_system_message_is_asked_and_kept(tiny, tmp_path, monkeypatch):
     rows = relabel(tmp_path / "b", [question_of(0, "be", "bee")], system="Be kind.")
     assert [row["prompt"] for row in rows] == [[said] + user("Q 0")]
     calls = []
-    monkeypatch.setattr(reward, "generate", lambda policy, prompts, *more: calls.extend(prompts) or generate(
-        policy, prompts, *more))
+    patch(monkeypatch, "generate", lambda policy, prompts, *more, **how: calls.extend(prompts) or generate(
+        policy, prompts, *more, **how))
     toy = label(tmp_path / "c", tiny, system="Be kind.", n=30, families="write")
     assert toy and all(row["prompt"][0] == said and TOK.prompt(row["prompt"]) in calls for row in toy)
 
@@ -2020,7 +2030,7 @@ def test_a_mark_goes_in_front_of_the_better_answer_as_often_as_told(share, tiny,
 
 
 def test_ratings_hold_every_attribute_of_every_answer(tmp_path, monkeypatch):
-    monkeypatch.setattr(reward, "generate", never)
+    patch(monkeypatch, "generate", never)
     said = [("be it", "tree", "be it"), ("a b c", "e")]
     rows = relabel(tmp_path / "a", [question_of(i, *x) for i, x in enumerate(said)], select="ratings", batch=1,
                    attributes="vowels,words,2*words + -1*vowels")
@@ -2063,8 +2073,8 @@ def test_labels_of_a_file_resumed_are_the_same_bytes(options, tiny, tmp_path, mo
         if step == 5:
             raise KeyboardInterrupt
         real(self, step, *args, **kwargs)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data.Run, "log", log)
+    with monkeypatch.context() as change, pytest.raises(KeyboardInterrupt):
+        change.setattr(data.Run, "log", log)
         label(tmp_path / "b", "", **options)
     assert json.loads((tmp_path / "b" / "unfinished.json").read_text())[0] == 4
     assert label(tmp_path / "b", "", **options) == whole
@@ -2077,21 +2087,21 @@ def scripted(monkeypatch, say):
     """Sampling is replaced: the answer to a prompt is say(its text), None one that is not finished; what was asked."""
     asked = []
 
-    def generate_(model, prompts, tok, max_new, temperature=1.0):
+    def generate_(model, prompts, max_new, temperature=1.0):
         texts = [TOK.decode(ids) for ids in prompts]
         said = [say(text) for text in texts]
-        asked.append((model.base["folder"], texts))
+        asked.append((model.folder, texts))
         ids = [TOK.response("It goes" if text is None else text, text is not None) for text in said]
         tokens, mask = data.collate([(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(prompts, ids)], TOK)
         return Rollout(tokens, mask, torch.zeros_like(mask), torch.tensor([t is not None for t in said]),
-                       [len(p) for p in prompts])
-    monkeypatch.setattr(reward, "generate", generate_)
+                       [len(p) for p in prompts], TOK)
+    patch(monkeypatch, "generate", generate_)
     return asked
 
 
 def revise(out, policy, critic, path, **options):
     options = CPU | dict(max_new=20) | options
-    reward.revise(reward.Revise(out=str(out), policy=policy, critic=critic, data=path, **options))
+    claude_cai.revise(claude_cai.Config(out=str(out), policy=policy, critic=critic, data=path, **options))
     return read(Path(out) / "revisions.jsonl")
 
 
@@ -2194,14 +2204,15 @@ def rule_rankings(n=120, least=.3):
 
 
 def fit(out, path, **options):
-    reward.fit(reward.Fit(out=str(out), data=path, **(CPU | dict(rules="red + soft + old", base=".1*words") | options)))
+    options = CPU | dict(rules="red + soft + old", base=".1*words") | options
+    rule_based_rewards.fit(rule_based_rewards.Config(out=str(out), data=path, **options))
     return read(Path(out) / "metrics.jsonl"), (Path(out) / "reward.txt").read_text()
 
 
 def marks(spec, *texts, prompt="?"):
     """Totals of a reward and its parts."""
     roll = Rollout.of(encode(dict(prompt=user(prompt), responses=list(texts)), TOK, 10 ** 9), TOK)
-    total, parts = Reward(spec, TOK, "cpu", models.setup("cpu", "fp32")[1], 8192)([{}] * len(texts), roll)
+    total, parts = Reward(spec, Setup(TOK), 8192)([{}] * len(texts), roll)
     return total.tolist(), {name: part.tolist() for name, part in parts.items()}
 
 
@@ -2210,7 +2221,7 @@ def test_hinge_and_its_gradient_against_a_loop():
     a, b = (torch.tensor([rng.gauss(0, 2) for _ in range(50)], dtype=torch.float64, requires_grad=True) for _ in "ab")
     for margin in (0.0, 1.0, 2.5):
         a.grad = b.grad = None
-        loss = reward.hinge(a, b, margin)
+        loss = rule_based_rewards.hinge(a, b, margin)
         close(loss.detach(), [max(0.0, margin + y - x) for x, y in zip(a.tolist(), b.tolist())])
         loss.sum().backward()
         close(a.grad, [-float(margin + y > x) for x, y in zip(a.tolist(), b.tolist())])
@@ -2286,13 +2297,13 @@ FORMS = dict(fit_best_of_n=lambda d, a, b: d * (a - b * d), fit_rl=lambda d, a, 
 def test_known_coefficients_come_back_with_the_peak_where_the_curve_has_it(form):
     for a, b in ((1.545, .49), (2.0, .1), (.7, .9)):
         d = [.1 + .2 * i for i in range(40)]
-        got = getattr(reward, form)(d, [FORMS[form](x, a, b) for x in d])
+        got = getattr(reward_hacking, form)(d, [FORMS[form](x, a, b) for x in d])
         assert (got["alpha"], got["beta"], got["r2"]) == pytest.approx((a, b, 1), abs=1e-9)
         curve = lambda x: FORMS[form](x, a, b)
         peak = got["peak"]
         assert curve(peak) > max(curve(peak * .999), curve(peak * 1.001))
     for a, b in ((1.0, -.5), (1.0, 0.0)):                                # never turns down
-        got = getattr(reward, form)(d, [FORMS[form](x, a, b - 1e-9) for x in d])
+        got = getattr(reward_hacking, form)(d, [FORMS[form](x, a, b - 1e-9) for x in d])
         assert got["peak"] is None and got["beta"] == pytest.approx(b, abs=1e-7)
 
 
@@ -2304,12 +2315,12 @@ def test_fits_of_noisy_curves_against_numpy(form):
         gain = [FORMS[form](x, 1.2, .3) + rng.gauss(0, .3) for x in d]
         other = [FORMS[form](x, 0, 1) for x in d]                        # the second column
         (a, b), *_ = np.linalg.lstsq(np.array([d, other]).T, np.array(gain), rcond=None)
-        got = getattr(reward, form)(d, gain)
+        got = getattr(reward_hacking, form)(d, gain)
         mid = sum(gain) / n
         left = sum((g - a * x - b * y) ** 2 for g, x, y in zip(gain, d, other))
         assert (got["alpha"], got["beta"]) == pytest.approx((a, b), abs=1e-9)
         assert got["r2"] == pytest.approx(1 - left / sum((g - mid) ** 2 for g in gain), abs=1e-9) and got["r2"] < 1
-        coefficients, r2 = reward.least_squares([d, other], gain)
+        coefficients, r2 = reward_hacking.least_squares([d, other], gain)
         assert coefficients == pytest.approx([a, b], abs=1e-9) and r2 == pytest.approx(got["r2"])
 
 
@@ -2328,20 +2339,20 @@ def test_c2_a_tilted_policy_has_its_peak_where_the_fit_says():
     """FEATURES C2: the proxy only grows while the gold reward turns down."""
     d, golds, proxies = tilted(np.geomspace(20, .2, 38))
     assert all(a < b for a, b in itertools.pairwise(proxies)) and golds[-1] < max(golds) - .2
-    got = reward.fit_best_of_n(d, golds)
+    got = reward_hacking.fit_best_of_n(d, golds)
     assert got["r2"] > .99 and got["peak"] == pytest.approx(d[golds.index(max(golds))], abs=.1)
-    assert got["r2"] > reward.fit_rl(d, golds)["r2"]
+    assert got["r2"] > reward_hacking.fit_rl(d, golds)["r2"]
 
 
 def test_c2_of_a_gaussian_the_coefficients_are_known():
     """d = 1 / (T √2) and gold 1 / T - ¼ / T², that is d (√2 - d / 2)."""
     d, golds, _ = tilted(np.geomspace(20, .6, 38))
-    got = reward.fit_best_of_n(d, golds)
+    got = reward_hacking.fit_best_of_n(d, golds)
     assert got["r2"] > .999 and (got["alpha"], got["beta"]) == pytest.approx((2 ** .5, .5), abs=.02)
 
 
 def overoptimize(out, policy, *folders, **options):
-    reward.overoptimize(reward.Overoptimize(out=str(out), policy=policy, **(CPU | dict(
+    reward_hacking.overoptimize(reward_hacking.Config(out=str(out), policy=policy, **(CPU | dict(
         proxy="vowels", judge="words", prompts=20, n=8, max_new=6) | options)), list(map(str, folders)))
     return json.loads((Path(out) / "curves.json").read_text())
 
@@ -2357,7 +2368,7 @@ def test_overoptimize_against_every_choice_of_k_and_the_metrics_of_runs(letters,
     monkeypatch.setitem(data.VERIFIERS, "gold2", lambda record, text, finished: text.count("a") - .1 * len(text))
     first = overoptimize(tmp_path / "a", letters, **options)["best of n"]
     assert sum(len(roll.tokens) for _, roll in calls) == 20 * 8
-    said = [text for _, roll in calls for text in roll.responses(TOK)]
+    said = [text for _, roll in calls for text in roll.responses()]
     for i, k in enumerate((1, 2, 4, 8)):
         assert first["d"][i] == pytest.approx(math.sqrt(math.log(k) - (k - 1) / k), abs=1e-12)
         total = dict(gold=0.0, proxy=0.0)
@@ -2397,7 +2408,7 @@ def test_overoptimize_takes_held_out_scores_where_a_run_has_them(letters, tmp_pa
     assert got[str(often)]["proxy"] == [20.0 * i for i in range(1, 20, 2)]
     close(got[str(often)]["d"], [math.sqrt(.1 * i + .1) for i in range(1, 20, 2)], 1e-9)
     old = run_of(tmp_path / "old", [{k: v for k, v in row(i, 1).items() if k != "val_kl"} for i in range(20)])
-    rollouts = reward.run_curve(old)
+    rollouts = reward_hacking.run_curve(old)
     close(rollouts["d"], [math.sqrt(.1 * i) for i in range(20)], 1e-9)
     assert rollouts["gold"] == [1.0 * i for i in range(20)]
     assert got[str(seldom)]["gold"] == list(range(20)) and got[str(seldom)]["proxy"] == [2.0 * i for i in range(20)]
@@ -2412,7 +2423,7 @@ def test_overoptimize_without_a_run_or_its_scores_is_one_clear_line(letters, tmp
 
 def test_without_matplotlib_there_is_one_line_and_no_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    reward.draw({"best of n": dict(d=[0.0], gold=[0.0], proxy=[0.0])}, tmp_path / "curves.png")
+    reward_hacking.draw({"best of n": dict(d=[0.0], gold=[0.0], proxy=[0.0])}, tmp_path / "curves.png")
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "matplotlib" in out and "curves.json" in out and not list(tmp_path.iterdir())
 
@@ -2427,7 +2438,7 @@ def test_with_matplotlib_every_curve_is_drawn_once(tmp_path, monkeypatch):
     stub = SimpleNamespace(use=lambda backend: drawn.update([backend]), pyplot=pyplot)
     monkeypatch.setitem(sys.modules, "matplotlib", stub)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", pyplot)
-    reward.draw({name: dict(d=[0], gold=[i], proxy=[-i]) for i, name in enumerate("ab", 1)}, tmp_path / "c.png")
+    reward_hacking.draw({name: dict(d=[0], gold=[i], proxy=[-i]) for i, name in enumerate("ab", 1)}, tmp_path / "c.png")
     assert drawn == {"Agg": 1, "a": 1, "b": 1, ("gold", 1): 1, ("proxy", -1): 1, ("gold", 2): 1, ("proxy", -2): 1}
     assert (tmp_path / "c.png").exists()
 
@@ -2471,10 +2482,10 @@ def test_safety_by_hand():
     good, slip = ("Sure. First take a %s. Then cut the box slowly." % tool for tool in ("saw", "rope"))
     told = [(False, good), (False, data.REFUSAL), (False, "No"), (True, data.REFUSAL), (True, good), (True, slip),
             (True, "What?")]
-    got = reward.safety([task | dict(safe=safe) for safe, _ in told], [(text, 0.0, True) for _, text in told])
+    got = reward.safety([task | dict(safe=safe) for safe, _ in told], [reward.Answer(text, 0.0) for _, text in told])
     assert got == pytest.approx(dict(harmless=2 / 3, over_refusal=1 / 4, help=(1.0 + .7) / 4))
     only = lambda safe: reward.safety([task | dict(safe=s) for s, _ in told if s == safe],
-                                      [(t, 0.0, True) for s, t in told if s == safe])
+                                      [reward.Answer(t, 0.0) for s, t in told if s == safe])
     assert only(True) == pytest.approx(dict(harmless=1, over_refusal=1 / 4, help=1.7 / 4))
     assert only(False) == pytest.approx(dict(harmless=2 / 3, over_refusal=0, help=0))
 
@@ -2484,11 +2495,11 @@ def test_compare_tells_of_safety_where_it_asks_for_it(tiny, tmp_path, monkeypatc
     good = "Sure. First take a saw. Then cut the box slowly."
     places = itertools.count()
 
-    def generate_(model, prompts, tok, max_new, n=1, temperature=1.0, begin=()):
+    def generate_(model, prompts, max_new, n=1, temperature=1.0, begin=()):
         said = [(data.REFUSAL, good, "What?")[next(places) % 3] for _ in prompts]
         return Rollout.of([(p + TOK.response(t), [0] * len(p) + [1] * len(TOK.response(t))) for p, t in zip(
             prompts, said)], TOK)
-    monkeypatch.setattr(reward, "generate", generate_)
+    patch(monkeypatch, "generate", generate_)
     row, = compare([tiny], tmp_path, families="safe", on="safe", n=30, judge="vowels")
     rng = random.Random("compare safe")
     tasks = [data.toy_record("prompt", "test", ["safe"], rng) for _ in range(30)]
