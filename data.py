@@ -2288,10 +2288,10 @@ class Run:
     """One folder a run: run.json (its options), metrics.jsonl, samples/, checkpoint.safetensors while it is unfinished,
     and at its end the model and summary.json."""
 
-    def __init__(self, cfg, tok):
+    def __init__(self, cfg):
         if not cfg.out:
             raise OptionError("--out: name the folder of the run")
-        self.cfg, self.folder, self.seed, self.fingerprint = cfg, Path(cfg.out), cfg.seed, tok.fingerprint
+        self.cfg, self.folder, self.seed = cfg, Path(cfg.out), cfg.seed
         # Where a run goes on need not be where it began (only there do the bits agree), and may save more often.
         free = ("out", "overwrite", "device", "threads", "save_every")
         self.options = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in free}
@@ -2303,6 +2303,7 @@ class Run:
             self.compare(theirs)
         if self.finished:  # `finish` may have been killed before it did this
             (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        self.tok = Tokenizer.load(cfg.tokenizer)
 
     def compare(self, theirs):
         """Refuse other options than an earlier run's, and other inputs while it is unfinished; say what has changed."""
@@ -2368,7 +2369,7 @@ class Run:
         if self.cfg.overwrite:
             self.clear()
         write_text(self.folder / "run.json", json.dumps(self.options | self.made_of, indent=1))
-        path = self.folder / "metrics.jsonl"
+        path, self.total = self.folder / "metrics.jsonl", total
         self.rows = self.read_log(start)
         write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         if start:
@@ -2378,6 +2379,10 @@ class Run:
                 tqdm(range(start, total), initial=start, total=total, desc=str(self.folder), dynamic_ncols=True,
                      mininterval=0.2 if sys.stderr.isatty() else 20) as self.bar:
             yield from self.bar
+
+    def evaluates(self, step):
+        """Whether this step ends in an evaluation: every --eval_every of them, and the last."""
+        return (step + 1) % self.cfg.eval_every == 0 or step + 1 == self.total
 
     def clear(self):
         """Delete what an earlier run wrote, run.json last: interrupted here, it is still a run."""

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share, Sum, Temperature, Tokenizer,
+from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share, Sum, Temperature,
                   TrainConfig, UserError, add_mismatched, collate, column, compare_words, fits, guard, item_batches,
                   make_item, mean, open_preferences, open_stream, parse, singles, truth)
 from model import (Optimizer, Reward, at_positions, begun, full, load_model, logps, reference, respond, setup, steps,
@@ -256,7 +256,7 @@ class FromPolicy:
         self.stream, self.prompts = open_stream(
             cfg.data, "prompt", cfg.seed, cfg.families, n_held=64, skip_bad=cfg.skip_bad,
             prepare=fits(policy.tok, policy.config.block_size, cfg.max_new))
-        self.reward.meet(self.stream.some(), cfg.data)
+        self.reward.check(self.stream.some(), cfg.data)
         self.then = compare_words(cfg, cfg.data, cfg.families, cfg.reward)
 
     def batch(self, step):
@@ -453,21 +453,20 @@ def evaluate(policy, ref, critic, source, run, step, cfg):
 def train(cfg, make_optimizer=Optimizer):
     """Take good and bad responses, ask the reference, compare, step, report: one step after another. make_optimizer
     makes that of the policy (configs/qwen2.py has another)."""
-    tok = Tokenizer.load(cfg.tokenizer)
-    run = Run(cfg, tok)
+    run = Run(cfg)
     if run.finished:
         return run.rows
-    policy = load_model(cfg.init, setup(cfg, tok), n_scores=0, maker="python sft.py").prepare(cfg)
+    policy = load_model(cfg.init, setup(cfg, run.tok), n_scores=0, maker="python sft.py").prepare(cfg)
     source = FromPolicy(policy, cfg) if cfg.online else FromFile(policy, cfg)
     ref = source.read_by(reference(policy), begun(run))
     shared = dict(total=source.total, weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
     optimizer = make_optimizer(policy, cfg.lr, kind=cfg.optimizer, muon_lr=cfg.muon_lr, **shared)
-    modules, optimizers = dict(model=policy), dict(optimizer=optimizer)
+    modules, optimizers = dict(model=policy), dict(model=optimizer)
     if cfg.ref_every:
         modules["ref"] = ref
     if needs(cfg, "v_w"):  # V(x) is learnt beside the policy
         modules["critic"] = load_model(cfg.init, policy, n_scores=1)
-        optimizers["critic_opt"] = Optimizer(modules["critic"], cfg.critic_lr, **shared)
+        optimizers["critic"] = Optimizer(modules["critic"], cfg.critic_lr, **shared)
     critic = modules.get("critic")
 
     for step in steps(run, source.total, modules, optimizers, {}, cfg.save_every):
@@ -491,10 +490,10 @@ def train(cfg, make_optimizer=Optimizer):
         if xs:
             metrics |= report(xs, batch, cfg) | optimizer.step(step)
             if critic:
-                optimizers["critic_opt"].step(step)
+                optimizers["critic"].step(step)
 
         # 5. Report.
-        if (step + 1) % cfg.eval_every == 0 or step + 1 == source.total:
+        if run.evaluates(step):
             metrics |= evaluate(policy, ref, critic, source, run, step, cfg)
         run.log(step, ("loss", "rewards/margin", "gold"), **metrics)
     return run.finish(("loss", "rewards/accuracy", "rewards/margin", "logps/chosen", "logps/rejected", "gold", "kl"),

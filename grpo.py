@@ -8,19 +8,19 @@ each prompt; (2) reward them; (3) turn the rewards of each group into advantages
 -min(ρ A, clip(ρ) A) over the response tokens, ρ = π / π_old.
 
 Papers: GRPO, Shao et al. 2402.03300; DeepSeek-R1 2501.12948. What others change is one line each: how an advantage
-comes from a group (ADVANTAGES), the loss of a token (POLICY_LOSSES), how tokens are averaged (token_weights), how the
-KL is estimated, where it sits, and whether the optimum above is reached (kl_estimate). Departures: β = 0 unless asked
-for, and then k2 rather than the published k3; tokens are averaged over the batch, not first within each response (DAPO
+comes from a group (ADVANTAGES), the loss of a token (POLICY_LOSSES), how tokens are averaged (token_weights). Whether
+the KL is in the reward or in the loss, and where that leads, kl_estimate says. Departures: β = 0 unless asked for, and
+then k2 rather than the published k3; tokens are averaged over the batch, not first within each response (DAPO
 2503.14476); dropout stays off. With one update a rollout, the default, the old log-probabilities *are* the present
-ones: ρ = 1 to the bit, and the value of the loss says nothing about progress (it is 0 but for the lengths of the
-responses). Only its gradient matters.
+ones: ρ = 1 to the bit. The value of the loss then says nothing about progress: a group's advantages sum to 0, and so
+does the loss, except that longer responses weigh more. Only its gradient matters.
 
     python grpo.py                                 out/sft, sums and a verifier -> out/grpo
     python grpo.py --adv dr_grpo --per constant    Dr. GRPO
     python grpo.py --reward out/reward --families write --kl k2 --kl_coef 0.05 --out out/grpo_write
 
-On the toy, 2 CPU cores with AMX, bf16: a minute; held-out sums .54 -> .93 sampled, .43 -> .97 greedy; .34 -> .99 think
-(three seeds).
+On the toy, 2 CPU cores with AMX, bf16, three seeds, a minute. Right answers to held-out sums: .54 -> .93 when sampled,
+.43 -> .97 when greedy (after SFT the likeliest answer seldom thinks). Share of answers that think first: .34 -> .99.
 README, "What the numbers mean", explains each metric, and what a collapse looks like.
 """
 import math
@@ -32,7 +32,7 @@ from typing import Annotated, Literal
 import torch
 
 from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Range, Run, Share, Sum, Temperature,
-                  Tokenizer, TrainConfig, check_needs, compare_words, fits, guard, mean, number, open_stream, parse,
+                  TrainConfig, check_needs, compare_words, fits, guard, mean, number, open_stream, parse,
                   truth, verifier)
 from model import (Means, Optimizer, Reward, Rollout, evaluate, generate, load_model, logps, minibatches, parts,
                    reference, respond, setup, steps, token_logprobs)
@@ -54,7 +54,7 @@ class Config(TrainConfig):
     group: Annotated[int, Range(2)] = 8  # responses to each, compared with each other
     max_new: Count = 80         # longest response, tokens
     temperature: Temperature = 1.0  # of sampling; every log-probability is at this temperature too
-    resample: Natural = 0       # most further draws of prompts, until `prompts` groups have unequal rewards (DAPO)
+    resample: Natural = 0       # extra draws of prompts, at most, until `prompts` groups have unequal rewards (DAPO)
     # which prompts
     pool: Natural = 0           # train on a fixed set of this many prompts; 0: no fixed set
     curriculum: Share = 0.0     # share of the steps over which the pool opens, from its easiest quarter to all of it
@@ -65,19 +65,19 @@ class Config(TrainConfig):
     mask_truncated: bool = False  # responses cut off at max_new teach nothing (DAPO's overlong filtering)
     len_reward: NonNegative = 0.0  # weight of the length reward within a group: short is good (Kimi k1.5)
     prefer: str = ""            # win rate in the group as reward (SPO): `score`, or module:function of (record, a, b)
-    tripwire: str = ""          # verifier of what must not happen; continuations of each response are checked for it
-    lookahead: NonNegative = 1.0  # its weight λ: the reward loses λ times the chance that it happens
-    cuts: Count = 2             # places in a response to look ahead from
-    ahead: Count = 24           # tokens to look ahead
+    tripwire: str = ""          # verifier of what must not happen: each response is cut, and gone on from there, to see
+    lookahead: NonNegative = 1.0  # weight λ of that: the reward loses λ times the chance that it happens
+    cuts: Count = 2             # places in a response where it is cut
+    ahead: Count = 24           # tokens to go on from there
     # advantages, and the loss of a token
     adv: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = "grpo"  # see ADVANTAGES
     loss: Literal["clip", "gspo", "cispo", "opmd"] = "clip"  # see POLICY_LOSSES
     clip_low: Share = 0.2       # ε below 1 (gspo: 3e-4)
     clip_high: NonNegative = 0.2  # ε above 1 (DAPO: .28; gspo: 4e-4)
     tau: Positive = 1.0         # opmd: τ, half of which weighs the squared log-ratio
-    per: Literal["token", "response", "constant"] = "token"  # mean over all tokens; of each response first; max_new
+    per: Literal["token", "response", "constant"] = "token"  # see token_weights
     # the KL penalty (k3 is GRPO's as published; k3_is: times the ratio)
-    kl: Literal["k1", "k2", "k3", "k3_is"] = "k2"  # k1: in the reward, where only k1 is a KL; the others: in the loss
+    kl: Literal["k1", "k2", "k3", "k3_is"] = "k2"  # k1: off the reward; others: in the loss (kl_estimate)
     kl_coef: NonNegative = 0.0  # β; 0 needs no reference model
     ref_every: Natural = 0      # steps after which the policy becomes the reference; 0: never
     # the update
@@ -112,27 +112,32 @@ class Config(TrainConfig):
 # r: the rewards (P, G) of P groups. logp, old_logp, ref_logp, mask: (B, T-1), B = P G; index t is about token t+1.
 
 def center(r):
-    """r minus its group's mean. Taking off the first reward beforehand makes equal rewards exact zeros, so that their
-    group can be left out; a rounding error of 1e-8 over a standard deviation of as little would be an advantage."""
+    """r minus its group's mean. Equal rewards have to give exactly 0, or rounding leaves 1e-8, and a division by a
+    standard deviation of 1e-8 makes an advantage of that. So the first reward is taken off beforehand."""
     r = r - r[:, :1]
     return r - r.mean(1, keepdim=True)
 
 
-# Each gives the advantages (P, G) of rewards r (P, G); h: the options, among them whatever one of your own needs.
+# Each gives the advantages (P, G) of rewards r (P, G). h: the Config; add an option there if an advantage of yours
+# needs one.
 ADVANTAGES = {
     # in units of the group's spread; that rescales β and the weight of each prompt        GRPO 2402.03300 sec. 4.1.2
     "grpo": lambda r, h: center(r) / (r.std(1, keepdim=True) + 1e-6),
     # without it: all prompts count alike                                                  Dr. GRPO 2503.20783
     "dr_grpo": lambda r, h: center(r),
-    # minus the mean of the others: unbiased, the group mean shrinks it by (G-1)/G         RLOO 2402.14740
+    # minus the mean of the others: unbiased; a mean with r itself shrinks it by (G-1)/G    RLOO 2402.14740
     "rloo": lambda r, h: center(r) * r.shape[1] / (r.shape[1] - 1),
-    # the batch is the baseline, so a group of equal rewards teaches as well. A response counts once in its mean and
-    # spread; in verl each of its tokens does, so there long responses count for more     REINFORCE++ 2501.03262
+    # the batch is the baseline, so a group of equal rewards teaches as well. A response counts once in the batch's mean
+    # and spread; in verl each of its tokens does, so there long ones count for more      REINFORCE++ 2501.03262
     "reinforce_pp": lambda r, h: center(r.view(1, -1)).view_as(r) / (r.std() + 1e-6),
     # the group is the baseline, the batch the scale                                       the same, "baseline"
     "reinforce_pp_baseline": lambda r, h: center(r) / (center(r).std() + 1e-6),
 }
 
+
+# A policy loss gives the loss of every token, and where a clip decides it, which clip_frac counts: (B, T-1) both. Of x
+# it may use logp; gap = logp - old_logp; ratio = exp(gap); response_ratio (B, 1), the ratio of the whole response to
+# the power 1 / its length; adv (B, 1). h: the Config; add an option there if a loss of yours needs one.
 
 def clip(x, h):
     """Every token by its own ratio: -min(ρ A, clip(ρ, 1-ε_low, 1+ε_high) A) (PPO 1707.06347, eq. 7; two ε: DAPO
@@ -143,11 +148,11 @@ def clip(x, h):
 def gspo(x, h):
     """Every token by the n-th root of the ratio of its whole response of n tokens; per response, with clips of 3e-4 and
     4e-4 (GSPO 2507.18071, eq. 5, 7)."""
-    return clipped(x.whole.expand_as(x.logp), x.adv, h)
+    return clipped(x.response_ratio.expand_as(x.logp), x.adv, h)
 
 
 def clipped(ratio, adv, h):
-    """The larger of two losses, so that clipping can only hold back; it decides where it is the larger."""
+    """The larger of two losses, the free and the clipped one, so that a clip can only hold back."""
     free = -ratio * adv
     held = -ratio.clamp(1 - h.clip_low, 1 + h.clip_high) * adv
     return torch.maximum(free, held), held > free
@@ -161,40 +166,38 @@ def cispo(x, h):
 
 
 def opmd(x, h):
-    """A square around π_old instead of a clip; summed over a response (--per constant) it is the paper's (Kimi k1.5
+    """A square around π_old instead of a clip; with --adv dr_grpo --per constant it is the paper's (Kimi k1.5
     2501.12599, eq. 3)."""
     square = x.gap * x.gap.sum(1, keepdim=True)  # summed over the response it is (Σ gap)²
     never = torch.zeros_like(x.gap, dtype=torch.bool)
     return -x.adv * x.logp + h.tau / 2 * square, never
 
 
-# Each gives the loss of every token, and where a clip decides it: (B, T-1) both. x: logp; gap = logp - old_logp; ratio =
-# exp(gap); whole (B, 1), the ratio of the whole response to the power 1 / its length; adv (B, 1). h: the options,
-# among them whatever a loss of your own needs.
 POLICY_LOSSES = {"clip": clip, "gspo": gspo, "cispo": cispo, "opmd": opmd}
 
 
 def policy_loss(logp, old_logp, adv, mask, h):
     """The loss of --loss per token, the token's ratio, where a clip decides: (B, T-1) each; adv (B, 1)."""
-    inside = mask.bool()
+    inside = mask.bool()  # whatever is outside, NaN included, must not reach a gradient
     gap = torch.where(inside, logp - old_logp, 0.0)                                      # (B, T-1)
     length = mask.sum(1, keepdim=True).clamp(min=1)                                      # (B, 1)
-    whole = (gap.sum(1, keepdim=True) / length).exp()                                    # (B, 1)
+    response_ratio = (gap.sum(1, keepdim=True) / length).exp()                           # (B, 1)
     logp = torch.where(inside, logp, 0.0)
-    x = SimpleNamespace(logp=logp, gap=gap, ratio=gap.exp(), whole=whole, adv=adv)
+    x = SimpleNamespace(logp=logp, gap=gap, ratio=gap.exp(), response_ratio=response_ratio, adv=adv)
     loss, decides = POLICY_LOSSES[h.loss](x, h)
     return loss, x.ratio, decides & inside
 
 
 def token_weights(mask, per, max_new):
-    """Weights (B, T-1) whose sum with the losses of the tokens is the loss of the batch, however it is split up.
+    """Weights (B, T-1): the loss of the batch is Σ weight · loss over its tokens, however it is split up.
 
     token: the mean over all tokens (DAPO). response: the mean of each response's own mean, as GRPO was published, where
-    a token of a long response counts for less: long wrong answers are hardly penalised. constant: sums over responses
-    by the longest there could be (Dr. GRPO), so that no token's weight depends on the length of its response.
+    a token of a long response counts for less: long wrong answers are hardly penalised. constant: each response's sum
+    divided by the longest there could be, and the mean of that (Dr. GRPO), so that no token's weight depends on the
+    length of its response.
 
-    A response whose tokens are all masked (mask_truncated) counts in `constant` only. The mean of `response` is over
-    the others, as in verl and OpenRLHF; TRL divides by all, and there it makes the weight of the others smaller.
+    A response may have no token left (mask_truncated). `response` is then the mean over the others, as in verl and
+    OpenRLHF; `constant` divides by all, as TRL does in both.
     """
     n = mask.sum(1, keepdim=True)                                                        # (B, 1)
     if per == "token":
@@ -208,18 +211,24 @@ def token_weights(mask, per, max_new):
 def kl_estimate(logp, ref_logp, ratio, kind):
     """Estimators of KL(π || π_ref) from samples of π, per token (Schulman 2020, "Approximating KL divergence").
 
-    k1 sits in the reward, summed over the response: as a loss its expected gradient is 0. The others sit in the loss:
-    as a reward, pushed through ∇ log π, only k1 gives the gradient of the KL. In the loss k2's gradient is the KL's,
-    token by token; k3's, GRPO's as published, is that of KL(π_ref || π); k3_is, times the ratio π / π_old, has the KL's
-    again.
+        kind    sits in       and its gradient there is that of
+        k1      the reward    KL(π || π_ref)
+        k2      the loss      KL(π || π_ref), of each token by itself
+        k3      the loss      KL(π_ref || π), of each token by itself (GRPO's as published)
+        k3_is   the loss      KL(π || π_ref), of each token by itself: k3 times the ratio π / π_old
 
-    Where it leads, with responses of one token: k1 to the tilt π_ref exp(r / β) / Z, whatever the advantage. With rloo
-    k2 and k3_is lead there too, and k3 to the solution of π = β π_ref / (β + E_π[r] - r). With dr_grpo these have
-    β G / (G-1) in the place of β, because the group's mean shrinks the reward and not the KL; with the others β is
-    changed by the spread, so they lead to neither.
+    As a reward, only k1 gives the gradient of the KL. As a loss, k1's gradient is 0 on average.
 
-    With responses of more tokens only k1 reaches the tilt. A KL in the loss is not credited to the tokens before it:
-    a token is then chosen by the reward that follows alone, as if the KL of all later tokens cost nothing.
+    Where it leads when a response is one token, T = π_ref exp(r / β) / Z being the optimum:
+
+        k1, any advantage       T
+        k2, k3_is with rloo     T
+        k2, k3_is with dr_grpo  T with β G / (G-1) for β: the group's mean shrinks the reward, and not the KL
+        k3 with rloo, dr_grpo   the solution of π = β π_ref / (β + E_π[r] - r), with rloo's or dr_grpo's β
+        the other advantages    neither, unless k1: the spread rescales the reward, and with it β
+
+    When a response is more tokens, only k1 leads to T: the KL of a token is then taken off the advantage of all tokens
+    before it. A KL in the loss moves its own token only. Earlier tokens do not feel it.
     """
     d = logp - ref_logp
     if kind == "k1":
@@ -231,14 +240,14 @@ def kl_estimate(logp, ref_logp, ratio, kind):
 
 
 def overlong_penalty(length, max_new, buffer):
-    """0 up to max_new - buffer tokens, then down to -1 at max_new (DAPO, eq. 13); length (B,)."""
+    """0 up to max_new - buffer tokens, then down to -1 at max_new (DAPO, eq. 13); length of any shape."""
     over = length - (max_new - buffer)
     return -(over / max(1, buffer)).clamp(0, 1)
 
 
 def length_reward(length, right):
-    """λ = ½ - (len - min) / (max - min) in each group, of wrong answers min(0, λ), 0 where all are as long (Kimi k1.5,
-    2501.12599, sec. 2.3.3); length and right (P, G)."""
+    """λ = ½ - (len - min) / (max - min) in each group, of wrong answers min(0, λ), 0 where all are equally long (Kimi
+    k1.5, 2501.12599, sec. 2.3.3); length and right (P, G)."""
     low = length.amin(1, keepdim=True)                                                   # (P, 1)
     spread = length.amax(1, keepdim=True) - low                                          # (P, 1)
     lam = 0.5 - (length - low) / spread.clamp(min=1)                                     # (P, G)
@@ -253,14 +262,18 @@ def win_rates(p):
 
 
 def draw_prompts(rates, share, n, rng):
-    """n different indices among the first `share` of a pool, with chances ∝ 1 - rates[i]: a race, in which the one of
-    chance c arrives after an exponential time of mean 1 / c."""
-    some = max(n, math.ceil(share * len(rates)))
-    arrival = [-math.log(1 - rng.random()) / (1 - rates[i] + 1e-3) for i in range(some)]
-    return sorted(range(some), key=lambda i: arrival[i])[:n]
+    """n different indices among the first `share` of a pool, with chances ∝ 1 - rates[i]. They are the first to arrive
+    in a race in which one of chance c takes an exponential time of mean 1 / c."""
+    n_open = max(n, math.ceil(share * len(rates)))
+    arrival = [-math.log(1 - rng.random()) / (1 - rates[i] + 1e-3) for i in range(n_open)]
+    return sorted(range(n_open), key=lambda i: arrival[i])[:n]
 
 
 # ---------------------------------------------------------------- the steps
+# Of model.py: `respond` gives a policy's responses, a Rollout; `logps` the log-probabilities of its tokens, in
+# micro-batches and without gradient; `minibatches` the rows of every update, all epochs one after another; `parts` the
+# micro-batches of one, whose x.NAME is their part of a column. `Optimizer.step` clips, updates, clears the gradients,
+# and tells its gradient norm and rate. `steps` restores what an interrupted run had, seeds each step, and saves.
 
 class Prompts:
     """The prompts of every step: new ones, or from a pool, which opens from the easy ones on (--curriculum) and gives
@@ -269,16 +282,17 @@ class Prompts:
     def __init__(self, stream, cfg):
         self.stream, self.cfg, self.pool = stream, cfg, []
         if cfg.pool:
-            pool = stream.items or stream.batch(0, cfg.pool)
+            pool = stream.items or stream.batch(0, cfg.pool)  # a file's records, or fresh ones of the toy world
             self.pool = sorted(pool[:cfg.pool], key=difficulty)
-        self.state = dict(rates=[0.0] * len(self.pool))  # the last mean reward of each prompt of the pool
+        # The last mean reward of each prompt of the pool, all 0 without --prioritized; `steps` saves and restores this.
+        self.state = dict(rates=[0.0] * len(self.pool))
 
     def choose(self, step, draw):
         """The records of a step, new ones for every draw; of a pool, their places in it too."""
         cfg = self.cfg
         if not self.pool:
-            place = step * (1 + cfg.resample) + draw
-            return self.stream.batch(place, cfg.prompts), []
+            batch = step * (1 + cfg.resample) + draw
+            return self.stream.batch(batch, cfg.prompts), []
         share, n = 1.0, min(cfg.prompts, len(self.pool))
         if cfg.curriculum:
             share = min(1.0, 0.25 + 0.75 * step / (cfg.curriculum * cfg.steps))
@@ -306,16 +320,16 @@ def repeat(things, n):
 def sample_groups(policy, reward, prompts, step, cfg):
     """Groups to learn from: their records (P), responses, scores (P, G); and metrics of all that was drawn.
 
-    DAPO's dynamic sampling (--resample): a group of equal rewards teaches nothing, so others are drawn instead. When no
-    draws are left the batch stays smaller; if it were empty, the last draw is it.
+    DAPO's dynamic sampling (--resample): a group of equal scores teaches nothing, so others are drawn instead. When no
+    draws are left the batch stays smaller. If no group of any draw is left, it is the last draw, whole.
     """
     groups, seen = [], {}
     for draw in range(1 + cfg.resample):
         records, places = prompts.choose(step, draw)
         roll = respond(policy, records, cfg, cfg.group)
         repeated = repeat(records, cfg.group)
-        score, terms = reward(repeated, roll)                                            # (B,)
-        gold = truth(repeated, roll.responses(), roll.finished)
+        score, terms = reward(repeated, roll)  # (B,), and each term of the sum by its name
+        gold = truth(repeated, roll.responses(), roll.finished)  # of the toy's prompts only; it is watched, not learned
         drawn = dict(reward=score.tolist(), gold=gold)
         for name, term in terms.items():
             drawn[f"reward/{name}"] = term.tolist()
@@ -362,7 +376,7 @@ def look_ahead(policy, records, roll, tripwire, cfg):
             place = start + (end - start) * cut // (cfg.cuts + 1)
             beginnings.append(ids[:place])
     onward = generate(policy, beginnings, cfg.ahead, temperature=cfg.temperature)
-    texts = []                                                                           # from the prompt on
+    texts = []  # what was said up to the cut, and how it goes on
     for ids, start, end in zip(onward.tokens.tolist(), starts, onward.lengths):
         texts.append(policy.tok.decode(ids[start:end]))
     trips = tripped(tripwire, repeat(records, cfg.cuts), texts, onward.finished)         # (B cuts,)
@@ -379,20 +393,19 @@ def tripped(tripwire, records, texts, finished):
 
 
 def shape_reward(score, records, roll, policy, judge, tripwire, cfg):
-    """The reward (P, G) of each response, from its score: the rate at which it wins, its length, cut off or nearly, and
-    what might follow it."""
+    """The reward (P, G) of each response, from its score; the options are in the order of the code."""
     r, length = score.clone(), roll.mask.sum(1).view_as(score)
     if cfg.prefer:
         r = win_rates(preferences(records, roll.responses(), score, judge))
     if cfg.len_reward:
-        r += cfg.len_reward * length_reward(length, score > 0.5)
+        r += cfg.len_reward * length_reward(length, right=score > 0.5)  # by a verifier of 0 and 1
     if cfg.missing_end:
         r -= cfg.missing_end * (~roll.finished).view_as(r)
     if cfg.overlong:
         r += overlong_penalty(length, cfg.max_new, cfg.overlong)
     if tripwire and cfg.lookahead:
-        ahead = look_ahead(policy, repeat(records, cfg.group), roll, tripwire, cfg)      # (B,)
-        r -= cfg.lookahead * ahead.view_as(r)
+        chance = look_ahead(policy, repeat(records, cfg.group), roll, tripwire, cfg)     # (B,)
+        r -= cfg.lookahead * chance.view_as(r)
     return r
 
 
@@ -400,7 +413,7 @@ def open_prompts(policy, reward, tripwire, cfg):
     """The Prompts to train on, which reward and tripwire can judge, and held-out records."""
     stream, held = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64, skip_bad=cfg.skip_bad,
                                prepare=fits(policy.tok, policy.config.block_size, cfg.max_new))
-    reward.meet(stream.some(), cfg.data)
+    reward.check(stream.some(), cfg.data)
     check_needs(cfg.tripwire, tripwire, stream.some(), cfg.data, "tripwire")
     return Prompts(stream, cfg), held
 
@@ -411,13 +424,14 @@ def in_loss(cfg):
 
 
 def needs_old(cfg):
-    """Whether log π_old needs a pass of its own; with one update a rollout π_old is the policy itself."""
+    """Whether log π_old needs a pass of its own. With one update a rollout, π_old is the policy itself. The sampler's
+    own log-probabilities, roll.logp, are no substitute: in bf16 they differ in the last bits."""
     return cfg.epochs * cfg.minibatches > 1 or (cfg.kl_coef > 0 and cfg.kl == "k1")
 
 
 def has_gradient(adv, mask, cfg):
-    """Which responses (B,) teach something: one without advantage has no gradient but of the KL term and opmd's
-    square. On the CPU, where the rows of a minibatch are."""
+    """Which responses (B,) teach something: one without advantage has no gradient but of the KL term and opmd's square.
+    The result is on the CPU, as the rows of minibatches are."""
     taught = mask.any(1)
     if not in_loss(cfg) and cfg.loss != "opmd":
         taught = taught & (adv[:, 0] != 0)
@@ -427,10 +441,10 @@ def has_gradient(adv, mask, cfg):
 def report(records, roll, r, means, tripwire, cfg):
     """What is logged of the rollout that the update learned from, r its rewards (P, G), and of the update."""
     length, equal = float(roll.mask.sum(1).mean()), r.amax(1) == r.amin(1)
-    metrics = means.all() | dict(
+    metrics = means.result() | dict(
         zero_std=equal.float().mean(), response_length=length, finished=roll.finished.float().mean())
     if "kl" in metrics:
-        metrics["kl"] *= length  # of a response
+        metrics["kl"] *= length  # per response: the mean of a token that was taught times the mean length
     if tripwire:
         records = repeat(records, cfg.group)
         metrics["tripped"] = tripped(tripwire, records, roll.responses(), roll.finished).mean()
@@ -448,11 +462,10 @@ def warn_if_nothing_differed(rows, cfg):
 
 def train(cfg):
     """Sample groups, score, compare within each group, update, report: one step after another."""
-    tok = Tokenizer.load(cfg.tokenizer)
-    run = Run(cfg, tok)
+    run = Run(cfg)
     if run.finished:
         return run.rows
-    policy = load_model(cfg.init, setup(cfg, tok), n_scores=0, maker="python sft.py").prepare(cfg)
+    policy = load_model(cfg.init, setup(cfg, run.tok), n_scores=0, maker="python sft.py").prepare(cfg)
     ref = reference(policy) if cfg.kl_coef else None
     reward = Reward(cfg.reward, policy, cfg.micro_tokens)
     tripwire = verifier(cfg.tripwire, "tripwire") if cfg.tripwire else None
@@ -462,7 +475,7 @@ def train(cfg):
                           floor=cfg.lr_end, clip=cfg.clip_grad)
     modules = dict(model=policy, ref=ref) if cfg.ref_every else dict(model=policy)
 
-    for step in steps(run, cfg.steps, modules, dict(optimizer=optimizer), prompts.state, cfg.save_every):
+    for step in steps(run, cfg.steps, modules, dict(model=optimizer), prompts.state, cfg.save_every):
         if cfg.ref_every and step and step % cfg.ref_every == 0:
             ref.load_state_dict(policy.state_dict())
 
@@ -474,7 +487,7 @@ def train(cfg):
         old_logp = logps(policy, roll, cfg) if needs_old(cfg) else None                  # (B, T-1)
         ref_logp = logps(ref, roll, cfg) if cfg.kl_coef else None                        # (B, T-1)
         if cfg.kl_coef and cfg.kl == "k1":
-            kl = kl_estimate(old_logp, ref_logp, 1.0, "k1") * roll.mask                  # (B, T-1)
+            kl = kl_estimate(old_logp, ref_logp, None, "k1")                             # (B, T-1)
             r -= cfg.kl_coef * kl.sum(1).view_as(r)
 
         # 3. Compare within each group: every token of a response gets the same advantage.
@@ -487,9 +500,9 @@ def train(cfg):
         # about the others.
         means, total, busy = Means(), 0.0, has_gradient(adv, mask, cfg)
         for rows in minibatches(len(adv), cfg):
-            weights = torch.zeros_like(mask)                                             # (B, T-1)
+            weights = torch.zeros_like(mask)  # whole, as the other columns are
             weights[rows] = token_weights(mask[rows], cfg.per, cfg.max_new)
-            rows = rows[busy[rows]]
+            rows = rows[busy[rows]]  # those that are left out count in the weights
             for x in parts(roll, rows, cfg, weights=weights, adv=adv, old_logp=old_logp, ref_logp=ref_logp):
                 logp, entropy = token_logprobs(policy, x.tokens, x.mask, cfg.temperature, entropy=True)
                 old = logp.detach() if old_logp is None else x.old_logp                  # (b, t-1)
@@ -499,10 +512,10 @@ def train(cfg):
                 loss = (loss * x.weights).sum()
                 loss.backward()
                 total += loss.detach() / cfg.minibatches
-                drift = kl_estimate(old, logp, 1.0, "k3")
+                drift = kl_estimate(old, logp, None, "k3")  # KL(π_old || π), of samples of π_old
                 means.add(x.mask, entropy=entropy, ratio=ratio, clip_frac=decides, approx_kl=drift)
                 if cfg.kl_coef:
-                    means.add(x.mask, kl=logp - x.ref_logp)
+                    means.add(x.mask, kl=logp - x.ref_logp)  # k1, whatever --kl is
             if len(rows):
                 metrics |= optimizer.step(step)
         if cfg.reset:
@@ -510,7 +523,7 @@ def train(cfg):
 
         # 5. Report.
         metrics |= report(records, roll, r, means, tripwire, cfg) | dict(loss=total / cfg.epochs)
-        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+        if run.evaluates(step):
             metrics |= evaluate(policy, ref, reward, held, run, step, cfg)
         run.log(step, ("reward", "zero_std", "response_length"), **metrics)
     warn_if_nothing_differed(run.rows, cfg)

@@ -8,10 +8,15 @@ which is all a reward model or a value function is. No algorithm lives here, and
     echo "What is 7 + 8?" | python model.py out/ppo    answer every line of standard input
     python model.py merge out/a out/b --out out/c  average their weights
 
-One layout for every sequence, in training and in sampling: prompt, response, end token, then padding on the right.
-With causal attention a real token never sees padding on its right, so no attention mask is needed, and position ids
-are always 0, 1, 2, ... `tokens` is (B, T). The log-probability at index t belongs to token t+1, so `logp` and
-`mask` are (B, T-1).
+One layout for every sequence, in training and in sampling: prompt, response, end token, then padding on the right. With
+causal attention a real token never sees padding on its right, so no attention mask is needed, and position ids are
+always 0, 1, 2, ... (packed rows and the cache have both). `tokens` is (B, T). The log-probability at index t belongs to
+token t+1, so `logp` and `mask` are (B, T-1); `mask` is 1 where token t+1 counts, as a token of the response does. What
+a token may look at is `see`.
+
+Words that come back: `cfg`, the options of a script; `like`, a Setup or a model, whose tokenizer, device and precision
+another model gets; `budget`, the most tokens a micro-batch may hold, padding included; a row, (ids, target) of one
+sequence, target being 1 where the mask is to be.
 
 Letters in shape comments: B rows, T tokens, C width, H heads, D = C/H, V vocabulary, S cache slots, N chosen tokens.
 """
@@ -63,44 +68,45 @@ class GPTConfig:
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_scores"):
             value = getattr(self, name)
-            if type(value) is not int or value < (name != "n_scores"):
-                raise UserError(f"{name} {value}: must be a whole number, and not 0 but for n_scores")
-            if value >= 2 ** 48:  # of more PyTorch cannot even count the bytes
+            least = 0 if name == "n_scores" else 1
+            if type(value) is not int or value < least:
+                raise UserError(f"{name} {value}: must be a whole number of at least {least}")
+            if value >= 2 ** 48:  # PyTorch overflows when it counts the bytes of more
                 raise UserError(f"{name} {value}: no computer holds that")
-        for name, unit in (("n_embd", self.n_head), ("block_size", 16)):  # 16: batches are padded to a multiple of it
-            if getattr(self, name) % unit:
-                of = " (n_head)" if name == "n_embd" else ""
-                raise UserError(f"{name} {getattr(self, name)} is not a multiple of {unit}{of}")
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd {self.n_embd} is not a multiple of {self.n_head} (n_head)")
+        if self.block_size % 16:  # batches are padded to that
+            raise UserError(f"block_size {self.block_size} is not a multiple of 16")
         if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise UserError(f"dropout {self.dropout}: must be at least 0 and below 1")
 
 
-def attend(q, k, v, mask):
+def attend(q, k, v, see):
     """Scaled dot-product attention: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
 
-    mask is None for causal self-attention, or a boolean (B, 1, T, S), True where a query may look.
+    see is None for causal self-attention, or a boolean (B, 1, T, S), True where a query may look.
     """
-    if q.is_cuda or (q.dtype != torch.bfloat16 and q.shape[2] > 1):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     # On a CPU the fused kernel is slow in two places, the bf16 backward (5x) and the single query of decoding
     # (1.3x); three plain operators are not.
+    if q.is_cuda or (q.dtype != torch.bfloat16 and q.shape[2] > 1):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=see, is_causal=see is None)
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
-    if mask is None:
-        mask = torch.ones(T, S, dtype=torch.bool).tril()
-    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    if see is None:
+        see = torch.ones(T, S, dtype=torch.bool).tril()
+    bias = torch.zeros(see.shape, dtype=q.dtype).masked_fill_(~see, -torch.inf)
     scores = (q * D ** -0.5) @ k.transpose(2, 3) + bias                                  # (B, H, T, S)
-    return torch.softmax(scores, -1, dtype=scores.dtype) @ v
+    return torch.softmax(scores, -1, dtype=scores.dtype) @ v  # autocast would make it fp32 if not told
 
 
 class Linear(nn.Module):
     """x W + b with W of shape (in, out). GPT-2's files have it that way round, and nn.Linear the other."""
     def __init__(self, n_in, n_out):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_in, n_out))
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))  # GPT draws them
         self.bias = nn.Parameter(torch.empty(n_out))
 
     def forward(self, x):
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])  # addmm takes matrices, and is faster than a product and a sum
         return torch.addmm(self.bias, rows, self.weight).view(*x.shape[:-1], -1)
 
 
@@ -112,13 +118,13 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.n_head, self.layer = config.n_head, layer
 
-    def forward(self, x, mask, cache):
+    def forward(self, x, see, cache):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)                              # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                                   # (B, H, T, D) each
         if cache is not None:
             k, v = cache.write(self.layer, k, v)                                         # (B, H, S, D)
-        y = attend(q, k, v, mask)                                                        # (B, H, T, D)
+        y = attend(q, k, v, see)                                                         # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -143,8 +149,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, mask=None, cache=None):
-        x = x + self.drop(self.attn(self.ln_1(x), mask, cache))
+    def forward(self, x, see=None, cache=None):
+        x = x + self.drop(self.attn(self.ln_1(x), see, cache))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
@@ -171,7 +177,8 @@ class GPT(nn.Module):
     def __init__(self, config, tok=None):
         super().__init__()
         self.config, self.tok, self.precision = config, tok, "fp32"
-        self.folder, self.fingerprint = None, tok and tok.fingerprint  # where it is from, and whose ids it reads
+        self.folder = None  # that it was loaded from
+        self.fingerprint = tok and tok.fingerprint  # of the tokenizer that it was trained with
         # Rows up to the next multiple of 64 keep the matmul of the head fast; `logits` cuts them off again, so
         # an id without a token has no probability and cannot be sampled.
         rows = round_up(config.vocab_size, 64)
@@ -183,8 +190,8 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd)))
         self.score = nn.Linear(config.n_embd, config.n_scores, bias=False) if config.n_scores else None
         self.grad_checkpoint = False  # recompute each block in the backward pass: less memory, 4/3 of the time
-        self.fused_bwd = False  # whether its Optimizer updates in the backward pass
-        self.vector_lr = 0.0    # with LoRA, the rate of its biases and norms; 0: they are frozen like the rest
+        self.fused_bwd = False  # whether its Optimizer updates in the backward pass, see there
+        self.vector_lr = 0.0    # with LoRA, the learning rate of biases and norms; 0: they are frozen like the rest
         self.apply(self._init)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):  # GPT-2: keeps the residual stream's variance at depth 2 n_layer
@@ -206,14 +213,14 @@ class GPT(nn.Module):
         self.grad_checkpoint, self.fused_bwd = cfg.grad_checkpoint, cfg.fused_bwd
         if cfg.lora_r:
             torch.manual_seed(cfg.seed)
-            self.add_lora(cfg.lora_r, cfg.lora_alpha, cfg.lora_bias)
+            self.add_lora(cfg.lora_r, cfg.lora_alpha, vector_lr=cfg.lora_bias)
         if cfg.compile:
             self.compile(dynamic=True)
         return self
 
     def add_lora(self, r, alpha, vector_lr=0.0):
-        """Freeze everything but a score head, and give every linear layer of the blocks an adapter of rank r. With a
-        rate for them, biases and norms are trained too (BitFit, Ben Zaken et al. 2106.10199)."""
+        """Freeze everything but a score head, and give every linear layer of the blocks an adapter of rank r. If
+        vector_lr is not 0, biases and norms are trained too, at that rate (BitFit, Ben Zaken et al. 2106.10199)."""
         self.requires_grad_(False)
         if self.score is not None:
             self.score.requires_grad_(True)
@@ -255,13 +262,14 @@ class GPT(nn.Module):
         return self.transformer.wte.weight.device
 
     def autocast(self):
-        """The context of its matmuls. It sets it itself; around several passes it keeps the weights that were cast."""
+        """The context of its matmuls. forward and logits enter it themselves. Around several passes it spares work: the
+        bf16 copies of the weights are then made once."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def forward(self, tokens, pos=None, mask=None, cache=None):
+    def forward(self, tokens, pos=None, see=None, cache=None):
         """tokens (B, T) -> hidden states (B, T, C).
 
-        pos (B, T) or (T,): position ids, 0..T-1 when absent. mask (B, 1, T, T): what may see what, causal when
+        pos (B, T) or (T,): position ids, 0..T-1 when absent. see (B, 1, T, T): what may look at what, causal when
         absent. cache: keys and values of earlier positions, which this call extends at `pos`.
         """
         T, longest = tokens.shape[1], self.config.block_size
@@ -270,15 +278,15 @@ class GPT(nn.Module):
                 raise UserError(f"a sequence of {T} tokens does not fit the context of {longest}")
             pos = torch.arange(T, device=tokens.device)
         if cache is not None:
-            mask = cache.at(pos.expand(tokens.shape))
+            see = cache.prepare(pos.expand(tokens.shape))
         t = self.transformer
         with self.autocast():
             x = t.drop(t.wte(tokens) + t.wpe(pos))                                       # (B, T, C)
             for block in t.h:
                 if self.grad_checkpoint and torch.is_grad_enabled():
-                    x = recompute(block, x, mask, use_reentrant=False)
+                    x = recompute(block, x, see, use_reentrant=False)  # there is no cache: sampling has no gradient
                 else:
-                    x = block(x, mask, cache)
+                    x = block(x, see, cache)
             return t.ln_f(x)
 
     def logits(self, hidden):
@@ -287,7 +295,8 @@ class GPT(nn.Module):
             return F.linear(hidden, self.transformer.wte.weight)[..., :self.config.vocab_size]
 
     def scores(self, hidden):
-        """(..., C) -> (..., n_scores), computed in at least fp32 under autocast too: bf16 would make ties."""
+        """(..., C) -> (..., n_scores), in at least fp32 under autocast too: bf16 would give different answers one
+        score."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.score(full(hidden))
 
@@ -295,7 +304,8 @@ class GPT(nn.Module):
 class Cache:
     """Keys and values of every layer. Slot s of row b holds position s of row b, so rows of any length share it.
 
-    A slot a row has not reached yet may hold another row's padding; `at` hides it until the row overwrites it.
+    A slot that a row has not reached yet may hold padding, from behind a shorter prompt; `prepare` hides it until the
+    row overwrites it.
     """
 
     def __init__(self, model, rows, slots):
@@ -310,11 +320,12 @@ class Cache:
         """Make room for positions below `slots`."""
         more = slots - self.k.shape[3]
         if more > 0:
-            self.k = F.pad(self.k, (0, 0, 0, more))
+            self.k = F.pad(self.k, (0, 0, 0, more))  # D stays, S grows
             self.v = F.pad(self.v, (0, 0, 0, more))
 
-    def at(self, pos):
-        """Prepare to write at pos (B, T); returns the mask (B, 1, T, S): a token sees slots up to its own."""
+    def prepare(self, pos):
+        """Get ready to write at pos (B, T); returns what may be seen, (B, 1, T, S): for a token the slots up to its
+        own."""
         B, H, S = self.k.shape[1:4]
         rows, heads, slots = (torch.arange(n, device=pos.device) for n in (B, H, S))
         self.index = rows[:, None, None], heads[None, :, None], pos[:, None, :]          # (B, H, T) in all
@@ -343,11 +354,11 @@ def full(x):
 def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, chunk=None, pos=None, see=None):
     """log π(token t+1 | tokens 0..t) where mask is not 0, and exactly 0 elsewhere.
 
-    tokens (B, T), mask (B, T-1) -> logp (B, T-1), at least fp32; with entropy=True also the entropy of each of
-    those next-token distributions, in nats. The head runs on masked positions only and in chunks (of 2^24 logits,
-    unless told) that the backward pass recomputes, so no (B, T, V) tensor ever exists. Both are at the sampling
-    temperature: a policy sampled at T != 1 *is* softmax(logits / T), and ratios of anything else are no importance
-    weights.
+    tokens (B, T), mask (B, T-1) -> logp (B, T-1), at least fp32; with entropy=True also the entropy of each of those
+    next-token distributions, in nats. pos and see are those of packed rows, see data.pack. The head runs only where the
+    mask is 1, and on `chunk` positions at a time (as many as make 2^24 logits), which the backward pass computes anew:
+    no (B, T, V) tensor ever exists. Both results are at the sampling temperature. A policy sampled at T != 1 *is*
+    softmax(logits / T), so only ratios of that are importance weights.
     """
     def head(hidden, target):                                                            # (N, C), (N,)
         logits = full(model.logits(hidden))                                              # (N, V)
@@ -357,9 +368,10 @@ def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, chunk=No
             return (logp,)
         logz = logits.logsumexp(-1)
         p = (logits - logz[:, None]).exp()
-        return logp, logz - (p * logits).sum(-1)
+        return logp, logz - (p * logits).sum(-1)  # -Σ p log p, as log p = logits - logz
 
-    where, before, after = mask.bool(), tokens[:, :-1], tokens[:, 1:]
+    before, after = tokens[:, :-1], tokens[:, 1:]
+    where = mask.bool()
     if see is not None:  # packed rows: data.pack's positions and mask
         pos = pos[:, :-1]
         see = see[:, :, :-1, :-1]
@@ -376,15 +388,16 @@ def at_positions(head, where, *inputs, chunk):
     head gives a tuple of (N,). Beyond `chunk` positions it runs on one chunk after the other, and the backward pass
     recomputes them, so that what it holds on the way, as (N, V) logits, never exists whole.
     """
-    again, results = len(inputs[0]) > chunk and torch.is_grad_enabled(), []
+    save_memory = len(inputs[0]) > chunk and torch.is_grad_enabled()
+    results = []  # of each chunk a tuple, as (logp, entropy)
     for some in zip(*(x.split(chunk) for x in inputs)):
-        results.append(recompute(head, *some, use_reentrant=False) if again else head(*some))
+        results.append(recompute(head, *some, use_reentrant=False) if save_memory else head(*some))
     return tuple(scattered(where, torch.cat(column)) for column in zip(*results))
 
 
 def scattered(where, values):
-    """values (N,) at the N places where (B, T-1) is true, 0 elsewhere. Not multiplied by a mask: what is not a response
-    token cannot leak, NaN included."""
+    """The N values (N,) at the N places that are true in `where` (B, T-1), 0 elsewhere. That is no product with a mask:
+    what is not a response token cannot leak, NaN included."""
     zeros = torch.zeros(where.shape, device=where.device, dtype=values.dtype)
     return zeros.masked_scatter(where, values)
 
@@ -405,7 +418,7 @@ def response_scores(model, tokens, mask):
     Neither the amount of padding nor an end token inside the prompt moves the place.
     """
     B, T = tokens.shape
-    place = mask.bool() * torch.arange(1, T, device=mask.device)                         # (B, T-1)
+    place = mask.bool() * torch.arange(1, T, device=mask.device)  # (B, T-1): t+1, the token that mask[t] is about
     hidden = model(tokens)[torch.arange(B, device=mask.device), place.amax(1)]           # (B, C)
     return model.scores(hidden)
 
@@ -438,7 +451,8 @@ class Rollout:
         """Its rows as data.encode makes them: [(ids, target), ...]."""
         out = []
         for ids, n, p in zip(self.tokens.tolist(), self.lengths, self.prompt_len):
-            out.append((ids[:n], [0] * p + [1] * (n - p)))
+            target = [0] * p + [1] * (n - p)
+            out.append((ids[:n], target))
         return out
 
     def take(self, rows):
@@ -451,8 +465,9 @@ class Rollout:
     def of(rows, tok, device="cpu"):
         """Finished responses as if they had been drawn: [(ids, target), ...] as data.encode makes them; logp is 0."""
         tokens, mask = collate(rows, tok, device)
-        return Rollout(tokens, mask, torch.zeros_like(mask), torch.ones(len(rows), dtype=torch.bool, device=device),
-                       [target.index(1) for _, target in rows], tok)
+        finished = torch.ones(len(rows), dtype=torch.bool, device=device)
+        prompt_len = [target.index(1) for _, target in rows]
+        return Rollout(tokens, mask, torch.zeros_like(mask), finished, prompt_len, tok)
 
     @staticmethod
     def join(rolls):
@@ -469,7 +484,7 @@ class Rollout:
         return Rollout(torch.cat(tokens), torch.cat(mask), torch.cat(logp), torch.cat(finished), prompt_len, tok)
 
 
-LOOK = {"cpu": 1, "cuda": 8}  # steps from one look at how many rows are left to the next: it makes a GPU wait
+LOOK = {"cpu": 1, "cuda": 8}  # how many steps until the next look at which rows are finished: a look makes a GPU wait
 
 
 def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
@@ -482,22 +497,23 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     logits = full(logits)
     if temperature == 0:
         best = logits.amax(-1)
-        return logits.argmax(-1), best - best  # 0, but of NaN or infinity NaN
+        return logits.argmax(-1), best - best  # 0, or NaN if best is not finite, for lay_out to refuse
     logits = logits / temperature
     if top_k:
         kept = logits.topk(min(top_k, logits.shape[1])).values                           # (B, k)
         logits = logits.masked_fill(logits < kept[:, -1:], -torch.inf)
     if top_p < 1:
         ordered, order = logits.softmax(-1).sort(descending=True)
-        outside = ordered.cumsum(-1) - ordered >= max(top_p, 1e-9)  # what comes before it suffices; never the first
-        logits = logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
+        before = ordered.cumsum(-1) - ordered  # what the likelier tokens make up together
+        outside = before >= max(top_p, 1e-9)   # never the first
+        outside = outside.scatter(1, order, outside)  # back in the order of the vocabulary
+        logits = logits.masked_fill(outside, -torch.inf)
     logp = logits.log_softmax(-1)                                                        # (B, V)
     cdf = logp.exp().cumsum(-1)
-    # `right=True` finds the first entry whose cdf exceeds the draw, which always has probability > 0, provided the
-    # draw stays below the last cdf value; rounding could lift it there, hence the minimum.
     total = cdf[:, -1:]                                                                  # (B, 1)
-    draw = torch.minimum(u[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    token = torch.searchsorted(cdf, draw, right=True)                                    # (B, 1)
+    below = total.nextafter(torch.zeros_like(total))
+    point = torch.minimum(u[:, None] * total, below)  # rounding could lift the product to the total
+    token = torch.searchsorted(cdf, point, right=True)  # the first whose cdf exceeds it: its probability is not 0
     token = token.clamp(max=logits.shape[1] - 1)  # of a NaN it would be past the end
     return token[:, 0], logp.gather(1, token)[:, 0]
 
@@ -511,8 +527,9 @@ def generate(model, prompts, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0, 
     keeps its own position in a static key-value cache. A row stops at its end token, after max_new tokens, or when the
     context is full; finished rows leave the batch. top_k and top_p are for chatting: a policy gradient needs the
     samples to come from the distribution it differentiates, so no trainer offers them. stream(token) is called with
-    each new id, for a single row. begin: ids every response is made to begin with, besides max_new; they are part
-    of it, with log-probability 0. Raises UserError for a prompt that leaves no room in the context, and for a model
+    each new id, for a single row. drop_finished=False keeps finished rows in the batch, which changes no result. begin:
+    ids that every response is made to begin with; they are a part of it, with log-probability 0, and do not count in
+    max_new. Raises UserError for a prompt that leaves no room in the context, and for a model
     whose logits are no numbers.
     """
     if 0 < temperature < COLDEST:
@@ -542,7 +559,7 @@ def prefill(model, prompts, n, width):
     of the prompts (B,)."""
     length = torch.tensor([len(p) for p in prompts], device=model.device)                # (P,)
     rows, longest = torch.arange(len(prompts), device=model.device), int(length.max())
-    tokens = pad(prompts, model.tok.pad, model.device, width=width)[:, :width]           # (P, width)
+    tokens = pad(prompts, model.tok.pad, model.device, width=width)[:, :width]  # (P, width): pad rounds up
     cache = Cache(model, len(prompts), longest)
     hidden = model(tokens[:, :longest], cache=cache)                                     # (P, longest, C)
     hidden = hidden[rows, length - 1]                                                    # (P, C)
@@ -563,8 +580,8 @@ def decode(model, hidden, cache, length, width, max_new, draw, stream, drop_fini
     drawn = torch.zeros(B, max_new, device=device, dtype=torch.bool)
     # All uniforms at once: what a row draws does not depend on which other rows have left the batch.
     uniform = torch.rand(max_new, B, device=device, dtype=logp.dtype)
-    active = torch.arange(B, device=device)                     # the rows that are still in the batch
-    live = torch.ones(B, device=device, dtype=torch.bool)       # and which of them go on
+    active = torch.arange(B, device=device)                # the rows in the batch, some of them finished
+    live = torch.ones(B, device=device, dtype=torch.bool)  # and which of these are not finished: only their draws count
     look = LOOK[device.type] if stream is None else 1  # to show a token is to wait for it
     for j in range(max_new):
         token, lp = draw(hidden, uniform[j, active])
@@ -580,12 +597,12 @@ def decode(model, hidden, cache, length, width, max_new, draw, stream, drop_fini
             if left <= 0.75 * len(live):  # to drop rows, the cache is copied: worth it for a good many only
                 active, pos, token = active[live], pos[live], token[live]
                 cache.select(live.nonzero()[:, 0])
-                live = live[live]
+                live = live[live]  # all of them
         if j + 1 < max_new:
             # A CPU reads all slots at every step, so it gets them as they are needed; a GPU gets them at once.
             needed = width if device.type == "cuda" else round_up(longest + j + 1, 32)
             cache.reserve(min(needed, width))
-            pos = pos.clamp(max=width - 1)
+            pos = pos.clamp(max=width - 1)  # of finished rows it goes on
             hidden = model(token[:, None], pos[:, None], cache=cache)[:, 0]              # (B, C)
     return said, logp, drawn
 
@@ -604,11 +621,11 @@ def lay_out(model, tokens, length, said, logp, drawn, begun):
     if laid.isnan().any():
         raise UserError(f"cannot sample: the logits are no numbers; {largest(model)}. In training a lower --lr helps")
     for k in range(1, begun + 1):
-        mask[torch.arange(B, device=tokens.device), length - k - 1] = 1.0
+        mask[torch.arange(B, device=tokens.device), length - k - 1] = 1.0  # of token length - k
     width = min(round_up(int(at.max()) + 1), width)
+    tokens, mask, laid = tokens[:, :width], mask[:, :width - 1], laid[:, :width - 1]
     finished = (drawn & (said == model.tok.end)).any(1)
-    return Rollout(tokens[:, :width], mask[:, :width - 1], laid[:, :width - 1], finished,
-                   (length - begun).tolist(), model.tok)
+    return Rollout(tokens, mask, laid, finished, (length - begun).tolist(), model.tok)
 
 
 def respond(policy, records, cfg, n=1, begin=()):
@@ -634,11 +651,13 @@ def largest(model):
 
 def slices(roll, budget, rows=None):
     """Micro-batches of a rollout's rows, trimmed to their own longest: (rows, tokens (b, t), mask (b, t-1)) each."""
-    lengths = roll.lengths
-    rows = list(range(len(lengths))) if rows is None else rows
-    for places in micro_batches([lengths[i] for i in rows], budget) if rows else ():
-        some = [rows[i] for i in places]
-        longest = max(lengths[i] for i in some)
+    rows = list(range(len(roll.tokens))) if rows is None else rows
+    if not rows:
+        return
+    lengths = [roll.lengths[row] for row in rows]
+    for places in micro_batches(lengths, budget):
+        some = [rows[place] for place in places]
+        longest = max(lengths[place] for place in places)
         t = min(round_up(longest), roll.tokens.shape[1])
         yield some, roll.tokens[some, :t], roll.mask[some, :t - 1]
 
@@ -672,12 +691,14 @@ def minibatches(n, cfg):
 
 
 def parts(roll, rows, cfg, **columns):
-    """The micro-batches of an update, whose gradients add up: each has tokens (b, t), mask (b, t-1), and its corner of
-    every column, which is (B, T-1) or (B, 1), or None."""
+    """The micro-batches of an update, whose gradients add up: each has tokens (b, t), mask (b, t-1), and of every
+    column, (B, T-1) or (B, 1) or None, the same rows and as many columns as the mask has."""
     for some, tokens, mask in slices(roll, cfg.micro_tokens, rows.tolist()):
-        t = mask.shape[1]
-        corners = {name: x if x is None else x[some, :t] for name, x in columns.items()}
-        yield SimpleNamespace(tokens=tokens, mask=mask, **corners)
+        part, width = SimpleNamespace(tokens=tokens, mask=mask), mask.shape[1]
+        for name, column in columns.items():
+            own = None if column is None else column[some, :width]
+            setattr(part, name, own)
+        yield part
 
 
 class Means:
@@ -698,16 +719,15 @@ class Means:
             self.sums[name] += other.sums[name]
             self.counts[name] += other.counts[name]
 
-    def all(self):
+    def result(self):
         """{name: its mean}."""
         return {name: float(total / self.counts[name]) for name, total in self.sums.items()}
 
 
 @torch.no_grad()
 def choice_logprobs(model, prompts, choices, budget):
-    """log P of each of a few one-token answers (texts) to each prompt (lists of ids), among them alone -> (N, choices).
-
-    A prompt beyond the context loses its beginning."""
+    """What a model answers to N prompts (lists of ids) when it has to choose: log P of each choice, a text of one
+    token, among the choices -> (N, choices). A prompt beyond the context loses its beginning."""
     tok, device = model.tok, model.device
     encoded = [tok.encode(choice) for choice in choices]
     if any(len(ids) != 1 for ids in encoded):
@@ -734,17 +754,22 @@ class Reward:
     (data.VERIFIERS, or module:function).
 
     `Reward("0.5*out/reward@answer[write] + exact", ...)(records, roll)` -> total (B,), {term: unweighted part (B,)}.
-    What follows a name: |NAME, and the worst of them counts, which is the least, but the most of a cost or with a
-    negative weight (Coste et al. 2310.02743; the part "NAME|NAME spread" is their standard deviation); @answer, and it
-    sees only what follows the thinking; @rate, a language model's expected points, as -1..1 (direct RLAIF, 2309.00267);
-    @A to @D, its P of a class of data.RUBRIC (RBRM, GPT-4 2303.08774); {system message} of a conditional reward model;
-    [families], and prompts of others get 0.
+    A term is a data.Term, and may have, in this order:
+
+        NAME|NAME          several; the worst counts: the least, or the greatest of a cost or with a negative weight
+                           (Coste et al. 2310.02743). The part "NAME|NAME spread" is their standard deviation
+        @answer            it sees only what follows the thinking
+        @rate              a language model is asked for points; they count as -1..1 (direct RLAIF, 2309.00267)
+        @A to @D           a language model is asked for a class of data.RUBRIC; its P counts (RBRM, 2303.08774)
+        {system message}   it is put in front, for a conditional reward model
+        [families]         prompts of other families get 0
+
     A folder with a reward.txt stands for the sum in it (configs/rule_based_rewards.py).
     """
 
     def __init__(self, spec, like, budget, cost=False):
         self.terms, self.tok, self.budget, self.cost = self.expand(spec), like.tok, budget, cost
-        self.models = []                    # the reward models of the sum: their names, as often as they stand in it
+        self.models = []                    # the folders of its reward models; PPO's critic starts from the first
         self.loaded, self.rules = {}, {}    # name: a model; name: a verifier
         self.asked = {}                     # what the judges have answered about the rollout at hand
         for term in self.terms:
@@ -776,8 +801,8 @@ class Reward:
 
     @staticmethod
     def expand(spec, inside=()):
-        """The terms of a sum, those of a folder's reward.txt in the place of the folder; inside: the reward.txt that
-        this sum is from, and those that one is from."""
+        """The terms of a sum, those of a folder's reward.txt in the place of the folder. inside: the paths of the
+        reward.txt that are being expanded, so that a loop is found."""
         out = []
         for term in parse_rewards(spec):
             sums = [name for name in term.names if (Path(name) / "reward.txt").exists()]
@@ -797,7 +822,7 @@ class Reward:
                 out.append(replace(part, weight=term.weight * part.weight))
         return out
 
-    def meet(self, records, data):
+    def check(self, records, data):
         """Refuse records that a term can never pay for, and count those of a file that get 0: see check_needs."""
         for term in self.terms:
             if term.families and not any("family" in record for record in records):
@@ -818,7 +843,8 @@ class Reward:
             values = torch.zeros(len(term.names), len(records), device=total.device)
             for k, name in enumerate(term.names if rows else ()):
                 values[k, rows] = self.judge(name, term, records, shown, roll)
-            worst = torch.amin if (term.weight > 0) != self.cost else torch.amax
+            more_is_better = (term.weight > 0) != self.cost
+            worst = torch.amin if more_is_better else torch.amax
             parts[term.label] = worst(values, 0)
             if len(term.names) > 1:
                 parts[term.label + " spread"] = values.std(0)
@@ -845,7 +871,7 @@ class Reward:
         """What a language model answers when it is asked about each text: expected points as -1..1, or P of a class."""
         model, points = self.loaded[name], term.view == "rate"
         choices = [str(n) for n in range(POINTS + 1)] if points else list(RUBRIC)
-        key = (name, points, *term.families)  # the classes of one answer are one question
+        key = (name, points, *term.families)  # @A to @D are one question, asked once of the same texts
         if key not in self.asked:
             prompts = []
             for i, text in shown.items():
@@ -854,7 +880,8 @@ class Reward:
             self.asked[key] = choice_logprobs(model, prompts, choices, self.budget).exp()
         p = self.asked[key]                                                              # (n, choices)
         if points:
-            return p @ torch.arange(POINTS + 1.0, device=p.device) * 2 / POINTS - 1
+            expected = p @ torch.arange(POINTS + 1.0, device=p.device)                   # (n,)
+            return expected * 2 / POINTS - 1
         return p[:, choices.index(term.view)]
 
     def scores(self, name, term, shown, roll):
@@ -871,17 +898,18 @@ class Reward:
         return out[rows]
 
     def read(self, term, shown, roll, most):
-        """Micro-batches of what a reward model sees: texts encoded as in its training, or the rollout's own tokens,
-        after the term's system message, cut to `most` tokens as in its training: (rows, tokens, mask)."""
+        """Micro-batches (rows, tokens, mask) of what a reward model sees: the rollout's own tokens, or with a view the
+        text, encoded; after the term's system message; cut to `most` tokens. All is as in its training."""
         system, tokens, lengths = [], roll.tokens.tolist(), roll.lengths
         if term.system:
             system, _ = self.tok.chat([dict(role="system", content=term.system)])
         rows, built = list(shown), []
         for i, text in shown.items():
-            prompt, answer = tokens[i][:roll.prompt_len[i]], tokens[i][roll.prompt_len[i]:lengths[i]]
+            start = roll.prompt_len[i]
+            prompt, answer = tokens[i][:start], tokens[i][start:lengths[i]]
             if term.view:
                 answer = self.tok.response(text)
-            built += answer_rows(system + prompt, [answer], self.tok, most)
+            built += answer_rows(system + prompt, [answer], self.tok, most)  # one row for one answer
         for places in micro_batches([len(ids) for ids, _ in built], self.budget):
             some = [built[j] for j in places]
             yield [rows[j] for j in places], *collate(some, self.tok, roll.tokens.device)
@@ -1001,50 +1029,65 @@ def setup(cfg, tok):
 def muon_group(p, lr, decay):
     """What torch.optim.Muon is told of a matrix; decay: the share of it that a step takes off, as AdamW's.
 
-    PyTorch makes Muon's step larger by √(rows / columns) where a matrix has more rows than columns. It has an (out, in)
-    matrix in mind. Of our (in, out) that would be the wrong side, so the rate makes up for it.
+    A step is to be larger by √(out / in) where out > in. PyTorch does so for matrices (out, in): it multiplies the rate
+    by √(rows / columns) if there are more rows. Ours are (in, out). With this rate, more rows give a factor of 1, and
+    more columns one of √(columns / rows) = √(out / in).
     """
     rows, columns = p.shape
     lr = lr * math.sqrt(columns / rows)
-    return dict(params=[p], lr=lr, weight_decay=decay / lr)
+    return dict(params=[p], lr=lr, weight_decay=decay / lr)  # PyTorch multiplies the decay by the rate
 
 
 class Optimizer:
     """AdamW, or Muon for the hidden matrices with AdamW for the rest; linear warm-up, then cosine to `floor` · lr.
 
-    Decay applies to matrices only, never to biases and norms. Muon (Jordan et al. 2024) steps along
-    the orthogonalised momentum of each matrix; on the toy world it decides whether the base learns arithmetic in
-    time. Gradients are clipped to a global norm before either sees them.
+    Decay applies to matrices only, never to biases and norms. Muon (Jordan et al. 2024) steps along the orthogonalised
+    momentum of each matrix; with it the toy base learns sums in the steps that it has, with AdamW it does not.
+    Gradients are clipped to a global norm before either sees them.
 
     With model.fused_bwd every parameter has an optimizer of its own, which steps as soon as its gradient is whole and
-    frees it (fused gradient descent, ChatGLM-RLHF 2404.00934; LOMO 2306.09782). Nothing is left to clip or to add to.
+    frees it (fused gradient descent, ChatGLM-RLHF 2404.00934; LOMO 2306.09782). So nothing can be clipped, and
+    gradients cannot be added up.
     """
 
     def __init__(self, model, lr, total, kind="adamw", muon_lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), warmup=0,
                  floor=0.1, clip=1.0):
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.total, self.warmup, self.floor, self.clip = total, warmup, floor, clip
-        hidden = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and ".h." in n]
-        muon = hidden if kind == "muon" else []
-        ids = {id(p) for p in muon}
-        decay = [p for p in self.params if p.ndim == 2 and id(p) not in ids]
-        plain = [p for p in self.params if p.ndim < 2]
-        self.optims = [torch.optim.AdamW([dict(params=decay, weight_decay=weight_decay),
-                                          dict(params=plain, weight_decay=0.0, lr=model.vector_lr or lr)],
-                                         lr=lr, betas=betas, fused=True)]
+        muon, decay, plain = [], [], []
+        for name, p in model.named_parameters():
+            if not p.requires_grad:
+                continue
+            if p.ndim < 2:
+                plain.append(p)
+            elif kind == "muon" and ".h." in name:  # a matrix of a block
+                muon.append(p)
+            else:
+                decay.append(p)
+        groups = [dict(params=decay, weight_decay=weight_decay),
+                  dict(params=plain, weight_decay=0.0, lr=model.vector_lr or lr)]
+        self.optims = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
         if muon:
-            self.optims.append(torch.optim.Muon([muon_group(p, muon_lr, weight_decay * lr) for p in muon]))
+            groups = [muon_group(p, muon_lr, weight_decay * lr) for p in muon]
+            self.optims.append(torch.optim.Muon(groups))
         self.fused, self.updated = model.fused_bwd, set()
         if self.fused:
             if clip:
                 raise OptionError("--fused_bwd: a gradient that is freed at once cannot be clipped; add --clip_grad 0")
-            self.optims = [type(optim)([group | dict(params=[p])]) for optim in self.optims
-                           for group in optim.param_groups for p in group["params"]]
-            for optim in self.optims:
-                optim.param_groups[0]["params"][0].register_post_accumulate_grad_hook(
-                    functools.partial(self.update, optim))
+            self.optims = self.one_for_each_parameter()
         for group in self.groups():
             group["base_lr"] = group["lr"]
+
+    def one_for_each_parameter(self):
+        """fused_bwd: an optimizer for every parameter, which steps as soon as its gradient is there."""
+        optims = []
+        for optim in self.optims:
+            for group in optim.param_groups:
+                for p in group["params"]:
+                    own = type(optim)([group | dict(params=[p])])
+                    p.register_post_accumulate_grad_hook(functools.partial(self.update, own))
+                    optims.append(own)
+        return optims
 
     def groups(self):
         return [group for optim in self.optims for group in optim.param_groups]
@@ -1195,7 +1238,8 @@ def load_tensors(path):
         size = struct.unpack("<Q", raw[:8].tobytes())[0]
         if size > len(raw) - 8:
             raise ValueError("it is cut short")
-        header, data = json.loads(raw[8:8 + size].tobytes()), raw[8 + size:]
+        begin = 8 + size
+        header, data = json.loads(raw[8:begin].tobytes()), raw[begin:]
         meta = header.get("__metadata__", {})
         said = meta.pop("crc32", None)
         crc = zlib.crc32(json.dumps(header).encode())
@@ -1236,7 +1280,7 @@ def save_checkpoint(folder, modules, optimizers, meta):
         tensors |= {f"{name}/{key}": value for key, value in module.state_dict().items()}
     check_finite(tensors, f"{folder}: not saved, an earlier checkpoint there is intact, a lower --lr usually helps")
     for name, optimizer in optimizers.items():
-        tensors |= {f"{name}/{key}": value for key, value in optimizer.tensors().items()}
+        tensors |= {f"optimizer of {name}/{key}": value for key, value in optimizer.tensors().items()}
     config = asdict(next(iter(modules.values())).config)
     save_tensors(Path(folder) / "checkpoint.safetensors", tensors, meta | dict(config=config))
 
@@ -1279,8 +1323,9 @@ def check_finite(tensors, where):
 
 
 class Undrawn(TorchFunctionMode):
-    """Within it no weight is drawn: all will be read from a file. On the meta device PyTorch would even import its
-    compiler to draw, which takes a second."""
+    """Within it no weight is drawn, since all will be read from a file: PyTorch passes every call through here, and
+    those of nn.init do nothing. On the meta device PyTorch would even import its compiler to draw, which takes a
+    second."""
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (nn.init.normal_, nn.init.kaiming_uniform_, nn.init.uniform_):
             return kwargs["tensor"]
@@ -1319,7 +1364,7 @@ def load_model(folder, like=Setup(), n_scores=None, maker=""):
     a finished run has as well. A tokenizer other than the one it was trained with is an error.
 
     like: a Setup, or a model, whose tokenizer, device and precision it gets. n_scores: make it a reward or value model
-    of that many scores; those that it has are kept, the first ones first, and others start at zero. 0 asks for a
+    of that many scores, of which it keeps the first that it has; new ones start at zero. 0 asks for a
     language model and refuses any other; None takes what is there. maker: the command that makes this folder, for the
     error message.
     """
@@ -1372,8 +1417,8 @@ def resize_head(model, n_scores):
 
 @torch.no_grad()
 def shift_score(model, by):
-    """Add a number to every score of a model with one. GPT-2's head has no bias, so it goes into the last norm's, whose
-    product with the head it becomes: w (b + by w / w²) = w b + by."""
+    """Add the number `by` to every score of a model with one. GPT-2's head w has no bias of its own, but the last norm
+    has one, b. What is added to that is a vector whose product with w is `by`: w · (b + by w / w²) = w · b + by."""
     w = model.score.weight[0]                                                            # (C,)
     model.transformer.ln_f.bias += by * w / (w @ w).clamp(min=1e-12)
 
@@ -1384,7 +1429,7 @@ def reference(policy):
     What is frozen in the policy is shared rather than copied, so with LoRA it takes next to no memory. Called before
     the first step: the adapters are 0 then, and biases and norms are what they were.
     """
-    shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
+    shared = {id(p): p for p in policy.parameters() if not p.requires_grad}  # deepcopy does not copy what it is given
     ref = copy.deepcopy(policy, shared).requires_grad_(False).eval()
     ref.remove_lora()
     return ref
@@ -1413,7 +1458,7 @@ def steps(run, total, modules, optimizers, state, save_every):
     needs no generator's state, and evaluation or sampling inside one step cannot change the next.
     """
     model = next(iter(modules.values()))
-    meta = dict(tokenizer=run.fingerprint, machine=machine(model.device, model.precision))
+    meta = dict(tokenizer=run.tok.fingerprint, machine=machine(model.device, model.precision))
     start = restore(run, modules, optimizers, state, meta["machine"])
     for step in run.progress(start, total):
         seed_step(run.seed, step)
@@ -1438,7 +1483,8 @@ def restore(run, modules, optimizers, state, here):
     for name, module in modules.items():
         fill(module, part(tensors, name), folder)
     for name, optimizer in optimizers.items():
-        optimizer.load_tensors({} if meta.get("done") else part(tensors, name), folder)
+        left = part(tensors, f"optimizer of {name}")
+        optimizer.load_tensors({} if meta.get("done") else left, folder)
     step = meta.get("step")
     if not isinstance(meta.get("state"), dict) or type(step) is not int or step < 0:
         raise UserError(f"{folder}: its checkpoint does not say at which step it was written")
@@ -1555,7 +1601,7 @@ def read_gpt2(folder, tok=None):
     if not torch.equal(head, wte):
         raise UserError(f"{path}: lm_head.weight is not the embedding; only a tied head is known here")
 
-    marked = facts.get("plainalign")  # who writes there whose tokens it reads, and TRL leaves that in
+    marked = facts.get("plainalign")  # in our own folders, the fingerprint of the tokenizer; TRL leaves the entry in
     mark = marked.get("tokenizer") if isinstance(marked, dict) else None
     fingerprint = mark if isinstance(mark, str) else None
     if tok is not None and fingerprint is None:
@@ -1662,7 +1708,8 @@ def merge(cfg, folders):
             total[name] = sum(weight * t for weight, t in zip(weights, tensors)).float()
     first.load_state_dict(total)
     write_model(cfg.out, first, made)
-    print(f"{cfg.out}: {' + '.join(f'{w:g} {f}' for w, f in zip(weights, folders))}")
+    terms = [f"{weight:g} {folder}" for weight, folder in zip(weights, folders)]
+    print(f"{cfg.out}: {' + '.join(terms)}")
 
 
 # ------------------------------------------------------------------------------------------------ chat

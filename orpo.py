@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from data import (Count, Natural, NonNegative, OptionError, Positive, Run, Share, Tokenizer, TrainConfig, collate,
+from data import (Count, Natural, NonNegative, OptionError, Positive, Run, Share, TrainConfig, collate,
                   column, compare_words, guard, item_batches, mean, open_preferences, parse, truth)
 from model import Means, Optimizer, generate, load_model, setup, steps, token_logprobs
 
@@ -143,7 +143,7 @@ def report(xs, items, cfg):
         means.add(torch.ones_like(right), **{
             "nll": x.nll, "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/accuracy": right,
             "logps/chosen": x.lw, "logps/rejected": x.ll})
-    metrics = means.all()
+    metrics = means.result()
     metrics["rewards/margin"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     metrics["loss"] = sum(batch_loss(x, items, cfg) for x in xs)
     return metrics
@@ -167,16 +167,15 @@ def evaluate(policy, held, prompts, run, step, cfg):
 
 def train(cfg):
     """Take pairs, read them, set chosen against rejected, step, report: one step after another."""
-    tok = Tokenizer.load(cfg.tokenizer)
-    run = Run(cfg, tok)
+    run = Run(cfg)
     if run.finished:
         return run.rows
-    policy = load_model(cfg.init, setup(cfg, tok), n_scores=0, maker="python sft.py").prepare(cfg)
-    pairs, held, prompts = open_preferences(cfg, tok, policy.config.block_size)
+    policy = load_model(cfg.init, setup(cfg, run.tok), n_scores=0, maker="python sft.py").prepare(cfg)
+    pairs, held, prompts = open_preferences(cfg, policy.tok, policy.config.block_size)
     total = pairs.updates(cfg)
     optimizer = Optimizer(policy, cfg.lr, total, weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
 
-    for step in steps(run, total, dict(model=policy), dict(optimizer=optimizer), {}, cfg.save_every):
+    for step in steps(run, total, dict(model=policy), dict(model=optimizer), {}, cfg.save_every):
         # 1. Take a batch of pairs.
         items = pairs.batch(step, cfg.batch)
 
@@ -191,7 +190,7 @@ def train(cfg):
         metrics = report(xs, items, cfg) | optimizer.step(step)
 
         # 5. Report.
-        if (step + 1) % cfg.eval_every == 0 or step + 1 == total:
+        if run.evaluates(step):
             metrics |= evaluate(policy, held, prompts, run, step, cfg)
         run.log(step, ("loss", "rewards/margin", "gold"), **metrics)
     return run.finish(("loss", "nll", "rewards/accuracy", "rewards/margin", "gold"),

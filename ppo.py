@@ -16,9 +16,9 @@ nothing here leaves it), so ρ = 1 before the first update of a step; the rates 
     python ppo.py                       out/sft + out/reward -> out/ppo
     python ppo.py --reward exact --families arith     a verifier instead of a reward model
 
-On the toy, 2 CPU cores with AMX, bf16: 32 s; true reward +.8 ± .2 over SFT, win rate .73 ± .02; sums .54 -> .86 (three
-seeds).
-Four models are in memory (policy, reference, critic, reward). README, "What the numbers mean", explains each metric.
+On the toy, 2 CPU cores with AMX, bf16, three seeds: 32 s; true reward +.8 ± .2 over SFT, win rate .73 ± .02. Of the
+second command: right answers to sums .54 -> .86. Four models are in memory (policy, reference, critic, reward). README,
+"What the numbers mean", explains each metric.
 """
 import math
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from typing import Literal
 
 import torch
 
-from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share, Sum, Temperature, Tokenizer,
+from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share, Sum, Temperature,
                   TrainConfig, collate, compare_words, encode, fits, guard, mean, open_stream, parse, truth)
 from model import (Means, Optimizer, Reward, evaluate, load_model, logps, minibatches, parts, per_token, reference,
                    respond, setup, steps, token_logprobs, token_scores)
@@ -44,7 +44,7 @@ class Config(TrainConfig):
     cost: Sum = ""              # another such sum, whose expectation a multiplier λ holds down (Safe RLHF)
     cost_limit: float = 0.0     # the most that it may be; any sign
     cost_lambda: Positive = 1.0  # λ at first
-    lambda_lr: NonNegative = 0.1  # ln λ grows by this times λ times the excess, each step; 0 keeps λ fixed
+    lambda_lr: NonNegative = 0.1  # α in ln λ += α λ (E[cost] - cost_limit), each step; 0 keeps λ fixed
     critic: str = ""            # value function to start from; none: the first reward model, else the policy's trunk
     data: str = "toy"           # prompts: toy, or a file
     families: Families = "write"  # of the toy world, comma-separated
@@ -59,10 +59,10 @@ class Config(TrainConfig):
     normalize_reward: bool = False  # divide scores by their running standard deviation, after taking off the mean
     clip_reward: NonNegative = 10.0  # scores are clipped to ± this; 0 never clips
     # the KL penalty
-    kl: Literal["k1", "k2", "k3"] = "k1"  # k1: in the reward, where only k1 is a KL; k2, k3: in the loss
+    kl: Literal["k1", "k2", "k3"] = "k1"  # k1: taken off the reward; k2, k3: added to the loss (see kl_estimate)
     kl_coef: NonNegative = 0.1  # β
-    target_kl: NonNegative = 0.0  # KL per response, nats, that β adapts to; 0 keeps β fixed
-    kl_horizon: Positive = 2000.0  # responses over which β adapts
+    target_kl: NonNegative = 0.0  # KL per response, in nats, that β is adapted to reach; 0 keeps β fixed
+    kl_horizon: Positive = 2000.0  # responses over which β may change by a fifth
     # advantages
     gamma: Share = 1.0          # discount per token
     lam: Share = 0.95           # GAE: 0 trusts the critic, 1 the sampled return
@@ -74,9 +74,9 @@ class Config(TrainConfig):
     value_clip: NonNegative = 0.2  # ε of the value function; 0 never clips
     entropy_coef: NonNegative = 0.0  # weight of the entropy bonus
     stop_kl: NonNegative = 0.0  # end a step's epochs once KL(π_old || π) per token exceeds this; 0 never
-    ptx_coef: NonNegative = 0.0  # γ of PPO-ptx: weight of the pretraining loss in the same update (InstructGPT: 27.8)
+    ptx_coef: NonNegative = 0.0  # weight of the pretraining loss in the same update (PPO-ptx; InstructGPT: 27.8)
     ptx_data: str = "toy"       # the documents: toy, or a file
-    ptx_batch: Count = 32       # documents a step, the same for each of its updates
+    ptx_batch: Count = 32       # documents a step; every update of the step sees the same
     critic_warmup: Natural = 0  # first steps that train the critic only
     lr: Positive = 1e-4         # of the policy
     critic_lr: Positive = 1e-3  # of the critic
@@ -90,25 +90,27 @@ class Config(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.fused_bwd and self.ptx_coef:
+        if self.fused_bwd and self.ptx_coef:  # that is a second backward pass, and the weights have moved in the first
             raise OptionError("--fused_bwd: an update is one backward pass; no --ptx_coef")
 
 
 # ---------------------------------------------------------------- the mathematics
-# logp, ref_logp, old_logp, values, mask: (B, T-1). Index t is about response token t+1: its log-probability, and the
-# value of the state before it. Everything outside the mask is ignored, whatever it holds.
+# logp, ref_logp, old_logp, values, mask: (B, T-1). Index t is about tokens[:, t+1]: its log-probability, and the value
+# of the state before it. The mask is 1 where that is a token of the response; all else is ignored, whatever it holds.
 
 def kl_estimate(logp, ref_logp, kind):
     """Estimators of KL(π || π_ref) from samples of π, per token (Schulman 2020, "Approximating KL divergence").
 
-    k1 sits in the reward: as a loss its expected gradient is 0. k2 and k3 sit in the loss: as a reward, pushed through
-    ∇ log π, only k1 gives the gradient of the KL. In the loss k2's gradient is the KL's, token by token; k3's is that
-    of KL(π_ref || π).
+        kind    sits in       and its gradient there is that of
+        k1      the reward    KL(π || π_ref)
+        k2      the loss      KL(π || π_ref), of each token by itself
+        k3      the loss      KL(π_ref || π), of each token by itself
 
-    Where it leads, with responses of one token: k1 and k2 to the optimum π_ref exp(r / β) / Z, k3 to the solution of
-    π = β π_ref / (β + E_π[r] - r). With responses of more tokens only k1 reaches the optimum: each token's penalty is
-    taken off the advantage of all tokens before it. A KL in the loss is not, so a token is then chosen by the reward
-    that follows alone, as if the KL of all later tokens cost nothing.
+    As a reward, only k1 gives the gradient of the KL. As a loss, k1's gradient is 0 on average.
+
+    Where it leads when a response is one token: k1 and k2 to the optimum, π_ref exp(r / β) / Z; k3 to the solution of
+    π = β π_ref / (β + E_π[r] - r). When it is more, only k1 leads to the optimum: the KL of a token is then taken off the
+    advantage of all tokens before it. A KL in the loss moves its own token only. Earlier tokens do not feel it.
     """
     d = logp - ref_logp
     if kind == "k1":
@@ -121,7 +123,7 @@ def kl_estimate(logp, ref_logp, kind):
 def token_rewards(score, kl, mask, beta):
     """score (B,) on the last response token, -β · kl on every one -> (B, T-1)."""
     inside, so_far = mask.bool(), mask.cumsum(1)
-    last = inside & (so_far == so_far[:, -1:])                                           # (B, T-1)
+    last = inside & (so_far == so_far[:, -1:])  # the token with which the count is full
     paid = torch.where(inside, -beta * kl, 0.0)
     return paid + torch.where(last, score[:, None], 0.0)
 
@@ -142,17 +144,17 @@ def gae(rewards, values, mask, gamma, lam):
     return adv, (adv + values) * mask
 
 
-def lagrangian(adv, cost_adv, lam):
+def lagrangian(adv, cost_adv, multiplier):
     """(A_R - λ A_C) / (1 + λ): the advantage of E[r] - λ E[c], kept in the unit of one reward (Safe RLHF 2310.12773,
     eq. 11). With -β KL in the rewards and +β KL in the costs, β keeps its meaning whatever λ is."""
-    return (adv - lam * cost_adv) / (1 + lam)
+    return (adv - multiplier * cost_adv) / (1 + multiplier)
 
 
-def next_lambda(lam, excess, rate):
+def next_lambda(multiplier, excess, rate):
     """ln λ += α λ J with J = E[c] - limit (Safe RLHF 2310.12773, sec. 3.3): λ stays positive, and grows while the cost
     is too high; ours by no more than a factor e a step."""
-    growth = rate * lam * excess
-    return lam * math.exp(max(-1.0, min(1.0, growth)))
+    growth = rate * multiplier * excess
+    return multiplier * math.exp(max(-1.0, min(1.0, growth)))
 
 
 def masked_sum(x, mask):
@@ -219,13 +221,20 @@ def normalize(score, state):
 
 
 # ---------------------------------------------------------------- the steps
+# Of model.py: `load_model` with n_scores=0 gives a language model, with 1 a value function; `respond` a policy's
+# responses, a Rollout; `logps` and `per_token` something of each of its tokens, in micro-batches and without gradient;
+# `minibatches` the rows of every update, all epochs one after another; `parts` the micro-batches of one, whose x.NAME
+# is their part of a column. `Optimizer.step` clips, updates, and clears the gradients. `steps` restores what an
+# interrupted run had, seeds each step, and saves. Models cast to bf16 by themselves; an `autocast` around several
+# passes keeps what was cast.
 
 def shape_score(raw, records, roll, ref, reward, state, cfg):
-    """The score (B,) of each response, from what the reward says of it: that of the reference's own answer taken off,
-    the end it has or lacks paid for, brought to a common scale, and clipped."""
+    """The score (B,) of each response, from what the reward says of it, raw (B,): less that of the reference's own
+    answer, with a bonus for its end or a penalty for being cut off, brought to a common scale, clipped."""
     score = raw
     if cfg.minus_reference:  # what a prompt's answers have in common drops out (ChatGLM-RLHF 2404.00934)
-        score = score - reward(records, respond(ref, records, cfg))[0]
+        theirs, _ = reward(records, respond(ref, records, cfg))                          # (B,)
+        score = score - theirs
     score = score + torch.where(roll.finished, cfg.reward_shift, -cfg.missing_end)
     if cfg.normalize_reward:
         score = normalize(score, state)
@@ -235,23 +244,26 @@ def shape_score(raw, records, roll, ref, reward, state, cfg):
 
 
 def logps_and_entropy(policy, roll, cfg):
-    """log π of a rollout's tokens, and the entropy of the distributions they were drawn from: (B, T-1) each."""
+    """log π of a rollout's tokens, and the entropy of the distributions they were drawn from, without gradient:
+    (2, B, T-1)."""
+    def both(tokens, mask):
+        return torch.stack(token_logprobs(policy, tokens, mask, cfg.temperature, entropy=True))
     with policy.autocast():
-        return per_token(roll, cfg.micro_tokens, lambda tokens, mask: torch.stack(
-            token_logprobs(policy, tokens, mask, cfg.temperature, entropy=True)))
+        return per_token(roll, cfg.micro_tokens, both)
 
 
 class Critic:
     """A value function: what it expects of every token, and how it learns from what came out."""
 
-    def __init__(self, folder, policy, cfg):
-        """folder: the reward model it starts from, or the policy, whose trunk it takes."""
+    def __init__(self, folder, like, cfg):
+        """folder: the reward model that it starts from, or a policy, whose trunk it takes. like: whose tokenizer,
+        device and precision."""
         self.cfg = cfg
-        self.model = load_model(folder, policy, n_scores=1).prepare(cfg)
+        self.model = load_model(folder, like, n_scores=1).prepare(cfg)
         self.optimizer = Optimizer(self.model, cfg.critic_lr, **schedule(cfg))
 
     def advantages(self, rewards, roll):
-        """Token rewards (B, T-1) -> advantages (B, T-1)."""
+        """Token rewards (B, T-1) -> advantages (B, T-1); values and returns are kept for fit."""
         with self.model.autocast():
             self.values = per_token(roll, self.cfg.micro_tokens, lambda tokens, mask: token_scores(
                 self.model, tokens, mask))                                               # (B, T-1)
@@ -259,7 +271,7 @@ class Critic:
         return adv
 
     def fit(self, roll, batches, step):
-        """Regress the values on the returns; batches: the rows of each update -> metrics."""
+        """Regress the values on the returns -> metrics. batches: the rows of each update."""
         metrics = dict(explained_variance=explained_variance(self.returns, self.values, roll.mask))
         means = Means()
         for rows in batches:
@@ -267,31 +279,31 @@ class Critic:
             for x in parts(roll, rows, self.cfg, old_values=self.values, returns=self.returns):
                 values = token_scores(self.model, x.tokens, x.mask)                      # (b, t-1)
                 loss = value_loss(values, x.old_values, x.returns, self.cfg.value_clip)
-                (masked_sum(loss, x.mask) / count).backward()
+                (masked_sum(loss, x.mask) / count).backward()  # the sums of the micro-batches make up the mean
                 means.add(x.mask, value_loss=loss)
             metrics["critic_grad_norm"] = self.optimizer.step(step)["grad_norm"]
-        return metrics | means.all()
+        return metrics | means.result()
 
 
 class Constraint:
-    """Safe RLHF's cost (2310.12773): what is paid for it is a multiplier λ, which grows while the cost is too high."""
+    """Safe RLHF's cost (2310.12773): the policy pays for it λ times, and λ grows while the cost is above its limit."""
 
     def __init__(self, policy, prompts, cfg):
         self.cfg = cfg
         self.cost = Reward(cfg.cost, policy, cfg.micro_tokens, cost=True)
-        self.cost.meet(prompts.some(), cfg.data)
-        self.critic = Critic((self.cost.models + [cfg.init])[0], policy, cfg)
+        self.cost.check(prompts.some(), cfg.data)
+        self.critic = Critic(trunk(self.cost, cfg), policy, cfg)
 
-    def advantages(self, adv, kl, beta, records, roll, state, step):
-        """The advantages (B, T-1) of reward and cost together; λ is in state, and is updated."""
-        cost = self.cost(records, roll)[0]                                               # (B,)
-        costs = token_rewards(cost, kl, roll.mask, -beta)                                # (B, T-1)
-        lam = state["lam"]
-        adv = lagrangian(adv, self.critic.advantages(costs, roll), lam)                  # (B, T-1)
+    def advantages(self, adv, kl, reward_beta, records, roll, state, step):
+        """The advantages (B, T-1) of reward and cost together; the multiplier λ is in state, and is updated."""
+        cost, _ = self.cost(records, roll)                                               # (B,)
+        costs = token_rewards(cost, kl, roll.mask, -reward_beta)  # the KL is a cost too: + β kl
+        multiplier = state["multiplier"]
+        adv = lagrangian(adv, self.critic.advantages(costs, roll), multiplier)           # (B, T-1)
         excess = float(cost.mean()) - self.cfg.cost_limit
         if step >= self.cfg.critic_warmup:
-            state["lam"] = next_lambda(lam, excess, self.cfg.lambda_lr)
-        self.paid = {"cost": cost.mean(), "lambda": lam}
+            state["multiplier"] = next_lambda(multiplier, excess, self.cfg.lambda_lr)
+        self.paid = {"cost": cost.mean(), "lambda": multiplier}  # for fit, which reports
         return adv
 
     def fit(self, roll, batches, step):
@@ -308,6 +320,11 @@ def pretraining_loss(policy, rows):
     return -masked_mean(token_logprobs(policy, tokens, mask), mask)
 
 
+def trunk(reward, cfg):
+    """The folder a value function starts from: that of the first reward model in a sum, else the policy's."""
+    return reward.models[0] if reward.models else cfg.init
+
+
 def schedule(cfg):
     """What the optimizers of policy and critic have in common."""
     return dict(total=cfg.steps, weight_decay=cfg.weight_decay, warmup=cfg.warmup, floor=cfg.lr_end,
@@ -320,20 +337,20 @@ def open_data(policy, reward, cfg):
     tok, block_size = policy.tok, policy.config.block_size
     prompts, held = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=cfg.eval_prompts,
                                 prepare=fits(tok, block_size, cfg.max_new), skip_bad=cfg.skip_bad)
-    reward.meet(prompts.some(), cfg.data)
+    reward.check(prompts.some(), cfg.data)
     documents = None
     if cfg.ptx_coef:
         documents, _ = open_stream(cfg.ptx_data, "text", cfg.seed, n_held=0, skip_bad=cfg.skip_bad,
-                                   prepare=lambda document: encode(document, tok, block_size, "all"))
+                                   prepare=lambda document: encode(document, tok, block_size, loss_on="all"))
     return prompts, held, documents
 
 
-def report(records, roll, raw, terms, old_logp, entropy, kl):
+def report(records, roll, raw, terms, old_logp, old_entropy, kl):
     """What is logged of a rollout: raw rewards (B,) and their terms, and what is known of every token (B, T-1)."""
     gap, length = (roll.logp - old_logp).abs(), roll.mask.sum(1)
-    gold = truth(records, roll.responses(), roll.finished)
+    gold = truth(records, roll.responses(), roll.finished)  # of the toy's prompts only; of others none
     metrics = dict(
-        reward=raw.mean(), gold=mean(gold), kl=float(kl.sum(1).mean()), entropy=masked_mean(entropy, roll.mask),
+        reward=raw.mean(), gold=mean(gold), kl=float(kl.sum(1).mean()), entropy=masked_mean(old_entropy, roll.mask),
         sampler_gap=masked_mean(gap, roll.mask), response_length=length.mean(), finished=roll.finished.float().mean())
     for name, term in terms.items():
         metrics[f"reward/{name}"] = term.mean()
@@ -344,21 +361,19 @@ def report(records, roll, raw, terms, old_logp, entropy, kl):
 
 def train(cfg):
     """Sample, score, compare with what was expected, update, report: one step after another."""
-    tok = Tokenizer.load(cfg.tokenizer)
-    run = Run(cfg, tok)
+    run = Run(cfg)
     if run.finished:
         return run.rows
-    policy = load_model(cfg.init, setup(cfg, tok), n_scores=0, maker="python sft.py").prepare(cfg)
+    policy = load_model(cfg.init, like=setup(cfg, run.tok), n_scores=0, maker="python sft.py").prepare(cfg)
     ref, reward = reference(policy), Reward(cfg.reward, policy, cfg.micro_tokens)
-    critic = Critic(cfg.critic or (reward.models + [cfg.init])[0], policy, cfg)
+    critic = Critic(cfg.critic or trunk(reward, cfg), policy, cfg)
     prompts, held, documents = open_data(policy, reward, cfg)
     constraint = Constraint(policy, prompts, cfg) if cfg.cost else None
     optimizer = Optimizer(policy, cfg.lr, **schedule(cfg))
-    modules = dict(model=policy, critic=critic.model)
-    optimizers = dict(policy_opt=optimizer, critic_opt=critic.optimizer)
+    modules, optimizers = dict(model=policy, critic=critic.model), dict(model=optimizer, critic=critic.optimizer)
     if constraint:
-        modules["cost_critic"], optimizers["cost_critic_opt"] = constraint.critic.model, constraint.critic.optimizer
-    state = dict(beta=cfg.kl_coef, seen=0, sum=0.0, square=0.0, lam=cfg.cost_lambda)
+        modules["cost_critic"], optimizers["cost_critic"] = constraint.critic.model, constraint.critic.optimizer
+    state = dict(beta=cfg.kl_coef, multiplier=cfg.cost_lambda, seen=0, sum=0.0, square=0.0)  # the last are of normalize
 
     for step in steps(run, cfg.steps, modules, optimizers, state, cfg.save_every):
         # 1. Sample a response to each prompt, and score it.
@@ -368,49 +383,48 @@ def train(cfg):
         score = shape_score(raw, records, roll, ref, reward, state, cfg)                 # (B,)
 
         # 2. Reward every token: each pays for its KL, the last one gets the score.
-        old_logp, entropy = logps_and_entropy(policy, roll, cfg)                         # (B, T-1)
+        old_logp, old_entropy = logps_and_entropy(policy, roll, cfg)                     # (B, T-1)
         ref_logp = logps(ref, roll, cfg)                                                 # (B, T-1)
-        kl = kl_estimate(old_logp, ref_logp, "k1") * roll.mask                           # (B, T-1)
-        beta = state["beta"]
-        in_reward = beta if cfg.kl == "k1" else 0.0
-        rewards = token_rewards(score, kl, roll.mask, in_reward)                         # (B, T-1)
+        kl = kl_estimate(old_logp, ref_logp, "k1") * roll.mask  # the one that is logged, whatever --kl is
+        reward_beta = state["beta"] if cfg.kl == "k1" else 0.0
+        rewards = token_rewards(score, kl, roll.mask, reward_beta)                       # (B, T-1)
 
         # 3. Compare with what the critic expected.
         adv = critic.advantages(rewards, roll)                                           # (B, T-1)
         if constraint:
-            adv = constraint.advantages(adv, kl, in_reward, records, roll, state, step)
-        if cfg.whiten:  # changes the unit of reward, and with it what β means in the loss
-            spread = float(masked_var(adv, roll.mask)) ** 0.5
-            beta, adv = beta / (spread + 1e-8), whiten(adv, roll.mask)
+            adv = constraint.advantages(adv, kl, reward_beta, records, roll, state, step)
+        loss_beta = state["beta"]
+        if cfg.whiten:  # advantages are then in units of their spread, so a β beside them has to be as well
+            loss_beta /= float(masked_var(adv, roll.mask)) ** 0.5 + 1e-8
+            adv = whiten(adv, roll.mask)
 
-        # 4. Let the critic learn what came out, and step towards the better ones; a loss is the mean over its minibatch.
+        # 4. Let the critic learn what came out, and step towards the better ones. A loss is a mean over its minibatch.
         means, batches = Means(), minibatches(len(records), cfg)
-        metrics = critic.fit(roll, batches, step)
+        metrics = critic.fit(roll, batches, step) | dict(beta=state["beta"])
         if constraint:
             metrics |= constraint.fit(roll, batches, step)
         for rows in batches if step >= cfg.critic_warmup else ():
-            count, update = float(roll.mask[rows].sum()), Means()
+            count, means_now = float(roll.mask[rows].sum()), Means()
             for x in parts(roll, rows, cfg, old_logp=old_logp, ref_logp=ref_logp, adv=adv):
-                logp, bonus = token_logprobs(policy, x.tokens, x.mask, cfg.temperature, entropy=True)
+                logp, entropy = token_logprobs(policy, x.tokens, x.mask, cfg.temperature, entropy=True)
                 p_loss, ratio, clipped = policy_loss(logp, x.old_logp, x.adv, cfg.clip)  # (b, t-1)
-                loss = p_loss - cfg.entropy_coef * bonus
+                loss = p_loss - cfg.entropy_coef * entropy
                 if cfg.kl != "k1":  # exact at the first update of a step; later ones see slightly stale samples
-                    loss = loss + beta * kl_estimate(logp, x.ref_logp, cfg.kl)
+                    loss = loss + loss_beta * kl_estimate(logp, x.ref_logp, cfg.kl)
                 (masked_sum(loss, x.mask) / count).backward()
-                drift = kl_estimate(x.old_logp, logp, "k3")
-                update.add(x.mask, policy_loss=p_loss, ratio=ratio, clip_frac=clipped, approx_kl=drift)
+                drift = kl_estimate(x.old_logp, logp, "k3")  # KL(π_old || π), of samples of π_old
+                means_now.add(x.mask, policy_loss=p_loss, ratio=ratio, clip_frac=clipped, approx_kl=drift)
             if documents:
-                nll = pretraining_loss(policy, documents.batch(step, cfg.ptx_batch))
-                (cfg.ptx_coef * nll).backward()
+                (cfg.ptx_coef * pretraining_loss(policy, documents.batch(step, cfg.ptx_batch))).backward()
             metrics |= optimizer.step(step)
-            means.join(update)
-            if cfg.stop_kl and update.all()["approx_kl"] > cfg.stop_kl:
+            means.join(means_now)
+            if cfg.stop_kl and means_now.result()["approx_kl"] > cfg.stop_kl:
                 break
 
         # 5. Report.
-        metrics |= means.all() | report(records, roll, raw, terms, old_logp, entropy, kl) | dict(beta=state["beta"])
+        metrics |= means.result() | report(records, roll, raw, terms, old_logp, old_entropy, kl)
         state["beta"] = adapt(state["beta"], metrics["kl"], cfg.target_kl, len(records), cfg.kl_horizon)
-        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+        if run.evaluates(step):
             metrics |= evaluate(policy, ref, reward, held, run, step, cfg)
         run.log(step, ("reward", "gold", "kl"), **metrics)
     return run.finish(("reward", "gold", "kl", "response_length", "entropy"),

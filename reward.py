@@ -686,19 +686,18 @@ def what_next(made, path, cfg):
 
 def label(cfg):
     """Sample k responses to each prompt, score and rank them, and write pairs.jsonl."""
-    tok = Tokenizer.load(cfg.tokenizer)
-    run = Run(cfg, tok)
+    run = Run(cfg)
     if run.finished:
         return run.rows
-    like = setup(cfg, tok)
+    like = setup(cfg, run.tok)
     policy = load_model(cfg.policy, like, n_scores=0, maker="python sft.py") if cfg.policy else None
     judge = load_model(cfg.judge, like, n_scores=0, maker="python sft.py") if cfg.judge else None
     score = Reward(cfg.by, like, cfg.micro_tokens) if cfg.by else None
     sums = split_sums(cfg.attributes) if cfg.select == "ratings" else []
     attributes = [Reward(spec, like, cfg.micro_tokens) for spec in sums]
-    stream = open_records(cfg, tok, policy)
+    stream = open_records(cfg, run.tok, policy)
     for reward in filter(None, [score, *attributes]):
-        reward.meet(stream.some(), cfg.data)
+        reward.check(stream.some(), cfg.data)
     skip, n = math.ceil(cfg.skip / cfg.batch), cfg.n  # skip: batches
     if stream.items:
         n = min(n, len(stream.items) - skip * cfg.batch)  # a file's prompts once each
@@ -907,13 +906,12 @@ def evaluate(model, items, cfg):
 
 def train(cfg):
     """Fit the scores to the preferences; at the end their held-out mean is put at 0, where only differences count."""
-    tok = Tokenizer.load(cfg.tokenizer)
-    run = Run(cfg, tok)
+    run = Run(cfg)
     if run.finished:
         return run.rows
-    like = setup(cfg, tok)
+    like = setup(cfg, run.tok)
     model = load_model(cfg.init, like, n_scores=cfg.heads, maker="python sft.py").prepare(cfg)
-    block = model.config.block_size
+    tok, block = model.tok, model.config.block_size
     kind = cfg.loss if cfg.loss in SINGLES else "preference"
     stream, held = open_stream(cfg.data, kind, cfg.seed, n_held=400, context=(tok, block), skip_bad=cfg.skip_bad,
                                prepare=lambda record: items_of(record, tok, block, cfg))
@@ -922,7 +920,7 @@ def train(cfg):
     optimizer = Optimizer(model, cfg.lr, total, cfg.optimizer, cfg.muon_lr, cfg.weight_decay, warmup=cfg.warmup,
                           clip=cfg.clip_grad)
 
-    for step in steps(run, total, dict(model=model), dict(optimizer=optimizer), {}, cfg.save_every):
+    for step in steps(run, total, dict(model=model), dict(model=optimizer), {}, cfg.save_every):
         # 1. Score every response of the batch, and step towards the order of the labels.
         items, metrics = stream.batch(step, cfg.batch), defaultdict(float)
         for scores, part in score_records(model, items, cfg):
@@ -936,7 +934,7 @@ def train(cfg):
 
         # 2. Look at the records held out.
         last = step + 1 == total
-        if last or (step + 1) % cfg.eval_every == 0:
+        if run.evaluates(step):
             metrics |= evaluate(model, held, cfg)
 
         # 3. Only differences were trained: 0 is to read "as good as usual".
@@ -981,7 +979,7 @@ def accuracy(cfg, specs):
         sizes, rows = counts(records, "responses"), []
         win, lose, _ = ranked_pairs(sizes)
         for reward in rewards:
-            reward.meet(records, path)
+            reward.check(records, path)
             scores, parts = reward(repeat(records, sizes), given_responses(records, reward, like))
             lead = (scores[win] - scores[lose]).cpu()                                    # (P,)
             right = float(in_order(lead).sum())
@@ -1084,7 +1082,7 @@ class Exam:
             records = unseen_prompts(cfg, cfg.n, [family], f"compare {family}")
             self.tasks[family] = with_room(records, family, like.tok, first.config.block_size, cfg)
         for reward in filter(None, (self.judge, self.proxy)):
-            reward.meet(self.prompts(self.families), cfg.data)
+            reward.check(self.prompts(self.families), cfg.data)
 
     def prompts(self, families):
         """All records of some families."""

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from data import (THINK, Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share, Tokenizer,
+from data import (THINK, Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share,
                   TrainConfig, collate, encode, guard, micro_batches, open_stream, pack, parse)
 from model import GPTConfig, Optimizer, load_model, new_model, setup, steps, token_logprobs
 
@@ -150,17 +150,16 @@ def evaluate(model, rows, cfg):
 
 def train(cfg):
     """Draw a batch, raise the likelihood of what it says, evaluate now and then: one step after another."""
-    tok = Tokenizer.load(cfg.tokenizer)
-    run = Run(cfg, tok)
+    run = Run(cfg)
     if run.finished:
         return run.rows
-    model = initial_model(cfg, setup(cfg, tok)).prepare(cfg)
+    model = initial_model(cfg, setup(cfg, run.tok)).prepare(cfg)
     stream, held = open_data(model, cfg)
     total = cfg.steps or one_epoch(stream, cfg)
     optimizer = Optimizer(model, cfg.lr, total, kind=cfg.optimizer, muon_lr=cfg.muon_lr, betas=(0.9, cfg.beta2),
                           weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
 
-    for step in steps(run, total, dict(model=model), dict(optimizer=optimizer), {}, cfg.save_every):
+    for step in steps(run, total, dict(model=model), dict(model=optimizer), {}, cfg.save_every):
         # 1. Draw some rows.
         rows = stream.batch(step, cfg.batch)
         weight = total_weight(rows)
@@ -179,7 +178,7 @@ def train(cfg):
         # 4. Evaluate now and then, and report.
         tokens = sum(len(ids) for ids, _ in rows)
         val_loss = None
-        if (step + 1) % cfg.eval_every == 0 or step + 1 == total:
+        if run.evaluates(step):
             val_loss = evaluate(model, held, cfg)
         run.log(step, ("loss", "val_loss"), loss=loss, val_loss=val_loss, tokens=tokens, **metrics)
     return run.finish(("loss", "val_loss"), then=["model.py", cfg.out])

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import (PRINCIPLES, Count, Families, Run, RunConfig, Temperature, Tokenizer, UserError, fits, gold, guard,
+from data import (PRINCIPLES, Count, Families, Run, RunConfig, Temperature, UserError, fits, gold, guard,
                   mean, open_stream, parse, view_prompt)
 from model import generate, load_model, seed_step, setup
 from reward import write_records
@@ -89,15 +89,14 @@ def report(drafts):
 
 def revise(cfg):
     """Answer, criticise by a principle, revise, and write revisions.jsonl: prompts with their last revision."""
-    tok = Tokenizer.load(cfg.tokenizer)
-    run = Run(cfg, tok)
+    run = Run(cfg)
     if run.finished:
         return run.rows
-    like = setup(cfg, tok)
+    like = setup(cfg, run.tok)
     policy = load_model(cfg.policy, like, n_scores=0, maker="python sft.py")
     critic = load_model(cfg.critic, like, n_scores=0, maker="python sft.py")
     stream, _ = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=0, skip_bad=cfg.skip_bad,
-                            prepare=fits(tok, policy.config.block_size, cfg.max_new))
+                            prepare=fits(policy.tok, policy.config.block_size, cfg.max_new))
     n = min(cfg.n, len(stream.items)) if stream.items else cfg.n  # a file's prompts once each
     made = []
 

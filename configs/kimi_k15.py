@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import (Count, Families, Natural, Run, RunConfig, Sum, Temperature, Tokenizer, UserError, fits, guard, mean,
+from data import (Count, Families, Natural, Run, RunConfig, Sum, Temperature, UserError, fits, guard, mean,
                   open_stream, parse)
 from model import Reward, load_model, respond, seed_step, setup
 from reward import repeat, write_records
@@ -76,16 +76,15 @@ def why_not(record, guessed, taken, cfg):
 
 def curate(cfg):
     """Rate prompts by how often the policy gets them right, leave out what it guesses, and write prompts.jsonl."""
-    tok = Tokenizer.load(cfg.tokenizer)
-    run = Run(cfg, tok)
+    run = Run(cfg)
     if run.finished:
         return run.rows
-    like, begin = setup(cfg, tok), tok.encode(cfg.begin)
+    like, begin = setup(cfg, run.tok), run.tok.encode(cfg.begin)
     policy = load_model(cfg.policy, like, n_scores=0, maker="python sft.py")
     judge = Reward(cfg.by, like, cfg.micro_tokens)
     stream, _ = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=0, skip_bad=cfg.skip_bad,
-                            prepare=fits(tok, policy.config.block_size, cfg.max_new + len(begin)))
-    judge.meet(stream.some(), cfg.data)
+                            prepare=fits(policy.tok, policy.config.block_size, cfg.max_new + len(begin)))
+    judge.check(stream.some(), cfg.data)
     n = min(cfg.n, len(stream.items)) if stream.items else cfg.n  # a file's prompts once each
     made, lost, taken = [], Counter(), Counter()
 

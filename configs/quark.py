@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import sft
-from data import (Natural, NonNegative, OptionError, Run, Tokenizer, collate, encode, guard, micro_batches, open_stream,
+from data import (Natural, NonNegative, OptionError, Run, collate, encode, guard, micro_batches, open_stream,
                   parse)
 from model import Optimizer, at_positions, full, load_model, setup, steps
 
@@ -120,11 +120,10 @@ def batches(pairs, model, cfg):
 
 def train(cfg):
     """Draw samples, raise their likelihood near the reference, evaluate now and then: one step after another."""
-    tok = Tokenizer.load(cfg.tokenizer)
-    run = Run(cfg, tok)
+    run = Run(cfg)
     if run.finished:
         return run.rows
-    like = setup(cfg, tok)
+    like = setup(cfg, run.tok)
     ref = load_model(cfg.ref or cfg.init, like, n_scores=0, maker="python sft.py")
     model = sft.initial_model(cfg, like).prepare(cfg)
     stream, held = open_data(model, cfg)
@@ -132,7 +131,7 @@ def train(cfg):
     optimizer = Optimizer(model, cfg.lr, total, kind=cfg.optimizer, muon_lr=cfg.muon_lr, betas=(0.9, cfg.beta2),
                           weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
 
-    for step in steps(run, total, dict(model=model), dict(optimizer=optimizer), {}, cfg.save_every):
+    for step in steps(run, total, dict(model=model), dict(model=optimizer), {}, cfg.save_every):
         # 1. Draw some samples.
         pairs = stream.batch(step, cfg.batch)
         rows = [told for told, _ in pairs]
@@ -155,7 +154,7 @@ def train(cfg):
 
         # 4. Evaluate now and then, and report. The loss is without KL and entropy, as val_loss is.
         tokens, val_loss = sum(len(ids) for ids, _ in rows), None
-        if (step + 1) % cfg.eval_every == 0 or step + 1 == total:
+        if run.evaluates(step):
             val_loss = sft.evaluate(model, held, cfg)
         run.log(step, ("loss", "val_loss"), val_loss=val_loss, tokens=tokens, **metrics)
     return run.finish(("loss", "val_loss", "kl", "entropy"), then=["model.py", cfg.out, "--system", "Quality 5."])

@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import (Count, Families, Run, RunConfig, Sum, Temperature, Tokenizer, UserError, family_list, guard, mean,
+from data import (Count, Families, Run, RunConfig, Sum, Temperature, UserError, family_list, guard, mean,
                   parse, read_rows, sparkline, write_text)
 from model import Reward, load_model, respond, seed_step, setup
 from reward import best_of_k, repeat, unseen_prompts
@@ -154,17 +154,16 @@ def draw(curves, path):
 
 def overoptimize(cfg, folders):
     """Gold and proxy against d = √KL, of best-of-n from the policy and of RL runs; Gao's forms fitted to the gain."""
-    tok = Tokenizer.load(cfg.tokenizer)
-    run = Run(cfg, tok)
+    run = Run(cfg)
     if run.finished:
         return run.rows
-    like = setup(cfg, tok)
+    like = setup(cfg, run.tok)
     judge = Reward(cfg.judge, like, cfg.micro_tokens)
     proxy = Reward(cfg.proxy, like, cfg.micro_tokens)
     policy = load_model(cfg.policy, like, n_scores=0, maker="python sft.py")
     records = unseen_prompts(cfg, cfg.prompts, family_list(cfg.families), "overoptimize")
     for reward in (judge, proxy):
-        reward.meet(records, cfg.data)
+        reward.check(records, cfg.data)
     runs = {folder: run_curve(folder) for folder in folders}
 
     # 1. n answers to each prompt, by both rewards.

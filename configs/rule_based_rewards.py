@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import (Count, OptionError, Positive, Run, RunConfig, Sum, Tokenizer, guard, open_stream, parse, write_text)
+from data import (Count, OptionError, Positive, Run, RunConfig, Sum, guard, open_stream, parse, write_text)
 from model import Reward, setup
 from reward import counts, given_responses, ranked_pairs, repeat
 
@@ -68,16 +68,15 @@ def as_sum(terms, weights, base):
 
 def fit(cfg):
     """Weights of rules by a hinge on the order of rankings; writes reward.txt, and says how many pairs it orders."""
-    tok = Tokenizer.load(cfg.tokenizer)
-    run = Run(cfg, tok)
+    run = Run(cfg)
     if run.finished:
         return run.rows
-    like = setup(cfg, tok)
+    like = setup(cfg, run.tok)
     base = Reward(cfg.base, like, cfg.micro_tokens) if cfg.base else None
     rules = Reward(cfg.rules, like, cfg.micro_tokens)
     stream, held = open_stream(cfg.data, "preference", cfg.seed, n_held=200, skip_bad=cfg.skip_bad)
     for reward in filter(None, (base, rules)):
-        reward.meet(stream.items, cfg.data)
+        reward.check(stream.items, cfg.data)
 
     # 1. What base and rules say of every pair; it does not change.
     gap, phi, weight = leads(stream.items, base, rules, like)

@@ -2048,7 +2048,7 @@ def options(tmp_path, **more): return Options(out=str(tmp_path / "run"), **more)
 
 def go(cfg, start=0, total=None, fails=None):
     """A run whose metric is its step; returns it, unfinished."""
-    run = Run(cfg, TOK)
+    run = Run(cfg)
     for step in run.progress(start, cfg.steps if total is None else total):
         run.log(step, ("loss",), loss=torch.tensor(step + .5) if step != fails else float("nan"), val=None)
     return run
@@ -2065,10 +2065,10 @@ def test_a_folder_takes_no_run_with_other_options(tmp_path, finished):
     before = {path: path.read_bytes() for path in Path(run.folder).rglob("*")}
     for name, value in dict(lr=.25, kind="two", loud=True, seed=1, steps=6, tokenizer="other", micro_tokens=1).items():
         with pytest.raises(UserError, match=f"--{name} .*{value}") as error:
-            Run(options(tmp_path, **{name: value}), TOK)
+            Run(options(tmp_path, **{name: value}))
         assert "\n" not in str(error.value) and "--out" in str(error.value)
     for same in (dict(save_every=2), dict(threads=3), dict(device="cpu")):
-        assert Run(options(tmp_path, **same), TOK).finished == finished
+        assert Run(options(tmp_path, **same)).finished == finished
     assert before == {path: path.read_bytes() for path in Path(run.folder).rglob("*")}
 
 
@@ -2100,7 +2100,7 @@ def test_41_the_seconds_of_a_resumed_run_add_up(tmp_path):
 
 def test_a_loss_that_is_no_number_ends_the_run_in_one_line(tmp_path):
     for bad in (float("nan"), float("inf")):
-        run = Run(cfg := options(tmp_path), TOK)
+        run = Run(cfg := options(tmp_path))
         with pytest.raises(UserError, match=f"^step 0: loss is {bad}; [^\n]*$"):
             for step in run.progress(0, 3):
                 run.log(step, loss=torch.tensor(bad))
@@ -2112,13 +2112,13 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line(tmp_path):
 
 def test_a_finished_run_says_so(tmp_path, capsys):
     run = go(cfg := options(tmp_path))
-    assert not Run(cfg, TOK).finished
+    assert not Run(cfg).finished
     capsys.readouterr()
     run.finish(("loss", "val", "nothing"), then=["next.py", "a b"])
     out = capsys.readouterr().out
     assert "5 steps" in out and re.search("loss +▁▃▅▇█ +0.500 → 4.500", out) and re.search(r"next: python \S*next.py 'a b'\n", out)
     assert "val" not in out and json.loads((run.folder / "summary.json").read_text()) == rows(cfg)[-1]
-    assert Run(cfg, TOK).finished and "finished; nothing to do" in capsys.readouterr().out
+    assert Run(cfg).finished and "finished; nothing to do" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("spoil, rest", [
@@ -2140,12 +2140,12 @@ def test_a_damaged_log_loses_no_row_in_silence_and_doubles_none(tmp_path, capsys
 
 def test_a_run_without_a_folder_is_refused():
     with pytest.raises(OptionError, match="--out"):
-        Run(Options(), TOK)
+        Run(Options())
 
 
 def test_a_finished_run_gives_its_rows_again(tmp_path):
     run = go(cfg := options(tmp_path))
-    assert run.finish(()) == rows(cfg) == Run(cfg, TOK).rows and len(rows(cfg)) == 5
+    assert run.finish(()) == rows(cfg) == Run(cfg).rows and len(rows(cfg)) == 5
 
 
 def other(tmp_path, text):
@@ -2168,17 +2168,17 @@ def test_a_run_knows_its_inputs_by_their_content(tmp_path, capsys, monkeypatch, 
     cfg = Reads(out="run", given=how.format(path.parts[0]))
     run = go(cfg)
     path.write_text("one")                                   # written again, the same
-    Run(cfg, TOK)
+    Run(cfg)
     path.write_text("two")
     with pytest.raises(UserError, match=rf"^{path} has changed since [^\n]*--overwrite$"):
-        Run(cfg, TOK)
-    assert len(rows(cfg)) == 5 and not Run(dataclasses.replace(cfg, overwrite=True), TOK).finished
+        Run(cfg)
+    assert len(rows(cfg)) == 5 and not Run(dataclasses.replace(cfg, overwrite=True)).finished
     run.finish(())
     capsys.readouterr()
-    assert Run(cfg, TOK).finished
+    assert Run(cfg).finished
     assert re.search(rf"finished; nothing to do.*{path} changed.*--overwrite", capsys.readouterr().out)
     path.unlink()                                            # what is gone cannot be compared
-    assert Run(cfg, TOK).finished and "changed" not in capsys.readouterr().out
+    assert Run(cfg).finished and "changed" not in capsys.readouterr().out
 
 
 def test_a_model_that_was_unfinished_when_a_run_began_has_changed_once_it_is_finished(tmp_path, monkeypatch):
@@ -2192,16 +2192,16 @@ def test_a_model_that_was_unfinished_when_a_run_began_has_changed_once_it_is_fin
     Path("base/checkpoint.safetensors").unlink()
     write_text("base/model.safetensors", "the end")
     with pytest.raises(UserError, match="^base/model.safetensors has changed since run began"):
-        Run(cfg, TOK)
+        Run(cfg)
 
 
 def test_a_run_says_when_the_code_has_changed(tmp_path, capsys, monkeypatch):
     run = go(cfg := options(tmp_path))
     monkeypatch.setattr(data, "code_of", lambda cfg: "other")
     capsys.readouterr()
-    assert not Run(cfg, TOK).finished and "the code changed" in capsys.readouterr().err
+    assert not Run(cfg).finished and "the code changed" in capsys.readouterr().err
     run.finish(())
-    assert Run(cfg, TOK).finished and re.search("nothing to do.*the code.*--overwrite", capsys.readouterr().out)
+    assert Run(cfg).finished and re.search("nothing to do.*the code.*--overwrite", capsys.readouterr().out)
 
 
 def test_the_code_of_a_run_is_its_script_and_the_two_shared_files(tmp_path, monkeypatch):
@@ -2226,7 +2226,7 @@ def test_overwrite_begins_anew_and_deletes_nothing_before_the_first_step(tmp_pat
     (Path(cfg.out) / "mine.txt").write_text("not the run's")
     before = {path: path.read_bytes() for path in Path(cfg.out).iterdir()}
     again = dataclasses.replace(cfg, overwrite=True, lr=.25)
-    run = Run(again, TOK)
+    run = Run(again)
     assert not run.finished and run.left("checkpoint.safetensors") is None
     assert before == {path: path.read_bytes() for path in Path(cfg.out).iterdir()}
     for step in run.progress(0, 2):
@@ -2235,10 +2235,10 @@ def test_overwrite_begins_anew_and_deletes_nothing_before_the_first_step(tmp_pat
     assert {path.name for path in Path(cfg.out).iterdir()} == {"run.json", "metrics.jsonl", "lock", "mine.txt"}
     run.finish(())
     write_text(Path(cfg.out) / "checkpoint.safetensors", "left when `finish` was killed")
-    assert Run(dataclasses.replace(again, overwrite=False), TOK).finished
+    assert Run(dataclasses.replace(again, overwrite=False)).finished
     assert not (Path(cfg.out) / "checkpoint.safetensors").exists()
     with pytest.raises(UserError, match="--lr"):
-        Run(cfg, TOK)
+        Run(cfg)
 
 
 def test_a_folder_is_written_by_one_process_at_a_time(tmp_path):
@@ -2252,7 +2252,7 @@ def test_a_folder_is_written_by_one_process_at_a_time(tmp_path):
                                      stderr=subprocess.PIPE, text=True)
     both = [start() for _ in range(2)]
     assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
-    run = Run(cfg, TOK)
+    run = Run(cfg)
     for step in run.progress(0, 3):
         run.log(step, loss=1.0)
         if step == 1:
@@ -3191,7 +3191,7 @@ def test_truth_is_the_gold_of_the_toys_prompts_alone():
 
 
 def test_samples_are_the_last_questions_and_their_answers_in_a_file_a_step(tmp_path):
-    run, records = Run(RunConfig(out=str(tmp_path)), TOK), [{"prompt": [user("Hm"), assistant("Yes"), user(f"Q{i}?")]}
+    run, records = Run(RunConfig(out=str(tmp_path))), [{"prompt": [user("Hm"), assistant("Yes"), user(f"Q{i}?")]}
                                                             for i in range(10)]
     run.samples(7, records, [f"A{i}\nand more" for i in range(10)])
     run.samples(12, records[:1], ["\u00e9"])

@@ -487,7 +487,7 @@ def sharp(ratio, x, h):
 OWN_LOSSES = {
     "of its option alone": soft,
     "clipped too": lambda x, h: sharp(x.ratio, x, h),
-    "of whole responses": lambda x, h: sharp(x.whole, x, h),                             # (B, 1), for every token
+    "of whole responses": lambda x, h: sharp(x.response_ratio, x, h),                             # (B, 1), for every token
 }
 
 

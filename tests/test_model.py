@@ -1256,7 +1256,7 @@ def test_frozen_parameters_are_left_alone():
 
 def run_in(folder, seed=7):
     left = lambda name: folder / name if (folder / name).exists() else None
-    return SimpleNamespace(folder=folder, seed=seed, fingerprint="eleven", left=left,
+    return SimpleNamespace(folder=folder, seed=seed, tok=TOK, left=left,
                            progress=lambda a, b: iter(range(a, b)))
 
 
@@ -1326,7 +1326,7 @@ def test_a_finished_run_yields_no_step_and_its_checkpoint_is_a_model(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["drop", "rename", "reshape", "add"])
-@pytest.mark.parametrize("key", ["optimizer/0.0.exp_avg", "optimizer/0.3.step", "optimizer/1.2.momentum_buffer",
+@pytest.mark.parametrize("key", ["optimizer of optimizer/0.0.exp_avg", "optimizer of optimizer/0.3.step", "optimizer of optimizer/1.2.momentum_buffer",
                                  "model/transformer.wpe.weight", "model/transformer.h.0.attn.c_attn.lora_A"])
 def test_p46_a_resumed_run_names_a_missing_misshapen_or_surplus_tensor(key, change, tmp_path):
     # silently fresh moments are an incomplete resume (p41)
@@ -2413,13 +2413,13 @@ def test_24_a_reward_refuses_records_that_no_term_can_pay_for(tmp_path, capsys):
                                 ("words|keyword", [sums], "keyword"), ("exact[write]", [plain], "family"),
                                 ("exact[arith]", [sums | dict(answer="x")] + [plain], "answer")]:
         with pytest.raises(UserError, match=f"^(?=.*my.jsonl)(?=.*{word})[^\n]*$"):
-            reward_of(spec).meet(records, "my.jsonl")
-    reward_of("words + exact[arith]").meet([sums, plain], "my.jsonl")       # others it need not judge
-    reward_of("exact[write]").meet([sums], "my.jsonl")                      # a file of other families is no mistake
+            reward_of(spec).check(records, "my.jsonl")
+    reward_of("words + exact[arith]").check([sums, plain], "my.jsonl")       # others it need not judge
+    reward_of("exact[write]").check([sums], "my.jsonl")                      # a file of other families is no mistake
     assert capsys.readouterr().err == ""
-    reward_of("exact").meet([sums, plain, plain], "my.jsonl")
+    reward_of("exact").check([sums, plain, plain], "my.jsonl")
     assert "2 of 3" in capsys.readouterr().err
-    reward_of("exact").meet([sums, plain, plain], "toy")                    # the toy world's families are as they are
+    reward_of("exact").check([sums, plain, plain], "toy")                    # the toy world's families are as they are
     assert capsys.readouterr().err == ""
 
 

@@ -1132,8 +1132,9 @@ def test_interrupted_run_with_a_cost_continues_bit_for_bit(tiny, tmp_path, monke
         patch.setattr(data.Run, "log", log)
         train(tmp_path / "b", tiny, save_every=2, **options)
     tensors, meta = models.load_tensors(tmp_path / "b" / "checkpoint.safetensors")
-    assert meta["step"] == 2 and meta["state"]["lam"] == whole[2]["lambda"] != whole[0]["lambda"]
-    parts = {"model", "critic", "cost_critic", "policy_opt", "critic_opt", "cost_critic_opt"}
+    assert meta["step"] == 2 and meta["state"]["multiplier"] == whole[2]["lambda"] != whole[0]["lambda"]
+    models_ = {"model", "critic", "cost_critic"}
+    parts = models_ | {f"optimizer of {name}" for name in models_}
     assert {key.split("/")[0] for key in tensors} == parts
     assert train(tmp_path / "b", tiny, save_every=2, **options) == whole
     for part in ("model", "critic", "cost_critic"):
