@@ -64,11 +64,11 @@ class Config(TrainConfig):
     overlong: Natural = 0       # tokens before max_new over which the reward falls by 1 (DAPO's soft punishment)
     mask_truncated: bool = False  # responses cut off at max_new teach nothing (DAPO's overlong filtering)
     len_reward: NonNegative = 0.0  # weight of the length reward within a group: short is good (Kimi k1.5)
-    prefer: str = ""            # win rate in the group as reward (SPO): `score`, or module:function of (record, a, b)
-    tripwire: str = ""          # verifier of what must not happen: each response is cut, and gone on from there, to see
-    lookahead: NonNegative = 1.0  # weight λ of that: the reward loses λ times the chance that it happens
-    cuts: Count = 2             # places in a response where it is cut
-    ahead: Count = 24           # tokens to go on from there
+    prefer: str = ""            # win rate in the group as reward (SPO). `score`: by the scores; or module:function
+    tripwire: str = ""          # verifier of what must not happen when the policy goes on from cuts in a response
+    lookahead: NonNegative = 1.0  # λ: the reward loses λ times the share of continuations in which it happens
+    cuts: Count = 2             # cuts in each response, evenly spaced
+    ahead: Count = 24           # tokens that the policy goes on from each
     # advantages, and the loss of a token
     adv: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = "grpo"  # see ADVANTAGES
     loss: Literal["clip", "gspo", "cispo", "opmd"] = "clip"  # see POLICY_LOSSES
@@ -135,7 +135,7 @@ ADVANTAGES = {
 }
 
 
-# A policy loss gives the loss of every token, and where a clip decides it, which clip_frac counts: (B, T-1) both. Of x
+# A policy loss returns two tensors (B, T-1): the loss of every token, and whether a clip decides it (clip_frac). Of x
 # it may use logp; gap = logp - old_logp; ratio = exp(gap); response_ratio (B, 1), the ratio of the whole response to
 # the power 1 / its length; adv (B, 1). h: the Config; add an option there if a loss of yours needs one.
 
@@ -146,8 +146,8 @@ def clip(x, h):
 
 
 def gspo(x, h):
-    """Every token by the n-th root of the ratio of its whole response of n tokens; per response, with clips of 3e-4 and
-    4e-4 (GSPO 2507.18071, eq. 5, 7)."""
+    """Every token by the n-th root of the ratio of its whole response of n tokens; with --per response --clip_low 3e-4
+    --clip_high 4e-4 it is the paper's (GSPO 2507.18071, eq. 5, 7)."""
     return clipped(x.response_ratio.expand_as(x.logp), x.adv, h)
 
 
@@ -213,22 +213,23 @@ def kl_estimate(logp, ref_logp, ratio, kind):
 
         kind    sits in       and its gradient there is that of
         k1      the reward    KL(π || π_ref)
-        k2      the loss      KL(π || π_ref), of each token by itself
-        k3      the loss      KL(π_ref || π), of each token by itself (GRPO's as published)
-        k3_is   the loss      KL(π || π_ref), of each token by itself: k3 times the ratio π / π_old
+        k2      the loss      KL(π || π_ref), token by token
+        k3      the loss      KL(π_ref || π), token by token (GRPO's as published)
+        k3_is   the loss      KL(π || π_ref), token by token: k3 times the ratio π / π_old
 
-    As a reward, only k1 gives the gradient of the KL. As a loss, k1's gradient is 0 on average.
+    A KL in the loss moves its own token only. Earlier tokens do not feel it. Their values all estimate KL(π || π_ref);
+    only the gradients differ. As a reward, only k1 gives the gradient of the KL. As a loss, k1's is 0 on average.
 
-    Where it leads when a response is one token, T = π_ref exp(r / β) / Z being the optimum:
+    Where it leads. Let π* = π_ref exp(r / β) / Z, the optimum. When a response is one token:
 
-        k1, any advantage       T
-        k2, k3_is with rloo     T
-        k2, k3_is with dr_grpo  T with β G / (G-1) for β: the group's mean shrinks the reward, and not the KL
-        k3 with rloo, dr_grpo   the solution of π = β π_ref / (β + E_π[r] - r), with rloo's or dr_grpo's β
-        the other advantages    neither, unless k1: the spread rescales the reward, and with it β
+        k1, any advantage       π*: there r - β k1 is equal for all responses, and every advantage is 0
+        k2, k3_is with rloo     π*
+        k2, k3_is with dr_grpo  π* with β G / (G-1) for β: the group's mean shrinks the reward, and not the KL
+        k3 with rloo, dr_grpo   the solution of π = β π_ref / (β + E_π[r] - r), with β or β G / (G-1)
+        k2, k3, k3_is, others   none of these: the spread rescales the reward, and with it β
 
-    When a response is more tokens, only k1 leads to T: the KL of a token is then taken off the advantage of all tokens
-    before it. A KL in the loss moves its own token only. Earlier tokens do not feel it.
+    When a response is more tokens, only k1 leads to π*: it takes a token's KL off the advantage of the whole response,
+    the tokens before it included.
     """
     d = logp - ref_logp
     if kind == "k1":
@@ -262,18 +263,19 @@ def win_rates(p):
 
 
 def draw_prompts(rates, share, n, rng):
-    """n different indices among the first `share` of a pool, with chances ∝ 1 - rates[i]. They are the first to arrive
-    in a race in which one of chance c takes an exponential time of mean 1 / c."""
+    """n different indices among the first `share` of a pool, with chances ∝ 1 - rates[i]. Each
+    index gets a random time of arrival, exponential with mean 1 / its chance; the n earliest are drawn."""
     n_open = max(n, math.ceil(share * len(rates)))
     arrival = [-math.log(1 - rng.random()) / (1 - rates[i] + 1e-3) for i in range(n_open)]
     return sorted(range(n_open), key=lambda i: arrival[i])[:n]
 
 
 # ---------------------------------------------------------------- the steps
-# Of model.py: `respond` gives a policy's responses, a Rollout; `logps` the log-probabilities of its tokens, in
-# micro-batches and without gradient; `minibatches` the rows of every update, all epochs one after another; `parts` the
-# micro-batches of one, whose x.NAME is their part of a column. `Optimizer.step` clips, updates, clears the gradients,
-# and tells its gradient norm and rate. `steps` restores what an interrupted run had, seeds each step, and saves.
+# Of model.py. respond: a policy's responses, a Rollout, whose lengths count prompt and response. logps: log π of each
+# of its tokens, in micro-batches, without gradient, 0 outside the response. minibatches: the rows of every update, all
+# epochs one after another. parts(..., NAME=tensor): the rows of one update as micro-batches x, where x.NAME is the part
+# of a tensor that has a row for each of the B responses. token_logprobs: with gradient. Optimizer.step: clip, update,
+# clear the gradients -> gradient norm, rate. steps: restore what an interrupted run had, seed each step, and save.
 
 class Prompts:
     """The prompts of every step: new ones, or from a pool, which opens from the easy ones on (--curriculum) and gives
@@ -393,7 +395,7 @@ def tripped(tripwire, records, texts, finished):
 
 
 def shape_reward(score, records, roll, policy, judge, tripwire, cfg):
-    """The reward (P, G) of each response, from its score; the options are in the order of the code."""
+    """The reward (P, G) of each response, from its score and what the options add to it."""
     r, length = score.clone(), roll.mask.sum(1).view_as(score)
     if cfg.prefer:
         r = win_rates(preferences(records, roll.responses(), score, judge))
@@ -439,12 +441,12 @@ def has_gradient(adv, mask, cfg):
 
 
 def report(records, roll, r, means, tripwire, cfg):
-    """What is logged of the rollout that the update learned from, r its rewards (P, G), and of the update."""
+    """What is logged of an update, and of the rollout that it learned from; r: its rewards (P, G)."""
     length, equal = float(roll.mask.sum(1).mean()), r.amax(1) == r.amin(1)
     metrics = means.result() | dict(
         zero_std=equal.float().mean(), response_length=length, finished=roll.finished.float().mean())
     if "kl" in metrics:
-        metrics["kl"] *= length  # per response: the mean of a token that was taught times the mean length
+        metrics["kl"] *= length  # of a response: the mean token of those that were not left out, times the mean length
     if tripwire:
         records = repeat(records, cfg.group)
         metrics["tripped"] = tripped(tripwire, records, roll.responses(), roll.finished).mean()
@@ -493,14 +495,14 @@ def train(cfg):
         # 3. Compare within each group: every token of a response gets the same advantage.
         adv = ADVANTAGES[cfg.adv](r.double(), cfg).to(roll.logp.dtype).view(-1, 1)       # (B, 1)
         mask = roll.mask                                                                 # (B, T-1)
-        if cfg.mask_truncated:
+        if cfg.mask_truncated:  # whole responses, which has_gradient then leaves out
             mask = mask * roll.finished[:, None]
 
         # 4. Step towards the better ones. A response without a gradient is left out, and metrics of the update are
         # about the others.
         means, total, busy = Means(), 0.0, has_gradient(adv, mask, cfg)
         for rows in minibatches(len(adv), cfg):
-            weights = torch.zeros_like(mask)  # whole, as the other columns are
+            weights = torch.zeros_like(mask)  # a row for each response, as parts wants
             weights[rows] = token_weights(mask[rows], cfg.per, cfg.max_new)
             rows = rows[busy[rows]]  # those that are left out count in the weights
             for x in parts(roll, rows, cfg, weights=weights, adv=adv, old_logp=old_logp, ref_logp=ref_logp):
@@ -512,7 +514,7 @@ def train(cfg):
                 loss = (loss * x.weights).sum()
                 loss.backward()
                 total += loss.detach() / cfg.minibatches
-                drift = kl_estimate(old, logp, None, "k3")  # KL(π_old || π), of samples of π_old
+                drift = kl_estimate(old, logp, None, "k3")  # estimates KL(π_old || π)
                 means.add(x.mask, entropy=entropy, ratio=ratio, clip_frac=decides, approx_kl=drift)
                 if cfg.kl_coef:
                     means.add(x.mask, kl=logp - x.ref_logp)  # k1, whatever --kl is

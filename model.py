@@ -10,9 +10,9 @@ which is all a reward model or a value function is. No algorithm lives here, and
 
 One layout for every sequence, in training and in sampling: prompt, response, end token, then padding on the right. With
 causal attention a real token never sees padding on its right, so no attention mask is needed, and position ids are
-always 0, 1, 2, ... (packed rows and the cache have both). `tokens` is (B, T). The log-probability at index t belongs to
-token t+1, so `logp` and `mask` are (B, T-1); `mask` is 1 where token t+1 counts, as a token of the response does. What
-a token may look at is `see`.
+always 0, 1, 2, ... (packed rows and the cache have a `see` and position ids of their own). `tokens` is (B, T). The
+log-probability at index t belongs to token t+1, so `logp` and `mask` are (B, T-1); `mask` is 1 where token t+1 counts,
+as a token of the response does. What a token may look at is `see`.
 
 Words that come back: `cfg`, the options of a script; `like`, a Setup or a model, whose tokenizer, device and precision
 another model gets; `budget`, the most tokens a micro-batch may hold, padding included; a row, (ids, target) of one
@@ -295,8 +295,8 @@ class GPT(nn.Module):
             return F.linear(hidden, self.transformer.wte.weight)[..., :self.config.vocab_size]
 
     def scores(self, hidden):
-        """(..., C) -> (..., n_scores), in at least fp32 under autocast too: bf16 would give different answers one
-        score."""
+        """(..., C) -> (..., n_scores), in at least fp32 under autocast too: in bf16 different answers would round to
+        one."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.score(full(hidden))
 
@@ -559,7 +559,7 @@ def prefill(model, prompts, n, width):
     of the prompts (B,)."""
     length = torch.tensor([len(p) for p in prompts], device=model.device)                # (P,)
     rows, longest = torch.arange(len(prompts), device=model.device), int(length.max())
-    tokens = pad(prompts, model.tok.pad, model.device, width=width)[:, :width]  # (P, width): pad rounds up
+    tokens = pad(prompts, model.tok.pad, model.device, width=width)[:, :width]  # (P, width)
     cache = Cache(model, len(prompts), longest)
     hidden = model(tokens[:, :longest], cache=cache)                                     # (P, longest, C)
     hidden = hidden[rows, length - 1]                                                    # (P, C)
@@ -602,7 +602,7 @@ def decode(model, hidden, cache, length, width, max_new, draw, stream, drop_fini
             # A CPU reads all slots at every step, so it gets them as they are needed; a GPU gets them at once.
             needed = width if device.type == "cuda" else round_up(longest + j + 1, 32)
             cache.reserve(min(needed, width))
-            pos = pos.clamp(max=width - 1)  # of finished rows it goes on
+            pos = pos.clamp(max=width - 1)  # that of a finished row goes on growing; its draws do not count
             hidden = model(token[:, None], pos[:, None], cache=cache)[:, 0]              # (B, C)
     return said, logp, drawn
 
@@ -756,8 +756,8 @@ class Reward:
     `Reward("0.5*out/reward@answer[write] + exact", ...)(records, roll)` -> total (B,), {term: unweighted part (B,)}.
     A term is a data.Term, and may have, in this order:
 
-        NAME|NAME          several; the worst counts: the least, or the greatest of a cost or with a negative weight
-                           (Coste et al. 2310.02743). The part "NAME|NAME spread" is their standard deviation
+        NAME|NAME          several; the worst counts (Coste et al. 2310.02743): the least, but the greatest if more is
+                           worse, as with cost=True or a negative weight. "NAME|NAME spread" is the standard deviation
         @answer            it sees only what follows the thinking
         @rate              a language model is asked for points; they count as -1..1 (direct RLAIF, 2309.00267)
         @A to @D           a language model is asked for a class of data.RUBRIC; its P counts (RBRM, 2303.08774)
@@ -806,7 +806,7 @@ class Reward:
         out = []
         for term in parse_rewards(spec):
             sums = [name for name in term.names if (Path(name) / "reward.txt").exists()]
-            if sums and term.label != sums[0]:
+            if sums and term.label != sums[0]:  # a name alone is its own label
                 raise UserError(f"--reward {term.label}: {sums[0]} stands for a sum, and takes no |, @, {{}} or []")
             if not sums:
                 out.append(term)
@@ -864,7 +864,7 @@ class Reward:
             if not all(p.isfinite().all() for p in self.loaded[name].parameters()):
                 raise UserError(f"{name}: its weights are not all finite numbers; train it again")
             for value, i in zip(said.tolist(), shown):
-                number(value, name, records[i])
+                number(value, name, records[i])  # raises for one that is no number
         return said
 
     def answers(self, name, term, records, shown):
@@ -898,8 +898,9 @@ class Reward:
         return out[rows]
 
     def read(self, term, shown, roll, most):
-        """Micro-batches (rows, tokens, mask) of what a reward model sees: the rollout's own tokens, or with a view the
-        text, encoded; after the term's system message; cut to `most` tokens. All is as in its training."""
+        """Micro-batches (rows, tokens, mask) of what a reward model sees, as in its training: the term's system
+        message, the prompt, and the answer (the rollout's own tokens, or with a view the text, encoded), cut to `most`
+        tokens."""
         system, tokens, lengths = [], roll.tokens.tolist(), roll.lengths
         if term.system:
             system, _ = self.tok.chat([dict(role="system", content=term.system)])
@@ -1029,9 +1030,9 @@ def setup(cfg, tok):
 def muon_group(p, lr, decay):
     """What torch.optim.Muon is told of a matrix; decay: the share of it that a step takes off, as AdamW's.
 
-    A step is to be larger by √(out / in) where out > in. PyTorch does so for matrices (out, in): it multiplies the rate
-    by √(rows / columns) if there are more rows. Ours are (in, out). With this rate, more rows give a factor of 1, and
-    more columns one of √(columns / rows) = √(out / in).
+    Muon's step is to be larger by √(out / in) where out > in. PyTorch has matrices (out, in) in mind and multiplies the
+    rate by √(rows / columns) where there are more rows. Ours are (in, out), so we multiply by √(columns / rows) before:
+    together that is 1 where there are more rows, and √(columns / rows) = √(out / in) where there are more columns.
     """
     rows, columns = p.shape
     lr = lr * math.sqrt(columns / rows)
@@ -1109,7 +1110,7 @@ class Optimizer:
         optim.zero_grad(set_to_none=True)
 
     def at(self, step):
-        """Set the learning rates of a step."""
+        """Set the learning rates of a step; before it, since fused updates happen in its backward passes."""
         for group in self.groups():
             group["lr"] = group["base_lr"] * self.scale(step)
 
@@ -1208,7 +1209,7 @@ def save_tensors(path, tensors, meta):
         text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
         return struct.pack("<Q", len(text)) + text
     crc = zlib.crc32(json.dumps(header).encode())
-    facts["crc32"] = f"{0:08x}"  # its place: what it is shows when all is written
+    facts["crc32"] = f"{0:08x}"  # as long as the value, which is known when all is written
     part = path.with_suffix(".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1328,7 +1329,7 @@ class Undrawn(TorchFunctionMode):
     second."""
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (nn.init.normal_, nn.init.kaiming_uniform_, nn.init.uniform_):
-            return kwargs["tensor"]
+            return kwargs["tensor"]  # nn.init passes it on by its name
         return func(*args, **(kwargs or {}))
 
 
@@ -1364,7 +1365,7 @@ def load_model(folder, like=Setup(), n_scores=None, maker=""):
     a finished run has as well. A tokenizer other than the one it was trained with is an error.
 
     like: a Setup, or a model, whose tokenizer, device and precision it gets. n_scores: make it a reward or value model
-    of that many scores, of which it keeps the first that it has; new ones start at zero. 0 asks for a
+    of that many scores: the first ones that it has, and new ones, which start at zero. 0 asks for a
     language model and refuses any other; None takes what is there. maker: the command that makes this folder, for the
     error message.
     """
@@ -1417,8 +1418,8 @@ def resize_head(model, n_scores):
 
 @torch.no_grad()
 def shift_score(model, by):
-    """Add the number `by` to every score of a model with one. GPT-2's head w has no bias of its own, but the last norm
-    has one, b. What is added to that is a vector whose product with w is `by`: w · (b + by w / w²) = w · b + by."""
+    """Add the number `by` to every score of a model with one score. GPT-2's head w has no bias of its own, but the last
+    norm has one, b. To that we add a vector whose product with w is `by`: w · (b + by w / w²) = w · b + by."""
     w = model.score.weight[0]                                                            # (C,)
     model.transformer.ln_f.bias += by * w / (w @ w).clamp(min=1e-12)
 
@@ -1483,8 +1484,7 @@ def restore(run, modules, optimizers, state, here):
     for name, module in modules.items():
         fill(module, part(tensors, name), folder)
     for name, optimizer in optimizers.items():
-        left = part(tensors, f"optimizer of {name}")
-        optimizer.load_tensors({} if meta.get("done") else left, folder)
+        optimizer.load_tensors(part(tensors, f"optimizer of {name}"), folder)
     step = meta.get("step")
     if not isinstance(meta.get("state"), dict) or type(step) is not int or step < 0:
         raise UserError(f"{folder}: its checkpoint does not say at which step it was written")
@@ -1692,12 +1692,14 @@ def merge(cfg, folders):
     if any(model.config != first.config for model in models):
         raise UserError(f"{', '.join(folders)}: one has another architecture")
     states = [model.state_dict() for model in models]
-    made, path = dict(of=[checksum(state) for state in states], weights=weights, slerp=cfg.slerp), Path(cfg.out)
-    if (path / "config.json").exists() or (path / "run.json").exists():  # without config.json, an unfinished run
-        mark = read_json(path / "config.json").get("plainalign") if (path / "config.json").exists() else None
-        if not isinstance(mark, dict) or mark.get("made") != made:
-            raise UserError(f"{cfg.out} holds another model: choose another --out, or delete that folder")
-        return print(f"{cfg.out} is finished; nothing to do")
+    made = dict(of=[checksum(state) for state in states], weights=weights, slerp=cfg.slerp)
+    theirs = Path(cfg.out) / "config.json"
+    if theirs.exists():
+        mark = read_json(theirs).get("plainalign")
+        if isinstance(mark, dict) and mark.get("made") == made:
+            return print(f"{cfg.out} is finished; nothing to do")
+    if theirs.exists() or theirs.with_name("run.json").exists():  # another model, or a run that is not finished
+        raise UserError(f"{cfg.out} holds another model: choose another --out, or delete that folder")
 
     total = {}
     for name in states[0]:

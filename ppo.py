@@ -90,7 +90,7 @@ class Config(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.fused_bwd and self.ptx_coef:  # that is a second backward pass, and the weights have moved in the first
+        if self.fused_bwd and self.ptx_coef:  # fused_bwd moves the weights in the backward pass, and ptx needs another
             raise OptionError("--fused_bwd: an update is one backward pass; no --ptx_coef")
 
 
@@ -106,11 +106,13 @@ def kl_estimate(logp, ref_logp, kind):
         k2      the loss      KL(π || π_ref), of each token by itself
         k3      the loss      KL(π_ref || π), of each token by itself
 
-    As a reward, only k1 gives the gradient of the KL. As a loss, k1's gradient is 0 on average.
+    Their values all estimate KL(π || π_ref); only the gradients differ. As a reward, only k1 gives the gradient of the
+    KL. As a loss, k1's gradient is 0 on average.
 
-    Where it leads when a response is one token: k1 and k2 to the optimum, π_ref exp(r / β) / Z; k3 to the solution of
-    π = β π_ref / (β + E_π[r] - r). When it is more, only k1 leads to the optimum: the KL of a token is then taken off the
-    advantage of all tokens before it. A KL in the loss moves its own token only. Earlier tokens do not feel it.
+    Where it leads when a response is one token: k1 and k2 to the optimum, π_ref exp(r / β) / Z; k3 to the maximum of
+    E_π[r] - β KL(π_ref || π), which solves π = β π_ref / (β + E_π[r] - r). When it is more, only k1 leads to the
+    optimum: it takes the KL of a token off the advantage of that token and of all before it. A KL in the loss moves its
+    own token only. Earlier tokens do not feel it.
     """
     d = logp - ref_logp
     if kind == "k1":
@@ -146,7 +148,7 @@ def gae(rewards, values, mask, gamma, lam):
 
 def lagrangian(adv, cost_adv, multiplier):
     """(A_R - λ A_C) / (1 + λ): the advantage of E[r] - λ E[c], kept in the unit of one reward (Safe RLHF 2310.12773,
-    eq. 11). With -β KL in the rewards and +β KL in the costs, β keeps its meaning whatever λ is."""
+    eq. 11). With -β KL in the rewards and +β KL in the costs, β keeps its meaning: (-β - λ β) / (1 + λ) = -β."""
     return (adv - multiplier * cost_adv) / (1 + multiplier)
 
 
@@ -221,12 +223,13 @@ def normalize(score, state):
 
 
 # ---------------------------------------------------------------- the steps
-# Of model.py: `load_model` with n_scores=0 gives a language model, with 1 a value function; `respond` a policy's
-# responses, a Rollout; `logps` and `per_token` something of each of its tokens, in micro-batches and without gradient;
-# `minibatches` the rows of every update, all epochs one after another; `parts` the micro-batches of one, whose x.NAME
-# is their part of a column. `Optimizer.step` clips, updates, and clears the gradients. `steps` restores what an
-# interrupted run had, seeds each step, and saves. Models cast to bf16 by themselves; an `autocast` around several
-# passes keeps what was cast.
+# Of model.py. load_model: with n_scores=0 a language model, with 1 a value function. respond: a policy's responses, a
+# Rollout. logps: log π of each of its tokens; per_token: any function of (tokens, mask) that gives a number or more for
+# each; both in micro-batches and without gradient. minibatches: the rows of every update, all epochs one after another.
+# parts(..., NAME=tensor): the rows of one update as micro-batches x, where x.NAME is the tensor's part. token_logprobs,
+# token_scores: with gradient, (b, t-1). Optimizer.step: clip, update, clear the gradients. steps: restore what an
+# interrupted run had, seed each step, and save. Models cast to bf16 by themselves; with `autocast` around several
+# passes the weights are cast only once.
 
 def shape_score(raw, records, roll, ref, reward, state, cfg):
     """The score (B,) of each response, from what the reward says of it, raw (B,): less that of the reference's own
@@ -247,7 +250,7 @@ def logps_and_entropy(policy, roll, cfg):
     """log π of a rollout's tokens, and the entropy of the distributions they were drawn from, without gradient:
     (2, B, T-1)."""
     def both(tokens, mask):
-        return torch.stack(token_logprobs(policy, tokens, mask, cfg.temperature, entropy=True))
+        return torch.stack(token_logprobs(policy, tokens, mask, cfg.temperature, entropy=True))  # (2, b, t-1)
     with policy.autocast():
         return per_token(roll, cfg.micro_tokens, both)
 
@@ -295,7 +298,8 @@ class Constraint:
         self.critic = Critic(trunk(self.cost, cfg), policy, cfg)
 
     def advantages(self, adv, kl, reward_beta, records, roll, state, step):
-        """The advantages (B, T-1) of reward and cost together; the multiplier λ is in state, and is updated."""
+        """The advantages (B, T-1) of reward and cost together; the multiplier λ is in state, and is updated.
+        reward_beta: the β that sits in the rewards, 0 where the KL sits in the loss."""
         cost, _ = self.cost(records, roll)                                               # (B,)
         costs = token_rewards(cost, kl, roll.mask, -reward_beta)  # the KL is a cost too: + β kl
         multiplier = state["multiplier"]
@@ -393,7 +397,7 @@ def train(cfg):
         adv = critic.advantages(rewards, roll)                                           # (B, T-1)
         if constraint:
             adv = constraint.advantages(adv, kl, reward_beta, records, roll, state, step)
-        loss_beta = state["beta"]
+        loss_beta = state["beta"]  # for k2 and k3
         if cfg.whiten:  # advantages are then in units of their spread, so a β beside them has to be as well
             loss_beta /= float(masked_var(adv, roll.mask)) ** 0.5 + 1e-8
             adv = whiten(adv, roll.mask)
@@ -403,16 +407,16 @@ def train(cfg):
         metrics = critic.fit(roll, batches, step) | dict(beta=state["beta"])
         if constraint:
             metrics |= constraint.fit(roll, batches, step)
-        for rows in batches if step >= cfg.critic_warmup else ():
+        for rows in batches if step >= cfg.critic_warmup else []:  # during the warm-up none
             count, means_now = float(roll.mask[rows].sum()), Means()
             for x in parts(roll, rows, cfg, old_logp=old_logp, ref_logp=ref_logp, adv=adv):
                 logp, entropy = token_logprobs(policy, x.tokens, x.mask, cfg.temperature, entropy=True)
                 p_loss, ratio, clipped = policy_loss(logp, x.old_logp, x.adv, cfg.clip)  # (b, t-1)
                 loss = p_loss - cfg.entropy_coef * entropy
-                if cfg.kl != "k1":  # exact at the first update of a step; later ones see slightly stale samples
+                if cfg.kl != "k1":  # unbiased at a step's first update, where π = π_old; then samples grow stale
                     loss = loss + loss_beta * kl_estimate(logp, x.ref_logp, cfg.kl)
                 (masked_sum(loss, x.mask) / count).backward()
-                drift = kl_estimate(x.old_logp, logp, "k3")  # KL(π_old || π), of samples of π_old
+                drift = kl_estimate(x.old_logp, logp, "k3")  # estimates KL(π_old || π)
                 means_now.add(x.mask, policy_loss=p_loss, ratio=ratio, clip_frac=clipped, approx_kl=drift)
             if documents:
                 (cfg.ptx_coef * pretraining_loss(policy, documents.batch(step, cfg.ptx_batch))).backward()

@@ -37,7 +37,7 @@ SIZES |= {name: SIZES["gpt2"] | dict(n_layer=layers, n_embd=width, n_head=width 
 ITEMS = ["generate", "sft", "reward", "dpo", "orpo", "grpo"]
 # Models trained and models frozen. DPO's reference has left when training starts; GRPO here has a verifier, no KL term.
 MODELS = {"sft, dpo, orpo, grpo": (1, 0), "reward": (1, 0), "grpo, KL, reward model": (1, 2), "ppo": (2, 2)}
-TOK = SimpleNamespace(pad=0, end=-1)  # an end token that is never drawn: every row runs to its full length
+TOK = SimpleNamespace(pad=0, end=-1, fingerprint="bench")  # an end token that is never drawn: every row runs to its full length
 
 
 def forward_flops(config, tokens, context, head=None):
