@@ -53,8 +53,8 @@ def teach(net, contexts, chances, exact=False):
     tokens = torch.tensor(list(chances))
     want = torch.tensor([math.log(p) if p else NEVER for p in chances.values()], dtype=torch.float64)
     net.double().eval()                        # so that every machine arrives at the same weights
-    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=200, tolerance_grad=1e-8 if exact else 1e-3,
-                                  line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=200, tolerance_grad=1e-12 if exact else 1e-3,
+                                  tolerance_change=1e-16 if exact else 1e-9, line_search_fn="strong_wolfe")
 
     def gaps():
         off = net.logits(net(contexts)).log_softmax(-1)[..., tokens] - want
@@ -68,7 +68,7 @@ def teach(net, contexts, chances, exact=False):
 
     optimizer.step(closure)
     optimizer.zero_grad()
-    assert gaps().abs().max() < .1
+    assert gaps().abs().max() < (1e-6 if exact else .1)
     return net.float().train()
 
 

@@ -1178,7 +1178,7 @@ F2 = {  # what must be arrived at, from which records, with which options
     "robust undoes the flips": (TILT, FLIPPED, dict(loss="robust", eps=.2)),
     "ipo": ([.262445, .277043, .270293, .190219], EVEN, dict(loss="ipo", beta=.5)),  # its τ is our β
     "rpo_squared": (TILT, CERTAIN, dict(loss="rpo_squared")), "rpo_backward": (TILT, CERTAIN, dict(loss="rpo_backward")),
-    "rpo_forward": (TILT, CERTAIN, dict(loss="rpo_forward")), "dno": (TILT, CERTAIN, dict(loss="dno")),
+    "rpo_forward": (TILT, CERTAIN, dict(loss="rpo_forward", lr=1e-2)), "dno": (TILT, CERTAIN, dict(loss="dno")),
     "dro": (TILT, CERTAIN, dict(loss="dro", batch=12, steps=120, critic_lr=3e-2)),
 }
 
