@@ -1501,7 +1501,8 @@ def restore(run, modules, optimizers, state, here):
 # lists.
 
 GPT2 = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
-            scale_attn_by_inverse_layer_idx=False, add_cross_attention=False, tie_word_embeddings=True)  # what ours is
+            scale_attn_by_inverse_layer_idx=False, add_cross_attention=False, tie_word_embeddings=True)
+# That is what ours is. Whoever changes the architecture gives it another model_type, or transformers computes another.
 SHAPE = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
 
 

@@ -807,7 +807,7 @@ class Slow:
             self.forget()
         mean = {k: sum(x) / len(x) if x else None for k, x in seen.items()}
         kl = mean.pop("kl")
-        if c.kl_coef:
+        if c.kl_coef and kl is not None:
             mean["kl"] = kl * sum(lengths) / len(lengths)              # nats of a response
         if c.loss in ("cispo", "opmd"):
             del mean["clip_frac"]                                      # no such clip there
