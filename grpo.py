@@ -65,7 +65,7 @@ class Config(TrainConfig):
     mask_truncated: bool = False  # responses cut off at max_new teach nothing (DAPO's overlong filtering)
     len_reward: NonNegative = 0.0  # weight of the length reward within a group: short is good (Kimi k1.5)
     prefer: str = ""            # win rate in the group as reward (SPO). `score`: by the scores; or module:function
-    tripwire: str = ""          # verifier of what must not happen when the policy goes on from cuts in a response
+    tripwire: str = ""          # verifier of a forbidden event, looked for where the policy goes on from a cut
     lookahead: NonNegative = 1.0  # λ: the reward loses λ times the share of continuations in which it happens
     cuts: Count = 2             # cuts in each response, evenly spaced
     ahead: Count = 24           # tokens that the policy goes on from each
@@ -197,7 +197,7 @@ def token_weights(mask, per, max_new):
     length of its response.
 
     A response may have no token left (mask_truncated). `response` is then the mean over the others, as in verl and
-    OpenRLHF; `constant` divides by all, as TRL does in both.
+    OpenRLHF; `constant` divides by all. TRL divides by all in `response` too.
     """
     n = mask.sum(1, keepdim=True)                                                        # (B, 1)
     if per == "token":
@@ -217,8 +217,9 @@ def kl_estimate(logp, ref_logp, ratio, kind):
         k3      the loss      KL(π_ref || π), token by token (GRPO's as published)
         k3_is   the loss      KL(π || π_ref), token by token: k3 times the ratio π / π_old
 
-    A KL in the loss moves its own token only. Earlier tokens do not feel it. Their values all estimate KL(π || π_ref);
-    only the gradients differ. As a reward, only k1 gives the gradient of the KL. As a loss, k1's is 0 on average.
+    A KL in the loss moves its own token only. Earlier tokens do not feel it. The values of all four estimate
+    KL(π || π_ref); only the gradients differ. As a reward, only k1 gives the gradient of the KL. As a loss, k1 has one
+    that is 0 on average.
 
     Where it leads. Let π* = π_ref exp(r / β) / Z, the optimum. When a response is one token:
 
@@ -226,7 +227,7 @@ def kl_estimate(logp, ref_logp, ratio, kind):
         k2, k3_is with rloo     π*
         k2, k3_is with dr_grpo  π* with β G / (G-1) for β: the group's mean shrinks the reward, and not the KL
         k3 with rloo, dr_grpo   the solution of π = β π_ref / (β + E_π[r] - r), with β or β G / (G-1)
-        k2, k3, k3_is, others   none of these: the spread rescales the reward, and with it β
+        other advantages        for k2, k3, k3_is none of these: the spread rescales the reward, and with it β
 
     When a response is more tokens, only k1 leads to π*: it takes a token's KL off the advantage of the whole response,
     the tokens before it included.
@@ -293,8 +294,8 @@ class Prompts:
         """The records of a step, new ones for every draw; of a pool, their places in it too."""
         cfg = self.cfg
         if not self.pool:
-            batch = step * (1 + cfg.resample) + draw
-            return self.stream.batch(batch, cfg.prompts), []
+            nth = step * (1 + cfg.resample) + draw
+            return self.stream.batch(nth, cfg.prompts), []
         share, n = 1.0, min(cfg.prompts, len(self.pool))
         if cfg.curriculum:
             share = min(1.0, 0.25 + 0.75 * step / (cfg.curriculum * cfg.steps))
@@ -372,7 +373,7 @@ def preferences(records, texts, score, judge):
 def look_ahead(policy, records, roll, tripwire, cfg):
     """Chance (B,) that the policy, going on from somewhere in a response, trips the wire within `ahead` tokens: the
     mean over `cuts` places inside it, evenly spaced, of one continuation each."""
-    beginnings, starts = [], repeat(roll.prompt_len, cfg.cuts)
+    beginnings, starts = [], repeat(roll.prompt_len, cfg.cuts)  # starts: where each response begins
     for ids, start, end in zip(roll.tokens.tolist(), roll.prompt_len, roll.lengths):
         for cut in range(1, cfg.cuts + 1):
             place = start + (end - start) * cut // (cfg.cuts + 1)
@@ -446,7 +447,7 @@ def report(records, roll, r, means, tripwire, cfg):
     metrics = means.result() | dict(
         zero_std=equal.float().mean(), response_length=length, finished=roll.finished.float().mean())
     if "kl" in metrics:
-        metrics["kl"] *= length  # of a response: the mean token of those that were not left out, times the mean length
+        metrics["kl"] *= length  # from a token's to a response's: times the mean length
     if tripwire:
         records = repeat(records, cfg.group)
         metrics["tripped"] = tripped(tripwire, records, roll.responses(), roll.finished).mean()

@@ -110,9 +110,9 @@ def kl_estimate(logp, ref_logp, kind):
     KL. As a loss, k1's gradient is 0 on average.
 
     Where it leads when a response is one token: k1 and k2 to the optimum, π_ref exp(r / β) / Z; k3 to the maximum of
-    E_π[r] - β KL(π_ref || π), which solves π = β π_ref / (β + E_π[r] - r). When it is more, only k1 leads to the
-    optimum: it takes the KL of a token off the advantage of that token and of all before it. A KL in the loss moves its
-    own token only. Earlier tokens do not feel it.
+    E_π[r] - β KL(π_ref || π), where π = β π_ref / (β + E_π[r] - r), with π on both sides. When it is more, only k1
+    leads to the optimum: it takes the KL of a token off the advantage of that token and of all before it. A KL in the
+    loss moves its own token only. Earlier tokens do not feel it.
     """
     d = logp - ref_logp
     if kind == "k1":
@@ -190,7 +190,8 @@ def policy_loss(logp, old_logp, adv, clip):
 
 
 def value_loss(values, old_values, returns, clip):
-    """½ max((V - R)², (clip(V, V_old ± ε) - R)²) per token; the larger, so that clipping can only hold back."""
+    """½ max((V - R)², (clip(V, V_old ± ε) - R)²) per token: the larger, so a clip can take a gradient away, not add
+    one."""
     loss = (values - returns) ** 2
     if clip:
         near = old_values + (values - old_values).clamp(-clip, clip)
@@ -223,7 +224,8 @@ def normalize(score, state):
 
 
 # ---------------------------------------------------------------- the steps
-# Of model.py. load_model: with n_scores=0 a language model, with 1 a value function. respond: a policy's responses, a
+# Of model.py. load_model: with n_scores=0 a language model, with 1 a value function; prepare: switch on what training
+# needs. Reward(records, rollout): scores (B,), and each term of the sum by its name. respond: a policy's responses, a
 # Rollout. logps: log π of each of its tokens; per_token: any function of (tokens, mask) that gives a number or more for
 # each; both in micro-batches and without gradient. minibatches: the rows of every update, all epochs one after another.
 # parts(..., NAME=tensor): the rows of one update as micro-batches x, where x.NAME is the tensor's part. token_logprobs,
@@ -293,7 +295,7 @@ class Constraint:
 
     def __init__(self, policy, prompts, cfg):
         self.cfg = cfg
-        self.cost = Reward(cfg.cost, policy, cfg.micro_tokens, cost=True)
+        self.cost = Reward(cfg.cost, policy, cfg.micro_tokens, cost=True)  # of several models the greatest counts
         self.cost.check(prompts.some(), cfg.data)
         self.critic = Critic(trunk(self.cost, cfg), policy, cfg)
 
@@ -301,7 +303,7 @@ class Constraint:
         """The advantages (B, T-1) of reward and cost together; the multiplier λ is in state, and is updated.
         reward_beta: the β that sits in the rewards, 0 where the KL sits in the loss."""
         cost, _ = self.cost(records, roll)                                               # (B,)
-        costs = token_rewards(cost, kl, roll.mask, -reward_beta)  # the KL is a cost too: + β kl
+        costs = token_rewards(cost, kl, roll.mask, -reward_beta)  # token_rewards takes β kl off, -β adds it: a cost
         multiplier = state["multiplier"]
         adv = lagrangian(adv, self.critic.advantages(costs, roll), multiplier)           # (B, T-1)
         excess = float(cost.mean()) - self.cfg.cost_limit
@@ -398,7 +400,7 @@ def train(cfg):
         if constraint:
             adv = constraint.advantages(adv, kl, reward_beta, records, roll, state, step)
         loss_beta = state["beta"]  # for k2 and k3
-        if cfg.whiten:  # advantages are then in units of their spread, so a β beside them has to be as well
+        if cfg.whiten:  # that divides advantages by their spread; β too, so that their balance stays
             loss_beta /= float(masked_var(adv, roll.mask)) ** 0.5 + 1e-8
             adv = whiten(adv, roll.mask)
 
@@ -413,7 +415,7 @@ def train(cfg):
                 logp, entropy = token_logprobs(policy, x.tokens, x.mask, cfg.temperature, entropy=True)
                 p_loss, ratio, clipped = policy_loss(logp, x.old_logp, x.adv, cfg.clip)  # (b, t-1)
                 loss = p_loss - cfg.entropy_coef * entropy
-                if cfg.kl != "k1":  # unbiased at a step's first update, where π = π_old; then samples grow stale
+                if cfg.kl != "k1":  # without ρ, so unbiased at a step's first update only
                     loss = loss + loss_beta * kl_estimate(logp, x.ref_logp, cfg.kl)
                 (masked_sum(loss, x.mask) / count).backward()
                 drift = kl_estimate(x.old_logp, logp, "k3")  # estimates KL(π_old || π)
