@@ -2477,6 +2477,7 @@ def overlaps(files):
 
 
 def main():
+    """Show what is in files, or a few prompts and answers of the toy world."""
     cfg, files = parse(Config, positional=["file..."])
     tok, rng = Tokenizer.load(cfg.tokenizer), random.Random(cfg.seed)
     found = {path: read_records(path, skip_bad=cfg.skip_bad) for path in files}

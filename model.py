@@ -1733,6 +1733,7 @@ class Config(Options):
 
 
 def main():
+    """Merge models, or talk to one."""
     if sys.argv[1:2] == ["merge"]:
         return merge(*parse(Merge, ["checkpoint", "checkpoint..."], sys.argv[2:], "merge"))
     cfg, (folder,) = parse(Config, positional=["checkpoint"])

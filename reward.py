@@ -1261,6 +1261,7 @@ TAKES = dict(compare=["checkpoint", "checkpoint..."], accuracy=["reward", "rewar
 
 
 def main():
+    """Run the command that the first word names."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("-h", "--help"):
         return print(f"{__doc__}\n--help after a command lists its options: {', '.join(COMMANDS)}")
