@@ -57,6 +57,11 @@ class OptionError(UserError):
     code = 2
 
 
+def tell(text):
+    """Say something that is no result: on stderr, so that a pipe does not get it."""
+    print(text, file=sys.stderr)
+
+
 # ------------------------------------------------------------------------------------------------ tokenizer
 
 SPECIALS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
@@ -66,10 +71,7 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 # The toy's own. A tag is one piece. So is every digit, and it takes no space with it, which goes to the piece before:
 # a model that sees "17" or " 7" as tokens of their own learns arithmetic far worse than one that sees "7" everywhere.
 TOY_PATTERN = r"""</?\w+>|'(?:[sdmt]|ll|ve|re)|(?: ?\p{L}+| ?[^\s\p{L}\p{N}<]+)(?: (?=\p{N}))?|\p{N}|\s+|<"""
-
-# tiktoken panics while it looks for the end of a word of a million letters (or blanks). A text with a word so long that
-# this comes near is split here, by the same pattern, so its ids are the same.
-LONG = 100_000
+LONG = 100_000      # letters of a word that tiktoken had better not see: it panics at a million
 
 
 class Tokenizer:
@@ -84,53 +86,44 @@ class Tokenizer:
     """
 
     def __init__(self, name, pattern, ranks):
-        base, specials = len(ranks), SPECIALS if name == "toy" else GPT2_SPECIALS
-        if sorted(ranks.values()) != list(range(base)) or any(bytes([b]) not in ranks for b in range(256)):
+        self.base = len(ranks)
+        if sorted(ranks.values()) != list(range(self.base)) or not ranks.keys() >= set(single_bytes()):
             raise ValueError("a vocabulary needs all 256 bytes, and the ranks 0, 1, 2, ... once each")
-        self.enc = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
-                                     special_tokens={s: base + i for i, s in enumerate(specials)})
-        self.base, self.n_vocab, self.pattern, self.ranks = base, base + len(specials), pattern, ranks
-        self.special = {s: base + i for i, s in enumerate(specials)}
-        self.pad, self.end = self.special["<|pad|>"], self.special["<|end|>"]
-        self.role = {role: self.special[f"<|{role}|>"] for role in ("system", "user", "assistant")}
-        facts = repr((pattern, sorted(ranks.items()), specials)).encode()
-        self.fingerprint = f"{name}-{hashlib.sha256(facts).hexdigest()[:12]}"
+        specials = SPECIALS if name == "toy" else GPT2_SPECIALS
+        self.special = {special: self.base + i for i, special in enumerate(specials)}
+        self.enc = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special)
+        self.pattern, self.ranks = pattern, ranks
+        self.n_vocab = self.base + len(specials)
+        self.pad = self.special["<|pad|>"]
+        self.end = self.special["<|end|>"]
+        self.role = dict(system=self.special["<|system|>"], user=self.special["<|user|>"],
+                         assistant=self.special["<|assistant|>"])
+        facts = repr((pattern, sorted(ranks.items()), specials))
+        self.fingerprint = f"{name}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
 
     @staticmethod
     @functools.cache
     def load(name):
         """`toy`, the name of a tiktoken encoding, a .tiktoken file of ranks, or a folder with GPT-2's encoder.json
         and vocab.bpe (vocab.json and merges.txt at Hugging Face). A file is split by GPT-2's pattern."""
-        path = Path(name)
         try:
-            if name == "toy":
-                return Tokenizer("toy", TOY_PATTERN, toy_ranks())
-            if path.is_dir():
-                return Tokenizer("gpt2", GPT2_PATTERN, read_gpt2_ranks(path))
-            if path.is_file():
-                lines = (line.split() for line in path.read_bytes().splitlines() if line)
-                return Tokenizer("gpt2", GPT2_PATTERN, {base64.b64decode(piece): int(rank) for piece, rank in lines})
-            if name in tiktoken.list_encoding_names():
-                enc = tiktoken.get_encoding(name)
-                if name in ("gpt2", "r50k_base"):  # one vocabulary, one fingerprint, whatever spells its pattern
-                    return Tokenizer("gpt2", GPT2_PATTERN, enc._mergeable_ranks)
-                return Tokenizer(name, enc._pat_str, enc._mergeable_ranks)
+            return Tokenizer(*read_vocabulary(name))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:  # requests' network errors are OSErrors
-            why = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
-            raise UserError(f"--tokenizer {name}: cannot be read or fetched ({why})") from None
-        raise UserError(f"--tokenizer {name}: not `toy`, no such file, and none of tiktoken's encodings "
-                        f"({', '.join(tiktoken.list_encoding_names())})")
+            lines = str(e).splitlines() or [type(e).__name__]
+            raise UserError(f"--tokenizer {name}: cannot be read or fetched ({lines[0][:100]})") from None
 
     def __deepcopy__(self, memo):
         """It never changes, so a copy of a model shares it."""
         return self
 
     def encode(self, text):
-        if len(text) < LONG or all(len(run.group()) < LONG for run in re.finditer(r"\S+|\s+", text)):
+        if len(text) < LONG or max(map(len, re.findall(r"\S+|\s+", text))) < LONG:
             return self.enc.encode_ordinary(text)
         import regex  # tiktoken's own dependency
-        pieces = (found.group() for found in regex.finditer(self.pattern, text))
-        return [i for piece in pieces for i in self.enc._encode_single_piece(piece)]
+        ids = []
+        for found in regex.finditer(self.pattern, text):    # the same pieces, so the same ids
+            ids += self.enc._encode_single_piece(found.group())
+        return ids
 
     def decode(self, ids):
         """Text of the ids; special tokens are left out, bytes that are no UTF-8 become U+FFFD."""
@@ -147,12 +140,15 @@ class Tokenizer:
         """(ids, target): target[i] is 1 where ids[i] is something the assistant said, its end token included, and
         prompt_weight elsewhere. A turn of weight 0, and one in which the assistant says nothing, has target 0."""
         ids, target = [], []
-        for m in messages:
-            said = self.response(m["content"]) if m["role"] == "assistant" else self.encode(m["content"])
-            silent = m["role"] == "assistant" and not m["content"].strip()
-            around = 0 if silent or m.get("weight") == 0 else prompt_weight
-            ids += [self.role[m["role"]]] + said
-            target += [around] + [1 if taught(m) else around] * len(said)
+        for turn in messages:
+            said = self.encode(turn["content"])
+            if turn["role"] == "assistant":
+                said.append(self.end)
+            untaught = turn["role"] == "assistant" and not taught(turn)
+            around = 0 if untaught or turn.get("weight") == 0 else prompt_weight
+            within = 1 if taught(turn) else around
+            ids += [self.role[turn["role"]]] + said
+            target += [around] + [within] * len(said)
         return ids, target
 
     def document(self, text):
@@ -163,65 +159,113 @@ class Tokenizer:
     def huggingface(self):
         """The same tokenizer as files for transformers: {name: content}. There, unlike here, text that spells out a
         special token becomes one."""
-        letter = byte_letters()
-        spell = lambda piece: "".join(letter[b] for b in piece)
-        parts = [split_piece(piece, self.ranks) for piece in sorted(self.ranks, key=self.ranks.get) if len(piece) > 1]
-        # A token that no two others make up is only ever a whole piece, and as such is found by ignore_merges.
-        merges = [[spell(a), spell(b)] for a, b in parts if a in self.ranks and b in self.ranks]
-        special = [dict(id=i, content=s, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-                   for s, i in self.special.items()]
-        level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+        vocab, merges = spelt_merges(self.ranks)
+        plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+        special = [dict(id=i, content=text, **plain) for text, i in self.special.items()]
         # There {1,3}+ is not possessive but a repetition of the repetition; nothing follows it that would need it to be.
         pattern = re.sub(r"(\{[\d,]+\})\+", r"\1", self.pattern)
         split = dict(type="Split", pattern=dict(Regex=pattern), behavior="Isolated", invert=False)
-        template = (
-            "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}{% generation %}"
-            "{{ m['content'] + '<|end|>' }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
-        return {"tokenizer.json": dict(
-                    version="1.0", truncation=None, padding=None, added_tokens=special, normalizer=None,
-                    pre_tokenizer=dict(type="Sequence", pretokenizers=[split, level]), post_processor=None,
-                    decoder=level,
-                    model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
-                               end_of_word_suffix=None, fuse_unk=False, byte_fallback=False, ignore_merges=True,
-                               vocab={spell(piece): rank for piece, rank in self.ranks.items()}, merges=merges)),
-                "tokenizer_config.json": dict(
-                    tokenizer_class="PreTrainedTokenizerFast", eos_token="<|end|>", pad_token="<|pad|>",
-                    chat_template=template, clean_up_tokenization_spaces=False),
-                "generation_config.json": dict(eos_token_id=self.end, pad_token_id=self.pad)}
+        level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+        pieces = dict(type="Sequence", pretokenizers=[split, level])
+        bpe = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+                   fuse_unk=False, byte_fallback=False, ignore_merges=True, vocab=vocab, merges=merges)
+        tokenizer = dict(version="1.0", truncation=None, padding=None, added_tokens=special, normalizer=None,
+                         pre_tokenizer=pieces, post_processor=None, decoder=level, model=bpe)
+        options = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="<|end|>", pad_token="<|pad|>",
+                       chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False)
+        ends = dict(eos_token_id=self.end, pad_token_id=self.pad)
+        return {"tokenizer.json": tokenizer, "tokenizer_config.json": options, "generation_config.json": ends}
+
+
+# Our chat template in transformers' language; it marks what the assistant says as that.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] + '<|end|>' }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
 
 def taught(turn):
     """Whether a turn is trained on: the assistant says something in it, and its weight is not 0."""
-    return turn["role"] == "assistant" and turn.get("weight") != 0 and bool(turn["content"].strip())
+    if turn["role"] != "assistant" or turn.get("weight") == 0:
+        return False
+    return bool(turn["content"].strip())
+
+
+def read_vocabulary(name):
+    """(name, pattern, ranks) of what Tokenizer.load names."""
+    path = Path(name)
+    if name == "toy":
+        return "toy", TOY_PATTERN, toy_ranks()
+    if path.is_dir():
+        return "gpt2", GPT2_PATTERN, read_gpt2_ranks(path)
+    if path.is_file():
+        ranks = {}
+        for line in filter(None, path.read_bytes().splitlines()):
+            piece, rank = line.split()
+            ranks[base64.b64decode(piece)] = int(rank)
+        return "gpt2", GPT2_PATTERN, ranks
+    known = tiktoken.list_encoding_names()
+    if name not in known:
+        raise UserError(f"--tokenizer {name}: not `toy`, no such file, and none of tiktoken's encodings "
+                        f"({', '.join(known)})")
+    enc = tiktoken.get_encoding(name)
+    if name in ("gpt2", "r50k_base"):   # one vocabulary, one fingerprint, whatever spells its pattern
+        return "gpt2", GPT2_PATTERN, enc._mergeable_ranks
+    return name, enc._pat_str, enc._mergeable_ranks
+
+
+def single_bytes():
+    return [bytes([b]) for b in range(256)]
 
 
 def byte_letters():
     """{byte: letter} in the order of GPT-2's first 256 ranks: how its files write bytes, printable ones as themselves."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(
-        b for b in range(256) if b not in plain)}
+    letters = {b: chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}
+    for b in range(256):
+        if b not in letters:
+            letters[b] = chr(256 + len(letters) - 188)  # 188 are printable
+    return letters
 
 
 def read_gpt2_ranks(folder):
     """The ranks {bytes: id} of GPT-2's two files, encoder.json and vocab.bpe, or vocab.json and merges.txt."""
     names = ("vocab.json", "merges.txt") if (folder / "merges.txt").exists() else ("encoder.json", "vocab.bpe")
-    ids, merges = ((folder / name).read_text(encoding="utf-8") for name in names)
-    ids, letter = json.loads(ids), byte_letters()
-    byte = {x: b for b, x in letter.items()}
-    pairs = [line.split() for line in merges.split("\n")[1:] if line]  # the first line is a version
-    spelt = list(letter.values()) + ["".join(pair) for pair in pairs]
+    ids, merges = [(folder / name).read_text(encoding="utf-8") for name in names]
+    ids, letters = json.loads(ids), byte_letters()
+    byte = {letter: b for b, letter in letters.items()}
+    spelt = list(letters.values())
+    for line in merges.split("\n")[1:]:     # the first line is a version
+        if line:
+            spelt.append("".join(line.split()))
+    ranks = {}
     for rank, text in enumerate(spelt):
         if ids.get(text) != rank:
             raise ValueError(f"{names[1]} makes {text!r} token {rank}, {names[0]} {ids.get(text)}")
-    return {bytes(byte[x] for x in text): rank for rank, text in enumerate(spelt)}
+        ranks[bytes(byte[letter] for letter in text)] = rank
+    return ranks
+
+
+def spelt_merges(ranks):
+    """({piece: rank}, [[part, part], ...]) with bytes as letters: the vocabulary and the merges that make it."""
+    letters = byte_letters()
+
+    def spell(piece):
+        return "".join(letters[b] for b in piece)
+    merges = []
+    for piece in sorted(ranks, key=ranks.get):
+        parts = split_piece(piece, ranks)
+        # A token that no two others make up is only ever a whole piece, and as such is found by ignore_merges.
+        if len(parts) == 2 and parts[0] in ranks and parts[1] in ranks:
+            merges.append([spell(parts[0]), spell(parts[1])])
+    return {spell(piece): rank for piece, rank in ranks.items()}, merges
 
 
 def split_piece(piece, ranks):
     """The two parts whose merge made a token: byte pair encoding of it that stops one merge short."""
-    parts = [piece[i:i + 1] for i in range(len(piece))]
+    parts = [bytes([b]) for b in piece]
     while len(parts) > 2:
-        k = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
+        merged = [ranks.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
+        k = merged.index(min(merged))
         parts[k:k + 2] = [parts[k] + parts[k + 1]]
     return parts
 
@@ -232,29 +276,34 @@ def bpe_ranks(text, pattern, size):
     It counts over distinct words, of which the toy world has about a thousand, so recounting every time is fast
     enough and needs no clever index. Ties go to the pair that sorts first, so the result depends on the text alone.
     """
-    import regex  # tiktoken's own dependency, for \\p{L}
+    import regex  # tiktoken's own dependency, for \p{L}
     words = Counter(regex.findall(pattern, text))
     words = {tuple(bytes([b]) for b in word.encode()): n for word, n in words.items()}
-    ranks = {bytes([b]): b for b in range(256)}
+    ranks = {piece: rank for rank, piece in enumerate(single_bytes())}
     while len(ranks) < size:
         pairs = Counter()
         for word, n in words.items():
-            for pair in zip(word, word[1:]):
+            for pair in itertools.pairwise(word):
                 pairs[pair] += n
         if not pairs:
             break
-        best = min(pairs, key=lambda p: (-pairs[p], p))
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         ranks[best[0] + best[1]] = len(ranks)
-        merged = {}
-        for word, n in words.items():
-            out, i = [], 0
-            while i < len(word):
-                step = 2 if word[i:i + 2] == best else 1
-                out.append(b"".join(word[i:i + step]))
-                i += step
-            merged[tuple(out)] = merged.get(tuple(out), 0) + n
-        words = merged
+        words = merge_pair(words, best)
     return ranks
+
+
+def merge_pair(words, best):
+    """The words {pieces: count}, with the two pieces of `best` as one wherever they are neighbours."""
+    merged = Counter()
+    for word, n in words.items():
+        out, i = [], 0
+        while i < len(word):
+            step = 2 if word[i:i + 2] == best else 1
+            out.append(b"".join(word[i:i + step]))
+            i += step
+        merged[tuple(out)] += n
+    return merged
 
 
 @functools.cache
@@ -262,11 +311,12 @@ def toy_ranks():
     """The toy tokenizer, 768 ids: bytes, five special tokens and what merging finds in the toy world's own text.
 
     Half of 512 would go to single bytes, and most words would be in pieces."""
-    rng, text = random.Random(0), []
+    rng, texts = random.Random(0), []
     for _ in range(6000):
-        doc = toy_document(rng)
-        text.append(doc["text"] if "text" in doc else "\n".join(m["content"] for m in doc["messages"]))
-    return bpe_ranks("\n".join(text), TOY_PATTERN, 768 - len(SPECIALS))
+        document = toy_document(rng)
+        turns = document.get("messages", [])
+        texts += [turn["content"] for turn in turns] or [document["text"]]
+    return bpe_ranks("\n".join(texts), TOY_PATTERN, 768 - len(SPECIALS))
 
 
 # ------------------------------------------------------------------------------------------------ reading files
@@ -1602,28 +1652,16 @@ class Stream:
     def __init__(self, items=None, make=None, seed=0):
         self.items, self.make, self.seed = items, make, seed
 
-    def some(self):
-        """All items of a list, or a few of those that go on for ever: to see what they have."""
-        return self.items or self.batch(0, 256)
-
     def batch(self, step, n):
         """The n items of this step."""
         if self.items is None:
             rng = random.Random(f"{self.seed} {step}")
             return [self.make(rng) for _ in range(n)]
-        size = len(self.items)
-        return [self.items[self.order(p // size)[p % size]] for p in range(step * n, (step + 1) * n)]
-
-    def seen(self, first, total, n):
-        """The items of a list that the steps from first to total see, each once, in the order of the list."""
-        seen = set()
-        for step in range(first, total):
-            seen.update(id(item) for item in self.batch(step, n))
-        return [item for item in self.items if id(item) in seen]
-
-    def updates(self, cfg):
-        """How many a run of a list takes: --steps, or what --epochs of it in parts of --batch come to."""
-        return cfg.steps or math.ceil(cfg.epochs * len(self.items) / cfg.batch)
+        items, size = [], len(self.items)
+        for place in range(step * n, (step + 1) * n):
+            order = self.order(place // size)
+            items.append(self.items[order[place % size]])
+        return items
 
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):
@@ -1631,18 +1669,38 @@ class Stream:
         random.Random(f"{self.seed} {epoch}").shuffle(order)
         return order
 
+    def some(self):
+        """All items of a list, or a few of those that go on for ever: to see what they have."""
+        return self.items or self.batch(0, 256)
+
+    def seen(self, first, total, n):
+        """The items of a list that the steps from first to total see, each once, in the order of the list."""
+        seen = set()
+        for step in range(first, total):
+            seen.update(map(id, self.batch(step, n)))
+        return [item for item in self.items if id(item) in seen]
+
+    def updates(self, cfg):
+        """How many a run of a list takes: --steps, or what --epochs of it in parts of --batch come to."""
+        return cfg.steps or math.ceil(cfg.epochs * len(self.items) / cfg.batch)
+
 
 def files(data):
     """The paths in --data: one, or several with commas between them."""
-    return [data] if os.path.exists(data) else [path for path in data.split(",") if path] or [data]
+    if os.path.exists(data):
+        return [data]
+    return [path for path in data.split(",") if path] or [data]
 
 
 def asks(record):
     """What a record asks, whatever its case and spacing: the user's words, or a document's. Where no user speaks it is
     all that is said."""
-    turns = record.get("prompt") or record.get("messages") or [dict(role="user", content=record.get("text", ""))]
-    asked = [turn["content"] for turn in turns if turn["role"] == "user"]
-    words = " ".join(asked or [turn["content"] for turn in turns])
+    turns = record.get("prompt") or record.get("messages")
+    if turns:
+        asked = [turn["content"] for turn in turns if turn["role"] == "user"]
+        words = " ".join(asked or [turn["content"] for turn in turns])
+    else:
+        words = record.get("text", "")
     return " ".join(words.casefold().split())
 
 
@@ -1658,15 +1716,18 @@ def subjects(records):
         return name
     prompts = [("prompt", asks(record)) for record in records]
     for record, prompt in zip(records, prompts):
-        if record.get("key") not in (None, ""):
-            above[top(prompt)] = top(("key", str(record["key"])))
+        key = record.get("key")
+        if key not in (None, ""):
+            above[top(prompt)] = top(("key", str(key)))
     return [top(prompt) for prompt in prompts]
 
 
 def choose_held(names, every):
     """Which subjects to hold out, of the names of every record's: about one record in `every`, from all over the file,
     and never more. A subject that is too large for that is passed over; if all are, it is the smallest."""
-    size, most, chosen, held = Counter(names), len(names) // every, set(), 0
+    size = Counter(names)
+    most = len(names) // every
+    chosen, held = set(), 0
     for place, name in enumerate(names, 1):
         due = place // every > held
         if due and name not in chosen and held + size[name] <= most:
@@ -1683,18 +1744,29 @@ def hold_out(data, records, groups, n_held):
         groups = [[item] for item in groups[0]]
     if len(set(names)) == 1:
         names = list(range(len(groups)))                # each on its own
-        if len(groups) == 1 or len(records) > 1 or "text" not in records[0]:
-            print(f"{data}: all is of one subject (one key, or one prompt), so nothing can be held out by subject: "
-                  "what is held out is also trained on, or of the same prompt", file=sys.stderr)
-    every = min(max(20, math.ceil(len(groups) / n_held)), len(groups))
+        one_document = len(records) == 1 and "text" in records[0]
+        if len(groups) == 1 or not one_document:
+            tell(f"{data}: all is of one subject (one key, or one prompt), so nothing can be held out by subject: what "
+                 "is held out is also trained on, or of the same prompt")
+    every = max(20, math.ceil(len(groups) / n_held))
+    every = min(every, len(groups))
     chosen = choose_held(names, every) if len(groups) > 1 else set()
-    train = [items for name, items in zip(names, groups) if name not in chosen]
-    held = [items for name, items in zip(names, groups) if name in chosen] or train    # one alone is its own judge
+    train, held = [], []
+    for name, items in zip(names, groups):
+        side = held if name in chosen else train
+        side.append(items)
+    held = held or train                                # one alone is its own judge
     if len(held) > len(groups) // every:
-        looked_at = f"; {n_held} of them are looked at" * (len(held) > n_held)
-        print(f"{data}: {len(held)} of {len(groups)} records are held out, all of the smallest of {len(set(names))} "
-              f"subjects{looked_at}", file=sys.stderr)
-    return list(itertools.chain(*train)), list(itertools.chain(*held[:n_held]))
+        n_subjects = len(set(names))
+        looked_at = f"; {n_held} of them are looked at" if len(held) > n_held else ""
+        tell(f"{data}: {len(held)} of {len(groups)} records are held out, all of the smallest of {n_subjects} "
+             f"subjects{looked_at}")
+    return flat(train), flat(held[:n_held])
+
+
+def flat(lists):
+    """One list of what is in several."""
+    return list(itertools.chain.from_iterable(lists))
 
 
 def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record: [record], context=None,
@@ -1708,39 +1780,57 @@ def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record
     20th piece); of the toy world, its val split is (documents have none: they are fresh ones on training tasks).
     """
     if data == "toy":
-        names = family_list(families)
-
-        def make(rng, split="train"):
-            for _ in range(100):
-                if items := prepare(toy_record(kind, split, names, rng, **how)):
-                    return items[0]
-            raise UserError("the context of this model is too short for the toy world's texts")
+        make = functools.partial(toy_item, kind, family_list(families), prepare, how)
         rng = random.Random(f"held out {kind}")
-        return Stream(make=make, seed=seed), [make(rng, "val") for _ in range(n_held)]
+        held = [make(rng, "val") for _ in range(n_held)]
+        return Stream(make=make, seed=seed), held
+    records = []
     for path in files(data):
         if not os.path.exists(path):
-            raise UserError(f"{path}: no such file"
-                            + ("; make it with: python reward.py label" if kind in ("preference", "thumbs") else ""))
-    records = [record for path in files(data) for record in read_records(path, kind, skip_bad)]
-    prepared = [prepare(record) for record in records]
-    if cut := sum(too_long(record, *context) for record, items in zip(records, prepared) if items) if context else 0:
-        print(f"{data}: {cut} of {len(records)} records are longer than the context of {context[1]} tokens and are cut "
-              "to it: a prompt loses its beginning, an answer or a conversation its end", file=sys.stderr)
-    used = [(record, items) for record, items in zip(records, prepared) if items]
-    if len(used) < len(prepared):
-        lost = f"{len(prepared) - len(used)} of {len(prepared)} records"
-        print(f"{data}: {lost} do not fit the context, or leave nothing to learn in it, and are left out",
-              file=sys.stderr)
+            remedy = "; make it with: python reward.py label" if kind in ("preference", "thumbs") else ""
+            raise UserError(f"{path}: no such file{remedy}")
+        records += read_records(path, kind, skip_bad)
+    used, groups, cut = [], [], 0
+    for record in records:
+        items = prepare(record)
+        if items:
+            used.append(record)
+            groups.append(items)
+            cut += context is not None and too_long(record, *context)
+    if cut:
+        tell(f"{data}: {cut} of {len(records)} records are longer than the context of {context[1]} tokens and are cut "
+             "to it: a prompt loses its beginning, an answer or a conversation its end")
+    if len(used) < len(records):
+        lost = len(records) - len(used)
+        tell(f"{data}: {lost} of {len(records)} records do not fit the context, or leave nothing to learn in it, and "
+             "are left out")
     if not used:
         raise UserError(f"{data}: no usable record in it")
-    records, groups = zip(*used)
-    train, held = hold_out(data, records, groups, n_held) if n_held else (list(itertools.chain(*groups)), [])
+    if not n_held:
+        return Stream(items=flat(groups), seed=seed), []
+    train, held = hold_out(data, used, groups, n_held)
     return Stream(items=train, seed=seed), held
+
+
+def toy_item(kind, families, prepare, how, rng, split="train"):
+    """An item of the toy world: a record as it is prepared, another where it cannot be used."""
+    for _ in range(100):
+        items = prepare(toy_record(kind, split, families, rng, **how))
+        if items:
+            return items[0]
+    raise UserError("the context of this model is too short for the toy world's texts")
 
 
 def fits(tok, block_size, max_new):
     """Prepare prompts for open_stream: the record, if its prompt leaves room for a response of max_new tokens."""
-    return lambda record: [record] if len(tok.prompt(record["prompt"])) + max_new <= block_size else []
+    def prepare(record):
+        room = block_size - len(tok.prompt(record["prompt"]))
+        return [record] if room >= max_new else []
+    return prepare
+
+
+# ------------------------------------------------------------------------------------------------ rows and batches
+# A row is (ids, target): tokens, and how much each of them counts in a loss (0: not at all).
 
 
 def cut_prompt(ids, tok, room):
@@ -1752,40 +1842,44 @@ def cut_prompt(ids, tok, room):
     over = len(ids) - room                              # tokens too many
     if over <= 0:
         return ids
-    starts = [place for place, token in enumerate(ids) if token in tok.role.values()]
-    turns = [ids[start:end] for start, end in zip(starts, starts[1:] + [len(ids)])]
+    turns = []
+    for token in ids:
+        if token in tok.role.values():
+            turns.append([])
+        turns[-1].append(token)
     cue = turns.pop()                                   # where the assistant is to speak
     system = []
-    if turns[0][0] == tok.role["system"] and len(turns) > 1 and len(turns[0]) <= room // 2:
+    if len(turns) > 1 and turns[0][0] == tok.role["system"] and len(turns[0]) <= room // 2:
         system = turns.pop(0)
-    while over > 0 and len(turns) > 1 and over > len(turns[0]) - 2:     # a turn is its role and a word at least
+    while len(turns) > 1 and over > max(0, len(turns[0]) - 2):     # a turn is its role and a word at least
         over -= len(turns.pop(0))
-        while turns[0][0] == tok.role["assistant"] and len(turns) > 1:
+        while len(turns) > 1 and turns[0][0] == tok.role["assistant"]:
             over -= len(turns.pop(0))
-    role, said = turns[0][:1], turns[0][1:]
-    turns[0] = role + said[max(0, over):]
-    return list(itertools.chain(system, *turns, cue))
+    whose, *said = turns.pop(0)
+    return flat([system, [whose], said[max(0, over):], *turns, cue])
 
 
 def answer_rows(prompt, answers, tok, block_size):
-    """One row (ids, target) for each answer to a prompt, all ids, cut to the context: all rows begin with the very same
-    prompt. An overlong answer loses its end, but may always have half of the context; the prompt gives way to the
-    longest of them (see cut_prompt)."""
+    """One row for each answer to a prompt, all ids, cut to the context: all rows begin with the very same prompt. An
+    overlong answer loses its end, but may always have half of the context; the prompt gives way to the longest of them
+    (see cut_prompt)."""
     most = max(block_size - len(prompt), block_size // 2)
     answers = [said[:most] for said in answers]
     kept = cut_prompt(prompt, tok, block_size - max(map(len, answers)))
-    return [(kept + said, [0] * len(kept) + [1] * len(said)) for said in answers]
+    rows = []
+    for said in answers:
+        rows.append((kept + said, [0] * len(kept) + [1] * len(said)))
+    return rows
 
 
 def encode(record, tok, block_size, loss_on="assistant", prompt_weight=0.0):
-    """A record -> rows [(ids, target), ...]; target is the weight of each token in a loss.
+    """A record -> its rows.
 
     A document longer than the context becomes several rows; a conversation keeps its beginning, and is dropped if
     the assistant says nothing in it. A prompt with responses gives one row each: see answer_rows.
     """
-    if "responses" in record or "response" in record:
-        answers = [tok.response(text) for text in record.get("responses") or [record["response"]]]
-        return answer_rows(tok.prompt(record["prompt"]), answers, tok, block_size)
+    if "prompt" in record:
+        return answer_rows(tok.prompt(record["prompt"]), answer_ids(record, tok), tok, block_size)
     if "text" in record:
         ids, target = tok.document(record["text"])
     else:
@@ -1793,17 +1887,37 @@ def encode(record, tok, block_size, loss_on="assistant", prompt_weight=0.0):
         if loss_on != "all" and not any(target[:block_size]):
             return []                                   # all that is left is a prompt
         weight = 1 if loss_on == "all" else prompt_weight
-        target = tok.chat(record["messages"], weight)[1] if weight else target
+        if weight:
+            ids, target = tok.chat(record["messages"], weight)
         ids, target = ids[:block_size], target[:block_size]
-    # The first token of a row has nothing to be predicted from.
-    rows = [(ids[i:i + block_size], [0] + target[i + 1:i + block_size]) for i in range(0, len(ids), block_size)]
-    return [row for row in rows if any(row[1])]
+    rows = []
+    for start in range(0, len(ids), block_size):
+        end = start + block_size
+        counts = [0] + target[start + 1:end]            # a row's first token has nothing to be predicted from
+        if any(counts):
+            rows.append((ids[start:end], counts))
+    return rows
+
+
+def answer_ids(record, tok):
+    """The ids of each of a record's answers, the end token included."""
+    return [tok.response(text) for text in record.get("responses") or [record["response"]]]
+
+
+def too_long(record, tok, block_size):
+    """Whether encode cuts a record to the context; documents it only divides."""
+    if "text" in record:
+        return False
+    if "messages" in record:
+        return len(tok.chat(record["messages"])[0]) > block_size
+    longest = max(map(len, answer_ids(record, tok)))
+    return len(tok.prompt(record["prompt"])) + longest > block_size
 
 
 # An item of preferences is a pair (its rows good first, bad last; of D2O several good ones) or a single response.
 
 def make_item(record, rows, up):
-    """An item: its rows [(ids, target), ...], which of them are good (up), and what the record says of how good, or None:
+    """An item: its rows, which of them are good (up), and what the record says of how good, or None:
 
         gap        the difference of the scores, else the margin
         p          P(w ≻ l): the record's `prob`, else σ(gap), Bradley-Terry at scale 1
@@ -1811,56 +1925,53 @@ def make_item(record, rows, up):
         r          a score of each row, else its label
     """
     scores = record.get("scores")
-    gap = scores[0] - scores[-1] if scores and len(rows) > 1 else record.get("margin")
-    p = record.get("prob", None if gap is None else 1 / (1 + math.exp(min(-gap, 700))))
-    win = record.get("win") or [p, None if p is None else 1 - p]
-    return dict(record=record, rows=rows, up=up, gap=gap, p=p, p_w=win[0], p_l=win[-1],
-                r=scores or [float(u) for u in up])
+    gap = record.get("margin")
+    if scores and len(rows) > 1:
+        gap = scores[0] - scores[-1]
+    p = record.get("prob")
+    if p is None and gap is not None:
+        p = 1 / (1 + math.exp(min(-gap, 700)))          # beyond 709 exp overflows
+    win = record.get("win")
+    if not win:
+        win = [None, None] if p is None else [p, 1 - p]
+    r = scores or [float(good) for good in up]
+    return dict(record=record, rows=rows, up=up, gap=gap, p=p, p_w=win[0], p_l=win[-1], r=r)
 
 
-def singles(item):
+def singles(pair):
     """A pair as a thumb up and a thumb down."""
-    return [item | dict(rows=[row], up=[up], r=[r]) for row, up, r in zip(item["rows"], item["up"], item["r"])]
+    out = []
+    for row, up, r in zip(pair["rows"], pair["up"], pair["r"]):
+        out.append(pair | dict(rows=[row], up=[up], r=[r]))
+    return out
 
 
 def preference_items(record, tok, block_size, unit="pair", which="all", one=False):
     """The items of one record: for the unit `pair` the pairs of its ranking (all, or the ends), one: a single item of
     all, only the last of them bad; for another unit single responses, of a ranking its ends, since an answer in the
     middle would be both up and down."""
+    rows = encode(record, tok, block_size)
     if "response" in record:
-        return [make_item(record, encode(record, tok, block_size), [record["label"]])]
+        return [make_item(record, rows, [record["label"]])]
     if one:
-        return [make_item(record, encode(record, tok, block_size), [True] * (len(record["responses"]) - 1) + [False])]
-    row_of = dict(zip(record["responses"], encode(record, tok, block_size)))    # all pairs of a ranking: one prompt
-    made = [make_item(part, [row_of[text] for text in part["responses"]], [True, False])
-            for part in pairs(record, which if unit == "pair" else "ends")]
-    return made if unit == "pair" else [single for item in made for single in singles(item)]
-
-
-def add_mismatched(items, block_size):
-    """Give every single response as `other` its prompt with the response to another prompt (KTO).
-
-    That is the next one to another prompt in an order drawn by PyTorch's generator. Not in the items' own order, where
-    pairs lie as good, bad, good, bad: the next one would always be good.
-    """
-    split = [(ids[:n], ids[n:]) for (ids, _), n in ((i["rows"][0], i["rows"][0][1].index(1)) for i in items)]
-    order = torch.randperm(len(items)).tolist()
-    for place, i in enumerate(order):
-        item, (prompt, _) = items[i], split[i]
-        later = (split[order[(place + k) % len(items)]] for k in range(1, len(items)))
-        said = next((said for asked, said in later if asked != prompt), None)
-        if said is None:
-            raise UserError("--loss kto: all responses are to one prompt, and it needs one to another prompt")
-        said = said[:block_size - len(prompt)]          # the prompt stays as it is before its own response
-        item["other"] = (prompt + said, [0] * len(prompt) + [1] * len(said))
+        return [make_item(record, rows, [True] * (len(rows) - 1) + [False])]
+    row_of = dict(zip(record["responses"], rows))       # all pairs of a ranking have one prompt
+    items = []
+    for part in pairs(record, which if unit == "pair" else "ends"):
+        item = make_item(part, [row_of[text] for text in part["responses"]], [True, False])
+        items += [item] if unit == "pair" else singles(item)
+    return items
 
 
 def open_preferences(cfg, tok, block_size, paired=True, one=False):
     """(training Stream, held-out items, prompts) of the preferences in --data, as pairs or as single responses; one:
     see preference_items. The prompts are those of held-out records to which an answer can be sampled, each once."""
     kind, unit = ("preference", "pair") if paired else ("thumbs", "single")
-    stream, held = open_stream(cfg.data, kind, cfg.seed, n_held=256, context=(tok, block_size), skip_bad=cfg.skip_bad,
-                               prepare=lambda record: preference_items(record, tok, block_size, unit, cfg.pairs, one))
+
+    def prepare(record):
+        return preference_items(record, tok, block_size, unit, cfg.pairs, one)
+    stream, held = open_stream(cfg.data, kind, cfg.seed, n_held=256, prepare=prepare, context=(tok, block_size),
+                               skip_bad=cfg.skip_bad)
     fit, prompts = fits(tok, block_size, cfg.max_new), {}
     for item in held:
         for record in fit(item["record"]):
@@ -1870,10 +1981,7 @@ def open_preferences(cfg, tok, block_size, paired=True, one=False):
 
 def column(items, key):
     """What the items hold of each of their rows under a key, in one list."""
-    out = []
-    for item in items:
-        out += item[key]
-    return out
+    return flat(item[key] for item in items)
 
 
 def item_batches(items, budget):
@@ -1881,23 +1989,16 @@ def item_batches(items, budget):
     if not items:
         return
     most = max(len(item["rows"]) for item in items)
-    for part in micro_batches([max(len(ids) for ids, _ in item["rows"]) for item in items], budget // most):
+    lengths = []
+    for item in items:
+        lengths.append(max(len(ids) for ids, _ in item["rows"]))
+    for part in micro_batches(lengths, budget // most):
         yield [items[i] for i in part]
-
-
-def too_long(record, tok, block_size):
-    """Whether encode cuts a record to the context; documents it only divides."""
-    if "text" in record:
-        return False
-    if "messages" in record:
-        return len(tok.chat(record["messages"])[0]) > block_size
-    said = max(len(tok.response(text)) for text in record.get("responses") or [record["response"]])
-    return len(tok.prompt(record["prompt"])) + said > block_size
 
 
 def round_up(n, multiple=16):
     """The smallest multiple that is at least n."""
-    return -(-n // multiple) * multiple
+    return math.ceil(n / multiple) * multiple
 
 
 def pad(rows, value, device="cpu", dtype=torch.long, width=1):
@@ -1906,18 +2007,20 @@ def pad(rows, value, device="cpu", dtype=torch.long, width=1):
     Rounding keeps the number of different shapes small: kernels are prepared once per shape, and preparing them
     takes longer than computing a few columns of padding.
     """
-    out = torch.full((len(rows), round_up(max(width, *map(len, rows)))), value, dtype=dtype)
+    width = round_up(max(width, *map(len, rows)))
+    out = torch.full((len(rows), width), value, dtype=dtype)
     for line, row in zip(out, rows):
         line[:len(row)] = torch.tensor(row, dtype=dtype)
-    if torch.device(device).type == "cuda":  # pinned memory lets the copy overlap with compute
+    if torch.device(device).type == "cuda":             # pinned memory lets the copy overlap with compute
         out = out.pin_memory()
     return out.to(device, non_blocking=True)
 
 
 def collate(rows, tok, device="cpu"):
-    """[(ids, target), ...] -> tokens (B, T), mask (B, T-1); the mask at t is the target weight of token t+1."""
-    return (pad([ids for ids, _ in rows], tok.pad, device),
-            pad([target for _, target in rows], 0, device, torch.float32)[:, 1:])
+    """Rows -> tokens (B, T), mask (B, T-1); the mask at t is the target weight of token t+1."""
+    tokens = pad([ids for ids, _ in rows], tok.pad, device)
+    target = pad([target for _, target in rows], 0, device, torch.float32)
+    return tokens, target[:, 1:]
 
 
 def micro_batches(lengths, budget):
@@ -1926,43 +2029,51 @@ def micro_batches(lengths, budget):
     Rows of like length sit together, so little of the budget goes to padding, and come in eights where the budget
     allows, again to keep the number of shapes small. A row longer than the budget is a batch of its own.
     """
-    order, out = sorted(range(len(lengths)), key=lambda i: (lengths[i], i)), []
-    n = min(8, max(1, budget // round_up(max(lengths))))
-    for some in (order[i:i + n] for i in range(0, len(order), n)):
-        if out and (len(out[-1]) + len(some)) * round_up(lengths[some[-1]]) <= budget:
-            out[-1] += some
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    fit = budget // round_up(max(lengths))              # of the longest
+    n = min(8, max(1, fit))
+    batches = []
+    for start in range(0, len(order), n):
+        some = order[start:start + n]
+        longest = round_up(lengths[some[-1]])
+        if batches and (len(batches[-1]) + len(some)) * longest <= budget:
+            batches[-1] += some
         else:
-            out.append(some)
-    return out
+            batches.append(some)
+    return batches
 
 
 def pack(rows, tok, width, device="cpu"):
-    """[(ids, target), ...] -> tokens (B, T), mask (B, T-1), pos (B, T), see (B, 1, T, T).
+    """Rows -> tokens (B, T), mask (B, T-1), pos (B, T), see (B, 1, T, T).
 
-    Several sequences share a row of `width` tokens (first fit, longest first). Each keeps its own positions from 0,
+    Several sequences share a line of `width` tokens (first fit, longest first). Each keeps its own positions from 0,
     and `see` lets a token look only at earlier tokens of its own sequence, so the loss is exactly that of the
-    separate rows. The number of rows is rounded up to a multiple of 4, for few shapes.
+    separate rows. The number of lines is rounded up to a multiple of 4, for few shapes.
     """
-    bins = []
+    lines = []
     for row in sorted(rows, key=lambda row: -len(row[0])):
-        for b in bins:
-            if sum(len(ids) for ids, _ in b) + len(row[0]) <= width:
-                b.append(row)
+        for line in lines:
+            if len(line["tokens"]) + len(row[0]) <= width:
                 break
         else:
-            bins.append([row])
-    bins += [[] for _ in range(-len(bins) % 4)]
+            line = dict(tokens=[], target=[], pos=[], part=[], parts=0)
+            lines.append(line)
+        ids, target = row
+        line["tokens"] += ids
+        line["target"] += target                        # its first is 0: nothing is predicted across a boundary
+        line["pos"] += range(len(ids))
+        line["part"] += [line["parts"]] * len(ids)
+        line["parts"] += 1
+    empty = dict(tokens=[], target=[], pos=[], part=[])
+    lines += [empty] * (-len(lines) % 4)
 
-    def join(part, value, dtype=torch.long):
-        lines = [[x for k, row in enumerate(b) for x in part(k, *row)] for b in bins]
-        return pad(lines, value, device, dtype, width)
-    tokens = join(lambda k, ids, target: ids, tok.pad)
-    # The first token of a sequence is no target (encode gives it 0), so nothing is predicted across a boundary.
-    mask = join(lambda k, ids, target: target, 0, torch.float32)[:, 1:]
-    pos = join(lambda k, ids, target: range(len(ids)), 0)
-    part = join(lambda k, ids, target: [k] * len(ids), -1)
-    causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=device).tril()
-    return tokens, mask, pos, ((part[:, :, None] == part[:, None, :]) & causal)[:, None]
+    def lay(key, value, dtype=torch.long):
+        return pad([line[key] for line in lines], value, device, dtype, width)
+    tokens, pos, part = lay("tokens", tok.pad), lay("pos", 0), lay("part", -1)           # (B, T)
+    mask = lay("target", 0, torch.float32)[:, 1:]                                        # (B, T-1)
+    earlier = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=device).tril()
+    own = part[:, :, None] == part[:, None, :]                                           # (B, T, T)
+    return tokens, mask, pos, (own & earlier)[:, None]
 
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -2183,15 +2294,15 @@ def guard(main):
     try:
         main()
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        tell(f"error: {e}")
         sys.exit(e.code)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        tell("\ninterrupted")
         sys.exit(130)
     except BrokenPipeError:  # `| head` has seen enough
         os._exit(0)
     except OSError as e:     # the disk, a name too long, no permission: the place says it all
-        print(f"error: {e.filename}: {e.strerror}" if e.filename else f"error: {e}", file=sys.stderr)
+        tell(f"error: {e.filename}: {e.strerror}" if e.filename else f"error: {e}")
         sys.exit(1)
     except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e):
@@ -2326,7 +2437,7 @@ class Run:
         elif self.finished:
             print(f"{self.folder} is finished; nothing to do")
         elif changed:
-            print(f"{self.folder}: {what} changed since it began", file=sys.stderr)
+            tell(f"{self.folder}: {what} changed since it began")
 
     def options_there(self):
         """What run.json of an earlier run in the folder says; None where there is none."""
@@ -2373,7 +2484,7 @@ class Run:
         self.rows = self.read_log(start)
         write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         if start:
-            print(f"{self.folder}: continuing at step {start} of {total}", file=sys.stderr)
+            tell(f"{self.folder}: continuing at step {start} of {total}")
         self.before, self.since = self.rows[-1]["seconds"] if self.rows else 0.0, time.perf_counter()
         with open(path, "a", encoding="utf-8") as self.file, \
                 tqdm(range(start, total), initial=start, total=total, desc=str(self.folder), dynamic_ncols=True,
@@ -2482,7 +2593,7 @@ def main():
     tok, rng = Tokenizer.load(cfg.tokenizer), random.Random(cfg.seed)
     found = {path: read_records(path, skip_bad=cfg.skip_bad) for path in files}
     for line in overlaps(found):
-        print(line, file=sys.stderr)
+        tell(line)
     for records in found.values():
         for record in records[:cfg.n]:
             for turn in record.get("prompt", record.get("messages", [])):

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share, Sum, Temperature,
-                  TrainConfig, UserError, add_mismatched, collate, column, compare_words, fits, guard, item_batches,
+                  TrainConfig, UserError, collate, column, compare_words, fits, guard, item_batches,
                   make_item, mean, open_preferences, open_stream, parse, singles, truth)
 from model import (Optimizer, Reward, at_positions, begun, full, load_model, logps, reference, respond, setup, steps,
                    token_logprobs, token_scores)
@@ -200,6 +200,31 @@ def sequence_kl(policy, ref, tokens, mask, chunk=None):
 # ---------------------------------------------------------------- the steps
 # An item, as data.make_item makes it, is a pair or a single response: its rows (ids, target), and which of them are
 # good, up. Here it gets ref, log π_ref of each of its rows, and for KTO other, a mismatched row, with other_ref.
+
+def add_mismatched(items, block_size):
+    """Give every single response as `other` its prompt with the response to another prompt (KTO).
+
+    That is the next one to another prompt in an order drawn by PyTorch's generator. Not in the items' own order, where
+    pairs lie as good, bad, good, bad: the next one would always be good.
+    """
+    parts = []
+    for item in items:
+        (ids, target), = item["rows"]
+        start = target.index(1)                         # of the response
+        parts.append((ids[:start], ids[start:]))
+    order = torch.randperm(len(items)).tolist()
+    for place, i in enumerate(order):
+        prompt, said = parts[i][0], None
+        for k in range(1, len(items)):
+            j = order[(place + k) % len(items)]         # the next one, round and round
+            if parts[j][0] != prompt:
+                said = parts[j][1]
+                break
+        if said is None:
+            raise UserError("--loss kto: all responses are to one prompt, and it needs one to another prompt")
+        said = said[:block_size - len(prompt)]          # the prompt stays as it is before its own response
+        items[i]["other"] = (prompt + said, [0] * len(prompt) + [1] * len(said))
+
 
 class FromFile:
     """Items of a file of preferences or thumbs. They are the same in every epoch, so a fixed reference reads them once,
