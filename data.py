@@ -2119,7 +2119,9 @@ def option_types(Config):
     """{option: (type, choices, limit)}: the plain type; the values of a Literal; the Range or Names it is held to."""
     out = {}
     for name, kind in typing.get_type_hints(Config, include_extras=True).items():
-        kind, limit = typing.get_args(kind) if typing.get_origin(kind) is typing.Annotated else (kind, None)
+        limit = None
+        if typing.get_origin(kind) is typing.Annotated:
+            kind, limit = typing.get_args(kind)
         choices = typing.get_args(kind)
         out[name] = (str if choices else kind, choices, limit)
     return out
@@ -2128,17 +2130,19 @@ def option_types(Config):
 def checked(label, value, option):
     """The value, as the option's type. OptionError, which begins with the label, if the option cannot have it."""
     kind, choices, limit = option
-    shown = f"{label} {' '.join(str(value).split())[:60]}"
+    words = " ".join(str(value).split())
+    shown = f"{label} {words[:60]}"
     if choices and value not in choices:
         raise OptionError(f"{shown}: choose from {', '.join(choices)}")
-    if kind is float and type(value) is int and abs(value) < 2 ** 63:
+    whole = type(value) is int
+    if whole and abs(value) >= 2 ** 63 and kind in (int, float):
+        raise OptionError(f"{shown}: beyond 64 bits")
+    if whole and kind is float:
         value = float(value)
     if type(value) is not kind or kind is float and not math.isfinite(value):
         what = {int: "whole number", float: "finite number", bool: "true or false", str: "text"}[kind]
         raise OptionError(f"{shown}: not a {what}")
-    if kind is int and abs(value) >= 2 ** 63:
-        raise OptionError(f"{shown}: beyond 64 bits")
-    if kind is str and ("\0" in value or value != value.encode(errors="replace").decode()):
+    if kind is str and not names_a_file(value):
         raise OptionError(f"{label} {value!r}: not a text that a file could have as its name")
     if isinstance(limit, Range) and value not in limit:
         raise OptionError(f"{shown}: must be {limit}")
@@ -2147,6 +2151,12 @@ def checked(label, value, option):
             if name not in limit.names:
                 raise OptionError(f"{shown}: there is no {name!r}; choose from {', '.join(limit.names)}")
     return value
+
+
+def names_a_file(text):
+    """Whether a text could be a file's name: nothing in it that no name can hold, a byte 0 or half a character."""
+    whole = text.encode(errors="replace").decode() == text
+    return whole and "\0" not in text
 
 
 class Options:
@@ -2199,26 +2209,34 @@ def describe(Config):
 
 def show_help(Config, positional, program):
     """Print every option with its choices, comment and default, under the headings of its dataclass."""
-    print(" ".join(["python", program, *(f"<{p}>" for p in positional), "[--option value ...]"]) + "\n")
+    words = [f"<{name}>" for name in positional]
+    print(" ".join(["python", program, *words, "[--option value ...]"]))
+    print()
     print(inspect.getdoc(Config) or "")
     types, heading = option_types(Config), None
     for name, (comment, group) in describe(Config).items():
         if group != heading:
             print(f"\n{group}:" if group else "")
             heading = group
-        kind, choices, limit = types[name]
-        default = getattr(Config, name)
-        note = "none" if default == "" else str(default)
-        if kind is bool:
-            note = f"true; --{name} false switches it off" if default else "false"
-        text = f"{comment} [{note}]"
-        if choices:
-            text += f" One of {', '.join(choices)}."
-        if isinstance(limit, Names):
-            text += f" {'Rules' if limit.open else 'Names'}: {', '.join(limit.names)}."
+        text = explain(name, comment, getattr(Config, name), types[name])
         print(textwrap.fill(text, 118, initial_indent=f"  --{name:<16} ", subsequent_indent=" " * 21,
                             break_long_words=False, break_on_hyphens=False))
     print("\n  --config           a TOML file of options; flags override it")
+
+
+def explain(name, comment, default, option):
+    """What --help says of an option: its comment, [its default], and what it can be."""
+    kind, choices, limit = option
+    note = str(default) or "none"
+    if kind is bool:
+        note = f"true; --{name} false switches it off" if default else "false"
+    text = f"{comment} [{note}]"
+    if choices:
+        text += f" One of {', '.join(choices)}."
+    if isinstance(limit, Names):
+        what = "Rules" if limit.open else "Names"
+        text += f" {what}: {', '.join(limit.names)}."
+    return text
 
 
 def from_text(text, kind):
@@ -2237,38 +2255,53 @@ def parse(Config, positional=(), argv=None, name=None):
     A TOML file holds options at the top level for every script and in a [name] table for one (its file's name, unless
     given); `python sft.py --config configs/gpt2.toml` takes both. A positional ending in ... takes any number.
     """
-    argv, script = list(sys.argv[1:] if argv is None else argv), name or Path(sys.argv[0]).stem
+    argv = list(sys.argv[1:] if argv is None else argv)
     program = " ".join(sys.argv[:2] if name else sys.argv[:1])  # as in `reward.py label`
-    types, flags, rest, path = option_types(Config), {}, [], None
     if "-h" in argv or "--help" in argv:
         raise SystemExit(show_help(Config, positional, program))
+    types = option_types(Config)
+    flags, rest = read_flags(argv, types | dict(config=(str, (), None)), program)
+    values = {}
+    if "config" in flags:
+        values = read_toml(flags.pop("config"), name or Path(sys.argv[0]).stem, types)
+    fixed = [word for word in positional if not word.endswith("...")]
+    too_many = len(rest) > len(fixed) and fixed == list(positional)
+    if len(rest) < len(fixed) or too_many:
+        want = " ".join(f"<{word}>" for word in positional) or "only options"
+        got = " ".join(rest) or "nothing"
+        raise OptionError(f"{program}: got {got}, expected {want}")
+    cfg = Config(**values | flags)
+    return (cfg, rest) if positional else cfg
+
+
+def read_flags(argv, types, program):
+    """({option: value}, [other words]) of the words of a command line."""
+    flags, rest = {}, []
     while argv:
         word = argv.pop(0)
         if not word.startswith("--"):
             rest.append(word)
             continue
-        name, given, value = word[2:].partition("=")
-        if name not in types and name != "config":
+        name, given, text = word[2:].partition("=")
+        if name not in types:
             close = difflib.get_close_matches(name, types, 1)
-            raise OptionError(f"--{name}: no such option of {program}"
-                              + (f"; did you mean --{close[0]}?" if close else "; --help lists them"))
-        kind = str if name == "config" else types[name][0]
-        if not given and kind is bool and from_text("".join(argv[:1]), bool) not in (True, False):
-            value = "true"  # a bare --flag
-        elif not given:
-            if not argv or argv[0].startswith("--"):
-                raise OptionError(f"--{name}: a value is missing")
-            value = argv.pop(0)
-        if name == "config":
-            path = value
-        else:
-            flags[name] = from_text(value, kind)
-    values = flags if path is None else read_toml(path, script, types) | flags
-    fixed = [p for p in positional if not p.endswith("...")]
-    if len(rest) < len(fixed) or (len(rest) > len(fixed) and len(fixed) == len(positional)):
-        want = " ".join(f"<{p}>" for p in positional) or "only options"
-        raise OptionError(f"{program}: got {' '.join(rest) or 'nothing'}, expected {want}")
-    return (Config(**values), rest) if positional else Config(**values)
+            remedy = f"did you mean --{close[0]}?" if close else "--help lists them"
+            raise OptionError(f"--{name}: no such option of {program}; {remedy}")
+        kind = types[name][0]
+        if not given:
+            text = next_value(name, kind, argv)
+        flags[name] = from_text(text, kind)
+    return flags, rest
+
+
+def next_value(name, kind, argv):
+    """The word behind an option's name, taken from those left; true or false may be left out."""
+    following = argv[0] if argv else "--"
+    if kind is bool and from_text(following, bool) not in (True, False):
+        return "true"
+    if following.startswith("--"):
+        raise OptionError(f"--{name}: a value is missing")
+    return argv.pop(0)
 
 
 def read_toml(path, script, types):
@@ -2278,45 +2311,53 @@ def read_toml(path, script, types):
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise OptionError(f"--config {path}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:  # TOML and Unicode errors are ValueErrors
-        raise OptionError(f"--config {path}: {' '.join(str(e).split())[:200]}") from None
-    shared = {k: v for k, v in table.items() if not isinstance(v, dict)}
-    own, common = table.get(script, {}), option_types(TrainConfig)
+    except (ValueError, RecursionError) as e:   # TOML and Unicode errors are ValueErrors
+        why = " ".join(str(e).split())
+        raise OptionError(f"--config {path}: {why[:200]}") from None
+    own = table.get(script, {})
     if not isinstance(own, dict):
         raise OptionError(f"--config {path}: {script} must be a table, [{script}]")
-    for name in [k for k in own if k not in types] + [k for k in shared if k not in types | common]:
-        raise OptionError(f"--config {path}: {name}: no such option of {script}.py")
-    return {k: checked(f"--config {path}: --{k}", v, types[k]) for k, v in (shared | own).items() if k in types}
+    shared = {name: value for name, value in table.items() if not isinstance(value, dict)}
+    known = types | option_types(TrainConfig)
+    values = {}
+    for name, value in (shared | own).items():
+        if name not in (types if name in own else known):
+            raise OptionError(f"--config {path}: {name}: no such option of {script}.py")
+        if name in types:
+            values[name] = checked(f"--config {path}: --{name}", value, types[name])
+    return values
 
 
 def guard(main):
     """Run main(); a user's mistake becomes one line on stderr and a non-zero exit, never a traceback."""
+    code = 1
     try:
-        main()
+        return main()
     except UserError as e:
-        tell(f"error: {e}")
-        sys.exit(e.code)
+        why, code = e, e.code
     except KeyboardInterrupt:
         tell("\ninterrupted")
         sys.exit(130)
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:     # `| head` has seen enough
         os._exit(0)
-    except OSError as e:     # the disk, a name too long, no permission: the place says it all
-        tell(f"error: {e.filename}: {e.strerror}" if e.filename else f"error: {e}")
-        sys.exit(1)
+    except OSError as e:        # the disk, a name too long, no permission: the place says it all
+        why = f"{e.filename}: {e.strerror}" if e.filename else e
     except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e):
             raise
-        why = str(e).partition("\n")[0]
-        print("error: out of memory; a smaller --micro_tokens needs less, and so does --grad_checkpoint. What was "
-              f"saved is intact. {why}", file=sys.stderr)
-        sys.exit(1)
+        first_line, _, _ = str(e).partition("\n")
+        why = ("out of memory; a smaller --micro_tokens needs less, and so does --grad_checkpoint. What was saved is "
+               f"intact. {first_line}")
+    tell(f"error: {why}")
+    sys.exit(code)
 
 
 def out_of_memory(e):
     """Whether an error says that memory is too small; on a CPU PyTorch has no type of error for that."""
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)):
+        return True
     says = ("DefaultCPUAllocator", "Storage size calculation overflowed", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(text in str(e) for text in says)
+    return any(text in str(e) for text in says)
 
 
 # ------------------------------------------------------------------------------------------------ the run log
@@ -2329,13 +2370,17 @@ def mean(values):
 
 def sparkline(values, width=32):
     """Numbers as a line of blocks, one per bucket mean: ▁▂▄▆█."""
-    if not values:
-        return ""
     width = min(width, len(values))
-    cuts = [len(values) * i // width for i in range(width + 1)]
-    means = [mean(values[a:b]) for a, b in zip(cuts, cuts[1:])]
-    low, span = min(means), (max(means) - min(means)) or 1.0
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int((m - low) / span * 8))] for m in means)
+    means = []
+    for i in range(width):
+        first, end = len(values) * i // width, len(values) * (i + 1) // width
+        means.append(mean(values[first:end]))
+    low, high = min(means, default=0), max(means, default=0)
+    line = ""
+    for value in means:
+        height = int((value - low) / (high - low or 1) * 8)
+        line += "▁▂▃▄▅▆▇█"[min(7, height)]
+    return line
 
 
 def write_text(path, text):
@@ -2362,24 +2407,27 @@ def digest(path):
 
 def inputs_of(cfg):
     """{path: digest} of the files that the options name, alone, in lists or in sums, and of the weights in folders."""
-    found = {}
+    paths = []
     for name, value in vars(cfg).items():
         if type(value) is not str or name in ("out", "tokenizer"):
             continue
         for word in [value, *re.split(r"[\s,+*|@{}\[\]]+", value)]:
-            weights = [os.path.join(word, file) for file in (
-                "checkpoint.safetensors", "model.safetensors", "pytorch_model.bin", "reward.txt")]
-            found |= {path: digest(path) for path in [word, *weights] if os.path.isfile(path)}
-    return found
+            paths.append(word)
+            for file in ("checkpoint.safetensors", "model.safetensors", "pytorch_model.bin", "reward.txt"):
+                paths.append(os.path.join(word, file))
+    return {path: digest(path) for path in dict.fromkeys(paths) if os.path.isfile(path)}
 
 
 def code_of(cfg):
     """The digest of the code that a run executes: its script, and what of ours that imports."""
-    script, names = getattr(sys.modules[type(cfg).__module__], "__file__", None), ["model", "data"]
+    paths, names = [], ["model", "data"]
+    script = getattr(sys.modules[type(cfg).__module__], "__file__", None)
     if script:
+        paths.append(script)
         names += re.findall(r"(?m)^(?:from|import) (\w+)", Path(script).read_text(encoding="utf-8"))
-    paths = [script] + [str(Path(__file__).with_name(f"{name}.py")) for name in dict.fromkeys(names)]
-    return " ".join(digest(path) for path in paths if path and os.path.exists(path))
+    for name in dict.fromkeys(names):
+        paths.append(Path(__file__).with_name(f"{name}.py"))
+    return " ".join(digest(path) for path in paths if os.path.exists(path))
 
 
 def hold(path):
@@ -2403,41 +2451,19 @@ class Run:
         if not cfg.out:
             raise OptionError("--out: name the folder of the run")
         self.cfg, self.folder, self.seed = cfg, Path(cfg.out), cfg.seed
+        self.options = dataclasses.asdict(cfg)
         # Where a run goes on need not be where it began (only there do the bits agree), and may save more often.
-        free = ("out", "overwrite", "device", "threads", "save_every")
-        self.options = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in free}
+        for free in ("out", "overwrite", "device", "threads", "save_every"):
+            del self.options[free]
         self.made_of = dict(code=code_of(cfg), inputs=inputs_of(cfg))
         theirs = self.options_there()
         self.finished = (self.folder / "summary.json").exists() and not cfg.overwrite
         self.rows = self.read_log() if self.finished else []
         if theirs is not None and not cfg.overwrite:
             self.compare(theirs)
-        if self.finished:  # `finish` may have been killed before it did this
+        if self.finished:       # `finish` may have been killed before it did this
             (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)
         self.tok = Tokenizer.load(cfg.tokenizer)
-
-    def compare(self, theirs):
-        """Refuse other options than an earlier run's, and other inputs while it is unfinished; say what has changed."""
-        for name, value in self.options.items():
-            if theirs.get(name, value) != value:
-                raise UserError(f"{self.folder} holds a run with --{name} {theirs[name]}, not {value}: choose another "
-                                "--out, or add --overwrite")
-        before, changed = theirs.get("inputs", {}), []
-        for path, content in self.made_of["inputs"].items():
-            if before.get(path) != content:  # of a run that was unfinished then, the file of the model is new
-                changed.append(path)
-        if changed and not self.finished:
-            raise UserError(f"{changed[0]} has changed since {self.folder} began: choose another --out, or add "
-                            "--overwrite")
-        if theirs.get("code", self.made_of["code"]) != self.made_of["code"]:
-            changed.append("the code")
-        what = " and ".join(changed)
-        if self.finished and changed:
-            print(f"{self.folder} is finished; nothing to do, though {what} changed since: --overwrite runs it anew")
-        elif self.finished:
-            print(f"{self.folder} is finished; nothing to do")
-        elif changed:
-            tell(f"{self.folder}: {what} changed since it began")
 
     def options_there(self):
         """What run.json of an earlier run in the folder says; None where there is none."""
@@ -2450,9 +2476,32 @@ class Run:
             theirs = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError):
             raise UserError(f"{path}: no JSON; choose another --out, or delete that folder") from None
-        if not isinstance(theirs, dict) or not isinstance(theirs.get("inputs", {}), dict):
+        if type(theirs) is not dict or type(theirs.get("inputs", {})) is not dict:
             raise UserError(f"{path}: not a run's options; choose another --out, or delete that folder")
         return theirs
+
+    def compare(self, theirs):
+        """Refuse other options than an earlier run's, and other inputs while it is unfinished; say what has changed."""
+        for name, value in self.options.items():
+            was = theirs.get(name, value)
+            if was != value:
+                raise UserError(f"{self.folder} holds a run with --{name} {was}, not {value}: choose another --out, or "
+                                "add --overwrite")
+        before, now = theirs.get("inputs", {}), self.made_of["inputs"]
+        changed = [path for path in now if now[path] != before.get(path)]   # new: a model that was unfinished then
+        if changed and not self.finished:
+            raise UserError(f"{changed[0]} has changed since {self.folder} began: choose another --out, or add "
+                            "--overwrite")
+        if theirs.get("code") not in (None, self.made_of["code"]):
+            changed.append("the code")
+        what = " and ".join(changed)
+        if not self.finished:
+            if changed:
+                tell(f"{self.folder}: {what} changed since it began")
+        elif changed:
+            print(f"{self.folder} is finished; nothing to do, though {what} changed since: --overwrite runs it anew")
+        else:
+            print(f"{self.folder} is finished; nothing to do")
 
     def left(self, name):
         """The path of a file that an interrupted run left, from which it can go on; None without it."""
@@ -2466,11 +2515,12 @@ class Run:
         for line in text.split("\n"):
             with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
                 row = json.loads(line)
-                if type(row["step"]) is int and 0 <= row["step"] < start and row["seconds"] >= 0:
-                    rows.setdefault(row["step"], row)
-        if start < math.inf and len(rows) < start:
-            print(f"{path}: of the rows before step {start}, {start - len(rows)} are missing or damaged; the model is "
-                  "not", file=sys.stderr)
+                step, seconds = row["step"], row["seconds"]
+                if type(step) is int and 0 <= step < start and seconds >= 0:
+                    rows.setdefault(step, row)
+        lost = start - len(rows)
+        if 0 < lost < math.inf:
+            tell(f"{path}: of the rows before step {start}, {lost} are missing or damaged; the model is not")
         return [rows[step] for step in sorted(rows)]
 
     def progress(self, start, total):
@@ -2479,21 +2529,27 @@ class Run:
         self.lock = hold(self.folder / "lock")
         if self.cfg.overwrite:
             self.clear()
-        write_text(self.folder / "run.json", json.dumps(self.options | self.made_of, indent=1))
-        path, self.total = self.folder / "metrics.jsonl", total
+        options = json.dumps(self.options | self.made_of, indent=1)
+        write_text(self.folder / "run.json", options)
+        self.total = total
         self.rows = self.read_log(start)
-        write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        path = self.folder / "metrics.jsonl"
+        lines = [json.dumps(row) + "\n" for row in self.rows]
+        write_text(path, "".join(lines))
         if start:
             tell(f"{self.folder}: continuing at step {start} of {total}")
-        self.before, self.since = self.rows[-1]["seconds"] if self.rows else 0.0, time.perf_counter()
+        self.before = self.rows[-1]["seconds"] if self.rows else 0.0
+        self.since = time.perf_counter()
+        often = 0.2 if sys.stderr.isatty() else 20      # seconds
         with open(path, "a", encoding="utf-8") as self.file, \
                 tqdm(range(start, total), initial=start, total=total, desc=str(self.folder), dynamic_ncols=True,
-                     mininterval=0.2 if sys.stderr.isatty() else 20) as self.bar:
+                     mininterval=often) as self.bar:
             yield from self.bar
 
     def evaluates(self, step):
         """Whether this step ends in an evaluation: every --eval_every of them, and the last."""
-        return (step + 1) % self.cfg.eval_every == 0 or step + 1 == self.total
+        done = step + 1
+        return done == self.total or done % self.cfg.eval_every == 0
 
     def clear(self):
         """Delete what an earlier run wrote, run.json last: interrupted here, it is still a run."""
@@ -2505,40 +2561,49 @@ class Run:
 
     def log(self, step, show=(), **metrics):
         """Write one row; `show` names the two or three numbers for the bar. A loss that is no number ends the run."""
-        metrics = {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
+        row = dict(step=step)
         for name, value in metrics.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"step {step}: {name} is {value}; the checkpoint before it is intact. "
+            row[name] = float(value) if isinstance(value, torch.Tensor) else value
+            if type(row[name]) is float and not math.isfinite(row[name]):
+                raise UserError(f"step {step}: {name} is {row[name]}; the checkpoint before it is intact. "
                                 "A lower --lr, or --dtype fp32, usually helps")
-        row = dict(step=step, **metrics, seconds=round(self.before + time.perf_counter() - self.since, 2))
+        seconds = self.before + time.perf_counter() - self.since
+        row["seconds"] = round(seconds, 2)
         self.rows.append(row)
         try:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
         except OSError as e:
             raise UserError(f"{self.folder}/metrics.jsonl: {e.strerror}; the last checkpoint is intact") from None
-        self.bar.set_postfix({k: f"{metrics[k]:.3g}" for k in show if metrics.get(k) is not None}, refresh=False)
+        shown = {name: f"{row[name]:.3g}" for name in show if row.get(name) is not None}
+        self.bar.set_postfix(shown, refresh=False)
 
     def samples(self, step, records, texts):
         """A few prompts and answers as text a person can read, one file a step."""
-        blocks = [f"{record['prompt'][-1]['content']}\n→ {text}\n" for record, text in zip(records[:8], texts)]
-        write_text(self.folder / "samples" / f"{step:06d}.txt", "\n".join(blocks))
+        blocks = []
+        for record, text in zip(records[:8], texts):
+            asked = record["prompt"][-1]["content"]
+            blocks.append(f"{asked}\n→ {text}\n")
+        write_text(self.folder / f"samples/{step:06d}.txt", "\n".join(blocks))
 
     def finish(self, show, then=()):
         """Print the key curves and the command to try next (its words), mark the run as finished, return its rows."""
         last = self.rows[-1] if self.rows else {}
-        print(f"\n{self.folder}: {len(self.rows)} steps in {last.get('seconds', 0):.0f} s")
+        seconds = last.get("seconds", 0)
+        print(f"\n{self.folder}: {len(self.rows)} steps in {seconds:.0f} s")
         for name in show:
             values = [row[name] for row in self.rows if row.get(name) is not None]
             if values:
-                print(f"  {name:<18} {sparkline(values):<32} {values[0]:.3f} → {values[-1]:.3f}")
+                curve, first, end = sparkline(values), values[0], values[-1]
+                print(f"  {name:<18} {curve:<32} {first:.3f} → {end:.3f}")
         if then:
             script, *words = map(str, then)
             script = os.path.relpath(Path(__file__).with_name(script))
-            words += ["--tokenizer", self.cfg.tokenizer] * (self.cfg.tokenizer != "toy")
+            if self.cfg.tokenizer != "toy":
+                words += ["--tokenizer", self.cfg.tokenizer]
             print("next: " + shlex.join(["python", script, *words]))
         write_text(self.folder / "summary.json", json.dumps(last, indent=1))
-        (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)  # the model is beside it, whole
+        (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)    # the model is beside it, whole
         os.close(self.lock)
         return self.rows
 
@@ -2548,9 +2613,10 @@ def compare_words(cfg, data="toy", families="", judge=""):
     nothing can judge its answers, one talks to it."""
     words = ["reward.py", "compare", cfg.init, cfg.out]
     if data == "toy":
-        return words + ["--families", families] * (families not in ("", "write"))
+        plain = families in ("", "write")
+        return words if plain else [*words, "--families", families]
     if judge:
-        return words + ["--data", data, "--judge", judge, "--max_new", cfg.max_new]
+        return [*words, "--data", data, "--judge", judge, "--max_new", cfg.max_new]
     return ["model.py", cfg.out]
 
 

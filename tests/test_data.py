@@ -36,7 +36,6 @@ import pytest
 import torch
 
 import data
-import dpo
 from data import (BAD, CATEGORIES, COUNTS, FAMILIES, GOOD, MODIFIERS, OBJECTS, SAYINGS, SHAPES, SPECIALS, TAMPERED, Term,
                   THINGS, THINK, TOOLS, VERIFIERS, WORLD, Arith, Fmt, Natural, OptionError, Positive, Run, RunConfig,
                   Share, Stream, Tokenizer, UserError, Write, after_thinking, bpe_ranks, collate, draw_family, encode, family_list,
@@ -1548,7 +1547,8 @@ def test_17_pairs_of_a_ranking_thumbs_and_ktos_mismatched_rows_have_one_prompt()
         singles += ends
     short = {"prompt": [user("d" + spell(44, "word"))], "response": "yes", "label": True}     # leaves one word's room
     singles += data.preference_items(short, TOK, 48, "single")
-    dpo.add_mismatched(singles, 48)
+    from dpo import add_mismatched
+    add_mismatched(singles, 48)
     for item in singles:
         ids, target = item["other"]
         assert prompt(item["other"]) == prompt(item["rows"][0]) and len(ids) <= 48 and 0 < sum(target)
