@@ -2642,44 +2642,61 @@ class Config(Options):
 def overlaps(files):
     """Lines that count what the records {path: records} of files repeat, and what they ask that an earlier file does:
     a test set whose prompts are in the training set measures memory."""
-    seen, lines = {}, []
+    asked, lines = {}, []       # path: the prompts in it
     for path, records in files.items():
-        twice = len(records) - len({json.dumps(record, sort_keys=True) for record in records})
-        lines += [f"{path}: {twice} of {len(records)} records are there already"] if twice else []
+        distinct = {json.dumps(record, sort_keys=True) for record in records}
+        twice = len(records) - len(distinct)
+        if twice:
+            lines.append(f"{path}: {twice} of {len(records)} records are there already")
         prompts = [asks(record) for record in records]
-        lines += [f"{path}: {shared} of {len(records)} records ask what is asked in {earlier}"
-                  for earlier, known in seen.items() if (shared := sum(prompt in known for prompt in prompts))]
-        seen[path] = set(prompts)
+        for earlier, known in asked.items():
+            shared = sum(prompt in known for prompt in prompts)
+            if shared:
+                lines.append(f"{path}: {shared} of {len(records)} records ask what is asked in {earlier}")
+        asked[path] = set(prompts)
     return lines
+
+
+def show(record):
+    """Print a record: who says what, and what else it holds."""
+    for turn in record.get("prompt") or record.get("messages", []):
+        untrained = turn["role"] == "assistant" and not taught(turn)
+        note = "  (not trained on)" if untrained else ""
+        print(f"{turn['role']:>10}  {turn['content']}{note}")
+    for key in sorted(record.keys() - {"prompt", "messages"}):
+        print(f"{key:>10}  {record[key]}")
+    print()
 
 
 def main():
     """Show what is in files, or a few prompts and answers of the toy world."""
-    cfg, files = parse(Config, positional=["file..."])
-    tok, rng = Tokenizer.load(cfg.tokenizer), random.Random(cfg.seed)
-    found = {path: read_records(path, skip_bad=cfg.skip_bad) for path in files}
+    cfg, paths = parse(Config, positional=["file..."])
+    found = {path: read_records(path, skip_bad=cfg.skip_bad) for path in paths}
     for line in overlaps(found):
         tell(line)
     for records in found.values():
         for record in records[:cfg.n]:
-            for turn in record.get("prompt", record.get("messages", [])):
-                untrained = "  (not trained on)" if turn["role"] == "assistant" and not taught(turn) else ""
-                print(f"{turn['role']:>10}  {turn['content']}{untrained}")
-            for key in sorted(record.keys() - {"prompt", "messages"}):
-                print(f"{key:>10}  {record[key]}")
-            print()
-    if files:
-        return
+            show(record)
+    if not paths:
+        show_toy_world(cfg)
+
+
+def show_toy_world(cfg):
+    """Print a few tasks, answers and documents."""
+    tok, rng = Tokenizer.load(cfg.tokenizer), random.Random(cfg.seed)
     for family in family_list(cfg.families):
         print(f"── {family} ──")
         for _ in range(cfg.n):
             task = toy_task(cfg.split, family, rng)
             answer = toy_demo(task, rng)
-            print(f"{task['prompt']}\n  → {answer}\n  gold {gold(task, answer):.2f}, {len(tok.encode(answer))} tokens")
+            score, length = gold(task, answer), len(tok.encode(answer))
+            print(f"{task['prompt']}\n  → {answer}\n  gold {score:.2f}, {length} tokens")
     print("── documents for pretraining ──")
     for _ in range(cfg.n):
-        doc = toy_document(rng)
-        print(doc.get("text") or "\n  → ".join(m["content"] for m in doc["messages"]))
+        document = toy_document(rng)
+        turns = document.get("messages", [])
+        said = [turn["content"] for turn in turns]
+        print("\n  → ".join(said) or document["text"])
 
 
 if __name__ == "__main__":
