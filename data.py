@@ -273,37 +273,44 @@ def split_piece(piece, ranks):
 def bpe_ranks(text, pattern, size):
     """Byte-pair encoding from scratch (Sennrich et al. 1508.07909): merge the commonest neighbours, again and again.
 
-    It counts over distinct words, of which the toy world has about a thousand, so recounting every time is fast
-    enough and needs no clever index. Ties go to the pair that sorts first, so the result depends on the text alone.
+    It counts over distinct words, of which the toy world has a few hundred; a merge counts anew only those that it
+    changes. Ties go to the pair that sorts first, so the result depends on the text alone.
     """
     import regex  # tiktoken's own dependency, for \p{L}
-    words = Counter(regex.findall(pattern, text))
-    words = {tuple(bytes([b]) for b in word.encode()): n for word, n in words.items()}
+    words, pairs = Counter(), Counter()     # how often a word is there; two pieces are neighbours
+    for word, n in Counter(regex.findall(pattern, text)).items():
+        pieces = tuple(bytes([b]) for b in word.encode())
+        words[pieces] = n
+        count_pairs(pairs, pieces, n)
     ranks = {piece: rank for rank, piece in enumerate(single_bytes())}
     while len(ranks) < size:
-        pairs = Counter()
-        for word, n in words.items():
-            for pair in itertools.pairwise(word):
-                pairs[pair] += n
-        if not pairs:
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
+        if not pairs[best]:
             break
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         ranks[best[0] + best[1]] = len(ranks)
-        words = merge_pair(words, best)
+        for word in [word for word in words if best in itertools.pairwise(word)]:
+            n = words.pop(word)
+            merged = merge(word, best)
+            count_pairs(pairs, word, -n)
+            count_pairs(pairs, merged, n)
+            words[merged] += n
     return ranks
 
 
-def merge_pair(words, best):
-    """The words {pieces: count}, with the two pieces of `best` as one wherever they are neighbours."""
-    merged = Counter()
-    for word, n in words.items():
-        out, i = [], 0
-        while i < len(word):
-            step = 2 if word[i:i + 2] == best else 1
-            out.append(b"".join(word[i:i + step]))
-            i += step
-        merged[tuple(out)] += n
-    return merged
+def count_pairs(pairs, word, n):
+    """Add n to the count of all neighbours in a word."""
+    for pair in itertools.pairwise(word):
+        pairs[pair] += n
+
+
+def merge(word, pair):
+    """The pieces of a word, with the two of the pair as one wherever they are neighbours."""
+    out, i = [], 0
+    while i < len(word):
+        step = 2 if word[i:i + 2] == pair else 1
+        out.append(b"".join(word[i:i + step]))
+        i += step
+    return tuple(out)
 
 
 @functools.cache
