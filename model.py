@@ -189,8 +189,6 @@ class GPT(nn.Module):
     def __init__(self, config, tok=None):
         super().__init__()
         self.config, self.tok, self.precision = config, tok, "fp32"
-        self.folder = None  # that it was loaded from
-        self.fingerprint = tok and tok.fingerprint  # of the tokenizer that it was trained with
         # Rows up to the next multiple of 64 keep the matmul of the head fast; `logits` cuts them off again, so
         # an id without a token has no probability and cannot be sampled.
         rows = round_up(config.vocab_size, 64)
@@ -508,17 +506,16 @@ def respond(policy, records, cfg, n=1, begin=()):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0, stream=None, drop_finished=True,
-             begin=()):
+def generate(model, prompts, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0, stream=None, begin=()):
     """Sample n responses to each prompt (a list of id lists) -> Rollout of len(prompts) * n rows, prompt by prompt.
 
     Prompts of any length are padded on the right; each is read once for its n samples, and from there every row keeps
     its own position in the cache. A row stops at its end token, after max_new tokens, or when the context is full.
     top_k and top_p are for chatting: a policy gradient needs the samples to come from the distribution it
-    differentiates, so no trainer offers them. stream(token) is called with each new id, for a single row.
-    drop_finished=False keeps finished rows in the batch, which changes no result. begin: ids that every response is
-    made to begin with; they are a part of it, with log-probability 0, and do not count in max_new. Raises UserError for
-    a prompt that leaves no room in the context, and for a model whose logits are no numbers.
+    differentiates, so no trainer offers them. stream(token) is called with each new id, for a single row. begin: ids
+    that every response is made to begin with; they are a part of it, with log-probability 0, and do not count in
+    max_new. Raises UserError for a prompt that leaves no room in the context, and for a model whose logits are no
+    numbers.
     """
     if 0 < temperature < COLDEST:
         raise OptionError(f"--temperature {temperature}: 0 is greedy; anything else has to be {COLDEST:g} or more")
@@ -529,15 +526,12 @@ def generate(model, prompts, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0, 
     if longest >= block_size:
         raise UserError(f"a prompt of {longest} tokens leaves no room in the context of {block_size}")
     width = min(round_up(longest + max_new), block_size)
-
-    def draw(hidden, uniform):
-        return sample(model.logits(hidden), uniform, temperature, top_k, top_p)
-
     was_training = model.training
     model.eval()
     with model.autocast():
         hidden, cache, tokens, length = prefill(model, given, n, width)
-        logp, drawn = decode(model, hidden, cache, tokens, length, max_new, draw, stream, drop_finished)
+        how = temperature, top_k, top_p
+        tokens, logp, drawn = decode(model, hidden, cache, tokens, length, max_new, how, stream)
     model.train(was_training)
 
     if logp.isnan().any():
@@ -571,42 +565,43 @@ def prefill(model, prompts, n, width):
 LOOK = {"cpu": 1, "cuda": 8}  # how many steps until the next look at which rows are finished: a look makes a GPU wait
 
 
-def decode(model, hidden, cache, tokens, length, max_new, draw, stream, drop_finished):
-    """Draw token after token and write them into `tokens`, each row behind its own prompt -> their log-probabilities
-    and where one was drawn, (B, width) each."""
+def decode(model, hidden, cache, tokens, length, max_new, how, stream):
+    """Draw token after token, each row behind its own prompt -> the tokens, the log-probabilities of those drawn, and
+    which were, (B, width) each. how: temperature, top_k, top_p. Finished rows leave the batch, which changes no result.
+    """
     (B, width), device, block_size = tokens.shape, model.device, model.config.block_size
     longest = int(length.max())
-    logp = torch.zeros(B, width, device=device, dtype=full(hidden).dtype)
-    drawn = torch.zeros(B, width, device=device, dtype=torch.bool)
+    tokens = F.pad(tokens, (0, 1))  # one column more: there goes what a finished row draws
+    logp = torch.zeros(B, width + 1, device=device, dtype=full(hidden).dtype)
+    drawn = torch.zeros(B, width + 1, device=device, dtype=torch.bool)
     # All uniforms at once: what a row draws does not depend on which other rows have left the batch.
     uniform = torch.rand(max_new, B, device=device, dtype=logp.dtype)
     active = torch.arange(B, device=device)                # the rows in the batch, some of them finished
-    live = torch.ones(B, device=device, dtype=torch.bool)  # and which of these are not finished: only their draws count
+    live = torch.ones(B, device=device, dtype=torch.bool)  # and which of these are not finished
     look = LOOK[device.type] if stream is None else 1      # to show a token is to wait for it
     for new in range(max_new):
-        token, token_logp = draw(hidden, uniform[new, active])
+        token, token_logp = sample(model.logits(hidden), uniform[new, active], *how)
         pos = length[active] + new  # of the token just drawn
-        place = pos.clamp(max=width - 1)  # that of a finished row goes on growing
-        tokens[active, place] = torch.where(live, token, tokens[active, place])
-        logp[active, place] = torch.where(live, token_logp, logp[active, place])
-        drawn[active, place] |= live
+        place = torch.where(live, pos, width)
+        tokens[active, place], logp[active, place], drawn[active, place] = token, token_logp, True
         if stream is not None and live[0]:
             stream(int(token[0]))
         live = live & (token != model.tok.end) & (pos + 1 < block_size)
-        if drop_finished and (new + 1) % look == 0:
+        if (new + 1) % look == 0:
             left = int(live.sum())
             if left == 0:
                 break
             if left <= 0.75 * len(live):  # to drop rows, the cache is copied: worth it for a good many only
-                active, place, token = active[live], place[live], token[live]
+                active, pos, token = active[live], pos[live], token[live]
                 cache.select(live.nonzero()[:, 0])
                 live = live[live]  # all of them
         if new + 1 < max_new:
             # A CPU reads all slots at every step, so it gets them as they are needed; a GPU gets them at once.
             needed = width if device.type == "cuda" else round_up(longest + new + 1, 32)
             cache.reserve(min(needed, width))
-            hidden = model(token[:, None], place[:, None], cache=cache)[:, 0]            # (B, C)
-    return logp, drawn
+            pos = pos.clamp(max=width - 1)  # that of a finished row goes on growing
+            hidden = model(token[:, None], pos[:, None], cache=cache)[:, 0]              # (B, C)
+    return tokens[:, :width], logp[:, :width], drawn[:, :width]
 
 
 def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
@@ -1424,7 +1419,6 @@ def load_model(folder, like=Setup(), n_scores=None, maker=""):
     model = assemble(config, tensors, path)
     if n_scores is not None and n_scores != config.n_scores:
         resize_head(model, n_scores)
-    model.folder, model.fingerprint = str(folder), fingerprint
     model.tok, model.precision = like.tok, like.precision
     return model.to(like.device).eval()
 
