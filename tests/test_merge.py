@@ -2,6 +2,7 @@
 import base64
 import json
 import math
+import os
 import random
 import sys
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "configs"))
 import data
-import merge as script
 from data import Tokenizer, UserError
 from merge import Config, merge, slerp
 from model import GPT, GPTConfig, Setup, checksum, load_model, raw, save_checkpoint, write_model
@@ -168,31 +168,40 @@ def test_a_second_time_does_nothing_and_another_model_is_not_overwritten(two, tm
     assert there() == before
 
 
-def test_it_asks_for_the_tokenizer_of_others_and_may_be_killed_at_any_file(tmp_path, monkeypatch, capsys):
+def test_it_asks_for_the_tokenizer_of_others(tmp_path, monkeypatch, capsys):
+    # by the command, as a person would type it
     vocabulary = tmp_path / "bytes.tiktoken"
     vocabulary.write_bytes(b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)))
-    bytes_tok = Tokenizer.load(str(vocabulary))
-    folder, out = keep(tmp_path / "hf", net(tok=bytes_tok, vocab_size=257)), tmp_path / "m"
+    theirs = Setup(Tokenizer.load(str(vocabulary)))
+    folder, out = keep(tmp_path / "hf", net(tok=theirs.tok, vocab_size=257)), tmp_path / "m"
     facts = json.loads((tmp_path / "hf" / "config.json").read_text())
     del facts["plainalign"]                                              # as if others had made it
     (tmp_path / "hf" / "config.json").write_text(json.dumps(facts))
     code, said = run(monkeypatch, capsys, folder, folder, "--out", out)
     assert code == 1 and "257 tokens" in said and said.count("\n") == 1
-    words, calls = [folder, folder, "--out", out, "--tokenizer", vocabulary], 0
-    while True:                                                          # config.json comes last
-        with monkeypatch.context() as patch:
-            replace, left = data.os.replace, [calls]
+    assert run(monkeypatch, capsys, folder, folder, "--out", out, "--tokenizer", vocabulary)[0] == 0
+    assert bits(load_model(out, theirs)) == bits(load_model(folder, theirs))
 
-            def killed(*paths):
-                left[0] -= 1
-                return replace(*paths) if left[0] >= 0 else patch.undo() or (_ for _ in ()).throw(KeyboardInterrupt)
-            patch.setattr(data.os, "replace", killed)
-            try:
-                code, _ = run(monkeypatch, capsys, *words)
-            except KeyboardInterrupt:
-                code = 130
-        if not code:
-            break
+
+def test_p42_killed_at_any_file_it_runs_again(two, tmp_path, monkeypatch):
+    # config.json was written first, and the next try found "another model"
+    out, folders, left, replace = tmp_path / "m", two[1], 0, os.replace
+
+    def replace_or_die(*paths):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", replace_or_die)
+    for files in range(5):                                               # of the five that a model has
+        left = files
+        with pytest.raises(KeyboardInterrupt):
+            merge(Config(out=str(out)), folders)
         assert not (out / "config.json").exists()
-        calls += 1
-    assert calls > 2 and bits(load_model(out, Setup(bytes_tok))) == bits(load_model(folder, Setup(bytes_tok)))
+    left = 5
+    merge(Config(out=str(out)), folders)
+    a, b = (model.state_dict() for model in two[0])
+    assert all(torch.equal(t, ((a[name].double() + b[name].double()) / 2).float())
+               for name, t in loaded(out).state_dict().items())

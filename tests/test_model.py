@@ -345,15 +345,6 @@ def test_p35_poisoned_states_outside_the_mask_change_neither_value_nor_gradient(
     close(gradients(model, got.square().sum()), want)
 
 
-def test_p36_entropy_lies_between_0_and_ln_v():
-    # log-probs of padding averaged in have been reported as negative entropy for twenty months
-    tokens, mask = BATCH
-    for std, low, high in ((0, 1 - 1e-9, 1 + 1e-9), (.3, .01, 1), (30, -1e-9, .1)):
-        _, entropy = token_logprobs(gpt(std=std), tokens, mask, entropy=True)
-        share = entropy[mask.bool()] / math.log(V)
-        assert share.min() >= -1e-12 and share.max() <= high and share.mean() >= low
-
-
 def test_p40_log_softmax_is_fp32_under_bf16_autocast():
     # in bf16 a log-prob of -3.02 is -3.03: every ratio would carry 1% of noise
     model, critic = gpt(dtype=torch.float32), gpt(dtype=torch.float32, n_scores=1)
@@ -625,12 +616,6 @@ def test_dropping_finished_rows_and_sharing_the_prefill_change_no_token(n, max_n
         close(roll.logp, other.logp)
 
 
-def test_a_seed_gives_the_same_rollout_and_other_rows_and_seeds_other_ones():
-    model = gpt()
-    a, b, c = (rollout(model, [[1, 2]], n=8, seed=s) for s in (1, 1, 2))
-    assert same(a, b) and not torch.equal(a.tokens, c.tokens) and len({tuple(r) for r in a.tokens.tolist()}) > 4
-
-
 def test_p02_p18_neither_the_pad_id_nor_what_stands_behind_the_end_matters():
     # short prompts are prefilled with padding on their right, which their samples must not see
     model = gpt(std=.2)
@@ -712,12 +697,6 @@ def test_p49_a_prompt_may_leave_room_for_one_token():
     *(("--temperature", [[1]], dict(temperature=t)) for t in (1e-300, 1e-40, 1e-9))], ids=str)
 def test_what_cannot_be_sampled_is_refused(match, prompts, options):
     refused(match, rollout, gpt(), prompts, **options)
-
-
-def test_the_lowest_temperatures_are_all_but_greedy():
-    for tiny_one in (1e-6, 1e-3):
-        cold, greedy = (rollout(gpt(dtype=torch.float32), RAGGED, temperature=t) for t in (tiny_one, 0))
-        assert torch.equal(cold.tokens, greedy.tokens) and cold.logp.isfinite().all()
 
 
 @pytest.mark.parametrize("temperature", [0, .7, 1.0])
@@ -996,13 +975,6 @@ def test_p19_a_reference_shares_no_memory_and_training_does_not_move_it():
     assert bits(ref) == before and not any(before[name] == now for name, now in bits(model).items() if "score" not in name)
 
 
-def test_p20_scoring_by_a_reference_is_bit_equal_twice_and_by_a_model_in_training_mode_is_not():
-    model = gpt(dropout=.5)
-    frozen = reference(model.train())
-    assert torch.equal(token_logprobs(frozen, *BATCH), token_logprobs(frozen, *BATCH))
-    assert not torch.equal(token_logprobs(model, *BATCH), token_logprobs(model, *BATCH))
-
-
 # ------------------------------------------------------------------------------------------------ optimizer
 
 KINDS = pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -1127,6 +1099,7 @@ def training(folder, kind="adamw", stop=None, peek=False, total=6, save_every=2,
     """A run with dropout and random batches -> [(step, loss, running mean, optimizer state)], and its weights."""
     model = gpt(init, torch.float32, dropout=.3)
     if lora_r:
+        torch.manual_seed(init)
         model.add_lora(lora_r, 4.0)
     opt, state, log = Optimizer(model, .01, total, kind), dict(mean=0.0), []
     for step in steps(run_in(folder), total, dict(model=model), dict(optimizer=opt), state, save_every):
@@ -1146,17 +1119,25 @@ def training(folder, kind="adamw", stop=None, peek=False, total=6, save_every=2,
     return log, bits(model)
 
 
-@KINDS
-def test_p41_a_run_stopped_at_any_step_resumes_bit_identically(kind, tmp_path):
+@pytest.mark.parametrize("kind, lora_r", [("adamw", 0), ("muon", 0), ("muon", 2)])
+def test_p41_a_run_stopped_at_any_step_resumes_bit_identically(kind, lora_r, tmp_path):
     # weights, optimizer, random numbers and carried state: each forgotten one changes the suffix a little
-    rows, end = training(tmp_path / "whole", kind)
+    rows, end = training(tmp_path / "whole", kind, lora_r=lora_r)
     for stop in range(1, 6):
         folder, saved = tmp_path / f"{stop}", stop // 2 * 2
         folder.mkdir()
-        assert training(folder, kind, stop)[0] == rows[:stop]
+        assert training(folder, kind, stop, lora_r=lora_r)[0] == rows[:stop]
         (folder / "checkpoint.part").write_bytes(b"torn")                           # p42: of a kill while it was saved
-        resumed = training(folder, kind, init=1 if saved else 0)                    # it must not start from its own
+        init = 1 if saved else 0                                                    # it must not start from its own
+        resumed = training(folder, kind, init=init, lora_r=lora_r)
         assert resumed == (rows[saved:], end), stop
+
+
+def test_a_run_says_where_it_goes_on_on_another_machine(tmp_path, monkeypatch, capsys):
+    for name, says in (("a CPU", False), ("a CPU", False), ("another", True)):
+        monkeypatch.setattr(M, "cpu_name", lambda: name)
+        training(tmp_path, stop=3)
+        assert ("begun on a CPU" in capsys.readouterr().err) == says
 
 
 def test_p43_sampling_and_evaluation_inside_a_step_do_not_change_the_next(tmp_path):
@@ -1311,22 +1292,6 @@ def kills(go, folder, monkeypatch, calls=("replace",), how=killed):
         yield out, ended
 
 
-@pytest.mark.parametrize("where", ["fsync", "replace"])
-@pytest.mark.parametrize("how", [no_space, killed])
-def test_p42_a_full_disk_or_a_kill_while_saving_leaves_the_old_checkpoint(saved, monkeypatch, where, how):
-    # writing over the old file loses both
-    old = (saved / "checkpoint.safetensors").read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, where, how)
-        with pytest.raises(UserError if how is no_space else KeyboardInterrupt) as error:
-            save_checkpoint(saved, dict(model=gpt()), {}, {})
-    assert (saved / "checkpoint.safetensors").read_bytes() == old
-    if how is no_space:
-        assert "full" in str(error.value) and not list(saved.glob("*.part"))
-    save_checkpoint(saved, dict(model=tiny(seed=1)), {}, {})                # and the next save works
-    assert (saved / "checkpoint.safetensors").read_bytes() != old
-
-
 def test_p42_a_write_that_fails_half_way_leaves_the_old_checkpoint(saved):
     # the real thing: the system refuses to write past 3000 bytes
     old, (soft, hard) = (saved / "checkpoint.safetensors").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -1446,51 +1411,26 @@ def test_p46_a_malformed_checkpoint_is_refused(saved, make):
     refused(str(saved), load_model, saved, Setup(TOK))
 
 
-def test_p46_fuzzed_checkpoints_load_or_are_refused(saved):
-    # flipped, deleted, repeated bytes anywhere in the header: nothing else may come out, and nothing hangs
-    path, rng, count = saved / "checkpoint.safetensors", random.Random(0), 0
-    raw = path.read_bytes()
-    size, = struct.unpack("<Q", raw[:8])
-    for trial in range(300):
-        bad, at = bytearray(raw), rng.randrange(8 + size)
-        kind = trial % 4
-        if kind == 0:
-            bad[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            bad[at] = rng.choice(b"0123456789-[]{},:\"\\ ")
-        elif kind == 2:
-            bad = bad[:rng.randrange(len(bad))]
-        else:
-            bad[at:at] = bad[at:at + rng.randrange(1, 40)]
-        path.write_bytes(bytes(bad))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                load_model(saved, Setup(TOK))
-            except UserError:
-                count += 1
-    assert count > 200
-
-
 @pytest.mark.parametrize("where", ["length", "header", "data"])
-def test_a_bit_that_flips_anywhere_is_refused_or_harmless(saved, where):
-    # without a checksum every flip in the data loaded
+def test_p46_a_damaged_checkpoint_is_refused_or_as_it_was(saved, where):
+    # flipped, other, missing or repeated bytes: without a checksum, every flip in the data loaded
     def read():
         tensors, meta = load_tensors(path)
         return meta, {name: (t.dtype, t.shape, t.numpy().tobytes()) for name, t in tensors.items()}
 
     path, rng, harmless = saved / "checkpoint.safetensors", random.Random(3), 0
     raw, whole = path.read_bytes(), read()
-    size, = struct.unpack("<Q", raw[:8])
-    first, last = dict(length=(0, 8), header=(8, 8 + size), data=(8 + size, len(raw)))[where]
-    for _ in range(60):
-        bit, bad = rng.randrange(8 * first, 8 * last), bytearray(raw)
-        bad[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(bytes(bad))
+    header = 8 + struct.unpack("<Q", raw[:8])[0]
+    first, last = dict(length=(0, 8), header=(8, header), data=(header, len(raw)))[where]
+    for trial in range(120):
+        at, few = rng.randrange(first, last), rng.randrange(1, 40)
+        flipped, other = bytes([raw[at] ^ 1 << rng.randrange(8)]), bytes([rng.choice(b'0123456789-[]{},:"\\ ')])
+        middle = (flipped, other, b"", raw[at:at + few])[trial % 4]
+        path.write_bytes(raw[:at] + middle + raw[at + (trial % 4 < 3):])
         with contextlib.suppress(UserError):
             assert read() == whole, "another checkpoint loaded"
             harmless += 1
-    assert harmless == 0 or where == "header" and harmless < 10
+    assert harmless == 0 or where == "header" and harmless < 15
 
 
 @pytest.mark.parametrize("change", [
@@ -1575,10 +1515,11 @@ def matmuls(model):
     return model.logits(model(torch.tensor([[1, 2]]))).dtype
 
 
-def test_setup_chooses_the_precision_of_the_matmuls(saved):
+def test_setup_chooses_the_precision_of_the_matmuls(saved, capsys):
     # a model that is made like another, new or loaded, multiplies as that one does
     for dtype, want in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         like = set_up("cpu", dtype)
+        assert f"{M.cpu_name()}, 1 thread, {dtype}" in capsys.readouterr().out
         model = M.new_model(tiny(n_scores=0).config, like)
         for made in (model, load_model(saved, like), load_model(saved, model)):
             assert matmuls(made) == want and made.tok is like.tok is TOK and made.device == like.device
@@ -1714,16 +1655,6 @@ def test_p19_lora_reference_is_the_base_to_the_bit_and_shares_all_that_is_frozen
     assert torch.equal(logps(ref), logps(plain)) and (logps(model) - logps(plain)).abs().max() > .1
 
 
-@pytest.mark.parametrize("options", [dict(), dict(n_scores=1), dict(vector_lr=.01)], ids=str)
-def test_lora_is_written_merged_and_leaves_the_model_that_is_trained_as_it_is(options, base, tmp_path):
-    model = adapt(base, **options)
-    before = bits(model)
-    write_model(tmp_path, model)
-    assert bits(model) == before and len(model.loras()) == 8
-    loaded = load_model(tmp_path, Setup(TOK))
-    assert not loaded.loras() and bits(loaded) == bits(copy.deepcopy(model).merge_lora())
-
-
 def test_p46_an_unfinished_run_with_adapters_is_one_clear_line(base, tmp_path):
     save_checkpoint(tmp_path, dict(model=adapt(base)), {}, dict(tokenizer=TOK.fingerprint))
     refused("unfinished run that trains adapters", load_model, tmp_path, Setup(TOK))
@@ -1737,17 +1668,6 @@ def test_lora_bias_trains_biases_and_norms_too_at_their_own_rate(base):
     for name, distance in moved.items():
         rate = .5 if is_vector(name) else .01 if name.endswith("lora_B") else 0      # A has no gradient while B is 0
         assert distance == pytest.approx(rate, rel=.05), name
-
-
-def test_lora_bias_of_a_reward_model_leaves_its_head_where_it_is_without_the_adapter(base):
-    model, plain = adapt(base, n_scores=1, vector_lr=.01, stir=0), load_model(base, Setup(TOK), n_scores=1)
-    torch.nn.init.normal_(model.score.weight)
-    plain.score.load_state_dict(model.score.state_dict())
-    ref = reference(model)
-    for p in model.parameters():
-        p.data += .2 * p.requires_grad                                    # the adapter is trained, and the head
-    assert plain.score.weight.all() and not torch.equal(ref.score.weight, model.score.weight)
-    assert torch.equal(response_scores(ref, *BATCH), response_scores(plain, *BATCH))
 
 
 def test_lora_options_reach_the_adapter_its_optimizer_and_its_seed(base):
@@ -1776,37 +1696,11 @@ def tune(out, init, **options):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-def tune_until(stop, monkeypatch, *args, **options):
-    """The same, interrupted after so many steps."""
-    real = data.Run.log
-
-    def log(self, step, *rest, **metrics):
-        return killed() if step == stop else real(self, step, *rest, **metrics)
-
-    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr(data.Run, "log", log)
-        tune(*args, **options)
-
-
 @pytest.fixture(scope="module")
 def toy_base(tmp_path_factory):
     folder, tok = tmp_path_factory.mktemp("toy"), Tokenizer.load("toy")
     write_model(folder, gpt(dtype=torch.float32, std=.1, tok=tok, vocab_size=tok.n_vocab, block_size=128, n_layer=1))
     return folder
-
-
-@pytest.mark.parametrize("stop, options", [(1, dict(optimizer="muon")), (3, dict(optimizer="muon")),
-                                           (3, dict(optimizer="adamw", lora_bias=.02))], ids=str)
-def test_p41_lora_run_resumes_bit_for_bit_and_changes_no_more(stop, options, toy_base, tmp_path, monkeypatch):
-    whole = tune(tmp_path / "a", toy_base, lora_r=2, **options)
-    tune_until(stop, monkeypatch, tmp_path / "b", toy_base, lora_r=2, **options)
-    assert tune(tmp_path / "b", toy_base, lora_r=2, **options) == whole and len(whole) == 5
-    one, two, before = (bits(load_model(folder)) for folder in (tmp_path / "a", tmp_path / "b", toy_base))
-    assert one == two
-    trained = {name for name in one if ".h." in name and re.search(r"c_\w+\.weight", name)}
-    if "lora_bias" in options:
-        trained |= set(filter(is_vector, one))
-    assert {name for name in one if one[name] != before[name]} == trained
 
 
 @pytest.mark.parametrize("lora_r, how, calls", [(0, killed, ["replace", "unlink"]), (2, killed, ["replace", "unlink"]),
@@ -1832,18 +1726,6 @@ def test_p42_a_run_ended_at_any_file_goes_on_to_the_same_end(lora_r, how, calls,
         assert bits(load_model(out)) == want and names(out) == names(tmp_path / "whole")
     assert found[0] is None and found[-1] and len(found) > 8
     assert lora_r or (found[3] is False and all(found[4:]))                 # step 2, then the end
-
-
-def test_a_run_says_on_what_it_computes_and_where_that_changes(toy_base, tmp_path, monkeypatch, capsys):
-    tune_until(2, monkeypatch, tmp_path / "a", toy_base)
-    first = capsys.readouterr()
-    assert M.cpu_name() in first.out and "fp32" in first.out and "threads" not in first.out
-    tune_until(3, monkeypatch, tmp_path / "a", toy_base)
-    assert "begun" not in capsys.readouterr().err
-    monkeypatch.setattr(M, "cpu_name", lambda: "another CPU")
-    tune(tmp_path / "a", toy_base)
-    last = capsys.readouterr()
-    assert "another CPU" in last.out and "begun" in last.err
 
 
 def test_lora_of_a_new_model_is_refused(tmp_path):
