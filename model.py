@@ -398,7 +398,7 @@ def at_positions(head, where, *inputs, chunk):
     """head(*inputs) at chosen positions, 0 elsewhere: where (B, T-1), inputs (N, ...) each -> a tuple of (B, T-1).
 
     head gives a tuple of (N,). Beyond `chunk` positions it runs on one chunk after the other, and the backward pass
-    recomputes them, so that what it holds on the way, as (N, V) logits, never exists whole.
+    recomputes them, so that what head makes on the way, such as logits (N, V), never exists whole.
     """
     save_memory = len(inputs[0]) > chunk and torch.is_grad_enabled()
     results = []  # of each chunk a tuple, as (logp, entropy)

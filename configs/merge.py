@@ -1,6 +1,6 @@
 """Average the weights of finished runs (model soups, Wortsman et al. 2203.05482): one model, as fast as each of them.
 
-    Σ w_i θ_i,  or with --slerp of two, tensor by tensor, the point at t = w_2 of the arc from θ_1 to θ_2 (Shoemake 1985)
+    Σ w_i θ_i    or, with --slerp, of two, tensor by tensor: the point t = w_2 of the arc from θ_1 to θ_2 (Shoemake 1985)
 
 Gemma 2 (gemma2.sh), Llama 3 (llama3.sh) and Kimi k1.5 (kimi_k15.sh) average theirs. Adapters of LoRA are in the weights
 of a finished run. It runs on the CPU, in seconds.

@@ -133,8 +133,8 @@ def test_slerp_is_continuous_where_it_turns_into_the_chord():
 
 @pytest.mark.parametrize("match, options, size", [
     ("another architecture", {}, dict(n_layer=2)), ("another architecture", {}, dict(n_scores=1)),
-    ("1 for 2", dict(weights="1"), {}), ("3 for 2", dict(weights=".2,.3,.5"), {}), ("not numbers", dict(weights="a,b"), {}),
-    ("not finite", dict(weights="inf,1"), {}), ("--out", dict(out=""), {}), ("no checkpoint there", {}, None),
+    ("1 for 2", dict(weights="1"), {}), ("3 for 2", dict(weights=".2,.3,.5"), {}),
+    ("not numbers", dict(weights="a,b"), {}), ("not finite", dict(weights="inf,1"), {}), ("--out", dict(out=""), {}), ("no checkpoint there", {}, None),
     ("not saved: in .* is -?inf", dict(weights="1e39,1"), {}),
     *(("--slerp .*two", dict(slerp=True, weights=weights), {}) for weights in ("1,1", ".5,.4", "0,0"))])
 def test_what_has_no_mean_is_refused(match, options, size, tmp_path):

@@ -1,4 +1,5 @@
-"""model.py against slow, obvious oracles; the names give the row of PITFALLS.md that a test protects against (p03 = row 3).
+"""model.py against slow, obvious oracles; a name gives the silent bug that a test protects against (p03: the third of
+tests/README.md).
 
 Most models here are float64 with large random weights, so that "equal" can mean 1e-10 and no mistake hides in noise.
 """
@@ -17,7 +18,6 @@ import resource
 import struct
 import subprocess
 import sys
-import warnings
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -89,7 +89,7 @@ def bits(model):
 
 
 def gpt2(model, ids):
-    """GPT-2 written from its paper, one head and one query at a time: ids -> (states (T, C), logits (T, V)), float64."""
+    """GPT-2 written from its paper, one head and one query at a time: ids -> states (T, C), logits (T, V), float64."""
     w, H = weights(model), model.config.n_head
     D = model.config.n_embd // H
 
@@ -165,7 +165,7 @@ def gradients(model, loss):
 
 
 def close(a, b, tol=1e-10):
-    a, b = (x.detach().double() if isinstance(x, torch.Tensor) else torch.as_tensor(np.array(x)).double() for x in (a, b))
+    a, b = (torch.as_tensor(x.detach() if isinstance(x, torch.Tensor) else np.array(x)).double() for x in (a, b))
     assert a.shape == b.shape, (a.shape, b.shape)   # never compare by broadcasting
     assert torch.allclose(a, b, rtol=tol, atol=tol), float((a - b).abs().max())
 
@@ -558,7 +558,8 @@ def test_p03_p09_stored_log_probs_equal_an_independent_forward_for_ragged_prompt
     roll = rollout(model, RAGGED, n=2)
     check_logps(model, roll, tol)
     close(token_logprobs(model, roll.tokens, roll.mask), roll.logp, tol)    # as the trainer computes them
-    assert roll.finished.any() and not roll.finished.all() and roll.prompt_len == [n for n in range(1, 16) for _ in "ab"]
+    assert roll.finished.any() and not roll.finished.all()
+    assert roll.prompt_len == [len(prompt) for prompt in RAGGED for _ in range(2)]
     for i, row in enumerate(roll.tokens.tolist()):
         assert row[:roll.prompt_len[i]] == RAGGED[i // 2]                   # prompt by prompt
 
@@ -736,26 +737,20 @@ def test_the_stream_gets_each_id_up_to_the_end_token_however_seldom_the_sampler_
 
 
 def test_rollouts_taken_and_joined_keep_every_row_as_it_was():
-    a, b = rollout(gpt(std=.2), RAGGED[:3], 5, n=2), rollout(gpt(std=.2), RAGGED[:14], 5, seed=2)
-    wide = rollout(gpt(std=.2, block_size=48), [[1] * 30, [2] * 3], 9)
-    some = a.take([4, 0, 4])
-    for k in ("tokens", "mask", "logp", "finished"):
-        assert torch.equal(getattr(some, k), torch.stack([getattr(a, k)[i] for i in (4, 0, 4)]))
-    assert some.prompt_len == [3, 1, 3] and same(a.take(list(range(6))), a)
-    a.tok = SimpleNamespace(pad=9, decode=TOK.decode)
-    rolls = [a, wide, b.take([13, 2]), a.take([])]
-    roll, i, width = Rollout.join(rolls), 0, wide.tokens.shape[1]
-    assert roll.tokens.shape == (10, width) and roll.mask.shape == roll.logp.shape == (10, width - 1)
-    for part in rolls:
-        for k in range(len(part.tokens)):
-            more = width - part.tokens.shape[1]
-            assert roll.tokens[i].tolist() == part.tokens[k].tolist() + [9] * more
-            assert roll.mask[i].tolist() == part.mask[k].tolist() + [0] * more
-            assert roll.logp[i].tolist() == part.logp[k].tolist() + [0] * more
-            assert roll.finished[i] == part.finished[k] and roll.prompt_len[i] == part.prompt_len[k]
-            i += 1
-    assert roll.tok is a.tok and roll.responses() == [text for part in rolls for text in part.responses()]
-    assert roll.lengths == [n for part in rolls for n in part.lengths]
+    tok = SimpleNamespace(pad=7, end=END, decode=TOK.decode)
+    short = rollout(gpt(std=.2), RAGGED[:3], 5, n=2, tok=tok)
+    wide = rollout(gpt(std=.2, block_size=48), [[1] * 30, [2] * 3], 9, tok=tok)
+    some = short.take([4, 0, 4])
+    joined = Rollout.join([some, wide, short.take([]), short])
+    order = [4, 0, 4, *range(6)]
+    for what in (Rollout.rows, Rollout.responses, lambda roll: roll.finished.tolist(), lambda roll: roll.prompt_len,
+                 lambda roll: [row[row != 0].tolist() for row in roll.logp]):
+        ours = what(short)
+        wanted = [ours[i] for i in order]
+        assert what(joined) == wanted[:3] + what(wide) + wanted[3:] and what(some) == wanted[:3]
+    beyond = torch.arange(wide.tokens.shape[1]) >= torch.tensor(joined.lengths)[:, None]
+    assert joined.tok is tok and (joined.tokens[beyond] == 7).all()
+    assert not joined.mask[beyond[:, 1:]].any() and not joined.logp[joined.mask == 0].any()
 
 
 def test_a_rollout_of_rows_is_what_the_sampler_lays_out():
@@ -972,7 +967,8 @@ def test_p19_a_reference_shares_no_memory_and_training_does_not_move_it():
     before = bits(ref)
     assert before == bits(model)                            # p21: of the same precision, or its KL is 1e-7 at step 0
     train_a_little(model, Optimizer(model, 1e-2, 10), 0, 10)
-    assert bits(ref) == before and not any(before[name] == now for name, now in bits(model).items() if "score" not in name)
+    assert bits(ref) == before
+    assert all(before[name] != now for name, now in bits(model).items() if name != "score.weight")
 
 
 # ------------------------------------------------------------------------------------------------ optimizer
@@ -1251,11 +1247,14 @@ def test_of_several_scores_the_first_ones_are_kept_and_what_is_missing_starts_at
 @pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd", "vocab_size", "n_scores", "block_size"])
 def test_p46_sizes_that_a_checkpoint_only_promises_take_no_memory(saved, name, size):
     # a thousand million layers: 2.3 GB, then the system ended the process
-    path, peak = saved / "checkpoint.safetensors", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    path, before = saved / "checkpoint.safetensors", peak()
     path.write_bytes(set_in("config", name, size)(path.read_bytes()))
     for n_scores in (None, 3):
         refused("^(?!.*damaged)", load_model, saved, Setup(TOK), n_scores=n_scores)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + 2 ** 18       # KiB
+    assert peak() < before + 2 ** 28
 
 
 # ------------------------------------------------------------------------------------------------ saving
@@ -1381,8 +1380,8 @@ def test_the_file_is_safetensors_by_its_specification(saved):
 FIRST = "model/transformer.wte.weight"
 MALFORMED = {
     "no byte": lambda raw: b"", "three bytes": lambda raw: raw[:3], "only a length": lambda raw: raw[:8],
-    "half a header": lambda raw: raw[:300], "half the data": lambda raw: raw[:-100], "a byte less": lambda raw: raw[:-1],
-    "a byte more": lambda raw: raw + b"\0", "huge length": lambda raw: b"\xff" * 8 + raw[8:],
+    "half a header": lambda raw: raw[:300], "half the data": lambda raw: raw[:-100],
+    "a byte less": lambda raw: raw[:-1], "a byte more": lambda raw: raw + b"\0", "huge length": lambda raw: b"\xff" * 8 + raw[8:],
     "zero length": lambda raw: b"\0" * 8 + raw[8:], "text": lambda raw: b"hello, this is no checkpoint at all",
     "no utf-8": lambda raw: with_header(b'{"\xff": 1}', b""), "no object": lambda raw: with_header([1], b""),
     "a number": lambda raw: with_header(3, b""), "null": lambda raw: with_header(None, b""),
@@ -2171,13 +2170,15 @@ def index_of(where):
 
 # What is wrong with a folder: words of the error, and which config values, weights (None: missing) and files are other.
 CONFIGS = [
-    ("activation_function is 'relu'", dict(activation_function="relu")), ("model_type is 'llama'", dict(model_type="llama")),
-    ("layer_norm_epsilon is 1e-06", dict(layer_norm_epsilon=1e-6)), ("scale_attn_weights", dict(scale_attn_weights=False)),
+    ("activation_function is 'relu'", dict(activation_function="relu")),
+    ("model_type is 'llama'", dict(model_type="llama")), ("scale_attn_weights", dict(scale_attn_weights=False)),
     ("scale_attn_by_inverse", dict(scale_attn_by_inverse_layer_idx=True)), ("cross", dict(add_cross_attention=True)),
+    ("layer_norm_epsilon is 1e-06", dict(layer_norm_epsilon=1e-6)),
     ("tie_word_embeddings is False", dict(tie_word_embeddings=False)), ("n_inner is 7", dict(n_inner=7)),
     ("n_head None", dict(n_head=None)), ("n_head 2", dict(n_head="2")), ("n_embd 0", dict(n_embd=0)),
     ("vocab_size 257.0", dict(vocab_size=257.0)), ("dropout x", dict(plainalign={}, resid_pdrop="x")),
-    (r"wpe.weight is \(16, 8\), not \(32, 8\)", dict(n_positions=32)), ("wpe.weight is", dict(n_positions=16 * 10 ** 13)),
+    (r"wpe.weight is \(16, 8\), not \(32, 8\)", dict(n_positions=32)),
+    ("wpe.weight is", dict(n_positions=16 * 10 ** 13)),
     (r"wte.weight is missing, or not \(257, 1099511627776\)", dict(n_embd=2 ** 40)),
     (r"wte.weight is missing, or not \(300, 8\)", dict(vocab_size=300)), ("2 layers, .* 3", dict(n_layer=3)),
     ("2 layers, and its config says 1000000000000", dict(n_layer=10 ** 12))]
@@ -2205,8 +2206,7 @@ FILES = [
     ("bin", "not readable", {"pytorch_model.bin": pickled([torch.ones(1)])}),
     ("bin", "not readable", {"pytorch_model.bin": lambda old: pickled(
         {"x": torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])})}),
-    ("bin", "does not belong", {"pytorch_model.bin": lambda old: pickled({n: t for n, t in golden_weights().items()} | {
-        7: torch.ones(1)})}),
+    ("bin", "does not belong", {"pytorch_model.bin": lambda old: pickled(golden_weights() | {7: torch.ones(1)})}),
     ("safe shards", "a-1.safetensors: .*not where", {"a-1.safetensors": lambda old: old[:-5]}),
     ("safe shards", "no weight_map", {"model.safetensors.index.json": b'{"weight_map": []}'}),
     ("safe shards", "not a JSON object", {"model.safetensors.index.json": b"[1]"}),
@@ -2221,7 +2221,7 @@ SPOILT = [("safe", match, config, {}, {}) for match, config in CONFIGS] + [
 
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch's own, about sparse and nested tensors
-@pytest.mark.parametrize("kind, match, config, tensors, files", SPOILT, ids=[f"{case[0]}: {case[1]}" for case in SPOILT])
+@pytest.mark.parametrize("kind, match, config, tensors, files", SPOILT, ids=[case[1] for case in SPOILT])
 def test_p46_a_gpt2_that_is_not_one_is_refused_in_one_line(kind, match, config, tensors, files, tmp_path):
     named = {name if name.startswith("lm_head") or name == "score.weight" else f"transformer.{name}": tensor
              for name, tensor in tensors.items()}
@@ -2268,4 +2268,5 @@ def test_p42_a_run_does_not_write_over_a_model_of_others(tmp_path):
         refused("holds a model that no run of this version made", sft.train, config)
     assert (tmp_path / "config.json").read_bytes() == before
     (tmp_path / "run.json").write_text("null")
-    refused("run.json: not a run's options", sft.train, sft.Config(out=str(tmp_path), init="new", device="cpu", steps=1))
+    config = sft.Config(out=str(tmp_path), init="new", device="cpu", steps=1)
+    refused("run.json: not a run's options", sft.train, config)
