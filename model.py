@@ -584,7 +584,7 @@ def decode(model, hidden, cache, tokens, length, max_new, how, stream):
         pos = length[active] + new  # of the token just drawn
         place = torch.where(live, pos, width)
         tokens[active, place], logp[active, place], drawn[active, place] = token, token_logp, True
-        if stream is not None and live[0]:
+        if stream is not None:
             stream(int(token[0]))
         live = live & (token != model.tok.end) & (pos + 1 < block_size)
         if (new + 1) % look == 0:
