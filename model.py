@@ -4,21 +4,23 @@ The model is GPT-2 with Hugging Face's names and shapes, so a finished run's fol
 other's. The same trunk carries either the language-model head (tied to the embedding) or `n_scores` numbers per token,
 which is all a reward model or a value function is. No algorithm lives here, and this file imports none.
 
-    python model.py out/ppo                        talk to a checkpoint
+    python model.py out/ppo                            talk to a checkpoint
     echo "What is 7 + 8?" | python model.py out/ppo    answer every line of standard input
-    python model.py merge out/a out/b --out out/c  average their weights
 
 One layout for every sequence, in training and in sampling: prompt, response, end token, then padding on the right. With
-causal attention a real token never sees padding on its right, so no attention mask is needed, and position ids are
-always 0, 1, 2, ... (packed rows and the cache have a `see` and position ids of their own). `tokens` is (B, T). The
-log-probability at index t belongs to token t+1, so `logp` and `mask` are (B, T-1); `mask` is 1 where token t+1 counts,
-as a token of the response does. What a token may look at is `see`.
+causal attention a real token never sees padding on its right, so no attention mask is needed, and positions are always
+0, 1, 2, ... Two cases need more: rows into which several sequences are packed, and the cache of the sampler. They say
+which positions their tokens have, `pos`, and what a token may look at, `see`.
 
-Words that come back: `cfg`, the options of a script; `like`, a Setup or a model, whose tokenizer, device and precision
-another model gets; `budget`, the most tokens a micro-batch may hold, padding included; a row, (ids, target) of one
-sequence, target being 1 where the mask is to be.
+`tokens` is (B, T). The log-probability at index t belongs to token t+1, so `logp` and `mask` are (B, T-1); `mask` is 1
+where token t+1 counts, as a token of the response does.
 
-Letters in shape comments: B rows, T tokens, C width, H heads, D = C/H, V vocabulary, S cache slots, N chosen tokens.
+Words that come back: `cfg`, the options of a script; `tok`, the tokenizer; `like`, a Setup or a model, whose tokenizer,
+device and precision another model gets; `budget`, the most tokens a micro-batch may hold, padding included; a row,
+(ids, target) of one sequence, target being 1 where the mask is to be; a rollout, prompts with sampled responses.
+
+Letters in shape comments: B rows, T tokens, C width, H heads, D = C/H, V vocabulary, S slots of the cache, P prompts,
+N chosen tokens; b and t for the rows and tokens of a micro-batch.
 """
 import contextlib
 import copy
@@ -81,6 +83,35 @@ class GPTConfig:
             raise UserError(f"dropout {self.dropout}: must be at least 0 and below 1")
 
 
+class Linear(nn.Module):
+    """x W + b, with W (in, out) as in GPT-2's files; nn.Linear has it the other way round.
+
+    With an adapter (LoRA, Hu et al. 2106.09685) it is x W + b + (α/r) x A B. Only A (in, r) and B (r, out) are trained
+    then. B = 0 at first, so that nothing changes at first.
+    """
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))  # GPT draws them
+        self.bias = nn.Parameter(torch.empty(n_out))
+
+    def add_lora(self, r, alpha):
+        n_in, n_out = self.weight.shape
+        device = self.weight.device
+        self.lora_A = nn.Parameter(torch.randn(n_in, r, device=device) * n_in ** -0.5)
+        self.lora_B = nn.Parameter(torch.zeros(r, n_out, device=device))
+        self.scale = alpha / r
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])  # addmm takes matrices, and is faster than a product and a sum
+        y = torch.addmm(self.bias, rows, self.weight).view(*x.shape[:-1], -1)
+        if self.lora_A is not None:
+            y = y + self.scale * (x @ self.lora_A @ self.lora_B)
+        return y
+
+
 def attend(q, k, v, see):
     """Scaled dot-product attention: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
 
@@ -98,27 +129,20 @@ def attend(q, k, v, see):
     return torch.softmax(scores, -1, dtype=scores.dtype) @ v  # autocast would make it fp32 if not told
 
 
-class Linear(nn.Module):
-    """x W + b with W of shape (in, out). GPT-2's files have it that way round, and nn.Linear the other."""
-    def __init__(self, n_in, n_out):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_in, n_out))  # GPT draws them
-        self.bias = nn.Parameter(torch.empty(n_out))
-
-    def forward(self, x):
-        rows = x.reshape(-1, x.shape[-1])  # addmm takes matrices, and is faster than a product and a sum
-        return torch.addmm(self.bias, rows, self.weight).view(*x.shape[:-1], -1)
-
-
 class Attention(nn.Module):
-    """Causal multi-head self-attention, (B, T, C) -> (B, T, C), from the cache where there is one."""
+    """Causal multi-head self-attention, (B, T, C) -> (B, T, C), from the cache where there is one.
+
+    pos, the position of each token, (B, T) or (T,), is not needed here: GPT-2 adds positions to the embedding. Rotary
+    positions would turn q and k by it, before they are cached.
+    """
+
     def __init__(self, config, layer):
         super().__init__()
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.n_head, self.layer = config.n_head, layer
 
-    def forward(self, x, see, cache):
+    def forward(self, x, pos, see, cache):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)                              # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                                   # (B, H, T, D) each
@@ -130,6 +154,7 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """Two layers around GPT-2's tanh GELU, (B, T, C) -> (B, T, C)."""
+
     def __init__(self, config):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
@@ -141,6 +166,7 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """One layer: attention and MLP, each on a normalised copy of the residual stream."""
+
     def __init__(self, config, layer):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -149,23 +175,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, see=None, cache=None):
-        x = x + self.drop(self.attn(self.ln_1(x), see, cache))
+    def forward(self, x, pos, see=None, cache=None):
+        x = x + self.drop(self.attn(self.ln_1(x), pos, see, cache))
         return x + self.drop(self.mlp(self.ln_2(x)))
-
-
-class LoRA(nn.Module):
-    """A linear layer plus (α/r) x A B with A (in, r) and B (r, out), which are all that is trained (Hu et al.
-    2106.09685); B = 0 at first, so nothing changes at first."""
-    def __init__(self, linear, r, alpha):
-        super().__init__()
-        n_in, n_out = linear.weight.shape
-        self.linear, self.scale = linear, alpha / r
-        self.lora_A = nn.Parameter(torch.randn(n_in, r, device=linear.weight.device) * n_in ** -0.5)
-        self.lora_B = nn.Parameter(torch.zeros(r, n_out, device=linear.weight.device))
-
-    def forward(self, x):
-        return self.linear(x) + self.scale * (x @ self.lora_A @ self.lora_B)
 
 
 class GPT(nn.Module):
@@ -177,8 +189,6 @@ class GPT(nn.Module):
     def __init__(self, config, tok=None):
         super().__init__()
         self.config, self.tok, self.precision = config, tok, "fp32"
-        self.folder = None  # that it was loaded from
-        self.fingerprint = tok and tok.fingerprint  # of the tokenizer that it was trained with
         # Rows up to the next multiple of 64 keep the matmul of the head fast; `logits` cuts them off again, so
         # an id without a token has no probability and cannot be sampled.
         rows = round_up(config.vocab_size, 64)
@@ -193,9 +203,9 @@ class GPT(nn.Module):
         self.fused_bwd = False  # whether its Optimizer updates in the backward pass, see there
         self.vector_lr = 0.0    # with LoRA, the learning rate of biases and norms; 0: they are frozen like the rest
         self.apply(self._init)
-        for name, p in self.named_parameters():
+        for name, param in self.named_parameters():
             if name.endswith("c_proj.weight"):  # GPT-2: keeps the residual stream's variance at depth 2 n_layer
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+                nn.init.normal_(param, std=0.02 / math.sqrt(2 * config.n_layer))
         if self.score is not None:
             nn.init.zeros_(self.score.weight)
         with torch.no_grad():
@@ -207,6 +217,48 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, Linear):
             nn.init.zeros_(module.bias)
+
+    @property
+    def device(self):
+        return self.transformer.wte.weight.device
+
+    def autocast(self):
+        """The context of its matmuls. forward and logits enter it themselves. Around several passes it spares work: the
+        bf16 copies of the weights are then made once."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def forward(self, tokens, pos=None, see=None, cache=None):
+        """tokens (B, T) -> hidden states (B, T, C).
+
+        pos (B, T) or (T,): positions, 0..T-1 when absent. see (B, 1, T, T): what may look at what, causal when absent.
+        cache: keys and values of earlier positions, which this call extends at `pos`.
+        """
+        T, longest = tokens.shape[1], self.config.block_size
+        if pos is None:
+            if T > longest:
+                raise UserError(f"a sequence of {T} tokens does not fit the context of {longest}")
+            pos = torch.arange(T, device=tokens.device)
+        if cache is not None:
+            see = cache.prepare(pos.expand(tokens.shape))
+        part = self.transformer
+        with self.autocast():
+            x = part.drop(part.wte(tokens) + part.wpe(pos))                              # (B, T, C)
+            for block in part.h:
+                if self.grad_checkpoint and torch.is_grad_enabled():
+                    x = recompute(block, x, pos, see, use_reentrant=False)  # no cache: sampling has no gradient
+                else:
+                    x = block(x, pos, see, cache)
+            return part.ln_f(x)
+
+    def logits(self, hidden):
+        """(..., C) -> (..., V), in the precision of the matmul."""
+        with self.autocast():
+            return F.linear(hidden, self.transformer.wte.weight)[..., :self.config.vocab_size]
+
+    def scores(self, hidden):
+        """(..., C) -> (..., n_scores), never in bf16: different answers would round to one number."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.score(full(hidden))
 
     def prepare(self, cfg):
         """Switch on what the run's options ask of a model that is to be trained, and return it."""
@@ -224,81 +276,41 @@ class GPT(nn.Module):
         self.requires_grad_(False)
         if self.score is not None:
             self.score.requires_grad_(True)
-        for owner, name, layer in self.linears():
-            setattr(owner, name, LoRA(layer, r, alpha))
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.add_lora(r, alpha)
         self.vector_lr = vector_lr
-        for p in self.transformer.parameters():
-            if vector_lr and p.ndim == 1:
-                p.requires_grad_(True)
-
-    def linears(self):
-        """[(owner, name, layer)] of every linear layer of the blocks, adapted or not."""
-        found = []
-        for block in self.transformer.h:
-            for owner in (block.attn, block.mlp):
-                found += [(owner, name, layer) for name, layer in owner.named_children()]
-        return found
+        for param in self.transformer.parameters():
+            if vector_lr and param.ndim == 1:
+                param.requires_grad_(True)
 
     def loras(self):
-        """Its adapted layers."""
-        return [module for module in self.modules() if isinstance(module, LoRA)]
+        """Its layers that have an adapter."""
+        return [module for module in self.modules() if isinstance(module, Linear) and module.lora_A is not None]
 
     @torch.no_grad()
     def merge_lora(self):
         """Write the adapters into the weights: the same function as a plain model again."""
         for layer in self.loras():
-            layer.linear.weight += layer.scale * layer.lora_A @ layer.lora_B
+            layer.weight += layer.scale * layer.lora_A @ layer.lora_B
         return self.remove_lora().requires_grad_(True)
 
     def remove_lora(self):
-        """Put the layers that were adapted back, without their adapters."""
-        for owner, name, layer in self.linears():
-            if isinstance(layer, LoRA):
-                setattr(owner, name, layer.linear)
+        """Throw the adapters away."""
+        for layer in self.loras():
+            layer.lora_A = layer.lora_B = None
         return self
 
-    @property
-    def device(self):
-        return self.transformer.wte.weight.device
 
-    def autocast(self):
-        """The context of its matmuls. forward and logits enter it themselves. Around several passes it spares work: the
-        bf16 copies of the weights are then made once."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+def reference(policy):
+    """π_ref = the policy as it is now, without its adapters: a model that training cannot move.
 
-    def forward(self, tokens, pos=None, see=None, cache=None):
-        """tokens (B, T) -> hidden states (B, T, C).
-
-        pos (B, T) or (T,): position ids, 0..T-1 when absent. see (B, 1, T, T): what may look at what, causal when
-        absent. cache: keys and values of earlier positions, which this call extends at `pos`.
-        """
-        T, longest = tokens.shape[1], self.config.block_size
-        if pos is None:
-            if T > longest:
-                raise UserError(f"a sequence of {T} tokens does not fit the context of {longest}")
-            pos = torch.arange(T, device=tokens.device)
-        if cache is not None:
-            see = cache.prepare(pos.expand(tokens.shape))
-        t = self.transformer
-        with self.autocast():
-            x = t.drop(t.wte(tokens) + t.wpe(pos))                                       # (B, T, C)
-            for block in t.h:
-                if self.grad_checkpoint and torch.is_grad_enabled():
-                    x = recompute(block, x, see, use_reentrant=False)  # there is no cache: sampling has no gradient
-                else:
-                    x = block(x, see, cache)
-            return t.ln_f(x)
-
-    def logits(self, hidden):
-        """(..., C) -> (..., V), in the precision of the matmul."""
-        with self.autocast():
-            return F.linear(hidden, self.transformer.wte.weight)[..., :self.config.vocab_size]
-
-    def scores(self, hidden):
-        """(..., C) -> (..., n_scores), in at least fp32 under autocast too: in bf16 different answers would round to
-        one."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.score(full(hidden))
+    What is frozen in the policy is shared rather than copied, so with LoRA it takes next to no memory. Called before
+    the first step: the adapters are 0 then, and biases and norms are what they were.
+    """
+    shared = {id(param): param for param in policy.parameters() if not param.requires_grad}
+    ref = copy.deepcopy(policy, shared)  # does not copy what it is given
+    return ref.remove_lora().requires_grad_(False).eval()
 
 
 class Cache:
@@ -355,10 +367,10 @@ def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, chunk=No
     """log π(token t+1 | tokens 0..t) where mask is not 0, and exactly 0 elsewhere.
 
     tokens (B, T), mask (B, T-1) -> logp (B, T-1), at least fp32; with entropy=True also the entropy of each of those
-    next-token distributions, in nats. pos and see are those of packed rows, see data.pack. The head runs only where the
-    mask is 1, and on `chunk` positions at a time (as many as make 2^24 logits), which the backward pass computes anew:
-    no (B, T, V) tensor ever exists. Both results are at the sampling temperature. A policy sampled at T != 1 *is*
-    softmax(logits / T), so only ratios of that are importance weights.
+    next-token distributions, in nats. Both are at the sampling temperature: a policy that was sampled at temperature τ
+    *is* softmax(logits / τ), so only ratios of that are importance weights. pos and see are those of packed rows, see
+    data.pack. The head runs only where the mask is 1, on `chunk` positions at a time (as many as make 2^24 logits), see
+    at_positions: no (B, T, V) tensor ever exists.
     """
     def head(hidden, target):                                                            # (N, C), (N,)
         logits = full(model.logits(hidden))                                              # (N, V)
@@ -370,15 +382,15 @@ def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, chunk=No
         p = (logits - logz[:, None]).exp()
         return logp, logz - (p * logits).sum(-1)  # -Σ p log p, as log p = logits - logz
 
-    before, after = tokens[:, :-1], tokens[:, 1:]
-    where = mask.bool()
-    if see is not None:  # packed rows: data.pack's positions and mask
+    if see is not None:  # packed rows
         pos = pos[:, :-1]
         see = see[:, :, :-1, :-1]
+    where = mask.bool()
+    target = tokens[:, 1:][where]                                                        # (N,)
     chunk = chunk or max(64, 2 ** 24 // model.config.vocab_size)
     with model.autocast():
-        hidden = model(before, pos, see)[where]                                          # (N, C)
-        out = at_positions(head, where, hidden, after[where], chunk=chunk)
+        hidden = model(tokens[:, :-1], pos, see)[where]                                  # (N, C)
+        out = at_positions(head, where, hidden, target, chunk=chunk)
     return out if entropy else out[0]
 
 
@@ -386,7 +398,7 @@ def at_positions(head, where, *inputs, chunk):
     """head(*inputs) at chosen positions, 0 elsewhere: where (B, T-1), inputs (N, ...) each -> a tuple of (B, T-1).
 
     head gives a tuple of (N,). Beyond `chunk` positions it runs on one chunk after the other, and the backward pass
-    recomputes them, so that what it holds on the way, as (N, V) logits, never exists whole.
+    recomputes them, so that what head makes on the way, such as logits (N, V), never exists whole.
     """
     save_memory = len(inputs[0]) > chunk and torch.is_grad_enabled()
     results = []  # of each chunk a tuple, as (logp, entropy)
@@ -440,24 +452,27 @@ class Rollout:
     def lengths(self):
         """Tokens of each row without padding."""
         said = self.mask.sum(1).long().tolist()
-        return [p + n for p, n in zip(self.prompt_len, said)]
-
-    def responses(self):
-        """The B responses as text, without the end token."""
-        return [self.tok.decode(ids[p:n - done]) for ids, p, n, done in zip(
-            self.tokens.tolist(), self.prompt_len, self.lengths, self.finished.tolist())]
+        return [prompt + response for prompt, response in zip(self.prompt_len, said)]
 
     def rows(self):
         """Its rows as data.encode makes them: [(ids, target), ...]."""
         out = []
-        for ids, n, p in zip(self.tokens.tolist(), self.lengths, self.prompt_len):
-            target = [0] * p + [1] * (n - p)
-            out.append((ids[:n], target))
+        for ids, start, end in zip(self.tokens.tolist(), self.prompt_len, self.lengths):
+            target = [0] * start + [1] * (end - start)
+            out.append((ids[:end], target))
         return out
+
+    def responses(self):
+        """The B responses as text, without the end token."""
+        texts = []
+        for (ids, _), start, finished in zip(self.rows(), self.prompt_len, self.finished.tolist()):
+            end = len(ids) - finished
+            texts.append(self.tok.decode(ids[start:end]))
+        return texts
 
     def take(self, rows):
         """Some of its rows."""
-        prompt_len = [self.prompt_len[i] for i in rows]
+        prompt_len = [self.prompt_len[row] for row in rows]
         return replace(self, tokens=self.tokens[rows], mask=self.mask[rows], logp=self.logp[rows],
                        finished=self.finished[rows], prompt_len=prompt_len)
 
@@ -484,20 +499,122 @@ class Rollout:
         return Rollout(torch.cat(tokens), torch.cat(mask), torch.cat(logp), torch.cat(finished), prompt_len, tok)
 
 
+def respond(policy, records, cfg, n=1, begin=()):
+    """n responses to the prompt of each record, sampled as the options say -> Rollout."""
+    prompts = [policy.tok.prompt(record["prompt"]) for record in records]
+    return generate(policy, prompts, cfg.max_new, n, cfg.temperature, begin=begin)
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0, stream=None, begin=()):
+    """Sample n responses to each prompt (a list of id lists) -> Rollout of len(prompts) * n rows, prompt by prompt.
+
+    Prompts of any length are padded on the right; each is read once for its n samples, and from there every row keeps
+    its own position in the cache. A row stops at its end token, after max_new tokens, or when the context is full.
+    top_k and top_p are for chatting: a policy gradient needs the samples to come from the distribution it
+    differentiates, so no trainer offers them. stream(token) is called with each new id, for a single row. begin: ids
+    that every response is made to begin with; they are a part of it, with log-probability 0, and do not count in
+    max_new. Raises UserError for a prompt that leaves no room in the context, and for a model whose logits are no
+    numbers.
+    """
+    if 0 < temperature < COLDEST:
+        raise OptionError(f"--temperature {temperature}: 0 is greedy; anything else has to be {COLDEST:g} or more")
+    if min(map(len, prompts)) == 0 or max_new < 1:
+        raise UserError("cannot sample from an empty prompt, nor less than one token")
+    given = [prompt + list(begin) for prompt in prompts]
+    longest, block_size = max(map(len, given)), model.config.block_size
+    if longest >= block_size:
+        raise UserError(f"a prompt of {longest} tokens leaves no room in the context of {block_size}")
+    width = min(round_up(longest + max_new), block_size)
+    was_training = model.training
+    model.eval()
+    with model.autocast():
+        hidden, cache, tokens, length = prefill(model, given, n, width)
+        how = temperature, top_k, top_p
+        tokens, logp, drawn = decode(model, hidden, cache, tokens, length, max_new, how, stream)
+    model.train(was_training)
+
+    if logp.isnan().any():
+        raise UserError(f"cannot sample: the logits are no numbers; {largest(model)}. In training a lower --lr helps")
+    place, length = torch.arange(width, device=model.device), length[:, None]
+    begun = (length - len(begin) <= place) & (place < length)                            # (B, width)
+    said = begun | drawn
+    finished = (drawn & (tokens == model.tok.end)).any(1)
+    prompt_len = (length[:, 0] - len(begin)).tolist()
+    width = min(round_up(int((said * place).max()) + 1), width)  # to the longest
+    # From here on the index is that of the log-probability, one before its token's.
+    return Rollout(tokens[:, :width], said[:, 1:width].float(), logp[:, 1:width], finished, prompt_len, model.tok)
+
+
+def prefill(model, prompts, n, width):
+    """One pass over the P prompts, then n copies of each: B = P n rows -> last hidden states (B, C), cache, tokens
+    (B, width), lengths of the prompts (B,)."""
+    length = torch.tensor([len(prompt) for prompt in prompts], device=model.device)      # (P,)
+    rows, longest = torch.arange(len(prompts), device=model.device), int(length.max())
+    tokens = pad(prompts, model.tok.pad, model.device, width=width)[:, :width]           # (P, width)
+    cache = Cache(model, len(prompts), longest)
+    hidden = model(tokens[:, :longest], cache=cache)                                     # (P, longest, C)
+    hidden = hidden[rows, length - 1]                                                    # (P, C)
+    if n > 1:
+        rows = rows.repeat_interleave(n)
+        hidden, tokens, length = hidden[rows], tokens[rows], length[rows]                # (B, ...)
+        cache.select(rows)
+    return hidden, cache, tokens, length
+
+
 LOOK = {"cpu": 1, "cuda": 8}  # how many steps until the next look at which rows are finished: a look makes a GPU wait
 
 
-def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """One draw per row by inverting the cumulative distribution: logits (B, V), u (B,) uniform -> token, logp (B,).
+def decode(model, hidden, cache, tokens, length, max_new, how, stream):
+    """Draw token after token, each row behind its own prompt -> the tokens, the log-probabilities of those drawn, and
+    which were, (B, width) each. how: temperature, top_k, top_p. Finished rows leave the batch, which changes no result.
+    """
+    (B, width), device, block_size = tokens.shape, model.device, model.config.block_size
+    longest = int(length.max())
+    tokens = F.pad(tokens, (0, 1))  # one column more: there goes what a finished row draws
+    logp = torch.zeros(B, width + 1, device=device, dtype=full(hidden).dtype)
+    drawn = torch.zeros(B, width + 1, device=device, dtype=torch.bool)
+    # All uniforms at once: what a row draws does not depend on which other rows have left the batch.
+    uniform = torch.rand(max_new, B, device=device, dtype=logp.dtype)
+    active = torch.arange(B, device=device)                # the rows in the batch, some of them finished
+    live = torch.ones(B, device=device, dtype=torch.bool)  # and which of these are not finished
+    look = LOOK[device.type] if stream is None else 1      # to show a token is to wait for it
+    for new in range(max_new):
+        token, token_logp = sample(model.logits(hidden), uniform[new, active], *how)
+        pos = length[active] + new  # of the token just drawn
+        place = torch.where(live, pos, width)
+        tokens[active, place], logp[active, place], drawn[active, place] = token, token_logp, True
+        if stream is not None:
+            stream(int(token[0]))
+        live = live & (token != model.tok.end) & (pos + 1 < block_size)
+        if (new + 1) % look == 0:
+            left = int(live.sum())
+            if left == 0:
+                break
+            if left <= 0.75 * len(live):  # to drop rows, the cache is copied: worth it for a good many only
+                active, pos, token = active[live], pos[live], token[live]
+                cache.select(live.nonzero()[:, 0])
+                live = live[live]  # all of them
+        if new + 1 < max_new:
+            # A CPU reads all slots at every step, so it gets them as they are needed; a GPU gets them at once.
+            needed = width if device.type == "cuda" else round_up(longest + new + 1, 32)
+            cache.reserve(min(needed, width))
+            pos = pos.clamp(max=width - 1)  # that of a finished row goes on growing
+            hidden = model(token[:, None], pos[:, None], cache=cache)[:, 0]              # (B, C)
+    return tokens[:, :width], logp[:, :width], drawn[:, :width]
+
+
+def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
+    """One draw per row by inverting the cumulative distribution: logits (B, V), uniform (B,) -> token, logp (B,).
 
     One random number a row rather than one a vocabulary entry, as multinomial and Gumbel need: 15x faster on a CPU.
     Temperature 0 is greedy. The log-probability is that of the distribution drawn from; it is NaN where the logits
-    make no distribution.
+    make no distribution, which `generate` refuses.
     """
     logits = full(logits)
     if temperature == 0:
         best = logits.amax(-1)
-        return logits.argmax(-1), best - best  # 0, or NaN if best is not finite, for lay_out to refuse
+        return logits.argmax(-1), best - best  # 0, or NaN if best is not finite
     logits = logits / temperature
     if top_k:
         kept = logits.topk(min(top_k, logits.shape[1])).values                           # (B, k)
@@ -512,138 +629,17 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     cdf = logp.exp().cumsum(-1)
     total = cdf[:, -1:]                                                                  # (B, 1)
     below = total.nextafter(torch.zeros_like(total))
-    point = torch.minimum(u[:, None] * total, below)  # rounding could lift the product to the total
+    point = torch.minimum(uniform[:, None] * total, below)  # rounding could lift the product to the total
     token = torch.searchsorted(cdf, point, right=True)  # the first whose cdf exceeds it: its probability is not 0
     token = token.clamp(max=logits.shape[1] - 1)  # of a NaN it would be past the end
     return token[:, 0], logp.gather(1, token)[:, 0]
 
 
-@torch.no_grad()
-def generate(model, prompts, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0, stream=None, drop_finished=True,
-             begin=()):
-    """Sample n responses to each prompt (a list of id lists) -> Rollout of len(prompts) * n rows, prompt-major.
-
-    Prompts of any length are padded on the right; each is prefilled once for its n samples, and from there every row
-    keeps its own position in a static key-value cache. A row stops at its end token, after max_new tokens, or when the
-    context is full; finished rows leave the batch. top_k and top_p are for chatting: a policy gradient needs the
-    samples to come from the distribution it differentiates, so no trainer offers them. stream(token) is called with
-    each new id, for a single row. drop_finished=False keeps finished rows in the batch, which changes no result. begin:
-    ids that every response is made to begin with; they are a part of it, with log-probability 0, and do not count in
-    max_new. Raises UserError for a prompt that leaves no room in the context, and for a model
-    whose logits are no numbers.
-    """
-    if 0 < temperature < COLDEST:
-        raise OptionError(f"--temperature {temperature}: 0 is greedy; anything else has to be {COLDEST:g} or more")
-    if min(map(len, prompts)) == 0 or max_new < 1:
-        raise UserError("cannot sample from an empty prompt, nor less than one token")
-    prompts = [p + list(begin) for p in prompts]
-    longest, block_size = max(map(len, prompts)), model.config.block_size
-    if longest >= block_size:
-        raise UserError(f"a prompt of {longest} tokens leaves no room in the context of {block_size}")
-    width = min(round_up(longest + max_new), block_size)
-
-    def draw(hidden, u):
-        return sample(model.logits(hidden), u, temperature, top_k, top_p)
-
-    was_training = model.training
-    model.eval()
-    with model.autocast():
-        hidden, cache, tokens, length = prefill(model, prompts, n, width)
-        said, logp, drawn = decode(model, hidden, cache, length, width, max_new, draw, stream, drop_finished)
-    model.train(was_training)
-    return lay_out(model, tokens, length, said, logp, drawn, len(begin))
-
-
-def prefill(model, prompts, n, width):
-    """One pass over the prompts, then n copies of each -> last hidden states (B, C), cache, tokens (B, width), lengths
-    of the prompts (B,)."""
-    length = torch.tensor([len(p) for p in prompts], device=model.device)                # (P,)
-    rows, longest = torch.arange(len(prompts), device=model.device), int(length.max())
-    tokens = pad(prompts, model.tok.pad, model.device, width=width)[:, :width]  # (P, width)
-    cache = Cache(model, len(prompts), longest)
-    hidden = model(tokens[:, :longest], cache=cache)                                     # (P, longest, C)
-    hidden = hidden[rows, length - 1]                                                    # (P, C)
-    if n > 1:
-        rows = rows.repeat_interleave(n)
-        hidden, tokens, length = hidden[rows], tokens[rows], length[rows]                # (B, ...)
-        cache.select(rows)
-    return hidden, cache, tokens, length
-
-
-def decode(model, hidden, cache, length, width, max_new, draw, stream, drop_finished):
-    """At step j every row draws its response token j, at its own position length + j -> the tokens, their
-    log-probabilities, and where one was drawn, (B, max_new) each."""
-    B, device, end, block_size = len(length), model.device, model.tok.end, model.config.block_size
-    longest = int(length.max())
-    said = torch.full((B, max_new), model.tok.pad, device=device)
-    logp = torch.zeros(B, max_new, device=device, dtype=full(hidden).dtype)
-    drawn = torch.zeros(B, max_new, device=device, dtype=torch.bool)
-    # All uniforms at once: what a row draws does not depend on which other rows have left the batch.
-    uniform = torch.rand(max_new, B, device=device, dtype=logp.dtype)
-    active = torch.arange(B, device=device)                # the rows in the batch, some of them finished
-    live = torch.ones(B, device=device, dtype=torch.bool)  # and which of these are not finished: only their draws count
-    look = LOOK[device.type] if stream is None else 1  # to show a token is to wait for it
-    for j in range(max_new):
-        token, lp = draw(hidden, uniform[j, active])
-        said[active, j], logp[active, j], drawn[active, j] = token, lp, live
-        if stream is not None and live[0]:
-            stream(int(token[0]))
-        pos = length[active] + j  # of the token just drawn
-        live = live & (token != end) & (pos + 1 < block_size)
-        if drop_finished and (j + 1) % look == 0:
-            left = int(live.sum())
-            if left == 0:
-                break
-            if left <= 0.75 * len(live):  # to drop rows, the cache is copied: worth it for a good many only
-                active, pos, token = active[live], pos[live], token[live]
-                cache.select(live.nonzero()[:, 0])
-                live = live[live]  # all of them
-        if j + 1 < max_new:
-            # A CPU reads all slots at every step, so it gets them as they are needed; a GPU gets them at once.
-            needed = width if device.type == "cuda" else round_up(longest + j + 1, 32)
-            cache.reserve(min(needed, width))
-            pos = pos.clamp(max=width - 1)  # that of a finished row goes on growing; its draws do not count
-            hidden = model(token[:, None], pos[:, None], cache=cache)[:, 0]              # (B, C)
-    return said, logp, drawn
-
-
-def lay_out(model, tokens, length, said, logp, drawn, begun):
-    """The rollout with each response directly behind its prompt; the last `begun` tokens of a prompt are a part of the
-    response."""
-    B, width = tokens.shape
-    row, j = drawn.nonzero(as_tuple=True)                                                # of every token that was drawn
-    at = length[row] + j
-    mask = torch.zeros(B, width - 1, device=tokens.device)
-    laid = logp.new_zeros(B, width - 1)
-    tokens[row, at] = said[row, j]
-    mask[row, at - 1] = 1.0
-    laid[row, at - 1] = logp[row, j]
-    if laid.isnan().any():
-        raise UserError(f"cannot sample: the logits are no numbers; {largest(model)}. In training a lower --lr helps")
-    for k in range(1, begun + 1):
-        mask[torch.arange(B, device=tokens.device), length - k - 1] = 1.0  # of token length - k
-    width = min(round_up(int(at.max()) + 1), width)
-    tokens, mask, laid = tokens[:, :width], mask[:, :width - 1], laid[:, :width - 1]
-    finished = (drawn & (said == model.tok.end)).any(1)
-    return Rollout(tokens, mask, laid, finished, (length - begun).tolist(), model.tok)
-
-
-def respond(policy, records, cfg, n=1, begin=()):
-    """n responses to the prompt of each record, sampled as the options say -> Rollout."""
-    prompts = [policy.tok.prompt(record["prompt"]) for record in records]
-    return generate(policy, prompts, cfg.max_new, n, cfg.temperature, begin=begin)
-
-
 def largest(model):
     """Which weight of a model is the largest, in words; one that is no number is larger than all."""
-    largest, where = -1.0, ""
-    for name, p in model.named_parameters():
-        peak = float(p.detach().abs().max())
-        if peak > largest or math.isnan(peak):
-            largest, where = peak, name
-        if math.isnan(peak):
-            break
-    return f"the largest weight, in {where}, is {largest:.3g}"
+    peaks = {name: float(param.detach().abs().max()) for name, param in model.named_parameters()}
+    name = max(peaks, key=lambda name: math.inf if math.isnan(peaks[name]) else peaks[name])
+    return f"the largest weight, in {name}, is {peaks[name]:.3g}"
 
 
 # ------------------------------------------------------------------------------------------------ rollouts in training
@@ -651,23 +647,24 @@ def largest(model):
 
 def slices(roll, budget, rows=None):
     """Micro-batches of a rollout's rows, trimmed to their own longest: (rows, tokens (b, t), mask (b, t-1)) each."""
-    rows = list(range(len(roll.tokens))) if rows is None else rows
+    every = roll.lengths
+    rows = list(range(len(every))) if rows is None else rows
     if not rows:
         return
-    lengths = [roll.lengths[row] for row in rows]
+    lengths = [every[row] for row in rows]
     for places in micro_batches(lengths, budget):
         some = [rows[place] for place in places]
         longest = max(lengths[place] for place in places)
-        t = min(round_up(longest), roll.tokens.shape[1])
-        yield some, roll.tokens[some, :t], roll.mask[some, :t - 1]
+        width = min(round_up(longest), roll.tokens.shape[1])
+        yield some, roll.tokens[some, :width], roll.mask[some, :width - 1]
 
 
 @torch.no_grad()
-def per_token(roll, budget, fn):
-    """fn(tokens, mask) over a rollout in micro-batches; its results (..., b, t-1) come back as one (..., B, T-1)."""
+def per_token(roll, budget, function):
+    """function(tokens, mask) of a rollout's micro-batches, whose results (..., b, t-1) are joined: (..., B, T-1)."""
     out = None
     for rows, tokens, mask in slices(roll, budget):
-        part = fn(tokens, mask)
+        part = function(tokens, mask)
         if out is None:
             shape = part.shape[:-2] + roll.mask.shape
             out = part.new_zeros(shape)
@@ -677,9 +674,11 @@ def per_token(roll, budget, fn):
 
 def logps(model, roll, cfg):
     """log π of a rollout's tokens at the temperature they were sampled with, without gradient -> (B, T-1)."""
+    def function(tokens, mask):
+        return token_logprobs(model, tokens, mask, cfg.temperature)
+
     with model.autocast():
-        return per_token(roll, cfg.micro_tokens, lambda tokens, mask: token_logprobs(
-            model, tokens, mask, cfg.temperature))
+        return per_token(roll, cfg.micro_tokens, function)
 
 
 def minibatches(n, cfg):
@@ -709,8 +708,8 @@ class Means:
 
     def add(self, mask, **numbers):
         """Numbers (b, t-1) by name; what is outside the mask does not count, NaN included."""
-        for name, x in numbers.items():
-            self.sums[name] += torch.where(mask.bool(), x.detach(), 0.0).sum()
+        for name, values in numbers.items():
+            self.sums[name] += torch.where(mask.bool(), values.detach(), 0.0).sum()
             self.counts[name] += mask.sum()
 
     def join(self, other):
@@ -726,8 +725,8 @@ class Means:
 
 @torch.no_grad()
 def choice_logprobs(model, prompts, choices, budget):
-    """What a model answers to N prompts (lists of ids) when it has to choose: log P of each choice, a text of one
-    token, among the choices -> (N, choices). A prompt beyond the context loses its beginning."""
+    """What a model answers to P prompts (lists of ids) when it has to choose: log P of each choice, a text of one
+    token, among the choices -> (P, choices). A prompt beyond the context loses its beginning."""
     tok, device = model.tok, model.device
     encoded = [tok.encode(choice) for choice in choices]
     if any(len(ids) != 1 for ids in encoded):
@@ -737,8 +736,8 @@ def choice_logprobs(model, prompts, choices, budget):
     prompts = [cut_prompt(prompt, tok, model.config.block_size) for prompt in prompts]
     with model.autocast():
         for places in micro_batches([len(prompt) for prompt in prompts], budget):
-            some = [prompts[i] for i in places]
-            hidden = model(pad(some, tok.pad, device))                                   # (b, T, C)
+            some = [prompts[place] for place in places]
+            hidden = model(pad(some, tok.pad, device))                                   # (b, t, C)
             last = torch.tensor([len(prompt) - 1 for prompt in some], device=device)
             hidden = hidden[torch.arange(len(some), device=device), last]                # (b, C)
             logits = full(model.logits(hidden))                                          # (b, V)
@@ -945,18 +944,28 @@ def evaluate(policy, ref, reward, records, run, step, cfg):
 # ------------------------------------------------------------------------------------------------ devices
 
 
-def keep_freed_memory():
-    """Ask glibc to keep freed memory (up to 2 GB) for the next tensor. By default large blocks go back to the system,
-    and getting them anew, page by page and zeroed, costs a fifth of a training step. Elsewhere it does nothing."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            libc.mallopt(option, 2 ** 31 - 1)
+class Setup(NamedTuple):
+    """What the models of a run have in common. A model has all three as well, so another can be made like it."""
+    tok: Tokenizer | None = None
+    device: torch.device = torch.device("cpu")
+    precision: str = "fp32"     # of the matmuls; weights, optimizer and every log-softmax stay in fp32
+
+
+def setup(cfg, tok):
+    """The Setup that the options ask for; says on what the figures are computed."""
+    device = find_device(cfg.device)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    if device.type == "cpu":
+        keep_freed_memory()
+    torch.set_float32_matmul_precision("high")
+    print(f"computing on {machine(device, cfg.dtype)}")
+    return Setup(tok, device, precision(device, cfg.dtype))
 
 
 def find_device(name):
     """The torch.device of --device; auto is the first GPU, where there is one."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = torch.cuda.device_count()
     if name == "auto":
         name = "cuda" if gpus else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", name):
@@ -979,7 +988,7 @@ def precision(device, dtype="auto"):
         return dtype
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    told = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")
+    told = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
     if told.upper() in WITHOUT_BF16:
         return "fp32"
     for question in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
@@ -988,12 +997,23 @@ def precision(device, dtype="auto"):
     return "fp32"
 
 
+def keep_freed_memory():
+    """Ask glibc to keep freed memory (up to 2 GB) for the next tensor. By default large blocks go back to the system,
+    and getting them anew, page by page and zeroed, costs a fifth of a training step. Elsewhere it does nothing."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            libc.mallopt(option, 2 ** 31 - 1)
+
+
 def machine(device, dtype="auto"):
     """On what, with how many threads and in which precision: figures differ between machines by their rounding."""
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, {precision(device, dtype)}"
-    threads = torch.get_num_threads()
-    return f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}, {precision(device, dtype)}"
+        name = torch.cuda.get_device_name(device)
+    else:
+        threads = torch.get_num_threads()
+        name = f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}"
+    return f"{name}, {precision(device, dtype)}"
 
 
 def cpu_name():
@@ -1005,38 +1025,7 @@ def cpu_name():
     return platform.processor() or platform.machine()
 
 
-class Setup(NamedTuple):
-    """What the models of a run have in common. A model has all three as well, so another can be made like it."""
-    tok: Tokenizer | None = None
-    device: torch.device = torch.device("cpu")
-    precision: str = "fp32"     # of the matmuls; weights, optimizer and every log-softmax stay in fp32
-
-
-def setup(cfg, tok):
-    """The Setup that the options ask for; says on what the figures are computed."""
-    device = find_device(cfg.device)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    if device.type == "cpu":
-        keep_freed_memory()
-    torch.set_float32_matmul_precision("high")
-    print(f"computing on {machine(device, cfg.dtype)}")
-    return Setup(tok, device, precision(device, cfg.dtype))
-
-
 # ------------------------------------------------------------------------------------------------ the optimizer
-
-
-def muon_group(p, lr, decay):
-    """What torch.optim.Muon is told of a matrix; decay: the share of it that a step takes off, as AdamW's.
-
-    Muon's step is to be larger by √(out / in) where out > in. PyTorch has matrices (out, in) in mind and multiplies the
-    rate by √(rows / columns) where there are more rows. Ours are (in, out), so we multiply by √(columns / rows) before:
-    together that is 1 where there are more rows, and √(columns / rows) = √(out / in) where there are more columns.
-    """
-    rows, columns = p.shape
-    lr = lr * math.sqrt(columns / rows)
-    return dict(params=[p], lr=lr, weight_decay=decay / lr)  # PyTorch multiplies the decay by the rate
 
 
 class Optimizer:
@@ -1053,23 +1042,23 @@ class Optimizer:
 
     def __init__(self, model, lr, total, kind="adamw", muon_lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), warmup=0,
                  floor=0.1, clip=1.0):
-        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.params = [param for param in model.parameters() if param.requires_grad]
         self.total, self.warmup, self.floor, self.clip = total, warmup, floor, clip
         muon, decay, plain = [], [], []
-        for name, p in model.named_parameters():
-            if not p.requires_grad:
+        for name, param in model.named_parameters():
+            if not param.requires_grad:
                 continue
-            if p.ndim < 2:
-                plain.append(p)
+            if param.ndim < 2:
+                plain.append(param)
             elif kind == "muon" and ".h." in name:  # a matrix of a block
-                muon.append(p)
+                muon.append(param)
             else:
-                decay.append(p)
+                decay.append(param)
         groups = [dict(params=decay, weight_decay=weight_decay),
                   dict(params=plain, weight_decay=0.0, lr=model.vector_lr or lr)]
         self.optims = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
         if muon:
-            groups = [muon_group(p, muon_lr, weight_decay * lr) for p in muon]
+            groups = [muon_group(param, muon_lr, weight_decay * lr) for param in muon]
             self.optims.append(torch.optim.Muon(groups))
         self.fused, self.updated = model.fused_bwd, set()
         if self.fused:
@@ -1078,17 +1067,6 @@ class Optimizer:
             self.optims = self.one_for_each_parameter()
         for group in self.groups():
             group["base_lr"] = group["lr"]
-
-    def one_for_each_parameter(self):
-        """fused_bwd: an optimizer for every parameter, which steps as soon as its gradient is there."""
-        optims = []
-        for optim in self.optims:
-            for group in optim.param_groups:
-                for p in group["params"]:
-                    own = type(optim)([group | dict(params=[p])])
-                    p.register_post_accumulate_grad_hook(functools.partial(self.update, own))
-                    optims.append(own)
-        return optims
 
     def groups(self):
         return [group for optim in self.optims for group in optim.param_groups]
@@ -1101,14 +1079,6 @@ class Optimizer:
         cosine = math.cos(math.pi * min(1.0, done))
         return self.floor + (1 - self.floor) * 0.5 * (1 + cosine)
 
-    def update(self, optim, p):
-        """fused_bwd: what a parameter's own optimizer does once its gradient is there."""
-        if id(p) in self.updated:
-            raise UserError("--fused_bwd: an update has to be one backward pass: more --micro_tokens, or less --batch")
-        self.updated.add(id(p))
-        optim.step()
-        optim.zero_grad(set_to_none=True)
-
     def at(self, step):
         """Set the learning rates of a step; before it, since fused updates happen in its backward passes."""
         for group in self.groups():
@@ -1116,76 +1086,216 @@ class Optimizer:
 
     def step(self, step):
         """Clip, update, clear the gradients -> grad_norm, before clipping (None if fused), and lr."""
+        norm = None
         if self.fused:
             self.updated.clear()
-            return dict(grad_norm=None, lr=self.optims[0].param_groups[0]["lr"])
-        norm = float(nn.utils.clip_grad_norm_(self.params, self.clip or math.inf))
-        if not math.isfinite(norm):
-            raise UserError(f"step {step}: the gradient is {norm}; nothing was updated, the last checkpoint is intact. "
-                            "A lower --lr, or --dtype fp32, usually helps")
-        self.at(step)
-        for optim in self.optims:
-            optim.step()
-        self.clear()
+        else:
+            norm = float(nn.utils.clip_grad_norm_(self.params, self.clip or math.inf))
+            if not math.isfinite(norm):
+                raise UserError(f"step {step}: the gradient is {norm}; nothing was updated, the last checkpoint is "
+                                "intact. A lower --lr, or --dtype fp32, usually helps")
+            self.at(step)
+            for optim in self.optims:
+                optim.step()
+                optim.zero_grad(set_to_none=True)
         return dict(grad_norm=norm, lr=self.optims[0].param_groups[0]["lr"])
 
-    def clear(self):
+    def one_for_each_parameter(self):
+        """fused_bwd: an optimizer for every parameter, which steps as soon as its gradient is there."""
+        optims = []
         for optim in self.optims:
-            optim.zero_grad(set_to_none=True)
+            for group in optim.param_groups:
+                for param in group["params"]:
+                    own = type(optim)([group | dict(params=[param])])
+                    param.register_post_accumulate_grad_hook(functools.partial(self.update, own))
+                    optims.append(own)
+        return optims
+
+    def update(self, optim, param):
+        """fused_bwd: what a parameter's own optimizer does once its gradient is there."""
+        if id(param) in self.updated:
+            raise UserError("--fused_bwd: an update has to be one backward pass: more --micro_tokens, or less --batch")
+        self.updated.add(id(param))
+        optim.step()
+        optim.zero_grad(set_to_none=True)
 
     def forget(self):
         """Back to the state before the first step: no momentum."""
         for optim in self.optims:
             optim.state.clear()
 
+    def slots(self):
+        """(name in a checkpoint, state of the parameter, key in it, shape) of each tensor that a step leaves."""
+        for number, optim in enumerate(self.optims):
+            keys = ("momentum_buffer",) if isinstance(optim, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
+            params = sum((group["params"] for group in optim.param_groups), [])
+            for place, param in enumerate(params):
+                for key in keys:
+                    shape = torch.Size() if key == "step" else param.shape
+                    yield f"{number}.{place}.{key}", optim.state[param], key, shape
+
     def tensors(self):
-        """Its state as a flat dict of tensors, for the checkpoint."""
-        flat = {}
-        for i, optim in enumerate(self.optims):
-            for p, state in optim.state_dict()["state"].items():
-                flat |= {f"{i}.{p}.{key}": value for key, value in state.items()}
-        return flat
+        """Its state as a flat dict of tensors, for the checkpoint; empty before the first step."""
+        return {name: state[key] for name, state, key, _ in self.slots() if key in state}
 
     def load_tensors(self, flat, path=""):
-        """The inverse; none at all is the state before the first step, anything incomplete is a UserError."""
-        compare_shapes(flat, self.shapes() if flat else {}, path)
-        states = [defaultdict(dict) for _ in self.optims]
-        for name, value in flat.items():
-            i, p, key = name.split(".")
-            states[int(i)][int(p)][key] = value.clone()  # not the file's memory
-        for optim, state in zip(self.optims, states):
-            optim.load_state_dict(dict(state=state, param_groups=optim.state_dict()["param_groups"]))
-
-    def shapes(self):
-        """The shape of each of `tensors` once a step was taken."""
-        shapes = {}
-        for i, optim in enumerate(self.optims):
-            keys = ("momentum_buffer",) if isinstance(optim, torch.optim.Muon) else ("exp_avg", "exp_avg_sq")
-            params = sum((group["params"] for group in optim.param_groups), [])
-            for p, param in enumerate(params):
-                shapes |= {f"{i}.{p}.{key}": param.shape for key in keys}
-                if "exp_avg" in keys:
-                    shapes[f"{i}.{p}.step"] = torch.Size()
-        return shapes
+        """The inverse; anything incomplete is a UserError."""
+        self.forget()
+        shapes = {name: shape for name, _, _, shape in self.slots()}
+        compare_shapes(flat, shapes if flat else {}, path)
+        for name, state, key, _ in self.slots() if flat else ():
+            state[key] = flat[name].to(self.params[0].device)
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+def muon_group(param, lr, decay):
+    """What torch.optim.Muon is told of a matrix; decay: the share of it that a step takes off, as AdamW's.
+
+    Muon's step is to be larger by √(out / in) where out > in. PyTorch has matrices (out, in) in mind and multiplies the
+    rate by √(rows / columns) where there are more rows. Ours are (in, out), so we multiply by √(columns / rows) before:
+    together that is 1 where there are more rows, and √(columns / rows) = √(out / in) where there are more columns.
+    """
+    rows, columns = param.shape
+    lr = lr * math.sqrt(columns / rows)
+    return dict(params=[param], lr=lr, weight_decay=decay / lr)  # PyTorch multiplies the decay by the rate
+
+
+# ------------------------------------------------------------------------------------------------ steps and checkpoints
+# A run folder holds checkpoint.safetensors while the run is unfinished: weights, optimizers, and facts as JSON. When it
+# is finished it holds config.json, model.safetensors and a tokenizer instead, see the next section.
+
+
+def steps(run, total, modules, optimizers, state, save_every):
+    """Yield the steps still to do, and save after every `save_every`, so that the loop itself reads as the paper's.
+
+    run: the data.Run whose folder holds the checkpoint. modules: the models that are trained, by name; the first is
+    the one that the run is about. state: a JSON-able dict of whatever else the loop carries from step to step (a KL
+    coefficient, running means); it is saved and restored in place.
+
+    Each step starts by seeding PyTorch's generators from (seed, step). That is all the random state there is: resuming
+    needs no generator's state, and evaluation or sampling inside one step cannot change the next.
+    """
+    model = next(iter(modules.values()))
+    meta = dict(tokenizer=run.tok.fingerprint, machine=machine(model.device, model.precision))
+    start = restore(run, modules, optimizers, state, meta["machine"])
+    for step in run.progress(start, total):
+        seed_step(run.seed, step)
+        for optimizer in optimizers.values():
+            optimizer.at(step)
+        yield step
+        done = step + 1 == total
+        if done or (step + 1) % save_every == 0:
+            facts = meta | dict(step=step + 1, done=done, state=state)
+            save_checkpoint(run.folder, modules, {} if done else optimizers, facts)
+    for name, module in modules.items():
+        write_model(run.folder if module is model else run.folder / name, module)
+
+
+def seed_step(seed, step):
+    """Seed PyTorch's generators for one step of a run."""
+    torch.manual_seed((seed * 1_000_003 + step) % 2 ** 63)
+
+
+def begun(run):
+    """The step at which a run goes on: that of its checkpoint, 0 without one."""
+    path = run.left("checkpoint.safetensors")
+    return step_of(load_tensors(path)[1], path) if path else 0
+
+
+def step_of(meta, path):
+    """How many steps were done when a checkpoint was written."""
+    step = meta.get("step")
+    if not isinstance(meta.get("state"), dict) or type(step) is not int or step < 0:
+        raise UserError(f"{path}: it does not say at which step it was written")
+    return step
+
+
+def restore(run, modules, optimizers, state, here):
+    """Fill modules, optimizers and state from the checkpoint of an interrupted run -> the step at which it goes on.
+    here: what `machine` says, for a warning if the run began on another."""
+    path = run.left("checkpoint.safetensors")
+    if not path:
+        return 0
+    tensors, meta = load_tensors(path)
+    step = step_of(meta, path)
+    for name, module in modules.items():
+        own = below(tensors, name)
+        check_weights(own, module, path)
+        module.load_state_dict(own)
+    for name, optimizer in optimizers.items():
+        optimizer.load_tensors(below(tensors, f"optimizer of {name}"), path)
+    state.update(meta["state"])
+    began = meta.get("machine")
+    if began and began != here:
+        print(f"{run.folder}: begun on {began}; from here on it rounds as this machine does", file=sys.stderr)
+    return step
+
+
+def save_checkpoint(folder, modules, optimizers, meta):
+    """All that an unfinished run goes on from, in one file, which is replaced atomically. modules and optimizers: dicts
+    by name; meta: facts, as JSON."""
+    tensors = {}
+    for name, module in modules.items():
+        tensors |= {f"{name}/{key}": tensor for key, tensor in module.state_dict().items()}
+    check_finite(tensors, f"{folder}: not saved, an earlier checkpoint there is intact, a lower --lr usually helps")
+    for name, optimizer in optimizers.items():
+        tensors |= {f"optimizer of {name}/{key}": tensor for key, tensor in optimizer.tensors().items()}
+    config = asdict(next(iter(modules.values())).config)
+    save_tensors(Path(folder) / "checkpoint.safetensors", tensors, meta | dict(config=config))
+
+
+def below(tensors, name):
+    """The tensors `name/...` of a checkpoint, without that."""
+    begin = name + "/"
+    return {key.removeprefix(begin): tensor for key, tensor in tensors.items() if key.startswith(begin)}
+
+
+def check_weights(tensors, module, path):
+    """Raise a UserError if tensors from a file are not the weights of a module: their names, shapes and values."""
+    compare_shapes(tensors, {name: tensor.shape for name, tensor in module.state_dict().items()}, path)
+    check_finite(tensors, path)
+
+
+def compare_shapes(got, want, path):
+    """Raise a UserError that names what is missing, surplus or misshapen: got {name: tensor}, want {name: shape}."""
+    wrong = []
+    for name in want.keys() | got.keys():
+        if name not in got:
+            wrong.append(f"{name} is missing")
+        elif name not in want:
+            wrong.append(f"{name} does not belong")
+        elif got[name].shape != want[name]:
+            wrong.append(f"{name} is {tuple(got[name].shape)}, not {tuple(want[name])}")
+    if wrong:
+        raise UserError(f"{path}: {'; '.join(sorted(wrong)[:3])}")
+
+
+def check_finite(tensors, path):
+    """Raise a UserError that names the first tensor with a NaN or an infinity in it."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        for extreme in tensor.aminmax():  # of a NaN both are NaN
+            if not math.isfinite(extreme):
+                raise UserError(f"{path}: in {name} is {float(extreme)}, which is no weight")
+
+
+# ------------------------------------------------------------------------------------------------ safetensors files
 
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
               I32=torch.int32, U8=torch.uint8, BOOL=torch.bool)
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def raw(t):
+def raw(tensor):
     """The bytes of a tensor."""
-    return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def checksum(tensors):
-    """The CRC-32 of tensors, one behind the other."""
+def checksum(chunks):
+    """The CRC-32 of some bytes, one behind the other."""
     crc = 0
-    for t in tensors.values():
-        crc = zlib.crc32(raw(t), crc)
+    for chunk in chunks:
+        crc = zlib.crc32(chunk, crc)
     return f"{crc:08x}"
 
 
@@ -1199,138 +1309,85 @@ def save_tensors(path, tensors, meta):
     path, offset = Path(path), 0
     facts = {"format": "pt", "plainalign": json.dumps(meta)}  # transformers asks for the format
     header = {"__metadata__": facts}
-    for name, t in tensors.items():
-        size = t.numel() * t.element_size()
-        header[name] = dict(dtype=NAMES[t.dtype], shape=list(t.shape), data_offsets=[offset, offset + size])
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        header[name] = dict(dtype=NAMES[tensor.dtype], shape=list(tensor.shape), data_offsets=[offset, offset + size])
         offset += size
-
-    def head():
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
-        return struct.pack("<Q", len(text)) + text
-    crc = zlib.crc32(json.dumps(header).encode())
-    facts["crc32"] = f"{0:08x}"  # as long as the value, which is known when all is written
+    chunks = [raw(tensor) for tensor in tensors.values()]
+    facts["crc32"] = checksum([json.dumps(header).encode(), *chunks])
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
     part = path.with_suffix(".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as f:
-            f.write(head())
-            for t in tensors.values():
-                crc = zlib.crc32(raw(t), crc)
-                f.write(raw(t))
-            facts["crc32"] = f"{crc:08x}"
-            f.seek(0)
-            f.write(head())
-            f.flush()
-            os.fsync(f.fileno())
+        with open(part, "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as e:
+    except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        why = "the disk is full" if e.errno == errno.ENOSPC else e.strerror
+        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
         raise UserError(f"{path}: not saved, {why}; an earlier checkpoint there is intact") from None
 
 
 def load_tensors(path):
-    """Read a safetensors file -> (dict of tensors, meta). Raises UserError for anything that is not one, and for one of
+    """Read a safetensors file -> (dict of tensors, meta). Anything that is not one is a UserError, and so is one of
     ours that does not fit its checksum. Those of others have none."""
     try:
-        raw = np.memmap(path, dtype=np.uint8, mode="c")  # copy on write: the tensors are ours, the file is not
-        size = struct.unpack("<Q", raw[:8].tobytes())[0]
-        if size > len(raw) - 8:
-            raise ValueError("it is cut short")
-        begin = 8 + size
-        header, data = json.loads(raw[8:begin].tobytes()), raw[begin:]
-        meta = header.get("__metadata__", {})
-        said = meta.pop("crc32", None)
-        crc = zlib.crc32(json.dumps(header).encode())
-        header.pop("__metadata__", None)
-        tensors, end = {}, 0
-        for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            start, stop = info["data_offsets"]
-            shape, dtype = info["shape"], DTYPES[info["dtype"]]
-            size = math.prod(shape) * dtype.itemsize
-            if min(shape, default=0) < 0 or start != end or stop != start + size or stop > len(data):
-                raise ValueError(f"the bytes of {name} are not where they should be")
-            flat = torch.from_numpy(data[start:stop]) if size else torch.empty(0, dtype=torch.uint8)
-            tensors[name], end = flat.view(dtype).reshape(shape), stop
-        if end != len(data):
-            raise ValueError("it is longer than its header says")
-        if said is not None or "plainalign" in meta:  # a file of ours
-            crc = zlib.crc32(data, crc)
-            if said != f"{crc:08x}":
-                raise UserError(f"{path}: damaged; it says that its checksum is {said}, and it is {crc:08x}")
-        facts = json.loads(meta.get("plainalign", "{}"))
-        if not isinstance(facts, dict):
-            raise ValueError("what it says of itself is no table")
-        return tensors, facts
+        return read_tensors(np.memmap(path, dtype=np.uint8, mode="r"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error, OSError, RuntimeError, OverflowError) as e:
-        why = str(e).splitlines()[0] if str(e) else ""
-        raise UserError(f"{path}: not a checkpoint of ours ({type(e).__name__}: {why})") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # what is wrong with such a file can surface as nearly any error
+        why = str(error).partition("\n")[0]
+        raise UserError(f"{path}: not a checkpoint of ours ({type(error).__name__}: {why})") from None
 
 
-def save_checkpoint(folder, modules, optimizers, meta):
-    """All that an unfinished run goes on from, in one file, `checkpoint.safetensors`, which is replaced atomically.
-
-    modules and optimizers: dicts by name.
-    """
-    tensors = {}
-    for name, module in modules.items():
-        tensors |= {f"{name}/{key}": value for key, value in module.state_dict().items()}
-    check_finite(tensors, f"{folder}: not saved, an earlier checkpoint there is intact, a lower --lr usually helps")
-    for name, optimizer in optimizers.items():
-        tensors |= {f"optimizer of {name}/{key}": value for key, value in optimizer.tensors().items()}
-    config = asdict(next(iter(modules.values())).config)
-    save_tensors(Path(folder) / "checkpoint.safetensors", tensors, meta | dict(config=config))
-
-
-def fill(module, tensors, path):
-    """Load tensors into a module; every missing, surplus or misshapen one is named in one error."""
-    compare_shapes(tensors, {key: t.shape for key, t in module.state_dict().items()}, path)
-    check_finite(tensors, path)
-    module.load_state_dict(tensors)
-
-
-def part(tensors, name):
-    """The tensors `name/...`, without that."""
-    begin = name + "/"
-    return {key.removeprefix(begin): t for key, t in tensors.items() if key.startswith(begin)}
-
-
-def compare_shapes(got, want, path):
-    """Raise a UserError that names what is missing, surplus or misshapen in got, a dict of tensors."""
-    wrong = []
-    for key in want.keys() | got.keys():
-        if key not in got:
-            wrong.append(f"{key} is missing")
-        elif key not in want:
-            wrong.append(f"{key} does not belong")
-        elif got[key].shape != want[key]:
-            wrong.append(f"{key} is {tuple(got[key].shape)}, not {tuple(want[key])}")
-    if wrong:
-        raise UserError(f"{path}: {'; '.join(sorted(wrong)[:3])}")
+def read_tensors(content):
+    """The same of the bytes of a file, an array; what is wrong with them is any error."""
+    size = struct.unpack("<Q", content[:8].tobytes())[0]
+    if size > len(content) - 8:
+        raise ValueError("it is cut short")
+    data = content[8 + size:]
+    header = json.loads(content[8:8 + size].tobytes())
+    facts = header.get("__metadata__", {})
+    said = facts.pop("crc32", None)
+    if said is not None or "plainalign" in facts:  # a file of ours
+        found = checksum([json.dumps(header).encode(), data])
+        if said != found:
+            raise UserError(f"damaged; it says that its checksum is {said}, and it is {found}")
+    header.pop("__metadata__", None)
+    tensors, end = {}, 0
+    for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = info["data_offsets"]
+        shape, dtype = info["shape"], DTYPES[info["dtype"]]
+        size = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or start != end or stop != start + size or stop > len(data):
+            raise ValueError(f"the bytes of {name} are not where they should be")
+        own = torch.from_numpy(data[start:stop].copy()) if size else torch.empty(0, dtype=torch.uint8)
+        tensors[name], end = own.view(dtype).reshape(shape), stop
+    if end != len(data):
+        raise ValueError("it is longer than its header says")
+    meta = json.loads(facts.get("plainalign", "{}"))
+    if not isinstance(meta, dict):
+        raise ValueError("what it says of itself is no table")
+    return tensors, meta
 
 
-def check_finite(tensors, where):
-    """Raise a UserError that names the first tensor with a NaN or an infinity in it."""
-    for name, t in tensors.items():
-        if not t.is_floating_point() or not t.numel():
-            continue
-        for extreme in t.aminmax():  # of a NaN both are NaN
-            if not math.isfinite(extreme):
-                raise UserError(f"{where}: in {name} is {float(extreme)}, which is no weight")
+# ------------------------------------------------------------------------------------------------ models in folders
+# A finished run has the layout of transformers, TRL and vLLM: config.json, weights under GPT-2's names in
+# model.safetensors, and the tokenizer. Others' weights may also be in pytorch_model.bin, or in several files that
+# NAME.index.json lists.
 
-
-class Undrawn(TorchFunctionMode):
-    """Within it no weight is drawn, since all will be read from a file: PyTorch passes every call through here, and
-    those of nn.init do nothing. On the meta device PyTorch would even import its compiler to draw, which takes a
-    second."""
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (nn.init.normal_, nn.init.kaiming_uniform_, nn.init.uniform_):
-            return kwargs["tensor"]  # nn.init passes it on by its name
-        return func(*args, **(kwargs or {}))
+GPT2 = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
+            scale_attn_by_inverse_layer_idx=False, add_cross_attention=False, tie_word_embeddings=True)
+# That is what ours is. Whoever changes the architecture gives it another model_type, or transformers computes another.
+SHAPE = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
 
 
 def new_model(config, like):
@@ -1340,34 +1397,13 @@ def new_model(config, like):
     return model.to(like.device)
 
 
-def assemble(config, tensors, path):
-    """A GPT of config with these tensors. config is from a file and may promise anything, so what it promises is
-    compared with what is there, names and shapes, before memory is taken for it."""
-    layers = {name.split(".")[2] for name in tensors if name.startswith("transformer.h.")}
-    if len(layers) != config.n_layer:  # first: even without memory a thousand million layers are too many
-        raise UserError(f"{path}: {len(layers)} layers, and its config says {config.n_layer}")
-    try:
-        with torch.device("meta"), Undrawn():
-            model = GPT(config)
-    except (RuntimeError, ValueError, OverflowError) as e:  # too large to be counted, or negative
-        why = str(e).partition("\n")[0]
-        raise UserError(f"{path}: no model is of the shape that it says ({why})") from None
-    compare_shapes(tensors, {name: t.shape for name, t in model.state_dict().items()}, path)
-    check_finite(tensors, path)
-    dtype = torch.get_default_dtype()
-    own = {name: t.to(dtype, copy=True) for name, t in tensors.items()}  # not the file's memory
-    model.load_state_dict(own, assign=True)
-    return model
-
-
 def load_model(folder, like=Setup(), n_scores=None, maker=""):
-    """The model of a folder in eval mode: of a run of ours, finished or not, or a GPT-2 of Hugging Face's, whose layout
-    a finished run has as well. A tokenizer other than the one it was trained with is an error.
+    """The model of a folder in eval mode: of a run of ours, finished or not, or a GPT-2 of Hugging Face's. A tokenizer
+    other than the one it was trained with is an error.
 
     like: a Setup, or a model, whose tokenizer, device and precision it gets. n_scores: make it a reward or value model
-    of that many scores: the first ones that it has, and new ones, which start at zero. 0 asks for a
-    language model and refuses any other; None takes what is there. maker: the command that makes this folder, for the
-    error message.
+    of that many scores: the first ones that it has, and new ones, which start at zero. 0 asks for a language model and
+    refuses any other; None takes what is there. maker: the command that makes this folder, for the error message.
     """
     folder = Path(folder)
     if (folder / "checkpoint.safetensors").exists():
@@ -1383,23 +1419,36 @@ def load_model(folder, like=Setup(), n_scores=None, maker=""):
     model = assemble(config, tensors, path)
     if n_scores is not None and n_scores != config.n_scores:
         resize_head(model, n_scores)
-    model.folder, model.fingerprint = str(folder), fingerprint
     model.tok, model.precision = like.tok, like.precision
     return model.to(like.device).eval()
 
 
-def read_unfinished(folder):
-    """The model as it is in the middle of a run -> path, config, tensors, fingerprint of its tokenizer."""
-    path = folder / "checkpoint.safetensors"
-    tensors, meta = load_tensors(path)
+def assemble(config, tensors, path):
+    """A GPT of config with these tensors. config is from a file and may promise anything, so what it promises is
+    compared with what is there, names and shapes, before memory is taken for it."""
+    layers = {name.split(".")[2] for name in tensors if name.startswith("transformer.h.")}
+    if len(layers) != config.n_layer:  # first: even without memory a thousand million layers are too many
+        raise UserError(f"{path}: {len(layers)} layers, and its config says {config.n_layer}")
     try:
-        config = GPTConfig(**meta["config"])
-    except (KeyError, TypeError) as e:
-        raise UserError(f"{path}: it does not say what model it holds ({e})") from None
-    tensors = part(tensors, "model")
-    if any("lora_" in name for name in tensors):
-        raise UserError(f"{folder}: an unfinished run that trains adapters; run its command again, to its end")
-    return path, config, tensors, meta.get("tokenizer")
+        with torch.device("meta"), Undrawn():  # weights of the meta device have a shape and no memory
+            model = GPT(config)
+    except (RuntimeError, ValueError, OverflowError) as error:  # too large to be counted
+        why = str(error).partition("\n")[0]
+        raise UserError(f"{path}: no model is of the shape that it says ({why})") from None
+    check_weights(tensors, model, path)
+    own = {name: tensor.to(torch.get_default_dtype()) for name, tensor in tensors.items()}
+    model.load_state_dict(own, assign=True)
+    return model
+
+
+class Undrawn(TorchFunctionMode):
+    """Within it no weight is drawn, since all will be read from a file: PyTorch passes every call through here, and
+    those of nn.init do nothing. On the meta device PyTorch would even import its compiler to draw, which takes a
+    second."""
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (nn.init.normal_, nn.init.kaiming_uniform_, nn.init.uniform_):
+            return kwargs["tensor"]  # nn.init passes it on by its name
+        return function(*args, **(kwargs or {}))
 
 
 def resize_head(model, n_scores):
@@ -1424,161 +1473,23 @@ def shift_score(model, by):
     model.transformer.ln_f.bias += by * w / (w @ w).clamp(min=1e-12)
 
 
-def reference(policy):
-    """π_ref = the policy as it is now, without its adapters: a model that training cannot move.
-
-    What is frozen in the policy is shared rather than copied, so with LoRA it takes next to no memory. Called before
-    the first step: the adapters are 0 then, and biases and norms are what they were.
-    """
-    shared = {id(p): p for p in policy.parameters() if not p.requires_grad}  # deepcopy does not copy what it is given
-    ref = copy.deepcopy(policy, shared).requires_grad_(False).eval()
-    ref.remove_lora()
-    return ref
-
-
-def begun(run):
-    """The step at which a run goes on: that of its checkpoint, 0 without one."""
-    path = run.left("checkpoint.safetensors")
-    step = load_tensors(path)[1].get("step") if path else 0
-    return step if type(step) is int else 0  # `steps` says what is wrong with it
-
-
-def seed_step(seed, step):
-    """Seed PyTorch's generators for one step of a run."""
-    torch.manual_seed((seed * 1_000_003 + step) % 2 ** 63)
-
-
-def steps(run, total, modules, optimizers, state, save_every):
-    """Yield the steps still to do, and save after every `save_every`, so that the loop itself reads as the paper's.
-
-    run: the data.Run whose folder holds the checkpoint. modules: the models that are trained, by name; the first is
-    the one that the run is about. state: a JSON-able dict of whatever else the loop carries from step to step (a KL
-    coefficient, running means); it is saved and restored in place.
-
-    Each step starts by seeding PyTorch's generators from (seed, step). That is all the random state there is: resuming
-    needs no generator's state, and evaluation or sampling inside one step cannot change the next.
-    """
-    model = next(iter(modules.values()))
-    meta = dict(tokenizer=run.tok.fingerprint, machine=machine(model.device, model.precision))
-    start = restore(run, modules, optimizers, state, meta["machine"])
-    for step in run.progress(start, total):
-        seed_step(run.seed, step)
-        for optimizer in optimizers.values():
-            optimizer.at(step)
-        yield step
-        done = step + 1 == total
-        if done or (step + 1) % save_every == 0:
-            save_checkpoint(run.folder, modules, {} if done else optimizers,
-                            meta | dict(step=step + 1, done=done, state=state))
-    write_model(run.folder, model)
-    for name in list(modules)[1:]:
-        write_model(run.folder / name, modules[name])
-
-
-def restore(run, modules, optimizers, state, here):
-    """Fill modules, optimizers and state from the checkpoint of an interrupted run -> the step at which it goes on."""
-    folder, path = run.folder, run.left("checkpoint.safetensors")
-    if not path:
-        return 0
+def read_unfinished(folder):
+    """The model as it is in the middle of a run -> path, config, tensors, fingerprint of its tokenizer."""
+    path = folder / "checkpoint.safetensors"
     tensors, meta = load_tensors(path)
-    for name, module in modules.items():
-        fill(module, part(tensors, name), folder)
-    for name, optimizer in optimizers.items():
-        optimizer.load_tensors(part(tensors, f"optimizer of {name}"), folder)
-    step = meta.get("step")
-    if not isinstance(meta.get("state"), dict) or type(step) is not int or step < 0:
-        raise UserError(f"{folder}: its checkpoint does not say at which step it was written")
-    state.update(meta["state"])
-    began = meta.get("machine")
-    if began and began != here:
-        print(f"{folder}: begun on {began}; from here on it rounds as this machine does", file=sys.stderr)
-    return step
+    config = config_of(meta.get("config"), path)
+    tensors = below(tensors, "model")
+    if any("lora_" in name for name in tensors):
+        raise UserError(f"{folder}: an unfinished run that trains adapters; run its command again, to its end")
+    return path, config, tensors, meta.get("tokenizer")
 
 
-# ------------------------------------------------------------------------------------------------ Hugging Face's GPT-2
-# The layout of a finished run, which is that of transformers, TRL and vLLM: config.json, weights under GPT-2's names in
-# model.safetensors, and the tokenizer. Others' weights may be in pytorch_model.bin, or in shards that NAME.index.json
-# lists.
-
-GPT2 = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
-            scale_attn_by_inverse_layer_idx=False, add_cross_attention=False, tie_word_embeddings=True)
-# That is what ours is. Whoever changes the architecture gives it another model_type, or transformers computes another.
-SHAPE = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
-
-
-def read_json(path):
-    """The object in a JSON file."""
+def config_of(sizes, path):
+    """The GPTConfig of sizes from a file."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: {e.strerror if isinstance(e, OSError) else f'no JSON ({e})'}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return found
-
-
-def load_bin(path):
-    """The tensors of a pytorch_model.bin. It is a pickle, but weights_only builds tensors from it and runs nothing."""
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # what is wrong with such a file can surface as nearly any error
-        why = (str(e).splitlines() or [""])[0][:100]
-        raise UserError(f"{path}: not readable as weights ({type(e).__name__}: {why})") from None
-    if not isinstance(tensors, dict):
-        raise UserError(f"{path}: something else than named tensors is in it")
-    for name, t in tensors.items():
-        if not isinstance(name, str) or not isinstance(t, torch.Tensor) or t.is_nested:
-            raise UserError(f"{path}: something else than named tensors is in it")
-        if t.device.type != "cpu" or t.layout != torch.strided:
-            raise UserError(f"{path}: something else than named tensors is in it")
-    return tensors
-
-
-def read_weights(folder):
-    """(path, tensors) of a Hugging Face folder, from one file or from several, of which the path is the index."""
-    for name, read in (("model.safetensors", lambda path: load_tensors(path)[0]), ("pytorch_model.bin", load_bin)):
-        path, index = folder / name, folder / f"{name}.index.json"
-        if path.exists():
-            return path, read(path)
-        if index.exists():
-            return index, read_shards(index, read)
-    raise UserError(f"{folder}: a config.json, but neither model.safetensors nor pytorch_model.bin, nor their index")
-
-
-def read_shards(index, read):
-    """The tensors of the files that an index lists, each read by `read`."""
-    where, tensors = read_json(index).get("weight_map"), {}
-    if not isinstance(where, dict) or not where:
-        raise UserError(f"{index}: it has no weight_map")
-    for file in where.values():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise UserError(f"{index}: its weight_map does not name files of this folder")
-    for file in sorted(set(where.values())):
-        tensors |= read(index.parent / file)
-    lost = sorted(where.keys() - tensors.keys())
-    if lost:
-        raise UserError(f"{index}: {lost[0]} is not in {where[lost[0]]}")
-    return tensors
-
-
-def read_config(path):
-    """config.json of a Hugging Face folder -> its facts, and GPTConfig's options that it says."""
-    facts = read_json(path)
-    if "model_type" not in facts:
-        raise UserError(f"{path.parent}: a run folder of an earlier version, or no model's; run what made it again")
-    for key, ours in GPT2.items():
-        if facts.get(key, ours) != ours:
-            raise UserError(f"{path}: {key} is {facts[key]!r}, and a GPT-2 of ours has {ours!r}")
-    shape = {}
-    for ours, theirs in SHAPE.items():
-        shape[ours] = facts.get(theirs)
-        if type(shape[ours]) is not int or shape[ours] < 1:
-            raise UserError(f"{path}: {theirs} is {shape[ours]!r}, and has to be a whole number above 0")
-    if facts.get("n_inner") not in (None, 4 * shape["n_embd"]):
-        raise UserError(f"{path}: n_inner is {facts['n_inner']}, and a GPT-2 of ours has four times n_embd")
-    if "plainalign" in facts:  # dropout is an option of training; of others' models it is not taken over
-        shape["dropout"] = facts.get("resid_pdrop", 0.0)
-    return facts, shape
+        return GPTConfig(**sizes)
+    except (TypeError, UserError) as error:
+        raise UserError(f"{path}: it does not say what model it holds ({error})") from None
 
 
 def read_gpt2(folder, tok=None):
@@ -1587,132 +1498,128 @@ def read_gpt2(folder, tok=None):
     GPT-2's own vocabulary ends in its end-of-text token, which is our end token. The other special tokens of ours are
     new rows of the embedding, the mean of all others, to be learnt in fine-tuning.
     """
-    facts, shape = read_config(folder / "config.json")
-    path, found = read_weights(folder)
-    tensors = {}
-    for name, t in found.items():
-        if t.is_floating_point() and not name.endswith((".attn.bias", ".attn.masked_bias")):  # old files hold masks
-            name = name if name.startswith(("transformer.", "lm_head.", "score.")) else f"transformer.{name}"
-            tensors[name] = t.float().contiguous()
+    config, fingerprint = read_config(folder / "config.json")
+    path, tensors = read_weights(folder)
     wte = tensors.get("transformer.wte.weight")
-    if wte is None or wte.shape != (shape["vocab_size"], shape["n_embd"]):
-        raise UserError(f"{path}: transformer.wte.weight is missing, or not ({shape['vocab_size']}, "
-                        f"{shape['n_embd']}), as config.json says")
-    head = tensors.pop("lm_head.weight", wte)
-    if not torch.equal(head, wte):
+    if wte is None or wte.shape != (config.vocab_size, config.n_embd):
+        raise UserError(f"{path}: transformer.wte.weight is missing, or not ({config.vocab_size}, {config.n_embd}), as "
+                        "config.json says")
+    if not torch.equal(tensors.pop("lm_head.weight", wte), wte):
         raise UserError(f"{path}: lm_head.weight is not the embedding; only a tied head is known here")
-
-    marked = facts.get("plainalign")  # in our own folders, the fingerprint of the tokenizer; TRL leaves the entry in
-    mark = marked.get("tokenizer") if isinstance(marked, dict) else None
-    fingerprint = mark if isinstance(mark, str) else None
-    if tok is not None and fingerprint is None:
+    if tok is not None and fingerprint is None:  # a model of others
         if len(wte) != tok.base + 1:
             raise UserError(f"{folder}: {len(wte)} tokens, and --tokenizer has {tok.base}, which with an end of text "
                             f"would be {tok.base + 1}")
-        fingerprint, shape["vocab_size"] = tok.fingerprint, tok.n_vocab
-    n_vocab = shape["vocab_size"]
-    new = wte.mean(0).expand(n_vocab - len(wte), -1)
-    unused = wte.new_zeros(round_up(n_vocab, 64) - n_vocab, wte.shape[1])
-    tensors["transformer.wte.weight"] = torch.cat([wte, new, unused])
+        fingerprint, config.vocab_size = tok.fingerprint, tok.n_vocab
+    special = wte.mean(0).expand(config.vocab_size - len(wte), -1)
+    unused = wte.new_zeros(round_up(config.vocab_size, 64) - config.vocab_size, config.n_embd)
+    tensors["transformer.wte.weight"] = torch.cat([wte, special, unused])
     if "score.weight" in tensors:
-        shape["n_scores"] = tensors["score.weight"].numel() // shape["n_embd"]
-    return path, GPTConfig(**shape), tensors, fingerprint
+        config.n_scores = tensors["score.weight"].numel() // config.n_embd
+    return path, config, tensors, fingerprint
+
+
+def read_config(path):
+    """config.json of a Hugging Face folder -> the GPTConfig that it says, and the fingerprint of the tokenizer, which
+    only folders of ours have (TRL leaves the entry in)."""
+    facts = read_json(path)
+    if "model_type" not in facts:
+        raise UserError(f"{path.parent}: a run folder of an earlier version, or no model's; run what made it again")
+    for key, ours in GPT2.items():
+        if facts.get(key, ours) != ours:
+            raise UserError(f"{path}: {key} is {facts[key]!r}, and a GPT-2 of ours has {ours!r}")
+    sizes = {ours: facts.get(theirs) for ours, theirs in SHAPE.items()}
+    mark = facts.get("plainalign")
+    if mark is not None:  # dropout is an option of training; of others' models it is not taken over
+        sizes["dropout"] = facts.get("resid_pdrop", 0.0)
+    config = config_of(sizes, path)
+    if facts.get("n_inner") not in (None, 4 * config.n_embd):
+        raise UserError(f"{path}: n_inner is {facts['n_inner']}, and a GPT-2 of ours has four times n_embd")
+    return config, mark.get("tokenizer") if isinstance(mark, dict) else None
+
+
+def read_json(path):
+    """The object in a JSON file."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"no JSON ({error})"
+        raise UserError(f"{path}: {why}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return found
+
+
+def read_weights(folder):
+    """(path, tensors in float32 by our names) of a Hugging Face folder. The path is for errors: that of the one file,
+    or of the index of several."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        path, index = folder / name, folder / f"{name}.index.json"
+        if path.exists():
+            found = read_file(path)
+            break
+        if index.exists():
+            path, found = index, read_shards(index)
+            break
+    else:
+        raise UserError(f"{folder}: a config.json, but neither model.safetensors nor pytorch_model.bin, nor an index")
+    tensors = {}
+    for name, tensor in found.items():
+        if tensor.is_floating_point() and not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks of old files
+            ours = name.startswith(("transformer.", "lm_head.", "score."))  # the oldest leave the first word out
+            tensors[name if ours else f"transformer.{name}"] = tensor.float().contiguous()
+    return path, tensors
+
+
+def read_shards(index):
+    """The tensors of the files that an index lists."""
+    where, tensors = read_json(index).get("weight_map"), {}
+    if not isinstance(where, dict):
+        raise UserError(f"{index}: it has no weight_map")
+    for file in sorted(set(map(str, where.values()))):
+        if Path(file).name != file:
+            raise UserError(f"{index}: its weight_map names {file}, which is no file of this folder")
+        tensors |= read_file(index.parent / file)
+    return tensors
+
+
+def read_file(path):
+    """The tensors of a safetensors file, or of a pickle, NAME.bin, of which weights_only builds tensors and runs
+    nothing."""
+    if path.suffix != ".bin":
+        return load_tensors(path)[0]
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        # Copied, because that refuses what is no plain tensor: sparse ones, nested ones, ones without memory.
+        return {str(name): torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+                for name, tensor in found.items()}
+    except Exception as error:  # what is wrong with such a file can surface as nearly any error
+        why = str(error).partition("\n")[0][:100]
+        raise UserError(f"{path}: not readable as weights ({type(error).__name__}: {why})") from None
 
 
 def write_model(folder, model, made=None):
     """Write a model, its adapters merged, and its tokenizer, as a folder that transformers, TRL and vLLM load too.
     made: what it was made of, for config.json."""
-    folder, tok, c = Path(folder), model.tok, model.config
+    folder, tok, config = Path(folder), model.tok, model.config
     if model.loras():
         model = copy.deepcopy(model).merge_lora()
     tensors = model.state_dict()
-    tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][:c.vocab_size]
+    tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][:config.vocab_size]
     check_finite(tensors, f"{folder}: not saved")
     save_tensors(folder / "model.safetensors", tensors, {})
-    kind = "GPT2ForSequenceClassification" if c.n_scores else "GPT2LMHeadModel"
-    facts = GPT2 | {theirs: getattr(c, ours) for ours, theirs in SHAPE.items()} | dict(
-        architectures=[kind], resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=0.0, dtype="float32",
-        bos_token_id=tok.end, eos_token_id=tok.end, pad_token_id=tok.pad,
-        plainalign=dict(tokenizer=tok.fingerprint) | (dict(made=made) if made else {}))
-    if c.n_scores:
-        facts["id2label"] = {str(k): f"score {k}" for k in range(c.n_scores)}
+    mark = dict(tokenizer=tok.fingerprint)
+    if made:
+        mark["made"] = made
+    facts = GPT2 | {theirs: getattr(config, ours) for ours, theirs in SHAPE.items()} | dict(
+        architectures=["GPT2LMHeadModel"], resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=0.0,
+        dtype="float32", bos_token_id=tok.end, eos_token_id=tok.end, pad_token_id=tok.pad, plainalign=mark)
+    if config.n_scores:
+        facts["architectures"] = ["GPT2ForSequenceClassification"]
+        facts["id2label"] = {str(head): f"score {head}" for head in range(config.n_scores)}
     texts = tok.huggingface() | {"config.json": facts}  # config.json last: by it the folder holds a model
     for name, content in texts.items():
         write_text(folder / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-# ------------------------------------------------------------------------------------------------ merge
-
-
-@dataclass
-class Merge(Options):
-    """Average the weights of models of one architecture (model soups, 2203.05482)."""
-    out: str = ""               # folder of the result
-    weights: str = ""           # one number a model, comma-separated; none: all equal
-    slerp: bool = False         # of two: along the arc between them, tensor by tensor, not the chord
-    tokenizer: str = "toy"      # toy, the name of a tiktoken encoding, or a vocabulary file or folder
-
-
-def slerp(a, b, t):
-    """Spherical interpolation of two tensors: t = 0 is a, 1 is b, and between them the norm does not shrink as on the
-    chord (Shoemake 1985). Of tensors that (nearly) point the same or opposite ways, the chord."""
-    norms = float(a.norm() * b.norm())
-    cos = float((a * b).sum()) / norms if norms else 1.0
-    if abs(cos) > 1 - 1e-12:
-        return (1 - t) * a + t * b
-    angle = math.acos(cos)
-    of_a, of_b = math.sin((1 - t) * angle), math.sin(t * angle)
-    return (of_a * a + of_b * b) / math.sin(angle)
-
-
-def shares(cfg, folders):
-    """The weight of each model."""
-    if not cfg.weights:
-        return [1 / len(folders)] * len(folders)
-    try:
-        weights = [float(w) for w in cfg.weights.split(",")]
-    except ValueError:
-        raise OptionError(f"--weights {cfg.weights}: not numbers with commas between them") from None
-    if len(weights) != len(folders):
-        raise OptionError(f"--weights {cfg.weights}: {len(weights)} for {len(folders)} checkpoints")
-    if not all(map(math.isfinite, weights)):
-        raise OptionError(f"--weights {cfg.weights}: not finite")
-    return weights
-
-
-def merge(cfg, folders):
-    """Write Σ w_i θ_i, summed in float64, so that the mean of copies is the copy to the bit; or slerp of two."""
-    if not cfg.out:
-        raise OptionError("--out: say where to write the result")
-    weights = shares(cfg, folders)
-    if cfg.slerp and (len(folders) != 2 or abs(sum(weights) - 1) > 1e-9):
-        raise OptionError("--slerp goes between two checkpoints, with weights that add up to 1")
-    like = Setup(Tokenizer.load(cfg.tokenizer))
-    models = [load_model(folder, like) for folder in folders]
-    first = models[0]
-    if any(model.config != first.config for model in models):
-        raise UserError(f"{', '.join(folders)}: one has another architecture")
-    states = [model.state_dict() for model in models]
-    made = dict(of=[checksum(state) for state in states], weights=weights, slerp=cfg.slerp)
-    theirs = Path(cfg.out) / "config.json"
-    if theirs.exists():
-        mark = read_json(theirs).get("plainalign")
-        if isinstance(mark, dict) and mark.get("made") == made:
-            return print(f"{cfg.out} is finished; nothing to do")
-    if theirs.exists() or theirs.with_name("run.json").exists():  # another model, or a run that is not finished
-        raise UserError(f"{cfg.out} holds another model: choose another --out, or delete that folder")
-
-    total = {}
-    for name in states[0]:
-        tensors = [state[name].double() for state in states]
-        if cfg.slerp:
-            total[name] = slerp(*tensors, weights[1]).float()
-        else:
-            total[name] = sum(weight * t for weight, t in zip(weights, tensors)).float()
-    first.load_state_dict(total)
-    write_model(cfg.out, first, made)
-    terms = [f"{weight:g} {folder}" for weight, folder in zip(weights, folders)]
-    print(f"{cfg.out}: {' + '.join(terms)}")
 
 
 # ------------------------------------------------------------------------------------------------ chat
@@ -1720,8 +1627,7 @@ def merge(cfg, folders):
 
 @dataclass
 class Config(Options):
-    """Talk to a checkpoint, or answer every line of standard input. Another command, with its own --help:
-    python model.py merge."""
+    """Talk to a checkpoint, or answer every line of standard input."""
     tokenizer: str = "toy"      # toy, the name of a tiktoken encoding, or a vocabulary file or folder
     system: str = ""            # system message
     temperature: NonNegative = 0.7  # 0 is greedy
@@ -1732,44 +1638,44 @@ class Config(Options):
     device: str = "auto"        # auto, cpu, cuda
 
 
+def answer(model, messages, cfg):
+    """Print the answer to a conversation as it comes, and return it."""
+    tok, ids, shown = model.tok, [], 0
+
+    def show(token):
+        nonlocal shown
+        ids.append(token)
+        text = tok.decode(ids)
+        if not text.endswith("\ufffd"):  # bytes wait until they make up a whole character
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+
+    prompt = cut_prompt(tok.prompt(messages), tok, model.config.block_size - 1)
+    generate(model, [prompt], cfg.max_new, 1, cfg.temperature, cfg.top_k, cfg.top_p, show)
+    text = tok.decode(ids)
+    print(text[shown:])
+    return text
+
+
 def main():
-    """Merge models, or talk to one."""
-    if sys.argv[1:2] == ["merge"]:
-        return merge(*parse(Merge, ["checkpoint", "checkpoint..."], sys.argv[2:], "merge"))
+    """Talk to a model."""
     cfg, (folder,) = parse(Config, positional=["checkpoint"])
-    tok = Tokenizer.load(cfg.tokenizer)
-    model = load_model(folder, Setup(tok, find_device(cfg.device)), n_scores=0)
+    model = load_model(folder, Setup(Tokenizer.load(cfg.tokenizer), find_device(cfg.device)), n_scores=0)
     torch.manual_seed(cfg.seed)
     history = [dict(role="system", content=cfg.system)] if cfg.system else []
-    tty = sys.stdin.isatty()
-
-    def answer(messages):
-        """Print the answer as it comes; bytes wait until they make up whole characters."""
-        ids, shown = [], 0
-
-        def show(token):
-            nonlocal shown
-            ids.append(token)
-            text = tok.decode(ids)
-            if not text.endswith("\ufffd"):
-                print(text[shown:], end="", flush=True)
-                shown = len(text)
-        prompt = cut_prompt(tok.prompt(messages), tok, model.config.block_size - 1)
-        generate(model, [prompt], cfg.max_new, 1, cfg.temperature, cfg.top_k, cfg.top_p, show)
-        print(tok.decode(ids)[shown:])
-        return tok.decode(ids)
-
+    by_hand = sys.stdin.isatty()
     while True:
-        if tty:
+        if by_hand:
             print("> ", end="", flush=True)
         line = sys.stdin.readline()
         if not line:
             break
-        if line.strip():
-            said = history + [dict(role="user", content=line.strip())]
-            reply = answer(said)
-            if tty:  # a conversation remembers; piped lines are separate questions
-                history = said + [dict(role="assistant", content=reply)]
+        if not line.strip():
+            continue
+        messages = history + [dict(role="user", content=line.strip())]
+        reply = answer(model, messages, cfg)
+        if by_hand:  # a conversation remembers; piped lines are separate questions
+            history = messages + [dict(role="assistant", content=reply)]
 
 
 if __name__ == "__main__":

@@ -22,6 +22,6 @@ python reward.py train --init $OUT/sft --data $M/rater_pairs/pairs.jsonl --out $
 for beta in 0 0.05 0.1 0.3; do
   python ppo.py --init $OUT/sft --reward $M/reward --kl_coef $beta --out $M/ppo$beta "$@"
 done
-python model.py merge $M/ppo0.05 $M/ppo0.1 --slerp --out $M/average
+python configs/merge.py $M/ppo0.05 $M/ppo0.1 --slerp --out $M/average
 python reward.py compare $OUT/sft $M/ppo0 $M/ppo0.05 $M/ppo0.1 $M/ppo0.3 $M/average --proxy $M/reward "$@"
 python reward.py compare $OUT/sft $M/ppo0 $M/ppo0.05 $M/ppo0.1 $M/ppo0.3 $M/average --proxy $M/rater "$@"

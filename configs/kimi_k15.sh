@@ -20,7 +20,7 @@ python sft.py --init $OUT/sft --families arith --think 1 --restate 5 --steps 200
 python configs/kimi_k15.py --policy $K/long --n 2000 --max_new 160 --out $K/prompts "$@"
 python grpo.py --init $K/long --data $K/prompts/prompts.jsonl --pool 2000 --curriculum 0.3 --prioritized --adv dr_grpo --loss opmd --per constant --epochs 2 --reset --lr 5e-5 --steps 40 --max_new 160 --out $K/rl "$@"
 
-python model.py merge $K/rl $OUT/sft --out $K/merge
+python configs/merge.py $K/rl $OUT/sft --out $K/merge
 python reward.py label --policy $K/rl --families arith --by exact --k 8 --n 2000 --max_new 160 --select shortest --out $K/shortest "$@"
 python sft.py --init $K/rl --data $K/shortest/pairs.jsonl --steps 60 --lr 1e-3 --muon_lr 1e-3 --out $K/shortest_sft "$@"
 python reward.py label --policy $K/rl --families arith --by exact --k 8 --n 2000 --max_new 160 --select short_pairs --out $K/short_pairs "$@"

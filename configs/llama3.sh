@@ -25,7 +25,7 @@ for round in 1 2; do
   for lr in 5e-5 1e-4; do
     python dpo.py --init $dir/sft --data $dir/pairs/pairs.jsonl --mask_end --nll_coef 0.2 --lr $lr --out $dir/dpo_$lr "$@"
   done
-  python model.py merge $dir/dpo_5e-5 $dir/dpo_1e-4 --out $dir/policy
+  python configs/merge.py $dir/dpo_5e-5 $dir/dpo_1e-4 --out $dir/policy
   policy=$dir/policy
 done
 python reward.py compare $OUT/sft $OUT/llama3/round1/policy $OUT/llama3/round2/policy "$@"

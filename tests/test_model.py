@@ -1,9 +1,9 @@
-"""model.py against slow, obvious oracles; the names give the row of PITFALLS.md that a test protects against (p03 = row 3).
+"""model.py against slow, obvious oracles; a name gives the silent bug that a test protects against (p03: the third of
+tests/README.md).
 
 Most models here are float64 with large random weights, so that "equal" can mean 1e-10 and no mistake hides in noise.
 """
 import ast
-import base64
 import contextlib
 import copy
 import errno
@@ -18,7 +18,6 @@ import resource
 import struct
 import subprocess
 import sys
-import warnings
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -32,10 +31,10 @@ import torch.nn.functional as F
 import data
 import model as M
 import sft
-from data import Tokenizer, UserError, collate, pack
-from model import (GPT, Cache, GPTConfig, Optimizer, Reward, Setup, attend, generate, load_model, load_tensors,
+from data import OptionError, Tokenizer, UserError, collate, pack
+from model import (GPT, Cache, GPTConfig, Optimizer, Reward, Rollout, Setup, attend, generate, load_model, load_tensors,
                    per_token, reference, response_scores, sample, save_checkpoint, save_tensors, setup, slices, steps,
-                   token_logprobs, token_scores)
+                   token_logprobs, token_scores, write_model)
 from policies import NOTHING, teach
 
 ROOT = Path(M.__file__).parent
@@ -61,7 +60,7 @@ class Twelve(Eleven):
 
 TOK = Eleven()
 
-# ------------------------------------------------------------------------------------------------ helpers, oracles
+# ------------------------------------------------------------------------------------------------ models, oracles
 
 
 def gpt(seed=0, dtype=torch.float64, std=.3, tok=TOK, **size):
@@ -75,12 +74,22 @@ def gpt(seed=0, dtype=torch.float64, std=.3, tok=TOK, **size):
     return model
 
 
+def tiny(**options):
+    """A small reward model, in fp32."""
+    return gpt(dtype=torch.float32, n_layer=1, n_embd=8, **dict(n_scores=1) | options)
+
+
 def weights(model):
     return {name: p.detach().double().numpy() for name, p in model.state_dict().items()}
 
 
+def bits(model):
+    """{name: the bytes of the weight}."""
+    return {name: t.numpy().tobytes() for name, t in model.state_dict().items()}
+
+
 def gpt2(model, ids):
-    """GPT-2 written from its paper, one head and one query at a time: ids -> (states (T, C), logits (T, V)), float64."""
+    """GPT-2 written from its paper, one head and one query at a time: ids -> states (T, C), logits (T, V), float64."""
     w, H = weights(model), model.config.n_head
     D = model.config.n_embd // H
 
@@ -90,6 +99,7 @@ def gpt2(model, ids):
 
     def linear(x, name):
         return x @ w[name + ".weight"] + w[name + ".bias"]
+
     x = np.array([w["transformer.wte.weight"][t] + w["transformer.wpe.weight"][i] for i, t in enumerate(ids)])
     for layer in range(model.config.n_layer):
         at = f"transformer.h.{layer}."
@@ -125,8 +135,17 @@ def log_softmax(x):
 def oracle_logps(model, ids, temperature=1.0):
     """[log π(ids[t+1] | ids[:t+1])] and the entropies of those distributions, of the row by itself."""
     logps = [log_softmax(row / temperature) for row in alone(model, ids)[1]]
-    return ([float(lp[t]) for lp, t in zip(logps, ids[1:])],
-            [-sum(math.exp(v) * v for v in lp) for lp in logps[:-1]])
+    entropies = [-sum(math.exp(v) * v for v in logp) for logp in logps[:-1]]
+    return [float(logp[t]) for logp, t in zip(logps, ids[1:])], entropies
+
+
+def oracle_sum(model, rows, temperature=1.0):
+    """[Σ log π of the targets] of each row by itself."""
+    sums = []
+    for ids, target in rows:
+        logp, _ = oracle_logps(model, ids, temperature)
+        sums.append(sum(x for x, counts in zip(logp, target[1:]) if counts))
+    return sums
 
 
 def random_rows(lengths, seed=0, low=1):
@@ -136,6 +155,7 @@ def random_rows(lengths, seed=0, low=1):
 
 
 ROWS = random_rows([(1, 3), (4, 9), (9, 1), (2, 14), (6, 4)])
+BATCH = collate(ROWS, TOK)  # tokens (5, 16), mask (5, 15)
 
 
 def gradients(model, loss):
@@ -145,44 +165,16 @@ def gradients(model, loss):
 
 
 def close(a, b, tol=1e-10):
-    a, b = (x.detach().double() if isinstance(x, torch.Tensor) else torch.as_tensor(np.array(x)).double() for x in (a, b))
+    a, b = (torch.as_tensor(x.detach() if isinstance(x, torch.Tensor) else np.array(x)).double() for x in (a, b))
     assert a.shape == b.shape, (a.shape, b.shape)   # never compare by broadcasting
     assert torch.allclose(a, b, rtol=tol, atol=tol), float((a - b).abs().max())
 
 
-def rollout(model, prompts, max_new=16, seed=1, tok=TOK, **kw):
-    torch.manual_seed(seed)
-    model.tok = tok
-    return generate(model, prompts, max_new, **kw)
-
-
-def same(a, b):
-    """Two rollouts are the same to the bit."""
-    return all(torch.equal(getattr(a, k), getattr(b, k)) for k in ("tokens", "mask", "logp", "finished"))
-
-
-def check_logps(model, roll, temperature=1.0, tol=1e-10):
-    """What the sampler stored is what an independent forward of each row alone gives, and 0 elsewhere."""
-    for ids, mask, logp, start, n in zip(roll.tokens.tolist(), roll.mask, roll.logp, roll.prompt_len, roll.lengths):
-        want = np.zeros(len(mask))
-        want[start - 1:n - 1] = oracle_logps(model, ids[:n], temperature)[0][start - 1:]
-        close(logp, want, tol)
-
-
-def scripted(prompts, answers, **size):
-    """A model that is certain to go on from each of these prompts as told."""
-    model = gpt(**size)
-    tokens, mask = collate([(p + a, [0] * len(p) + [1] * len(a)) for p, a in zip(prompts, answers)], TOK)
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=300, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = -token_logprobs(model, tokens, mask).sum()
-        loss.backward()
-        return loss
-    optimizer.step(closure)
-    assert closure() < .01
-    return model
+def refused(match, call, *args, kind=UserError, **options):
+    """The call is a UserError of one line that says this."""
+    with pytest.raises(kind, match=match) as error:
+        call(*args, **options)
+    assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -198,29 +190,15 @@ def test_forward_equals_a_gpt2_written_in_numpy(length):
     close(model.logits(hidden)[0], logits)
 
 
-def test_parameter_names_are_hugging_faces():
-    # a name of our own, and they could not load what we write
-    parts = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-    want = ["transformer.wte.weight", "transformer.wpe.weight"] + [
-        f"transformer.{part}.{kind}" for part in [f"h.{i}.{p}" for i in range(2) for p in parts] + ["ln_f"]
-        for kind in ("weight", "bias")]
-    assert sorted(gpt().state_dict()) == sorted(want)
-
-
-def test_initial_loss_is_ln_v():
-    # too large an initialisation starts with confident nonsense
+def test_a_new_model_starts_at_ln_v_with_small_residuals_and_a_head_of_zeros():
+    # too large, it starts with confident nonsense; without 1/sqrt(2 n_layer) the residual stream grows with depth
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=100, block_size=16, n_layer=4, n_head=2, n_embd=32))
+    model = GPT(GPTConfig(vocab_size=100, n_layer=8, n_embd=64))
     tokens = torch.randint(0, 100, (8, 16))
     assert abs(-token_logprobs(model, tokens, torch.ones(8, 15)).mean() - math.log(100)) < .05
-
-
-def test_initial_residual_projections_are_scaled_by_depth():
-    # without 1/sqrt(2 n_layer) the residual stream grows with depth
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=8, n_embd=64))
     close(model.transformer.h[3].mlp.c_proj.weight.std(), .02 / 4, .001)
     close(model.transformer.h[3].mlp.c_fc.weight.std(), .02, .002)
+    assert not GPT(GPTConfig(n_scores=2)).score.weight.any()                # a random head is a random baseline
 
 
 @pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, .03)])
@@ -242,7 +220,7 @@ def test_attend_equals_torchs_kernel(T, masked, dtype, tol):
         close(a, b, 3 * tol)
 
 
-@pytest.mark.parametrize("pads", range(6))
+@pytest.mark.parametrize("pads", [0, 1, 5])
 def test_p02_padding_changes_no_logit_of_a_real_token(pads):
     # left padding, or positions counted from the padded end, would shift every position
     model, rng = gpt(), random.Random(pads)
@@ -273,30 +251,16 @@ def test_p03_kv_cache_equals_the_full_forward_at_every_step_for_any_prefill_chun
             close(h[0], alone(model, row[:n + i + 1])[0][-1])
 
 
-def test_cache_select_keeps_and_repeats_rows():
-    # a group's samples must continue their own prompt
-    cache = Cache(gpt(), 3, 16)
-    cache.k += torch.arange(3.)[None, :, None, None, None]
-    cache.select(torch.tensor([2, 0, 0]))
-    assert cache.k[0, :, 0, 0, 0].tolist() == [2, 0, 0] and cache.v.shape == cache.k.shape
-
-
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_gradient_checkpointing_changes_no_gradient(dropout, packed):
     # recomputing with other dropout masks, or without the mask of packed rows, would give the gradient of nothing
     model, grads = gpt(block_size=32, dropout=dropout).train(), []
-    tokens, mask, pos, see = pack(ROWS, TOK, 32) if packed else (*collate(ROWS, TOK), None, None)
+    tokens, mask, pos, see = pack(ROWS, TOK, 32) if packed else (*BATCH, None, None)
     for model.grad_checkpoint in (False, True):
         torch.manual_seed(0)
         grads.append(gradients(model, token_logprobs(model, tokens, mask, pos=pos, see=see).sum()))
     close(*grads, 1e-9)
-
-
-@pytest.mark.parametrize("size", [dict(n_embd=18, n_head=4), dict(block_size=20)])
-def test_impossible_model_sizes_are_refused_by_name(size):
-    with pytest.raises(UserError, match=list(size)[0]):
-        GPTConfig(**size)
 
 
 # ------------------------------------------------------------------------------------------------ log-probabilities
@@ -306,8 +270,7 @@ def test_impossible_model_sizes_are_refused_by_name(size):
 def test_p10_token_logprobs_and_entropy_equal_a_slow_loop_at_any_temperature(temperature):
     # a log-prob at another temperature than the sampler's makes every importance ratio wrong
     model = gpt()
-    tokens, mask = collate(ROWS, TOK)
-    logp, entropy = token_logprobs(model, tokens, mask, temperature, entropy=True)
+    logp, entropy = token_logprobs(model, *BATCH, temperature, entropy=True)
     for b, (ids, target) in enumerate(ROWS):
         for got, want in zip((logp, entropy), oracle_logps(model, ids, temperature)):
             want = [x if m else 0.0 for x, m in zip(want, target[1:])]
@@ -318,82 +281,50 @@ def test_p10_token_logprobs_and_entropy_equal_a_slow_loop_at_any_temperature(tem
 @pytest.mark.parametrize("chunk", [1, 3, 8192])
 def test_gradients_of_logp_and_entropy_equal_autograd_of_the_plain_formula_chunked_or_not(chunk, temperature):
     # the chunks are recomputed in the backward pass: a bug there shows in the gradient only
-    model = gpt()
-    tokens, mask = collate(ROWS, TOK)
+    model, (tokens, mask) = gpt(), BATCH
     c = torch.randn(2, *mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def plain():
-        logps = (model(tokens[:, :-1]) @ model.transformer.wte.weight[:V].T / temperature).log_softmax(-1)
+        logps = (model.logits(model(tokens[:, :-1])) / temperature).log_softmax(-1)
         return logps.gather(-1, tokens[:, 1:, None])[..., 0] * mask, -(logps.exp() * logps).sum(-1) * mask
+
     both = token_logprobs(model, tokens, mask, temperature, entropy=True, chunk=chunk)
-    close(gradients(model, sum((c * torch.stack(both)).flatten())),
-          gradients(model, sum((c * torch.stack(plain())).flatten())))
+    close(gradients(model, (c * torch.stack(both)).sum()), gradients(model, (c * torch.stack(plain())).sum()))
     only = token_logprobs(model, tokens, mask, temperature, chunk=chunk)
     close(only, both[0])
     close(gradients(model, (c[0] * only).sum()), gradients(model, (c[0] * plain()[0]).sum()))
 
 
-def test_gradient_equals_finite_differences():
-    # autograd against autograd could share a mistake
-    model, direction = gpt(), gpt(seed=5)
-    tokens, mask = collate(ROWS[:2], TOK)
-    along = float(gradients(model, token_logprobs(model, tokens, mask, .8).sum())
-                  @ torch.cat([p.detach().flatten() for p in direction.parameters()]))
-    values = []
-    for h in (1e-5, -1e-5):
-        moved = copy.deepcopy(model)
-        for p, d in zip(moved.parameters(), direction.parameters()):
-            p.data += h * d.data
-        values.append(sum(x for ids, target in ROWS[:2]
-                          for x, m in zip(oracle_logps(moved, ids, .8)[0], target[1:]) if m))
-    close(along, (values[0] - values[1]) / 2e-5, 1e-6)
-
-
-def test_p04_gradient_lands_exactly_on_the_predecessors_of_response_tokens():
-    # off by one, the first response token is never trained
+def test_p04_p06_gradient_lands_exactly_on_the_predecessors_of_response_tokens():
+    # off by one, the first response token is never trained; prompts trained on barely move the loss
     model, kept = gpt(), []
     model.register_forward_hook(lambda module, args, out: kept.append(out))
-    tokens, mask = collate(ROWS, TOK)
-    loss = token_logprobs(model, tokens, mask).sum()
+    loss = token_logprobs(model, *BATCH).sum()
     hit = torch.autograd.grad(loss, kept[0])[0].abs().sum(-1) > 0
     for b, (ids, target) in enumerate(ROWS):
         assert [t + 1 for t in hit[b].nonzero()[:, 0].tolist()] == [t for t, m in enumerate(target) if m]
-
-
-def test_p06_prompt_labels_do_not_reach_the_loss_but_the_end_token_does():
-    # training on prompts barely moves the loss; a masked end token never stops
-    model = gpt()
-    ids, target = [3, 4, 5, 6, END], [0, 0, 0, 1, 1]
-    tokens, mask = collate([(ids, target)], TOK)
-    logp = token_logprobs(model, tokens, mask)[0]
-    assert [t + 1 for t in logp.nonzero()[:, 0].tolist()] == [3, 4]
-    close(logp[2:4], oracle_logps(model, ids)[0][2:])
 
 
 @pytest.mark.parametrize("split", [[[0], [1], [2], [3], [4]], [[0, 3], [1, 2, 4]], [[4, 2, 0, 1, 3]]], ids=str)
 def test_p07_summed_gradients_are_equal_under_every_micro_split(split):
     # a mean inside would weigh short rows more
     model = gpt()
-    whole = gradients(model, token_logprobs(model, *collate(ROWS, TOK)).sum())
     parts = [gradients(model, token_logprobs(model, *collate([ROWS[i] for i in part], TOK)).sum()) for part in split]
-    close(sum(parts), whole)
+    close(sum(parts), gradients(model, token_logprobs(model, *BATCH).sum()))
 
 
 @pytest.mark.parametrize("extra", [0, 16, 32])
 def test_p22_extra_padding_changes_neither_log_probs_nor_their_sum(extra):
     # a length taken from the padded tensor makes beta depend on the batch
-    model = gpt(block_size=48)
-    tokens, mask = collate(ROWS, TOK)
-    want = [sum(x for x, m in zip(oracle_logps(model, ids)[0], target[1:]) if m) for ids, target in ROWS]
+    model, (tokens, mask) = gpt(block_size=48), BATCH
     logp = token_logprobs(model, F.pad(tokens, (0, extra), value=PAD), F.pad(mask, (0, extra)))
     assert logp.shape == (5, 15 + extra)
-    close(logp.sum(1), want)
+    close(logp.sum(1), oracle_sum(model, ROWS))
 
 
 def test_p25_fully_masked_batch_gives_zero_and_a_finite_gradient():
     # a mean over no token is NaN
-    model = gpt()
-    tokens, mask = collate(ROWS, TOK)
+    model, (tokens, mask) = gpt(), BATCH
     for chunk in (2, 8192):
         logp, entropy = token_logprobs(model, tokens, mask * 0, entropy=True, chunk=chunk)
         assert not logp.any() and not entropy.any()
@@ -401,47 +332,23 @@ def test_p25_fully_masked_batch_gives_zero_and_a_finite_gradient():
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e9])
-def test_p35_poisoned_states_outside_the_mask_change_neither_value_nor_gradient(poison):
+@pytest.mark.parametrize("function", [lambda *args: torch.stack(token_logprobs(*args, entropy=True)), token_scores],
+                         ids=["logp, entropy", "scores"])
+def test_p35_poisoned_states_outside_the_mask_change_neither_value_nor_gradient(function, poison):
     # 0 * NaN is NaN: a mask must select, not multiply
-    model = gpt()
-    tokens, mask = collate(ROWS, TOK)
-    clean = token_logprobs(model, tokens, mask, entropy=True)
-    want = gradients(model, sum(x.sum() for x in clean))
-    hook = model.register_forward_hook(lambda m, i, out: torch.where(mask.bool()[..., None], out, poison))
-    got = token_logprobs(model, tokens, mask, entropy=True)
-    for a, b in zip(got, clean):
-        assert torch.equal(a, b)
-    close(gradients(model, sum(x.sum() for x in got)), want)
-    hook.remove()
-
-
-def test_p35_poisoned_padding_changes_neither_value_nor_gradient():
-    # what stands on the padding must not exist
-    model = gpt()
-    rows = [(ids[:8], target[:7] + [1]) for ids, target in ROWS if len(ids) > 8]
-    tokens, mask = collate(rows, TOK)
-    clean = token_logprobs(model, tokens, mask)
-    want = gradients(model, clean.sum())
-    tokens[:, 8:] = torch.randint(0, V, tokens[:, 8:].shape)
-    poisoned = token_logprobs(model, tokens, mask)
-    close(poisoned, clean)
-    close(gradients(model, poisoned.sum()), want)
-
-
-def test_p36_entropy_lies_between_0_and_ln_v_and_is_0_on_padding():
-    # log-probs of padding averaged in have been reported as negative entropy for twenty months
-    tokens, mask = collate(ROWS, TOK)
-    for std, low, high in ((0, 1 - 1e-9, 1 + 1e-9), (.3, .01, 1), (30, -1e-9, .1)):
-        _, entropy = token_logprobs(gpt(std=std), tokens, mask, entropy=True)
-        share = entropy[mask.bool()] / math.log(V)
-        assert share.min() >= -1e-12 and share.max() <= high and share.mean() >= low
-        assert not entropy[~mask.bool()].any()
+    model, (tokens, mask) = gpt(n_scores=1), BATCH
+    clean = function(model, tokens, mask)
+    want = gradients(model, clean.square().sum())
+    model.register_forward_hook(lambda m, i, out: torch.where(mask.bool()[..., None], out, poison))
+    got = function(model, tokens, mask)
+    assert torch.equal(got, clean)
+    close(gradients(model, got.square().sum()), want)
 
 
 def test_p40_log_softmax_is_fp32_under_bf16_autocast():
     # in bf16 a log-prob of -3.02 is -3.03: every ratio would carry 1% of noise
     model, critic = gpt(dtype=torch.float32), gpt(dtype=torch.float32, n_scores=1)
-    tokens, mask = collate(ROWS, TOK)
+    tokens, mask = BATCH
     model.precision = critic.precision = "bf16"
     logp, entropy = token_logprobs(model, tokens, mask, .7, entropy=True)
     logits = model.logits(model(tokens[:, :-1]))
@@ -457,16 +364,13 @@ def test_p40_fp32_master_weights_move_under_bf16_autocast_at_a_tiny_learning_rat
     # bf16 weights round an update of 1e-6 away: 1.9% of them moved
     model = gpt(dtype=torch.float32).train()
     model.precision = "bf16"
-    before, opt = [p.detach().clone() for p in model.parameters()], Optimizer(model, 1e-6, 20, weight_decay=0)
-    tokens, mask = collate(ROWS, TOK)
-    tokens[:, 1:][mask.bool()] = torch.randint(0, V, (int(mask.sum()),))
+    before, opt = copy.deepcopy(model.state_dict()), Optimizer(model, 1e-6, 20, weight_decay=0)
     for step in range(10):
-        loss = -token_logprobs(model, tokens, mask).sum()
-        loss.backward()
+        (-token_logprobs(model, *BATCH).sum()).backward()
         opt.step(step)
+    inside = [name for name in before if ".h." in name and "weight" in name]
     assert all(p.dtype == torch.float32 for p in model.parameters())
-    moved = torch.cat([(a != b).flatten() for (n, a), b in zip(model.named_parameters(), before)
-                       if ".h." in n and "weight" in n])
+    moved = torch.cat([(model.state_dict()[name] != before[name]).flatten() for name in inside])
     assert moved.float().mean() > .99
 
 
@@ -479,17 +383,21 @@ def test_p52_packed_rows_are_the_sum_of_separate_rows_values_and_gradients():
     assert (tokens != PAD).sum(1).max() > 20                    # something was packed
     want = sorted(x for ids, target in rows for x, m in zip(oracle_logps(model, ids)[0], target[1:]) if m)
     close(logp[mask.bool()].sort().values, want)
-    alone = sum(gradients(model, token_logprobs(model, *collate([row], TOK)).sum()) for row in rows)
-    close(gradients(model, logp.sum()), alone)
+    apart = sum(gradients(model, token_logprobs(model, *collate([row], TOK)).sum()) for row in rows)
+    close(gradients(model, logp.sum()), apart)
 
 
-def test_the_head_runs_on_response_positions_only_and_in_chunks(monkeypatch):
-    # a (B, T, V) tensor is what runs out of memory first
-    model, seen = gpt(), []
-    tokens, mask = collate(ROWS, TOK)
-    monkeypatch.setattr(model, "logits", lambda h: seen.append(len(h)) or GPT.logits(model, h))
-    token_logprobs(model, tokens, mask, chunk=7)
-    assert max(seen) <= 7 and sum(seen) == mask.sum()
+def test_the_head_runs_on_response_positions_only_in_chunks_and_again_in_the_backward_pass(monkeypatch):
+    # a (B, T, V) tensor is what runs out of memory first; in one chunk, or without a gradient, nothing runs twice
+    model, seen, total = gpt(), [], int(BATCH[1].sum())
+    monkeypatch.setattr(model, "logits", lambda hidden: seen.append(len(hidden)) or GPT.logits(model, hidden))
+    for chunk, grad, times in ((7, True, 2), (7, False, 1), (total, True, 1)):
+        seen.clear()
+        with torch.set_grad_enabled(grad):
+            out = token_logprobs(model, *BATCH, chunk=chunk)
+        if grad:
+            out.sum().backward()
+        assert max(seen) <= chunk and sum(seen) == times * total
 
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -504,41 +412,22 @@ def test_p27_response_score_reads_the_last_response_token_whatever_the_padding_a
             ([1, END], [0, 1]), *ROWS]
     tokens, mask = collate(rows, TOK)
     got = response_scores(model, F.pad(tokens, (0, extra), value=7), F.pad(mask, (0, extra)))
-    w = weights(model)
     assert got.shape == (len(rows), 3)
-    for ids, score, one in zip((ids for ids, _ in rows), got, rows):
-        want = alone(model, ids)[0][-1] @ w["score.weight"].T
+    for row, score in zip(rows, got):
+        want = alone(model, row[0])[0][-1] @ weights(model)["score.weight"].T
         close(score, want)
-        close(response_scores(model, *collate([one], TOK))[0], want)
+        close(response_scores(model, *collate([row], TOK))[0], want)
 
 
 def test_p33_token_scores_are_v_of_the_state_before_each_token_and_of_shape_b_t():
     # one step late, V has seen the action; with a last dimension of 1, (N,1)-(N,) broadcasts
-    model = gpt(n_scores=2)
-    tokens, mask = collate(ROWS, TOK)
-    values, w = token_scores(model, tokens, mask), weights(model)
+    model, (tokens, mask) = gpt(n_scores=2), BATCH
+    values = token_scores(model, tokens, mask)
     assert values.shape == mask.shape
     for b, (ids, target) in enumerate(ROWS):
-        states = alone(model, ids)[0] @ w["score.weight"][0]
+        states = alone(model, ids)[0] @ weights(model)["score.weight"][0]
         close(values[b, :len(ids) - 1], states[:-1] * np.array(target[1:]))
         assert not values[b, len(ids) - 1:].any()
-
-
-@pytest.mark.parametrize("poison", [float("nan"), 1e9])
-def test_p35_poisoned_states_outside_the_mask_do_not_reach_the_value_loss(poison):
-    model = gpt(n_scores=1)
-    tokens, mask = collate(ROWS, TOK)
-    clean = token_scores(model, tokens, mask)
-    want = gradients(model, clean.pow(2).sum())
-    model.register_forward_hook(lambda m, i, out: torch.where(mask.bool()[..., None], out, poison))
-    got = token_scores(model, tokens, mask)
-    close(got, clean)
-    close(gradients(model, got.pow(2).sum()), want)
-
-
-def test_score_head_starts_at_zero():
-    # a random head is a random baseline
-    assert not gpt(std=0).score and not GPT(GPTConfig(n_scores=2)).score.weight.any()
 
 
 # ------------------------------------------------------------------------------------------------ one draw
@@ -550,7 +439,8 @@ def kept(logits, temperature=1.0, top_k=0, top_p=1.0):
     for limit in ("k", "p"):
         order, keep, total = sorted(range(len(p)), key=lambda i: -p[i]), [], 0.0
         for i in order:
-            if limit == "k" and top_k and len(keep) == top_k or limit == "p" and top_p < 1 and keep and total >= top_p:
+            enough = limit == "k" and top_k and len(keep) == top_k
+            if enough or (limit == "p" and top_p < 1 and keep and total >= top_p):
                 break
             keep.append(i)
             total += p[i]
@@ -573,9 +463,6 @@ def test_p11_the_measure_of_u_that_maps_to_a_token_is_its_probability_and_the_ke
     close(torch.bincount(token, minlength=V) / n, p, 1.01 / n)
     assert p[token.numpy()].min() > 0
     close(logp.exp(), p[token.numpy()])
-    drawn = {int(t): float(lp) for t, lp in zip(token, logp)}
-    if min(p[p > 0]) > 1 / n:
-        assert abs(sum(math.exp(lp) for lp in drawn.values()) - 1) < 1e-10
 
 
 def test_p11_no_trainer_offers_or_uses_top_k_or_top_p():
@@ -604,108 +491,144 @@ def test_p53_a_token_of_probability_0_is_never_drawn_at_the_extremes_of_u(extrem
         assert (p > 0).all()
 
 
-def test_greedy_is_the_argmax_and_draws_nothing_at_random():
-    logits = torch.randn(50, V)
-    for u in (0.0, .999):
-        token, logp = sample(logits, torch.full((50,), u), temperature=0)
-        assert token.tolist() == [max(range(V), key=lambda i: row[i]) for row in logits.tolist()]
-        assert not logp.any()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [dict(), dict(temperature=0), dict(top_k=2, top_p=.9)], ids=str)
+def test_a_draw_from_no_distribution_is_a_token_of_log_probability_nan(kind, dtype):
+    logits = torch.randn(5, V, dtype=dtype)
+    logits[1, 4], logits[3, 0], logits[4] = float("nan"), float("inf"), -float("inf")
+    token, logp = sample(logits, torch.rand(5, dtype=dtype), **kind)
+    assert ((token >= 0) & (token < V)).all() and logp.isnan().tolist() == [False, True, False, True, True]
 
 
 # ------------------------------------------------------------------------------------------------ rollouts
 
 RAGGED = [ids for ids, _ in random_rows([(n, 0) for n in range(1, 16)], seed=3)]
+ENDLESS = SimpleNamespace(pad=PAD, end=-1)  # no token ends a response
 
 
-@pytest.mark.parametrize("drop", [True, False])
+@pytest.fixture(params=[True, False])
+def drop(request, monkeypatch):
+    """With and without dropping finished rows from the batch, which the sampler does where it looks for them."""
+    if not request.param:
+        monkeypatch.setitem(M.LOOK, "cpu", 10 ** 9)
+
+
+def rollout(model, prompts, max_new=16, seed=1, tok=TOK, **options):
+    torch.manual_seed(seed)
+    model.tok = tok
+    return generate(model, prompts, max_new, **options)
+
+
+def same(a, b):
+    """Two rollouts are the same to the bit."""
+    return all(torch.equal(getattr(a, k), getattr(b, k)) for k in ("tokens", "mask", "logp", "finished"))
+
+
+def check_logps(model, roll, tol=1e-10, given=0, **cut):
+    """What the sampler stored is what an independent forward of each row alone gives, and 0 elsewhere; given: tokens
+    that each response was made to begin with."""
+    for ids, logp, start, n in zip(roll.tokens.tolist(), roll.logp, roll.prompt_len, roll.lengths):
+        want, logits = np.zeros(len(logp)), alone(model, ids[:n])[1]
+        for t in range(start + given, n):
+            want[t - 1] = math.log(kept(logits[t - 1], **cut)[ids[t]])
+        close(logp, want, tol)
+
+
+def scripted(prompts, answers, **size):
+    """A model that is certain to go on from each of these prompts as told."""
+    model = gpt(**size)
+    tokens, mask = collate([(p + a, [0] * len(p) + [1] * len(a)) for p, a in zip(prompts, answers)], TOK)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = -token_logprobs(model, tokens, mask).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert closure() < .01
+    return model
+
+
 @pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_p03_p09_stored_log_probs_equal_an_independent_forward_for_ragged_prompts(dtype, tol, drop):
     # the tensor handed to the trainer is the one that was sampled; a cache bug or re-encoding breaks the equality
     model = gpt(dtype=dtype, std=.2)
-    roll = rollout(model, RAGGED, n=2, drop_finished=drop)
-    check_logps(model, roll, tol=tol)
+    roll = rollout(model, RAGGED, n=2)
+    check_logps(model, roll, tol)
     close(token_logprobs(model, roll.tokens, roll.mask), roll.logp, tol)    # as the trainer computes them
-    assert roll.finished.any() and not roll.finished.all() and roll.prompt_len == [n for n in range(1, 16) for _ in "ab"]
+    assert roll.finished.any() and not roll.finished.all()
+    assert roll.prompt_len == [len(prompt) for prompt in RAGGED for _ in range(2)]
     for i, row in enumerate(roll.tokens.tolist()):
-        assert row[:roll.prompt_len[i]] == RAGGED[i // 2]                   # prompt-major
+        assert row[:roll.prompt_len[i]] == RAGGED[i // 2]                   # prompt by prompt
 
 
 @pytest.mark.parametrize("max_new", [1, 2, 5, 40])
 def test_stored_log_probs_equal_an_independent_forward_in_a_context_longer_than_the_batch(max_new):
-    # the cache is narrower than the context there, and grows in steps of 16
+    # the cache is narrower than the context there, and grows in steps
     model = gpt(block_size=48)
-    roll = rollout(model, RAGGED[::3], max_new, n=2, tok=SimpleNamespace(pad=PAD, end=-1))     # none ever ends
+    roll = rollout(model, RAGGED[::3], max_new, n=2, tok=ENDLESS)
     check_logps(model, roll)
     assert max(roll.mask.sum(1)) == min(max_new, 40)
 
 
-@pytest.mark.parametrize("temperature", [.5, 1.5])
-def test_p10_stored_log_probs_are_at_the_sampling_temperature(temperature):
+@pytest.mark.parametrize("cut", [dict(temperature=.5), dict(temperature=1.5), dict(temperature=.9, top_k=5, top_p=.8)],
+                         ids=str)
+def test_p10_p11_stored_log_probs_are_those_of_the_distribution_that_was_sampled(cut):
     model = gpt()
-    check_logps(model, rollout(model, RAGGED[:6], n=2, max_new=8, temperature=temperature), temperature)
-
-
-def test_p11_stored_log_probs_of_a_truncated_chat_are_those_of_the_kept_set():
-    model, cut = gpt(), dict(temperature=.9, top_k=5, top_p=.8)
-    roll = rollout(model, RAGGED[:6], max_new=8, **cut)
-    for ids, logp, start, n in zip(roll.tokens.tolist(), roll.logp, roll.prompt_len, roll.lengths):
-        logits = alone(model, ids[:n])[1]
-        close(logp[start - 1:n - 1].exp(), [kept(logits[t - 1], **cut)[ids[t]] for t in range(start, n)])
+    check_logps(model, rollout(model, RAGGED[:6], n=2, max_new=8, **cut), **cut)
 
 
 def test_rollouts_occur_as_often_as_their_stored_probability_says():
     # a chi-square over all pairs of tokens: rows or steps that share a random number would show
     model, n = gpt(vocab_size=4, std=.2), 6000
-    roll = rollout(model, [[1, 2]], 2, n=n, tok=SimpleNamespace(pad=0, end=-1))
-    seen = {}
+    roll, seen = rollout(model, [[1, 2]], 2, n=n, tok=ENDLESS), {}
     for pair, logp in zip(roll.tokens[:, 2:4].tolist(), roll.logp.sum(1).tolist()):
         seen.setdefault(tuple(pair), []).append(math.exp(logp))
-    want = {}
-    for a in range(4):
-        for b in range(4):
-            want[a, b] = math.exp(sum(oracle_logps(model, [1, 2, a, b])[0][1:]))
-    chi2 = sum((len(seen.get(k, [])) - n * p) ** 2 / (n * p) for k, p in want.items())
+    chi2 = 0
+    for pair in [(a, b) for a in range(4) for b in range(4)]:
+        p, times = math.exp(sum(oracle_logps(model, [1, 2, *pair])[0][1:])), seen.get(pair, [])
+        close(times, [p] * len(times))
+        chi2 += (len(times) - n * p) ** 2 / (n * p)
     assert chi2 < 37.7                                      # 15 degrees of freedom, one in a thousand
-    for pair, ps in seen.items():
-        close(ps, [want[pair]] * len(ps))
 
 
 def test_greedy_generation_follows_the_argmax_of_the_full_forward():
     model = gpt()
     roll = rollout(model, RAGGED[:8], 6, temperature=0)
+    assert not roll.logp.any()
     for ids, start, n in zip(roll.tokens.tolist(), roll.prompt_len, roll.lengths):
         for t in range(start, n):
             assert ids[t] == int(alone(model, ids[:t])[1][-1].argmax())
 
 
 @pytest.mark.parametrize("n, max_new", [(1, 16), (4, 16), (3, 3)])
-def test_dropping_finished_rows_and_sharing_the_prefill_change_no_token(n, max_new):
+def test_dropping_finished_rows_and_sharing_the_prefill_change_no_token(n, max_new, monkeypatch):
     # what a row draws must not depend on who else is still in the batch
     model = gpt(std=.2)
     roll = rollout(model, RAGGED, max_new, n=n)
-    slow = rollout(model, RAGGED, max_new, n=n, drop_finished=False)
     apart = rollout(model, [p for p in RAGGED for _ in range(n)], max_new)
+    monkeypatch.setitem(M.LOOK, "cpu", 10 ** 9)
+    slow = rollout(model, RAGGED, max_new, n=n)
     for other in (slow, apart):
         assert torch.equal(roll.tokens, other.tokens) and torch.equal(roll.finished, other.finished)
         assert torch.equal(roll.mask, other.mask)
         close(roll.logp, other.logp)
 
 
-def test_a_seed_gives_the_same_rollout_and_other_rows_and_seeds_other_ones():
-    model = gpt()
-    a, b, c = (rollout(model, [[1, 2]], n=8, seed=s) for s in (1, 1, 2))
-    assert same(a, b) and not torch.equal(a.tokens, c.tokens) and len({tuple(r) for r in a.tokens.tolist()}) > 4
-
-
-def test_p02_the_pad_id_never_reaches_a_prompt_or_a_sample():
+def test_p02_p18_neither_the_pad_id_nor_what_stands_behind_the_end_matters():
     # short prompts are prefilled with padding on their right, which their samples must not see
-    model = gpt()
+    model = gpt(std=.2)
     a, b = (rollout(model, RAGGED, n=2, tok=SimpleNamespace(pad=pad, end=END)) for pad in (0, 7))
     assert torch.equal(a.mask, b.mask) and torch.equal(a.tokens[:, 1:] * a.mask.long(), b.tokens[:, 1:] * b.mask.long())
     close(a.logp, b.logp)
+    beyond = torch.arange(16) >= torch.tensor(a.lengths)[:, None]
+    assert (a.tokens[beyond] == PAD).all() and beyond.any()
+    junk = torch.where(beyond, torch.randint(0, V, a.tokens.shape), a.tokens)
+    close(token_logprobs(model, junk, a.mask), a.logp)
 
 
-@pytest.mark.parametrize("drop", [True, False])
 def test_p18_p34_finished_and_truncated_rows_and_nothing_after_the_end(drop):
     # end in the last slot, absent, or only in the prompt; a token after the end would be trained
     plan = [1, 2, 3, 4, 5, 6, 7, 8, END, 1, 2, 3, 4, 5, 6, 7]
@@ -715,7 +638,7 @@ def test_p18_p34_finished_and_truncated_rows_and_nothing_after_the_end(drop):
     model = scripted(prompts, [plan[len(p):] for p in prompts])
     want = [5, 5, 4, 1, 5, 5, 5, 3, 1]                      # tokens of each response at max_new 5
     ends = [False, True, True, True, False, False, True, False, False]
-    roll = rollout(model, prompts, 5, drop_finished=drop)
+    roll = rollout(model, prompts, 5)
     assert roll.finished.tolist() == ends and roll.lengths == [len(p) + n for p, n in zip(prompts, want)]
     for i, (p, n) in enumerate(zip(prompts, want)):
         row = p + plan[len(p):len(p) + n]
@@ -726,15 +649,6 @@ def test_p18_p34_finished_and_truncated_rows_and_nothing_after_the_end(drop):
     assert texts == [plan[len(p):len(p) + n - e] for p, n, e in zip(prompts, want, ends)]   # without the end token
 
 
-def test_p18_ids_after_the_end_do_not_affect_the_log_probs():
-    model = gpt(std=.2)
-    roll = rollout(model, RAGGED, n=2)
-    beyond = torch.arange(16) >= torch.tensor(roll.lengths)[:, None]
-    junk = torch.where(beyond, torch.randint(0, V, roll.tokens.shape), roll.tokens)
-    assert (roll.tokens[beyond] == PAD).all() and beyond.any()
-    close(token_logprobs(model, junk, roll.mask), roll.logp)
-
-
 def test_p20_p43_sampling_ignores_dropout_and_restores_the_training_mode():
     # noise in the stored log-probs is noise in every ratio; a policy left in eval mode trains without dropout
     model = gpt(dropout=.5).train()
@@ -743,14 +657,6 @@ def test_p20_p43_sampling_ignores_dropout_and_restores_the_training_mode():
     model.eval()
     rollout(model, RAGGED[:1])
     assert not any(m.training for m in model.modules())
-
-
-def test_p20_scoring_in_eval_mode_is_bit_equal_twice_and_not_in_training_mode():
-    model = gpt(dropout=.5)
-    tokens, mask = collate(ROWS, TOK)
-    frozen = reference(model.train())
-    assert torch.equal(token_logprobs(frozen, tokens, mask), token_logprobs(frozen, tokens, mask))
-    assert not torch.equal(token_logprobs(model, tokens, mask), token_logprobs(model, tokens, mask))
 
 
 def test_p40_a_bf16_rollout_stores_fp32_log_probs():
@@ -776,99 +682,22 @@ def test_p47_padded_vocabulary_rows_have_no_mass_and_are_never_sampled(cut):
         check_logps(model, roll)
 
 
-@pytest.mark.parametrize("length", [15, 16, 17])
-def test_p49_a_prompt_of_block_size_minus_1_is_exact_and_longer_ones_are_refused(length):
+def test_p49_a_prompt_may_leave_room_for_one_token():
     # an overflow crashes, or shifts the positions
-    model, prompts = gpt(), [[3] * length, [1, 2]]
-    if length < 16:
-        roll = rollout(model, prompts, 50)
-        assert roll.lengths[0] == 16 and roll.tokens.shape == (2, 16)
-        check_logps(model, roll)
-    else:
-        with pytest.raises(UserError, match=f"{length}.*16"):
-            rollout(model, prompts, 50)
+    model = gpt()
+    roll = rollout(model, [[3] * 15, [1, 2]], 50)
+    assert roll.lengths[0] == 16 and roll.tokens.shape == (2, 16)
+    check_logps(model, roll)
+    assert rollout(model, [RAGGED[11]], begin=[1, 2, 3]).mask.sum() == 4    # 12 of 16; 3 given, and room for one
 
 
-def test_an_empty_prompt_is_refused():
-    with pytest.raises(UserError, match="empty"):
-        rollout(gpt(), [[1], []])
-
-
-@pytest.mark.parametrize("drop", [True, False])
-@pytest.mark.parametrize("begin, n", [([5], 1), ([7, 3, 9], 1), ([7, 3, 9], 3)])
-def test_p09_responses_made_to_begin_alike_store_log_probs_of_the_drawn_part_only(begin, n, drop):
-    model, prompts, b = gpt(std=.2), RAGGED[:11], len(begin)
-    roll = rollout(model, prompts, 8, n=n, begin=begin, drop_finished=drop)
-    assert roll.prompt_len == [len(p) for p in prompts for _ in range(n)] and len(roll.tokens) == 11 * n
-    for i, (ids, mask, logp, start, end) in enumerate(zip(roll.tokens.tolist(), roll.mask, roll.logp, roll.prompt_len,
-                                                          roll.lengths)):
-        assert ids[:start + b] == prompts[i // n] + begin and list(roll.responses()[i][:b]) == begin
-        assert mask.tolist() == [float(start <= t + 1 < end) for t in range(len(mask))]     # it is part of the response
-        want = np.zeros(len(mask))
-        want[start + b - 1:end - 1] = oracle_logps(model, ids[:end])[0][start + b - 1:]
-        close(logp, want)
-        assert start + b < end <= min(start + b + 8, 16) and not any(ids[end:])
-        assert bool(roll.finished[i]) == (ids[end - 1] == END)
-    assert roll.finished.any() and not roll.finished.all()
-    longer = rollout(model, [p + begin for p in prompts], 8, n=n, drop_finished=drop)       # as if asked that much more
-    assert torch.equal(roll.tokens, longer.tokens) and torch.equal(roll.finished, longer.finished)
-    assert torch.equal(roll.logp, longer.logp) and roll.lengths == longer.lengths
-
-
-def test_p49_what_a_response_begins_with_counts_in_the_context():
-    model, ids = gpt(), RAGGED[11]                                  # 12 of 16
-    assert rollout(model, [ids], begin=[1, 2, 3]).mask.sum() == 4   # 3 given, and room for one
-    for begin in ([1, 2, 3, 4], [1] * 20):
-        with pytest.raises(UserError, match=rf"{12 + len(begin)}.* of 16"):
-            rollout(model, [ids[:2], ids], begin=begin)
-
-
-def test_rollouts_taken_and_joined_keep_every_row_as_it_was():
-    model = gpt(std=.2)
-    a, b = rollout(model, RAGGED[:3], 5, n=2), rollout(model, RAGGED[:14], 5, seed=2)
-    wide = rollout(gpt(std=.2, block_size=48), [[1] * 30, [2] * 3], 9)
-    some = a.take([4, 0, 4])
-    for k in ("tokens", "mask", "logp", "finished"):
-        assert torch.equal(getattr(some, k), torch.stack([getattr(a, k)[i] for i in (4, 0, 4)]))
-    assert some.prompt_len == [3, 1, 3] and same(a.take(list(range(6))), a)
-    a.tok = Eleven()
-    a.tok.pad = 9
-    rolls = [a, wide, b.take([13, 2]), a.take([])]
-    roll = M.Rollout.join(rolls)
-    i, width = 0, wide.tokens.shape[1]
-    assert roll.tokens.shape == (10, width) and roll.mask.shape == roll.logp.shape == (10, width - 1)
-    for part in rolls:
-        for k in range(len(part.tokens)):
-            n = part.tokens.shape[1]
-            assert roll.tokens[i].tolist() == part.tokens[k].tolist() + [9] * (width - n)
-            assert roll.mask[i].tolist() == part.mask[k].tolist() + [0] * (width - n)
-            assert roll.logp[i].tolist() == part.logp[k].tolist() + [0] * (width - n)
-            assert roll.finished[i] == part.finished[k] and roll.prompt_len[i] == part.prompt_len[k]
-            i += 1
-    assert roll.tok is a.tok and roll.responses() == [text for part in rolls for text in part.responses()]
-    assert roll.lengths == [n for part in rolls for n in part.lengths]
-
-
-def test_stream_gets_each_id_of_the_row_as_it_is_drawn():
-    got = []
-    roll = rollout(gpt(), [[1, 2]], stream=got.append)
-    assert [1, 2] + got == roll.tokens[0, :roll.lengths[0]].tolist()
-
-
-@pytest.mark.parametrize("drop", [True, False])
-def test_the_stream_ends_with_the_end_token_however_seldom_the_sampler_looks(drop, monkeypatch):
-    # a GPU is asked every eighth step only: up to seven ids drawn after the end were shown
-    model = scripted([[1, 2]], [[4, 5, END, 6, 7, 6, 7, 6, 7, 6, 7, 6, 7, 6]])
-    for look in (1, 8):
-        monkeypatch.setitem(M.LOOK, "cpu", look)
-        got = []
-        roll = rollout(model, [[1, 2]], max_new=13, temperature=0, stream=got.append, drop_finished=drop)
-        assert got == [4, 5, END] and roll.finished.all() and roll.lengths == [5]
-
-
-def spoil(model, name, value):
-    model.get_parameter(name).data.flatten()[3] = value
-    return model
+@pytest.mark.parametrize("match, prompts, options", [
+    ("16.* of 16", [[3] * 16, [1]], {}), ("17.* of 16", [[3] * 17, [1]], {}), ("empty", [[1], []], {}),
+    ("16.* of 16", [[1], [1] * 12], dict(begin=[1, 2, 3, 4])), ("32.* of 16", [[1] * 12], dict(begin=[1] * 20)),
+    ("less than one", [[1]], dict(max_new=0)),
+    *(("--temperature", [[1]], dict(temperature=t)) for t in (1e-300, 1e-40, 1e-9))], ids=str)
+def test_what_cannot_be_sampled_is_refused(match, prompts, options):
+    refused(match, rollout, gpt(), prompts, **options)
 
 
 @pytest.mark.parametrize("temperature", [0, .7, 1.0])
@@ -876,31 +705,67 @@ def spoil(model, name, value):
                                          ("transformer.ln_f.bias", float("inf")), ("transformer.wte.weight", 1e200)])
 def test_logits_that_are_no_numbers_stop_the_sampler_and_name_the_weight(name, value, temperature):
     # "index 768 is out of bounds"
-    model = spoil(gpt(), name, value)
+    model = gpt()
+    model.get_parameter(name).data.flatten()[3] = value
     if value == 1e200:
         model.transformer.wte.weight.data *= 1e200
     for cut in (dict(), dict(top_k=3, top_p=.5), dict(n=2)):
-        with pytest.raises(UserError, match=name.replace(".", r"\.")) as error:
-            rollout(model, [[1, 2], [3]], temperature=temperature, **cut)
-        assert "\n" not in str(error.value)
+        refused(re.escape(name), rollout, model, [[1, 2], [3]], temperature=temperature, **cut)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", [dict(), dict(temperature=0), dict(top_k=2, top_p=.9)], ids=str)
-def test_a_draw_from_no_distribution_is_a_token_of_log_probability_nan(kind, dtype):
-    logits = torch.randn(5, V, dtype=dtype)
-    logits[1, 4], logits[3, 0], logits[4] = float("nan"), float("inf"), -float("inf")
-    token, logp = sample(logits, torch.rand(5, dtype=dtype), **kind)
-    assert ((token >= 0) & (token < V)).all() and logp.isnan().tolist() == [False, True, False, True, True]
+@pytest.mark.parametrize("begin, n", [([5], 1), ([7, 3, 9], 1), ([7, 3, 9], 3)])
+def test_p09_responses_made_to_begin_alike_store_log_probs_of_the_drawn_part_only(begin, n, drop):
+    model, prompts, b = gpt(std=.2), RAGGED[:11], len(begin)
+    roll = rollout(model, prompts, 8, n=n, begin=begin)
+    assert roll.prompt_len == [len(p) for p in prompts for _ in range(n)] and len(roll.tokens) == 11 * n
+    check_logps(model, roll, given=b)
+    for i, (ids, mask, start, end) in enumerate(zip(roll.tokens.tolist(), roll.mask, roll.prompt_len, roll.lengths)):
+        assert ids[:start + b] == prompts[i // n] + begin and list(roll.responses()[i][:b]) == begin
+        assert mask.tolist() == [float(start <= t + 1 < end) for t in range(len(mask))]     # it is part of the response
+        assert start + b < end <= min(start + b + 8, 16) and not any(ids[end:])
+        assert bool(roll.finished[i]) == (ids[end - 1] == END)
+    assert roll.finished.any() and not roll.finished.all()
+    longer = rollout(model, [p + begin for p in prompts], 8, n=n)       # as if asked that much more
+    assert torch.equal(roll.tokens, longer.tokens) and torch.equal(roll.logp, longer.logp)
 
 
-@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-9])
-def test_a_temperature_that_is_next_to_nothing_is_refused_by_name(temperature):
-    with pytest.raises(data.OptionError, match="--temperature"):
-        rollout(gpt(), [[1]], temperature=temperature)
-    for tiny in (1e-6, 1e-3):                                               # and just above, it is all but greedy
-        cold, greedy = (rollout(gpt(dtype=torch.float32), RAGGED, temperature=t) for t in (tiny, 0))
-        assert torch.equal(cold.tokens, greedy.tokens) and cold.logp.isfinite().all()
+def test_the_stream_gets_each_id_up_to_the_end_token_however_seldom_the_sampler_looks(drop):
+    # a GPU is asked every eighth step only: up to seven ids drawn after the end were shown
+    model, got = scripted([[1, 2]], [[4, 5, END, 6, 7, 6, 7, 6, 7, 6, 7, 6, 7, 6]]), []
+    roll = rollout(model, [[1, 2]], max_new=13, temperature=0, stream=got.append)
+    assert got == [4, 5, END] and roll.finished.all() and roll.lengths == [5]
+
+
+def test_rollouts_taken_and_joined_keep_every_row_as_it_was():
+    tok = SimpleNamespace(pad=7, end=END, decode=TOK.decode)
+    short = rollout(gpt(std=.2), RAGGED[:3], 5, n=2, tok=tok)
+    wide = rollout(gpt(std=.2, block_size=48), [[1] * 30, [2] * 3], 9, tok=tok)
+    some = short.take([4, 0, 4])
+    joined = Rollout.join([some, wide, short.take([]), short])
+    order = [4, 0, 4, *range(6)]
+    for what in (Rollout.rows, Rollout.responses, lambda roll: roll.finished.tolist(), lambda roll: roll.prompt_len,
+                 lambda roll: [row[row != 0].tolist() for row in roll.logp]):
+        ours = what(short)
+        wanted = [ours[i] for i in order]
+        assert what(joined) == wanted[:3] + what(wide) + wanted[3:] and what(some) == wanted[:3]
+    beyond = torch.arange(wide.tokens.shape[1]) >= torch.tensor(joined.lengths)[:, None]
+    assert joined.tok is tok and (joined.tokens[beyond] == 7).all()
+    assert not joined.mask[beyond[:, 1:]].any() and not joined.logp[joined.mask == 0].any()
+
+
+def test_a_rollout_of_rows_is_what_the_sampler_lays_out():
+    drawn = rollout(gpt(std=.2), RAGGED, n=3)
+    assert 5 < sum(drawn.finished) < len(drawn.finished)
+    drawn = drawn.take([i for i, finished in enumerate(drawn.finished) if finished])
+    for (ids, target), tokens, mask, p in zip(drawn.rows(), drawn.tokens.tolist(), drawn.mask, drawn.prompt_len):
+        n = p + int(mask.sum())
+        assert ids == tokens[:n] and target == [0] * p + [1] * (n - p) and target[1:] == mask[:n - 1].tolist()
+    roll, T = Rollout.of(drawn.rows(), TOK), max(drawn.lengths)
+    assert roll.prompt_len == drawn.prompt_len and roll.lengths == drawn.lengths
+    assert torch.equal(roll.tokens[:, :T], drawn.tokens[:, :T]) and (roll.tokens[:, T:] == PAD).all()
+    assert torch.equal(roll.mask[:, :T - 1], drawn.mask[:, :T - 1]) and not roll.mask[:, T - 1:].any()
+    assert roll.mask.shape == roll.logp.shape and roll.mask.dtype == drawn.mask.dtype
+    assert roll.finished.all() and not roll.logp.any() and roll.responses() == drawn.responses()
 
 
 def test_slices_and_per_token_cover_every_row_once_and_change_nothing():
@@ -916,6 +781,15 @@ def test_slices_and_per_token_cover_every_row_once_and_change_nothing():
         close(entropy, token_logprobs(model, roll.tokens, roll.mask, entropy=True)[1])
     picked = [i for rows, *_ in slices(roll, 100, [7, 3, 20]) for i in rows]
     assert sorted(picked) == [3, 7, 20]
+
+
+def test_p10_logps_are_at_the_sampling_temperature_and_without_gradient():
+    model = gpt()
+    roll = rollout(model, [[1, 2], [3, 4, 5, 6], [7]], n=2, temperature=.6)
+    for temperature in (.6, 1.7):
+        got = M.logps(model, roll, SimpleNamespace(micro_tokens=32, temperature=temperature))
+        assert not got.requires_grad and got.shape == roll.mask.shape and not got[roll.mask == 0].any()
+        close(got.sum(1), oracle_sum(model, roll.rows(), temperature))
 
 
 # ------------------------------------------------------------------------------------------------ rewards
@@ -1088,26 +962,26 @@ def test_p19_a_reference_shares_no_memory_and_training_does_not_move_it():
     # an aliased reference makes the KL 0 for ever
     model = gpt(dropout=.5, n_scores=1).train()
     ref = reference(model)
-    ours, theirs = ([t for t in m.state_dict().values()] for m in (model, ref))
-    assert not {t.untyped_storage().data_ptr() for t in ours} & {t.untyped_storage().data_ptr() for t in theirs}
+    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in ref.parameters()}
     assert not ref.training and not any(p.requires_grad for p in ref.parameters())
-    before, opt = copy.deepcopy(ref.state_dict()), Optimizer(model, 1e-2, 10)
-    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(before.values(), ours))
-    for step in range(10):
-        token_logprobs(model, *collate(ROWS, TOK)).sum().backward()
-        opt.step(step)
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), ref.state_dict().values()))
-    assert not any(torch.equal(a.to(b.dtype), b) for a, b in zip(theirs[:5], model.state_dict().values()))
-
-
-def test_p21_a_reference_has_the_precision_of_the_original():
-    # a float32 reference of a float64 policy has a KL of 1e-7 at step 0
-    model = gpt()
-    tokens, mask = collate(ROWS, TOK)
-    assert torch.equal(token_logprobs(reference(model), tokens, mask), token_logprobs(model, tokens, mask))
+    before = bits(ref)
+    assert before == bits(model)                            # p21: of the same precision, or its KL is 1e-7 at step 0
+    train_a_little(model, Optimizer(model, 1e-2, 10), 0, 10)
+    assert bits(ref) == before
+    assert all(before[name] != now for name, now in bits(model).items() if name != "score.weight")
 
 
 # ------------------------------------------------------------------------------------------------ optimizer
+
+KINDS = pytest.mark.parametrize("kind", ["adamw", "muon"])
+
+
+def train_a_little(model, opt, first, last):
+    for step in range(first, last):
+        torch.manual_seed(step)
+        tokens = torch.randint(0, V, (4, 16))
+        (-token_logprobs(model, tokens, torch.ones(4, 15)).mean()).backward()
+        opt.step(step)
 
 
 def test_p44_the_schedule_is_linear_warm_up_then_cosine_to_the_floor():
@@ -1124,37 +998,32 @@ def test_p44_the_schedule_is_linear_warm_up_then_cosine_to_the_floor():
         want = up if step < 10 else down if step < 50 else .2
         close(lr, want)
         assert [g["lr"] for g in opt.groups()] == pytest.approx([want * rate for rate in rates])
-    assert Optimizer(gpt(), 1.0, 3).step.__self__.scale(0) == 1.0                           # no warm-up, no 1/0
+    assert Optimizer(gpt(), 1.0, 3).scale(0) == 1.0                                         # no warm-up, no 1/0
     assert all(0 < Optimizer(gpt(), 1.0, 3, warmup=9).scale(s) <= 1 for s in range(12))     # longer than the run
 
 
-def test_weight_decay_reaches_matrices_only_and_the_first_adamw_step_is_the_closed_form():
+@pytest.mark.parametrize("clip", [0, .5, 1e9])
+def test_adamw_with_clipping_to_a_global_norm_and_decay_of_matrices_equals_a_slow_loop(clip):
     # decayed norms and biases shrink towards 0
-    model = gpt(n_scores=1)
-    before = copy.deepcopy(model.state_dict())
-    opt = Optimizer(model, .01, 100, weight_decay=.5, clip=0)
-    for p in model.parameters():
-        p.grad = torch.full_like(p, 3.0)
-    norm = opt.step(0)["grad_norm"]
-    assert norm == pytest.approx(3 * math.sqrt(sum(p.numel() for p in model.parameters())))
-    for name, p in model.named_parameters():
-        decay = .5 if p.ndim == 2 else 0
-        close(p, before[name] * (1 - .01 * decay) - .01, 1e-8)
-        assert p.grad is None
-
-
-@pytest.mark.parametrize("clip", [.5, 1e9])
-def test_gradients_are_clipped_to_a_global_norm(clip):
-    # Adam's first step hides the scale; its momentum shows it
-    model = gpt()
-    opt = Optimizer(model, .01, 100, clip=clip)
-    for i, p in enumerate(model.parameters()):
-        p.grad = torch.full_like(p, i + 1.0)
-    total = math.sqrt(sum((i + 1) ** 2 * p.numel() for i, p in enumerate(model.parameters())))
-    norm = opt.step(0)["grad_norm"]
-    assert norm == pytest.approx(total)
-    for i, p in enumerate(model.parameters()):
-        close(opt.optims[0].state[p]["exp_avg"], torch.full_like(p, .1 * (i + 1) * min(1, clip / total)), 1e-6)
+    model, lr, rng = gpt(n_scores=1), .01, torch.Generator().manual_seed(0)
+    opt, moments = Optimizer(model, lr, 100, weight_decay=.5, clip=clip), {}
+    for step in range(4):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        grads = {name: torch.randn(p.shape, generator=rng, dtype=p.dtype) for name, p in before.items()}
+        for name, p in model.named_parameters():
+            p.grad = grads[name].clone()
+        total = math.sqrt(sum(float((g ** 2).sum()) for g in grads.values()))
+        said = opt.step(step)
+        assert said["grad_norm"] == pytest.approx(total)
+        share = min(1, clip / total) if clip else 1
+        for name, p in model.named_parameters():
+            m, v = moments.get(name, (0, 0))
+            g = grads[name] * share
+            m, v = moments[name] = .9 * m + .1 * g, .95 * v + .05 * g ** 2
+            change = m / (1 - .9 ** (step + 1)) / ((v / (1 - .95 ** (step + 1))).sqrt() + 1e-8)
+            decay = .5 if p.ndim == 2 else 0
+            close(p, before[name] * (1 - said["lr"] * decay) - said["lr"] * change, 1e-5)   # PyTorch's clip adds 1e-6
+            assert p.grad is None
 
 
 def test_muon_orthogonalises_the_step_of_hidden_matrices_and_adamw_takes_the_rest():
@@ -1181,31 +1050,7 @@ def test_muon_orthogonalises_the_step_of_hidden_matrices_and_adamw_takes_the_res
     assert hidden == 8
 
 
-def train_a_little(model, opt, first, last):
-    for step in range(first, last):
-        torch.manual_seed(step)
-        tokens = torch.randint(0, V, (4, 16))
-        (-token_logprobs(model, tokens, torch.ones(4, 15)).mean()).backward()
-        opt.step(step)
-
-
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_p41_optimizer_state_survives_the_file_bit_for_bit(kind, tmp_path):
-    # without its moments the loss differs by .009, which nobody sees
-    make = lambda seed: (m := gpt(seed, torch.float32), Optimizer(m, .01, 10, kind, warmup=2))
-    a, opt_a = make(0)
-    train_a_little(a, opt_a, 0, 4)
-    save_tensors(tmp_path / "opt", opt_a.tensors(), {})
-    b, opt_b = make(1)
-    b.load_state_dict(a.state_dict())
-    opt_b.load_tensors(load_tensors(tmp_path / "opt")[0])
-    for m, opt in ((a, opt_a), (b, opt_b)):
-        train_a_little(m, opt, 4, 7)
-    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
-    assert opt_a.tensors().keys() == opt_b.tensors().keys() and len(opt_a.tensors()) > 30
-
-
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@KINDS
 def test_an_optimizer_that_forgets_steps_like_a_new_one_to_the_bit(kind):
     # at the same place of the schedule: only the moments go
     runs = {}
@@ -1218,37 +1063,24 @@ def test_an_optimizer_that_forgets_steps_like_a_new_one_to_the_bit(kind):
             opt.forget()
             assert opt.tensors() == {}
         opt = Optimizer(model, .01, 10, kind, warmup=2) if how == "new" else opt
-        runs[how] = []
-        for step in (4, 5, 6):
-            train_a_little(model, opt, step, step + 1)
-            runs[how].append([p.detach().clone() for p in model.parameters()])
-    for new, forgot, kept_on in zip(runs["new"], runs["forget"], runs["neither"]):
-        assert all(map(torch.equal, new, forgot)) and not any(map(torch.equal, new, kept_on))
+        train_a_little(model, opt, 4, 7)
+        runs[how] = bits(model)
+    assert runs["forget"] == runs["new"] and not any(runs["new"][name] == runs["neither"][name] for name in runs["new"])
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@KINDS
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_nan_gradient_is_an_error_that_changes_nothing(bad, kind):
     # one NaN update ends the run, and the checkpoint after it
     model = gpt()
     opt = Optimizer(model, .01, 10, kind)
     train_a_little(model, opt, 0, 2)
-    before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.tensors())
+    before, state = bits(model), copy.deepcopy(opt.tensors())
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     list(model.parameters())[-1].grad[3] = bad
-    with pytest.raises(UserError, match="step 2.*gradient"):
-        opt.step(2)
-    assert all(torch.equal(x, y) for x, y in zip(before.values(), model.state_dict().values()))
-    assert all(torch.equal(x, y) for x, y in zip(state.values(), opt.tensors().values()))
-
-
-def test_frozen_parameters_are_left_alone():
-    model = gpt()
-    model.transformer.wte.requires_grad_(False)
-    before = model.transformer.wte.weight.clone()
-    train_a_little(model, Optimizer(model, .01, 10, "muon"), 0, 2)
-    assert torch.equal(before, model.transformer.wte.weight)
+    refused("step 2.*gradient", opt.step, 2)
+    assert bits(model) == before and all(torch.equal(t, opt.tensors()[name]) for name, t in state.items())
 
 
 # ------------------------------------------------------------------------------------------------ resuming
@@ -1256,14 +1088,14 @@ def test_frozen_parameters_are_left_alone():
 
 def run_in(folder, seed=7):
     left = lambda name: folder / name if (folder / name).exists() else None
-    return SimpleNamespace(folder=folder, seed=seed, tok=TOK, left=left,
-                           progress=lambda a, b: iter(range(a, b)))
+    return SimpleNamespace(folder=folder, seed=seed, tok=TOK, left=left, progress=range)
 
 
 def training(folder, kind="adamw", stop=None, peek=False, total=6, save_every=2, init=0, lora_r=0):
     """A run with dropout and random batches -> [(step, loss, running mean, optimizer state)], and its weights."""
     model = gpt(init, torch.float32, dropout=.3)
     if lora_r:
+        torch.manual_seed(init)
         model.add_lora(lora_r, 4.0)
     opt, state, log = Optimizer(model, .01, total, kind), dict(mean=0.0), []
     for step in steps(run_in(folder), total, dict(model=model), dict(optimizer=opt), state, save_every):
@@ -1275,67 +1107,83 @@ def training(folder, kind="adamw", stop=None, peek=False, total=6, save_every=2,
         loss.backward()
         opt.step(step)
         state["mean"] = .9 * state["mean"] + .1 * float(loss.detach())
-        log.append((step, float(loss.detach()), state["mean"], [t.clone() for t in opt.tensors().values()]))
+        moments = {name: t.numpy().tobytes() for name, t in opt.tensors().items()}
+        log.append((step, float(loss.detach()), state["mean"], moments))
         if peek:                                            # evaluation: draws random numbers, changes the mode
             generate(model.eval(), [[1, 2]], 5)
             torch.rand(step + 1)
-    return log, [p.detach().clone() for p in model.parameters()]
+    return log, bits(model)
 
 
-def equal_runs(a, b):
-    return (len(a[0]) == len(b[0]) and all(torch.equal(x, y) for x, y in zip(a[1], b[1]))
-            and all(x[:3] == y[:3] and all(map(torch.equal, x[3], y[3])) for x, y in zip(a[0], b[0])))
-
-
-def test_the_largest_seed_there_is_seeds_every_step():
-    draws = []
-    for seed, step in ((2 ** 63 - 1, 0), (2 ** 63 - 1, 10 ** 6), (2 ** 62, 0)):
-        M.seed_step(seed, step)
-        draws.append(torch.rand(1).item())
-    assert len(set(draws)) == 3
-
-
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_p41_a_run_stopped_at_any_step_resumes_bit_identically(kind, tmp_path):
+@pytest.mark.parametrize("kind, lora_r", [("adamw", 0), ("muon", 0), ("muon", 2)])
+def test_p41_a_run_stopped_at_any_step_resumes_bit_identically(kind, lora_r, tmp_path):
     # weights, optimizer, random numbers and carried state: each forgotten one changes the suffix a little
-    whole = training(tmp_path / "whole", kind)
+    rows, end = training(tmp_path / "whole", kind, lora_r=lora_r)
     for stop in range(1, 6):
-        begun = training(tmp_path / f"{stop}", kind, stop)[0]
-        assert [row[:3] for row in begun] == [row[:3] for row in whole[0][:stop]]
-        saved = stop // 2 * 2
-        log, params = training(tmp_path / f"{stop}", kind, init=1 if saved else 0)  # it must not start from its own
-        assert equal_runs((log, params), (whole[0][saved:], whole[1])), stop
+        folder, saved = tmp_path / f"{stop}", stop // 2 * 2
+        folder.mkdir()
+        assert training(folder, kind, stop, lora_r=lora_r)[0] == rows[:stop]
+        (folder / "checkpoint.part").write_bytes(b"torn")                           # p42: of a kill while it was saved
+        init = 1 if saved else 0                                                    # it must not start from its own
+        resumed = training(folder, kind, init=init, lora_r=lora_r)
+        assert resumed == (rows[saved:], end), stop
+
+
+def test_a_run_says_where_it_goes_on_on_another_machine(tmp_path, monkeypatch, capsys):
+    for name, says in (("a CPU", False), ("a CPU", False), ("another", True)):
+        monkeypatch.setattr(M, "cpu_name", lambda: name)
+        training(tmp_path, stop=3)
+        assert ("begun on a CPU" in capsys.readouterr().err) == says
 
 
 def test_p43_sampling_and_evaluation_inside_a_step_do_not_change_the_next(tmp_path):
     # a random number drawn by an evaluation would change all that follow
-    assert equal_runs(training(tmp_path / "a"), training(tmp_path / "b", peek=True))
+    assert training(tmp_path / "a") == training(tmp_path / "b", peek=True)
 
 
-def test_another_seed_is_another_run_and_steps_differ_from_each_other(tmp_path):
-    draws = [[torch.rand(1).item() for _ in steps(run_in(tmp_path / name, len(name)), 5, dict(model=tiny()), {}, {}, 9)]
-             for name in ("a", "b", "cc")]
-    assert draws[0] == draws[1] and len(set(draws[0] + draws[2])) == 10
+def test_every_seed_and_every_step_draws_its_own_numbers():
+    draws = []
+    for seed, step in ((7, 0), (7, 0), (7, 1), (8, 0), (2 ** 63 - 1, 0), (2 ** 63 - 1, 10 ** 6), (2 ** 62, 0)):
+        M.seed_step(seed, step)
+        draws.append(torch.rand(1).item())
+    assert draws[0] == draws[1] and len(set(draws)) == 6
 
 
-def test_a_finished_run_yields_no_step_and_its_checkpoint_is_a_model(tmp_path):
-    _, params = training(tmp_path)
+def test_a_finished_run_yields_no_step_and_its_folder_is_a_model(tmp_path):
+    _, end = training(tmp_path)
     assert training(tmp_path, init=3)[0] == []
     loaded = load_model(tmp_path, Setup(TOK))
-    assert all(torch.equal(a, b) for a, b in zip(params, loaded.parameters())) and not loaded.training
+    assert bits(loaded) == end and not loaded.training
 
 
-@pytest.mark.parametrize("change", ["drop", "rename", "reshape", "add"])
-@pytest.mark.parametrize("key", ["optimizer of optimizer/0.0.exp_avg", "optimizer of optimizer/0.3.step", "optimizer of optimizer/1.2.momentum_buffer",
-                                 "model/transformer.wpe.weight", "model/transformer.h.0.attn.c_attn.lora_A"])
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def tamper(path, key, change):
+    tensors, meta = load_tensors(path)
+    tensor = tensors.pop(key)
+    if change in ("rename", "add"):
+        tensors[key + "x"] = tensor
+    if change == "add":
+        tensors[key] = tensor
+    if change == "reshape":
+        tensors[key] = tensor.new_zeros(*tensor.shape, 2)
+    save_tensors(path, tensors, meta)
+
+
+CHANGES = pytest.mark.parametrize("change", ["drop", "rename", "reshape", "add"])
+
+
+@CHANGES
+@pytest.mark.parametrize("key", ["optimizer of optimizer/0.0.exp_avg", "optimizer of optimizer/0.3.step",
+                                 "optimizer of optimizer/1.2.momentum_buffer", "model/transformer.wpe.weight",
+                                 "model/transformer.h.0.attn.c_attn.lora_A"])
 def test_p46_a_resumed_run_names_a_missing_misshapen_or_surplus_tensor(key, change, tmp_path):
     # silently fresh moments are an incomplete resume (p41)
     lora_r = 2 * ("lora" in key)
     training(tmp_path, "muon", stop=3, lora_r=lora_r)
     tamper(tmp_path / "checkpoint.safetensors", key, change)
-    with pytest.raises(UserError, match=key.partition("/")[2].replace(".", r"\.")) as error:
-        training(tmp_path, "muon", lora_r=lora_r)
-    assert "\n" not in str(error.value)
+    refused(re.escape(key.partition("/")[2]), training, tmp_path, "muon", lora_r=lora_r)
 
 
 @pytest.mark.parametrize("facts", [dict(step=None), dict(step=-1), dict(step="2"), dict(step=2.0), dict(step=[]),
@@ -1345,59 +1193,71 @@ def test_p46_a_resumed_run_is_told_its_step_and_its_state(facts, tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     tensors, meta = load_tensors(path)
     save_tensors(path, tensors, meta | facts)
-    with pytest.raises(UserError, match=f"^{tmp_path}: its checkpoint does not say at which step it was written$"):
-        training(tmp_path)
-
-
-# ------------------------------------------------------------------------------------------------ checkpoints
-
-
-def tiny(**kw):
-    return gpt(dtype=torch.float32, n_layer=1, n_embd=8, **dict(n_scores=1) | kw)
-
-
-def tamper(path, key, change):
-    tensors, meta = load_tensors(path)
-    tensors = {k: t.clone() for k, t in tensors.items()}
-    t = tensors.pop(key)
-    if change in ("rename", "add"):
-        tensors[key + "x"] = t
-    if change == "add":
-        tensors[key] = t
-    if change == "reshape":
-        tensors[key] = t.new_zeros(*t.shape, 2)
-    save_tensors(path, tensors, meta)
+    refused("at which step", training, tmp_path)
 
 
 @pytest.fixture
 def saved(tmp_path):
+    """The folder of an unfinished run."""
     save_checkpoint(tmp_path, dict(model=tiny()), {}, dict(tokenizer=TOK.fingerprint, step=1))
     return tmp_path
 
 
-def test_tensors_of_every_type_and_shape_come_back_bit_for_bit(tmp_path):
-    tensors = {str(d): torch.arange(6).reshape(2, 3).to(d) for d in M.DTYPES.values()}
-    tensors |= {"empty": torch.zeros(0, 4), "scalar": torch.tensor(3.5), "t": torch.randn(4, 3).T, "é/✓": torch.ones(1)}
-    save_tensors(tmp_path / "x.safetensors", tensors, {"a": [1, {"b": None}], "ü": "✓"})
-    got, meta = load_tensors(tmp_path / "x.safetensors")
-    assert meta == {"a": [1, {"b": None}], "ü": "✓"} and list(got) == list(tensors)
-    assert all(got[k].dtype == t.dtype and torch.equal(got[k], t) for k, t in tensors.items())
+@CHANGES
+@pytest.mark.parametrize("key", ["transformer.wte.weight", "transformer.h.0.attn.c_attn.bias", "score.weight"])
+def test_p46_a_dropped_renamed_reshaped_or_surplus_tensor_is_named(saved, key, change):
+    # lenient loading keeps a random head
+    tamper(saved / "checkpoint.safetensors", f"model/{key}", change)
+    refused(re.escape(key), load_model, saved, Setup(TOK))
 
 
-def test_the_file_is_safetensors_by_its_specification(saved):
-    # 8 bytes of little-endian length, a JSON header, then the tensors without a gap, by offset
-    raw = (saved / "checkpoint.safetensors").read_bytes()
-    size, = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8:8 + size])
-    assert all(isinstance(v, str) for v in header.pop("__metadata__").values()) and (8 + size) % 8 == 0
-    at = 0
-    for info in header.values():
-        assert info["data_offsets"] == [at, at := at + 4 * math.prod(info["shape"])]
-    assert at == len(raw) - 8 - size
-    for name, want in tiny().state_dict().items():
-        info = header[f"model/{name}"]
-        a, b = info["data_offsets"]
-        close(np.frombuffer(raw[8 + size + a:8 + size + b], "<f4").reshape(info["shape"]), want, 0)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("key", ["transformer.wpe.weight", "transformer.h.0.attn.c_attn.bias", "score.weight"])
+def test_a_weight_that_is_no_number_is_named_when_it_is_saved_and_when_it_is_read(key, value, saved):
+    path, model = saved / "checkpoint.safetensors", tiny()
+    before = path.read_bytes()
+    model.get_parameter(key).data.flatten()[-1] = value
+    refused(f"{key}.*{value}", save_checkpoint, saved, dict(model=model), {}, {})
+    assert path.read_bytes() == before
+    tensors, meta = load_tensors(path)
+    tensors["model/" + key].flatten()[-1] = value
+    save_tensors(path, tensors, meta)
+    refused(f"{saved}.*{key}.*{value}", load_model, saved, Setup(TOK))
+
+
+@pytest.mark.parametrize("match, options", [
+    ("another tokenizer.*eleven.*twelve", dict(like=Setup(Twelve()))), ("language model is needed", dict(n_scores=0))])
+def test_p46_a_model_of_another_kind_is_refused(match, options, saved):
+    refused(match, load_model, saved, **(dict(like=Setup(TOK)) | options))
+    refused("make it with: python sft.py", load_model, saved / "none", maker="python sft.py")
+
+
+@pytest.mark.parametrize("had, asked", [(0, 2), (1, 1), (1, 3), (3, 1), (3, 2)])
+def test_of_several_scores_the_first_ones_are_kept_and_what_is_missing_starts_at_zero(had, asked, tmp_path):
+    ours, kept_ones = tiny(n_scores=had), min(had, asked)
+    save_checkpoint(tmp_path, dict(model=ours), {}, dict(tokenizer=TOK.fingerprint))
+    got = load_model(tmp_path, Setup(TOK), n_scores=asked)
+    assert got.config.n_scores == asked and got.score.weight.shape == (asked, 8)
+    assert not had or torch.equal(got.score.weight[:kept_ones], ours.score.weight[:kept_ones])
+    assert not got.score.weight[kept_ones:].any()
+    assert all(now == bits(got)[name] for name, now in bits(ours).items() if name != "score.weight")
+
+
+@pytest.mark.parametrize("size", [10 ** 9, 10 ** 12, 10 ** 40])
+@pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd", "vocab_size", "n_scores", "block_size"])
+def test_p46_sizes_that_a_checkpoint_only_promises_take_no_memory(saved, name, size):
+    # a thousand million layers: 2.3 GB, then the system ended the process
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    path, before = saved / "checkpoint.safetensors", peak()
+    path.write_bytes(set_in("config", name, size)(path.read_bytes()))
+    for n_scores in (None, 3):
+        refused("^(?!.*damaged)", load_model, saved, Setup(TOK), n_scores=n_scores)
+    assert peak() < before + 2 ** 28
+
+
+# ------------------------------------------------------------------------------------------------ saving
 
 
 def no_space(*_):
@@ -1431,30 +1291,12 @@ def kills(go, folder, monkeypatch, calls=("replace",), how=killed):
         yield out, ended
 
 
-@pytest.mark.parametrize("where", ["fsync", "replace"])
-@pytest.mark.parametrize("how", [no_space, killed])
-def test_p42_a_full_disk_or_a_kill_while_saving_leaves_the_old_checkpoint(saved, monkeypatch, where, how):
-    # writing over the old file loses both
-    old = (saved / "checkpoint.safetensors").read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, where, how)
-        with pytest.raises(UserError if how is no_space else KeyboardInterrupt) as error:
-            save_checkpoint(saved, dict(model=gpt()), {}, {})
-    assert (saved / "checkpoint.safetensors").read_bytes() == old
-    if how is no_space:
-        assert "full" in str(error.value) and not list(saved.glob("*.part"))
-    load_model(saved, Setup(TOK))
-    save_checkpoint(saved, dict(model=tiny(seed=1)), {}, {})                # and the next save works
-    assert (saved / "checkpoint.safetensors").read_bytes() != old
-
-
 def test_p42_a_write_that_fails_half_way_leaves_the_old_checkpoint(saved):
     # the real thing: the system refuses to write past 3000 bytes
     old, (soft, hard) = (saved / "checkpoint.safetensors").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
     try:
-        with pytest.raises(UserError, match="not saved"):
-            save_checkpoint(saved, dict(model=gpt()), {}, {})
+        refused("not saved", save_checkpoint, saved, dict(model=gpt()), {}, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (saved / "checkpoint.safetensors").read_bytes() == old and not list(saved.glob("*.part"))
@@ -1467,64 +1309,23 @@ def test_p42_the_new_file_is_complete_and_on_the_disk_before_it_takes_the_name(s
     monkeypatch.setattr(os, "replace", lambda a, b: calls.append(("replace", os.stat(a).st_size)) or replace(a, b))
     save_checkpoint(saved, dict(model=gpt()), {}, {})
     size = (saved / "checkpoint.safetensors").stat().st_size
-    assert calls[:2] == [("fsync", size), ("replace", size)]
+    assert calls == [("fsync", size), ("replace", size)]
 
 
-def test_p42_a_torn_part_file_is_ignored(tmp_path):
-    whole = training(tmp_path / "whole")
-    training(tmp_path / "run", stop=3)
-    raw = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
-    (tmp_path / "run" / "checkpoint.part").write_bytes(raw[:len(raw) // 2])
-    log, params = training(tmp_path / "run", init=1)
-    assert equal_runs((log, params), (whole[0][2:], whole[1]))
+def test_tensors_of_every_type_and_shape_come_back_bit_for_bit(tmp_path):
+    tensors = {str(d): torch.arange(6).reshape(2, 3).to(d) for d in M.DTYPES.values()}
+    tensors |= {"empty": torch.zeros(0, 4), "scalar": torch.tensor(3.5), "t": torch.randn(4, 3).T, "é/✓": torch.ones(1)}
+    save_tensors(tmp_path / "x.safetensors", tensors, {"a": [1, {"b": None}], "ü": "✓"})
+    got, meta = load_tensors(tmp_path / "x.safetensors")
+    assert meta == {"a": [1, {"b": None}], "ü": "✓"} and list(got) == list(tensors)
+    assert all(got[k].dtype == t.dtype and torch.equal(got[k], t) for k, t in tensors.items())
 
 
-KEYS = list(tiny().state_dict())[::3] + ["score.weight"]
-
-
-@pytest.mark.parametrize("change", ["drop", "rename", "reshape", "add"])
-@pytest.mark.parametrize("key", KEYS)
-def test_p46_a_dropped_renamed_reshaped_or_surplus_tensor_is_named(saved, key, change):
-    # lenient loading keeps a random head
-    tamper(saved / "checkpoint.safetensors", f"model/{key}", change)
-    with pytest.raises(UserError, match=key.replace(".", r"\.")):
-        load_model(saved, Setup(TOK))
-
-
-def test_p46_another_tokenizer_is_refused_by_name(saved):
-    with pytest.raises(UserError, match="another tokenizer.*eleven.*twelve"):
-        load_model(saved, Setup(Twelve()))
-
-
-def test_p46_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(UserError, match="make it with: python sft.py"):
-        load_model(tmp_path, maker="python sft.py")
-
-
-def test_loading_as_a_value_model_keeps_its_head_or_starts_one_at_zero(saved, tmp_path):
-    save_checkpoint(tmp_path / "lm", dict(model=tiny(n_scores=0)), {}, dict(tokenizer=TOK.fingerprint))
-    want = tiny()
-    assert torch.equal(load_model(saved, Setup(TOK), n_scores=1).score.weight, want.score.weight)
-    fresh = load_model(tmp_path / "lm", Setup(TOK), n_scores=2)
-    assert fresh.score.weight.shape == (2, 8) and not fresh.score.weight.any()
-    with pytest.raises(UserError, match="language model is needed"):
-        load_model(saved, Setup(TOK), n_scores=0)
-    assert all(torch.equal(t, fresh.state_dict()[name]) for name, t in tiny(n_scores=0).state_dict().items())
-
-
-@pytest.mark.parametrize("had, asked", [(1, 3), (3, 1), (3, 2), (3, 3)])
-def test_of_several_scores_the_first_ones_are_kept_and_what_is_missing_starts_at_zero(had, asked, tmp_path):
-    many = tiny(n_scores=had)
-    save_checkpoint(tmp_path, dict(model=many), {}, dict(tokenizer=TOK.fingerprint))
-    got, kept = load_model(tmp_path, Setup(TOK), n_scores=asked), min(had, asked)
-    assert got.config.n_scores == asked and got.score.weight.shape == (asked, 8)
-    assert torch.equal(got.score.weight[:kept], many.score.weight[:kept]) and many.score.weight.any()
-    assert not got.score.weight[kept:].any()
-    hidden = torch.randn(2, 8)
-    torch.testing.assert_close(got.scores(hidden)[:, :kept], many.scores(hidden)[:, :kept])
+# ------------------------------------------------------------------------------------------------ files, good and hostile
 
 
 def header_of(raw):
+    """(header, data) of a safetensors file: 8 bytes of little-endian length, a JSON header, then the tensors."""
     size, = struct.unpack("<Q", raw[:8])
     return json.loads(raw[8:8 + size]), raw[8 + size:]
 
@@ -1547,194 +1348,118 @@ def edited(edit):
     """A checkpoint whose header was changed: edit(header, its first tensor's entry, plainalign's own facts)."""
     def make(raw):
         header, data = header_of(raw)
-        kept = header["__metadata__"]
-        meta = json.loads(kept["plainalign"])
+        facts = header["__metadata__"]
+        meta = json.loads(facts["plainalign"])
         edit(header, header["model/transformer.wte.weight"], meta)
-        if header["__metadata__"] is kept:
-            kept["plainalign"] = json.dumps(meta)
+        if header["__metadata__"] is facts:
+            facts["plainalign"] = json.dumps(meta)
         return signed(header, data)
     return make
 
 
 def set_in(which, key, value):
-    return edited(lambda header, first, meta: {"header": header, "first": first, "meta": meta,
-                                               "config": meta["config"]}[which].__setitem__(key, value))
+    def edit(header, first, meta):
+        dict(header=header, first=first, meta=meta, config=meta["config"])[which][key] = value
+    return edited(edit)
 
 
+def test_the_file_is_safetensors_by_its_specification(saved):
+    header, content = header_of((saved / "checkpoint.safetensors").read_bytes())
+    assert all(isinstance(text, str) for text in header.pop("__metadata__").values())
+    at = 0
+    for info in header.values():                                            # without a gap, by offset
+        assert info["data_offsets"] == [at, at := at + 4 * math.prod(info["shape"])]
+    size = (saved / "checkpoint.safetensors").stat().st_size
+    assert at == len(content) and (size - at) % 8 == 0
+    for name, want in tiny().state_dict().items():
+        info = header[f"model/{name}"]
+        start, stop = info["data_offsets"]
+        close(np.frombuffer(content[start:stop], "<f4").reshape(info["shape"]), want, 0)
+
+
+FIRST = "model/transformer.wte.weight"
 MALFORMED = {
     "no byte": lambda raw: b"", "three bytes": lambda raw: raw[:3], "only a length": lambda raw: raw[:8],
-    "half a header": lambda raw: raw[:300], "half the data": lambda raw: raw[:-100], "a byte less": lambda raw: raw[:-1],
-    "a byte more": lambda raw: raw + b"\0", "huge length": lambda raw: b"\xff" * 8 + raw[8:],
+    "half a header": lambda raw: raw[:300], "half the data": lambda raw: raw[:-100],
+    "a byte less": lambda raw: raw[:-1], "a byte more": lambda raw: raw + b"\0", "huge length": lambda raw: b"\xff" * 8 + raw[8:],
     "zero length": lambda raw: b"\0" * 8 + raw[8:], "text": lambda raw: b"hello, this is no checkpoint at all",
     "no utf-8": lambda raw: with_header(b'{"\xff": 1}', b""), "no object": lambda raw: with_header([1], b""),
     "a number": lambda raw: with_header(3, b""), "null": lambda raw: with_header(None, b""),
     "empty object": lambda raw: with_header({}, b""), "deep": lambda raw: with_header(b"[" * 100_000, b""),
-    "deep object": lambda raw: with_header(b'{"a":' * 100_000, b""), "NaN": lambda raw: with_header(b'{"a": NaN}', b""),
-    "metadata list": set_in("header", "__metadata__", []), "metadata number": set_in("header", "__metadata__", 3),
-    "facts no JSON": set_in("header", "__metadata__", {"plainalign": "{"}),
-    "facts a list": set_in("header", "__metadata__", {"plainalign": "[1]"}),
-    "facts a number": set_in("header", "__metadata__", {"plainalign": 5}),
-    "no facts": set_in("header", "__metadata__", {}),
-    "tensor null": set_in("header", "model/transformer.wte.weight", None),
-    "offsets swapped": set_in("first", "data_offsets", [2048, 0]), "offsets negative": set_in("first", "data_offsets", [-2048, 0]),
-    "offsets beyond": set_in("first", "data_offsets", [10 ** 9, 10 ** 9 + 2048]),
-    "offsets overlap": set_in("first", "data_offsets", [64, 2112]),
-    "offsets floats": set_in("first", "data_offsets", [0.0, 2048.0]), "offsets text": set_in("first", "data_offsets", ["0", "2048"]),
-    "offsets three": set_in("first", "data_offsets", [0, 1, 2]), "offsets null": set_in("first", "data_offsets", None),
-    "dtype unknown": set_in("first", "dtype", "F8"), "dtype list": set_in("first", "dtype", []),
-    "dtype double": set_in("first", "dtype", "F64"), "dtype other": set_in("first", "dtype", "BOOL"),
-    "shape negative": set_in("first", "shape", [-64, -8]), "shape -1": set_in("first", "shape", [-1, 8]),
-    "shape text": set_in("first", "shape", "64"), "shape floats": set_in("first", "shape", [64.0, 8.0]),
-    "shape huge": edited(lambda h, f, m: f.update(shape=[0, 2 ** 70], data_offsets=[0, 0])),
-    "shape nested": set_in("first", "shape", [[64], 8]), "shape flat": set_in("first", "shape", [512]),
-    "no config": set_in("meta", "config", {}), "config list": set_in("meta", "config", []),
-    "config null": set_in("meta", "config", None), "surplus size": set_in("config", "n_wings", 2),
-    "n_head 0": set_in("config", "n_head", 0), "n_head -2": set_in("config", "n_head", -2),
-    "n_layer text": set_in("config", "n_layer", "1"), "n_layer -1": set_in("config", "n_layer", -1),
-    "dropout 9": set_in("config", "dropout", 9.0), "n_embd 0": set_in("config", "n_embd", 0),
-    "n_embd -8": set_in("config", "n_embd", -8), "vocab -1": set_in("config", "vocab_size", -1),
-    "block null": set_in("config", "block_size", None),
-    "n_scores text": set_in("config", "n_scores", "1"), "n_scores -1": set_in("config", "n_scores", -1),
-}
+    "deep object": lambda raw: with_header(b'{"a":' * 100_000, b""), "NaN": lambda raw: with_header(b'{"a": NaN}', b"")}
+MALFORMED |= {f"{which} {key} {value}": set_in(which, key, value) for which, key, values in [
+    ("header", "__metadata__", [[], 3, {}, {"plainalign": "{"}, {"plainalign": "[1]"}, {"plainalign": 5}]),
+    ("header", FIRST, [None]),
+    ("first", "data_offsets", [[2048, 0], [-2048, 0], [10 ** 9, 10 ** 9 + 2048], [64, 2112], [0.0, 2048.0],
+                               ["0", "2048"], [0, 1, 2], None]),
+    ("first", "dtype", ["F8", [], "F64", "BOOL"]),
+    ("first", "shape", [[-64, -8], [-1, 8], "64", [64.0, 8.0], [[64], 8], [512]]),
+    ("meta", "config", [{}, [], None]),
+    ("config", "n_wings", [2]), ("config", "n_head", [0, -2]), ("config", "n_layer", ["1", -1]),
+    ("config", "dropout", [9.0]), ("config", "n_embd", [0, -8, 18]), ("config", "vocab_size", [-1]),
+    ("config", "block_size", [None, 20]), ("config", "n_scores", ["1", -1])] for value in values}
+MALFORMED["huge and empty"] = edited(lambda header, first, meta: first.update(shape=[0, 2 ** 70], data_offsets=[0, 0]))
 
 
 @pytest.mark.parametrize("make", MALFORMED.values(), ids=MALFORMED)
-def test_p46_a_malformed_checkpoint_is_a_user_error(saved, make):
+def test_p46_a_malformed_checkpoint_is_refused(saved, make):
     path = saved / "checkpoint.safetensors"
     raw = path.read_bytes()
     assert edited(lambda *_: None)(raw) == with_header(*header_of(raw))     # the valid twin
     path.write_bytes(make(raw))
-    with pytest.raises(UserError) as error:
-        load_model(saved, Setup(TOK))
-    assert "\n" not in str(error.value)
-
-
-def test_p46_fuzzed_checkpoints_load_or_are_a_user_error(saved):
-    # flipped, deleted, repeated bytes anywhere in the header: nothing else may come out, and nothing hangs
-    path, rng, refused = saved / "checkpoint.safetensors", random.Random(0), 0
-    raw = path.read_bytes()
-    size, = struct.unpack("<Q", raw[:8])
-    for trial in range(300):
-        bad, at = bytearray(raw), rng.randrange(8 + size)
-        kind = trial % 4
-        if kind == 0:
-            bad[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            bad[at] = rng.choice(b"0123456789-[]{},:\"\\ ")
-        elif kind == 2:
-            bad = bad[:rng.randrange(len(bad))]
-        else:
-            bad[at:at] = bad[at:at + rng.randrange(1, 40)]
-        path.write_bytes(bytes(bad))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                load_model(saved, Setup(TOK))
-            except UserError:
-                refused += 1
-    assert refused > 200
-
-
-def same_file(a, b):
-    """Whether two results of load_tensors are the same to the bit."""
-    (tensors, meta), (others, facts) = a, b
-    return meta == facts and tensors.keys() == others.keys() and all(
-        t.dtype == others[k].dtype and t.shape == others[k].shape and t.numpy().tobytes() == others[k].numpy().tobytes()
-        for k, t in tensors.items())
-
-
-def flip(raw, bit):
-    bad = bytearray(raw)
-    bad[bit // 8] ^= 1 << bit % 8
-    return bytes(bad)
+    refused(str(saved), load_model, saved, Setup(TOK))
 
 
 @pytest.mark.parametrize("where", ["length", "header", "data"])
-def test_a_bit_that_flips_anywhere_is_refused_or_harmless(saved, where):
-    # without a checksum every flip in the data loaded
-    path, rng = saved / "checkpoint.safetensors", random.Random(3)
-    raw, whole = path.read_bytes(), load_tensors(path)
-    whole = {k: t.clone() for k, t in whole[0].items()}, whole[1]
-    size, = struct.unpack("<Q", raw[:8])
-    first, last = dict(length=(0, 8), header=(8, 8 + size), data=(8 + size, len(raw)))[where]
-    harmless = 0
-    for _ in range(60):
-        path.write_bytes(flip(raw, rng.randrange(8 * first, 8 * last)))
-        try:
-            harmless += same_file(load_tensors(path), whole) or pytest.fail("another checkpoint loaded")
-        except UserError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
-    assert harmless == 0 or where == "header" and harmless < 10
+def test_p46_a_damaged_checkpoint_is_refused_or_as_it_was(saved, where):
+    # flipped, other, missing or repeated bytes: without a checksum, every flip in the data loaded
+    def read():
+        tensors, meta = load_tensors(path)
+        return meta, {name: (t.dtype, t.shape, t.numpy().tobytes()) for name, t in tensors.items()}
+
+    path, rng, harmless = saved / "checkpoint.safetensors", random.Random(3), 0
+    raw, whole = path.read_bytes(), read()
+    header = 8 + struct.unpack("<Q", raw[:8])[0]
+    first, last = dict(length=(0, 8), header=(8, header), data=(header, len(raw)))[where]
+    for trial in range(120):
+        at, few = rng.randrange(first, last), rng.randrange(1, 40)
+        flipped, other = bytes([raw[at] ^ 1 << rng.randrange(8)]), bytes([rng.choice(b'0123456789-[]{},:"\\ ')])
+        middle = (flipped, other, b"", raw[at:at + few])[trial % 4]
+        path.write_bytes(raw[:at] + middle + raw[at + (trial % 4 < 3):])
+        with contextlib.suppress(UserError):
+            assert read() == whole, "another checkpoint loaded"
+            harmless += 1
+    assert harmless == 0 or where == "header" and harmless < 15
 
 
-def test_a_relabelled_dtype_a_missing_checksum_and_another_files_checksum_are_refused(saved):
-    path = saved / "checkpoint.safetensors"
-    raw = path.read_bytes()
-    header, content = header_of(raw)
-
-    def stripped(header):
-        del header["__metadata__"]["crc32"]
-    for change in (lambda h: h["model/score.weight"].update(dtype="I32"), stripped,
-                   lambda h: h["model/transformer.ln_f.bias"].update(dtype="I32"),
-                   lambda h: h["__metadata__"].update(crc32="00000000"), lambda h: h["__metadata__"].update(crc32=None),
-                   lambda h: h["__metadata__"].update(plainalign=h["__metadata__"]["plainalign"] + " ")):
-        other = json.loads(json.dumps(header))
-        change(other)
-        path.write_bytes(with_header(other, content))
-        with pytest.raises(UserError, match="damaged"):
-            load_tensors(path)
-    path.write_bytes(signed(header, content))
-    load_model(saved, Setup(TOK))
-
-
-def test_files_of_others_need_no_checksum(saved):
+@pytest.mark.parametrize("change", [
+    lambda header, facts: header["model/score.weight"].update(dtype="I32"), lambda header, facts: facts.pop("crc32"),
+    lambda header, facts: facts.update(crc32="00000000"), lambda header, facts: facts.update(crc32=None),
+    lambda header, facts: facts.update(plainalign=facts["plainalign"] + " ")])
+def test_a_relabelled_dtype_a_missing_checksum_and_another_files_checksum_are_refused(change, saved):
     path = saved / "checkpoint.safetensors"
     header, content = header_of(path.read_bytes())
-    for facts in ({}, {"format": "pt"}, None):
-        header["__metadata__"] = facts
-        path.write_bytes(with_header({k: v for k, v in header.items() if v is not None}, content))
-        assert len(load_tensors(path)[0]) == len(header) - 1
+    change(header, header["__metadata__"])
+    path.write_bytes(with_header(header, content))
+    refused("damaged", load_tensors, path)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("key", ["transformer.wpe.weight", "transformer.h.0.attn.c_attn.bias", "score.weight"])
-def test_a_weight_that_is_no_number_is_named_when_it_is_saved_and_when_it_is_read(key, value, saved):
-    path, model = saved / "checkpoint.safetensors", tiny()
-    before = path.read_bytes()
-    model.get_parameter(key).data.flatten()[-1] = value
-    with pytest.raises(UserError, match=f"{key}.*{value}"):
-        save_checkpoint(saved, dict(model=model), {}, {})
-    assert path.read_bytes() == before
-    tensors, meta = load_tensors(path)
-    tensors = {k: t.clone() for k, t in tensors.items()}
-    tensors["model/" + key].flatten()[-1] = value
-    save_tensors(path, tensors, meta)
-    with pytest.raises(UserError, match=f"{saved}.*{key}.*{value}"):
-        load_model(saved, Setup(TOK))
-
-
-@pytest.mark.parametrize("size", [10 ** 9, 10 ** 12, 10 ** 40])
-@pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd", "vocab_size", "n_scores", "block_size"])
-def test_p46_sizes_that_a_checkpoint_only_promises_take_no_memory(saved, name, size, monkeypatch):
-    # a thousand million layers: 2.3 GB, then the system ended the process
+@pytest.mark.parametrize("facts", [{}, {"format": "pt"}, None])
+def test_files_of_others_need_no_checksum(facts, saved):
     path = saved / "checkpoint.safetensors"
-    path.write_bytes(set_in("config", name, size)(path.read_bytes()))
-    monkeypatch.setattr(GPT, "to_empty", lambda *_, **__: pytest.fail("memory was taken"))
-    for n_scores in (None, 3):
-        with pytest.raises(UserError) as error:
-            load_model(saved, Setup(TOK), n_scores=n_scores)
-        assert "\n" not in str(error.value) and "damaged" not in str(error.value)
-
-
-# ------------------------------------------------------------------------------------------------ security
+    header, content = header_of(path.read_bytes())
+    del header["__metadata__"]
+    path.write_bytes(with_header(header | ({} if facts is None else {"__metadata__": facts}), content))
+    assert len(load_tensors(path)[0]) == len(header)
 
 
 def executes(source):
     """The places of a source text that unpickle, or run text as code."""
     found = []
     for node in ast.walk(ast.parse(source)):
-        names = [a.name for a in node.names] + [getattr(node, "module", "") or ""] \
-            if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+        names = []
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [name.name for name in node.names] + [getattr(node, "module", "") or ""]
         banned = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
         if any(name.split(".")[0] in banned for name in names):
             found.append(node.lineno)
@@ -1753,29 +1478,28 @@ def test_p45_nothing_in_the_house_can_unpickle():
     bad = ["import pickle", "from pickle import loads", "torch.load(f)", "torch.load(f, weights_only=False)", "eval(x)",
            "torch.save(x, f)", "np.load(f, allow_pickle=True)", "def f():\n import joblib"]
     assert all(executes(source) for source in bad) and not executes("torch.load(f, weights_only=True); model.eval()")
-    assert len(list(ROOT.glob("*.py"))) >= 2
-    for path in ROOT.glob("*.py"):
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("configs/*.py")]:
         assert not executes(path.read_text(encoding="utf-8")), path.name
 
 
 class Bomb:
+    """Unpickled, it makes a folder."""
+    def __init__(self, folder):
+        self.target = folder / "exploded"
+
     def __reduce__(self):
-        return os.mkdir, (self.target,)
+        return os.mkdir, (str(self.target),)
 
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_p45_a_malicious_pickle_under_the_checkpoints_name_is_refused_and_not_run(tmp_path, protocol):
-    bomb = Bomb()
-    bomb.target = str(tmp_path / "exploded")
-    (tmp_path / "checkpoint.safetensors").write_bytes(pickle.dumps(bomb, protocol))
-    with pytest.raises(UserError, match="not a checkpoint"):
-        load_model(tmp_path, Setup(TOK))
-    with pytest.raises(UserError, match="not a checkpoint"):
-        training(tmp_path)
-    torch.save({"model": bomb}, tmp_path / "checkpoint.safetensors")
-    with pytest.raises(UserError, match="not a checkpoint"):
-        load_model(tmp_path, Setup(TOK))
-    assert not (tmp_path / "exploded").exists()
+    bomb, path = Bomb(tmp_path), tmp_path / "checkpoint.safetensors"
+    path.write_bytes(pickle.dumps(bomb, protocol))
+    refused("not a checkpoint", load_model, tmp_path, Setup(TOK))
+    refused("not a checkpoint", training, tmp_path)
+    torch.save({"model": bomb}, path)
+    refused("not a checkpoint", load_model, tmp_path, Setup(TOK))
+    assert not bomb.target.exists()
 
 
 # ------------------------------------------------------------------------------------------------ device, chat
@@ -1790,55 +1514,42 @@ def matmuls(model):
     return model.logits(model(torch.tensor([[1, 2]]))).dtype
 
 
-def test_an_absent_device_is_one_clear_line(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert set_up("auto").device.type == "cpu"
-    with pytest.raises(UserError, match="no CUDA"):
-        set_up("cuda")
-
-
-def test_setup_chooses_the_precision_of_the_matmuls(saved):
+def test_setup_chooses_the_precision_of_the_matmuls(saved, capsys):
     # a model that is made like another, new or loaded, multiplies as that one does
     for dtype, want in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         like = set_up("cpu", dtype)
+        assert f"{M.cpu_name()}, 1 thread, {dtype}" in capsys.readouterr().out
         model = M.new_model(tiny(n_scores=0).config, like)
         for made in (model, load_model(saved, like), load_model(saved, model)):
             assert matmuls(made) == want and made.tok is like.tok is TOK and made.device == like.device
 
 
-@pytest.mark.parametrize("name", ["foo", "", "cuda:x", "cuda:-1", "cuda:99999999999999999999", "meta", "mps", "cpu:7"])
-def test_a_device_that_is_none_is_one_clear_line(name):
-    with pytest.raises(data.OptionError, match="--device"):
-        set_up(name)
-
-
-def test_a_gpu_that_is_not_there_is_one_clear_line(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert M.find_device("auto") == torch.device("cuda") and M.find_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(UserError, match="cuda:2.*2 CUDA devices"):
-        M.find_device("cuda:2")
+@pytest.mark.parametrize("gpus, name, want", [
+    (0, "auto", "cpu"), (0, "cpu", "cpu"), (2, "auto", "cuda"), (2, "cuda:1", "cuda:1"), (0, "cuda", "no CUDA"),
+    (2, "cuda:2", "cuda:2.*2 CUDA devices"), *((2, name, "--device") for name in (
+        "foo", "", "cuda:x", "cuda:-1", "cuda:99999999999999999999", "meta", "mps", "cpu:7"))])
+def test_a_device_is_found_or_one_clear_line(gpus, name, want, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    if re.fullmatch(r"cpu|cuda(:1)?", want):
+        assert M.find_device(name) == torch.device(want)
+    else:
+        refused(want, M.find_device, name, kind=OptionError if want == "--device" else UserError)
 
 
 @pytest.mark.parametrize("amx, avx512, told, want", [
     (True, True, "", "bf16"), (False, True, "", "bf16"), (True, None, "", "bf16"), (False, False, "", "fp32"),
     (None, None, "", "fp32"), (True, True, "AVX512_CORE", "fp32"), (False, True, "avx2", "fp32"),
     (False, True, "AVX512_CORE_BF16", "bf16"), (True, True, "ALL", "bf16")])
-@pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
-def test_auto_is_bf16_where_a_cpu_may_use_instructions_for_it(variable, amx, avx512, told, want, monkeypatch):
+def test_auto_is_bf16_where_a_cpu_may_use_instructions_for_it(amx, avx512, told, want, monkeypatch):
     # with avx512_bf16 alone it took fp32
     for name, has in (("_is_amx_tile_supported", amx), ("_is_avx512_bf16_supported", avx512)):
         if has is None:                                                     # a PyTorch that has no such question
             monkeypatch.delattr(torch.cpu, name, raising=False)
         else:
             monkeypatch.setattr(torch.cpu, name, lambda has=has: has, raising=False)
-    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(variable, told)
-    assert M.precision(torch.device("cpu")) == want
-    model = M.new_model(tiny(n_scores=0).config, set_up("cpu"))
-    assert matmuls(model) == dict(bf16=torch.bfloat16, fp32=torch.float32)[want]
-    assert [M.precision(torch.device("cpu"), dtype) for dtype in ("fp32", "bf16")] == ["fp32", "bf16"]
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", told)
+    cpu = torch.device("cpu")
+    assert [M.precision(cpu, dtype) for dtype in ("auto", "fp32", "bf16")] == [want, "fp32", "bf16"]
 
 
 @pytest.mark.parametrize("emulated", [True, False])
@@ -1846,25 +1557,6 @@ def test_auto_is_fp32_on_a_gpu_that_only_emulates_bf16(emulated, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                         lambda including_emulation=True: including_emulation or not emulated)
     assert M.precision(torch.device("cuda")) == ("fp32" if emulated else "bf16")
-
-
-def test_a_run_says_on_what_it_computes_and_where_that_changes(toy_base, tmp_path, monkeypatch, capsys):
-    def part(steps_done):
-        """Train, interrupted after so many steps if it is told; what it says."""
-        real = data.Run.log
-
-        def log(self, step, *args, **metrics):
-            return killed() if step == steps_done else real(self, step, *args, **metrics)
-        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            patch.setattr(data.Run, "log", log)
-            tune(tmp_path / "a", toy_base)
-        return capsys.readouterr()
-    first = part(2)
-    assert M.cpu_name() in first.out and "fp32" in first.out and "threads" not in first.out
-    assert "begun" not in part(3).err
-    monkeypatch.setattr(M, "cpu_name", lambda: "another CPU")
-    last = part(None)
-    assert "another CPU" in last.out and "begun" in last.err
 
 
 def test_chat_answers_every_piped_line_with_whole_characters(tmp_path):
@@ -1882,20 +1574,20 @@ def test_chat_answers_every_piped_line_with_whole_characters(tmp_path):
 # ------------------------------------------------------------------------------------------------ LoRA
 
 
-def keep(folder, model):
-    """The folder of a finished run, as a word of a command."""
-    M.write_model(folder, model)
-    return str(folder)
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("base")
+    write_model(folder, gpt(dtype=torch.float32))
+    return folder
 
 
-def adapt(folder, r=3, alpha=5.0, stir=.2, n_scores=None, vector_lr=0.0, **size):
-    """A base in folder/base, loaded and given adapters; with stir, as training might have left them."""
-    if not (folder / "base").exists():
-        keep(folder / "base", gpt(dtype=torch.float32, **size))
-    model = load_model(folder / "base", Setup(TOK), n_scores=n_scores)
+def adapt(folder, r=3, alpha=5.0, stir=.2, n_scores=None, vector_lr=0.0):
+    """The model of a folder, with adapters; with stir, as training might have left them."""
+    model = load_model(folder, Setup(TOK), n_scores=n_scores)
     model.add_lora(r, alpha, vector_lr)
     rng = torch.Generator().manual_seed(5)
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         if p.requires_grad and stir:
             p.data += stir * torch.randn(p.shape, generator=rng)
     return model
@@ -1903,164 +1595,125 @@ def adapt(folder, r=3, alpha=5.0, stir=.2, n_scores=None, vector_lr=0.0, **size)
 
 def logps(model):
     with torch.no_grad():
-        return token_logprobs(model, *collate(ROWS, TOK))
+        return token_logprobs(model, *BATCH)
 
 
-def test_lora_changes_nothing_at_first_and_then_adds_alpha_over_r_times_a_b(tmp_path):
-    # B = 0 at the start; later every linear layer is W + (α/r) A B, here in the GPT-2 written in numpy
-    base = gpt(dtype=torch.float32)
-    assert torch.equal(logps(adapt(tmp_path, stir=0)), logps(base))
-    model, whole = adapt(tmp_path), gpt(dtype=torch.float32)
-    assert len(model.loras()) == 8 and (logps(model) - logps(base)).abs().max() > .1
+def is_vector(name):
+    """Whether it is a bias or the gain of a norm."""
+    return name.endswith(".bias") or re.search(r"ln_\w+\.weight", name) is not None
+
+
+def test_lora_changes_nothing_at_first_and_then_adds_alpha_over_r_times_a_b(base):
+    # B = 0 at the start; later every linear layer of the blocks is W + (α/r) A B
+    plain, model = gpt(dtype=torch.float32), adapt(base)
+    assert torch.equal(logps(adapt(base, stir=0)), logps(plain))
+    assert len(model.loras()) == 8 and (logps(model) - logps(plain)).abs().max() > .1
     for name, p in model.named_parameters():
         if name.endswith("lora_A"):
             layer = name.removesuffix(".lora_A")
-            whole.get_submodule(layer).weight.data += 5 / 3 * p @ model.get_parameter(layer + ".lora_B")
-    want = [oracle_logps(whole.double(), ids)[0] for ids, _ in ROWS]
-    for row, (_, target), ours in zip(want, ROWS, logps(model)):
-        close(ours[:len(row)], [x * t for x, t in zip(row, target[1:])], 1e-4)
+            plain.get_submodule(layer).weight.data += 5 / 3 * p @ model.get_parameter(layer + ".lora_B")
+    close(logps(model).sum(1), oracle_sum(plain, ROWS), 1e-4)
 
 
-def test_lora_merged_equals_unmerged_and_is_a_plain_model(tmp_path):
-    model = adapt(tmp_path)
+def test_lora_merged_equals_unmerged_and_is_a_plain_model(base):
+    model = adapt(base)
     before, roll = logps(model), rollout(model, [[1, 2], [3]])
-    check_logps(copy.deepcopy(model).merge_lora().double(), roll, tol=1e-4)     # through the cache too
     merged = model.merge_lora()
+    check_logps(merged, roll, 1e-4)                                         # through the cache too
     assert (logps(merged) - before).abs().max() < 1e-5
     assert merged.state_dict().keys() == gpt().state_dict().keys() and not merged.loras()
     assert all(p.requires_grad for p in merged.parameters())
 
 
 @pytest.mark.parametrize("n_scores, kind", [(0, "adamw"), (0, "muon"), (1, "adamw")])
-def test_lora_only_adapters_and_a_score_head_have_gradients_and_are_optimised(n_scores, kind, tmp_path):
-    model = adapt(tmp_path, n_scores=n_scores)
-    before, opt = copy.deepcopy(model.state_dict()), Optimizer(model, .01, 10, kind)
-    tokens, mask = collate(ROWS, TOK)
-    out = response_scores(model, tokens, mask) if n_scores else token_logprobs(model, tokens, mask)
+def test_lora_only_adapters_and_a_score_head_have_gradients_and_are_optimised(n_scores, kind, base):
+    model = adapt(base, n_scores=n_scores)
+    before, opt = bits(model), Optimizer(model, .01, 10, kind)
+    out = response_scores(model, *BATCH) if n_scores else token_logprobs(model, *BATCH)
     out.square().sum().backward()
     trained = {n for n in before if n.endswith(("lora_A", "lora_B")) or n.startswith("score.")}
     assert len(trained) == 16 + n_scores
     assert {n for n, p in model.named_parameters() if p.grad is not None} == trained
-    names = {id(p): n for n, p in model.named_parameters()}
-    held = [names[id(p)] for group in opt.groups() for p in group["params"]]
-    assert sorted(held) == sorted(trained) and {names[id(p)] for p in opt.params} == trained
     opt.step(0)
-    assert {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])} == trained
+    assert {n for n, now in bits(model).items() if now != before[n]} == trained
+    held = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(t.numel() for name, t in opt.tensors().items() if not name.endswith("step")) <= 2 * held
 
 
-def test_lora_optimizer_state_is_below_a_tenth(tmp_path):
-    # r = 8 on the toy world's default size
-    def size(model):
-        opt = Optimizer(model, .01, 10)
-        for p in opt.params:
-            p.grad = torch.ones_like(p)
-        opt.step(0)
-        return sum(t.numel() * t.element_size() for t in opt.tensors().values())
-    keep(tmp_path, GPT(GPTConfig(), TOK))
-    whole, model = size(load_model(tmp_path)), load_model(tmp_path)
-    model.add_lora(8, 16.0)
-    assert .05 < size(model) / whole < .1
-    model = load_model(tmp_path)
-    model.add_lora(8, 16.0, .01)
-    assert .07 < size(model) / whole < .1
-
-
-def test_lora_reference_is_the_base_to_the_bit_whatever_is_learned(tmp_path):
-    base, model = logps(gpt(dtype=torch.float32)), adapt(tmp_path)
+@pytest.mark.parametrize("vector_lr", [0.0, .01])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_p19_lora_reference_is_the_base_to_the_bit_and_shares_all_that_is_frozen(precision, vector_lr, base):
+    plain, model = gpt(dtype=torch.float32), adapt(base, vector_lr=vector_lr, stir=0)
+    plain.precision = model.precision = precision
     ref = reference(model)
+    frozen = {p.data_ptr() for p in model.parameters() if not p.requires_grad}
+    own = [name for name, p in ref.named_parameters() if p.data_ptr() not in frozen]
+    assert all(map(is_vector, own)) and bool(own) == bool(vector_lr)
+    assert not ref.loras() and not any(p.requires_grad for p in ref.parameters()) and model.loras()
     train_a_little(model, Optimizer(model, .05, 10), 0, 3)
-    tuned = logps(model)
-    assert torch.equal(logps(ref), base) and (tuned - base).abs().max() > .1
-    assert torch.equal(logps(model), tuned)
+    assert torch.equal(logps(ref), logps(plain)) and (logps(model) - logps(plain)).abs().max() > .1
 
 
-def test_p19_lora_reference_shares_all_that_is_frozen_and_nothing_that_is_trained(tmp_path):
-    for bias in (0.0, .01):
-        model = adapt(tmp_path / str(bias), vector_lr=bias)
-        ref = reference(model)
-        trained = {p.data_ptr() for p in model.parameters() if p.requires_grad}
-        frozen = {p.data_ptr() for p in model.parameters() if not p.requires_grad}
-        own = {p.data_ptr() for p in ref.parameters()} - frozen
-        vectors_of_ref = {p.data_ptr() for p in ref.parameters() if p.ndim == 1}
-        assert not own & trained and own == (vectors_of_ref if bias else set())
-        assert not ref.loras() and not any(p.requires_grad for p in ref.parameters()) and model.loras()
-    plain = gpt(dtype=torch.float32)
-    theirs = {p.data_ptr() for p in reference(plain).parameters()}
-    assert not theirs & {p.data_ptr() for p in plain.parameters()}
+def test_p46_an_unfinished_run_with_adapters_is_one_clear_line(base, tmp_path):
+    save_checkpoint(tmp_path, dict(model=adapt(base)), {}, dict(tokenizer=TOK.fingerprint))
+    refused("unfinished run that trains adapters", load_model, tmp_path, Setup(TOK))
 
 
-@pytest.mark.parametrize("size", [dict(), dict(n_scores=1), dict(vector_lr=.01)], ids=str)
-def test_lora_is_written_merged_and_leaves_the_model_that_is_trained_as_it_is(size, tmp_path):
-    model = adapt(tmp_path, **size)
-    before = bits(model)
-    keep(tmp_path / "a", model)
-    assert bits(model) == before and len(model.loras()) == 8
-    loaded = load_model(tmp_path / "a", Setup(TOK))
-    assert not loaded.loras() and all(p.requires_grad for p in loaded.parameters())
-    assert bits(loaded) == bits(copy.deepcopy(model).merge_lora())
-    hidden, ids = [m(torch.tensor([[1, 2, 3]])) for m in (model, loaded)], torch.tensor([[1, 2, 3]])
-    close(*hidden, 1e-5)
-    if model.score is not None:
-        close(loaded.scores(hidden[1]), model.scores(hidden[0]), 1e-5)
-        with pytest.raises(UserError, match="language model is needed"):
-            load_model(tmp_path / "a", Setup(TOK), n_scores=0)
+def test_lora_bias_trains_biases_and_norms_too_at_their_own_rate(base):
+    model = adapt(base, vector_lr=.5, stir=0)
+    before, opt = copy.deepcopy(model.state_dict()), Optimizer(model, .01, 10, weight_decay=0)
+    train_a_little(model, opt, 0, 1)
+    moved = {name: float((t - before[name]).abs().max()) for name, t in model.state_dict().items()}
+    for name, distance in moved.items():
+        rate = .5 if is_vector(name) else .01 if name.endswith("lora_B") else 0      # A has no gradient while B is 0
+        assert distance == pytest.approx(rate, rel=.05), name
 
 
-def test_p46_an_unfinished_run_with_adapters_is_one_clear_line(tmp_path):
-    save_checkpoint(tmp_path / "a", dict(model=adapt(tmp_path)), {}, dict(tokenizer=TOK.fingerprint))
-    with pytest.raises(UserError, match=r"^\S+/a: an unfinished run that trains adapters[^\n]*$"):
-        load_model(tmp_path / "a", Setup(TOK))
+def test_lora_options_reach_the_adapter_its_optimizer_and_its_seed(base):
+    def prepared(**options):
+        torch.rand(5)                                                     # whatever was drawn before
+        return load_model(base, Setup(TOK)).prepare(sft.Config(lora_r=2, **options))
+
+    opt = Optimizer(prepared(lora_bias=.02), .001, 10, warmup=4)
+    for step in (0, 3, 9):                                                # the schedule is both rates'
+        opt.at(step)
+        matrices, vectors = opt.groups()
+        assert vectors["lr"] == pytest.approx(20 * matrices["lr"]) == pytest.approx(.02 * opt.scale(step))
+    first, again, other = (bits(prepared(seed=seed)) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+# ------------------------------------------------------------------------------------------------ runs
 
 
 def tune(out, init, **options):
     """sft.train on a few toy texts; its log."""
-    sft.train(sft.Config(out=str(out), init=init, **(dict(
-        steps=5, device="cpu", dtype="fp32", families="write", packing=0, batch=4, warmup=2, save_every=2) | options)))
+    options = dict(steps=5, device="cpu", dtype="fp32", families="write", packing=0, batch=4, warmup=2,
+                   save_every=2) | options
+    sft.train(sft.Config(out=str(out), init=str(init), **options))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
 @pytest.fixture(scope="module")
 def toy_base(tmp_path_factory):
-    tok = Tokenizer.load("toy")
-    return keep(tmp_path_factory.mktemp("toy"), gpt(dtype=torch.float32, std=.1, tok=tok, vocab_size=tok.n_vocab,
-                                                    block_size=128, n_layer=1))
-
-
-def vectors(names): return {n for n in names if n.endswith(".bias") or re.search(r"ln_\w+\.weight", n)}
-
-
-@pytest.mark.parametrize("stop, options", [(1, dict(optimizer="muon")), (3, dict(optimizer="adamw")), (3, dict(
-    optimizer="muon")), (3, dict(optimizer="adamw", lora_bias=.02))], ids=str)
-def test_p41_lora_run_resumes_bit_for_bit_and_changes_no_more(stop, options, toy_base, tmp_path, monkeypatch):
-    whole, real = tune(tmp_path / "a", toy_base, lora_r=2, **options), data.Run.log
-
-    def log(self, step, *args, **kwargs):
-        if step == stop:
-            raise KeyboardInterrupt
-        real(self, step, *args, **kwargs)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data.Run, "log", log)
-        tune(tmp_path / "b", toy_base, lora_r=2, **options)
-    if stop > 1:
-        with pytest.raises(UserError, match="an unfinished run that trains adapters"):
-            load_model(tmp_path / "b")
-    assert tune(tmp_path / "b", toy_base, lora_r=2, **options) == whole and len(whole) == 5
-    a, b, before = (load_model(folder).state_dict() for folder in (tmp_path / "a", tmp_path / "b", toy_base))
-    adapted = {n for n in a if ".h." in n and n.endswith(("attn.c_attn.weight", "c_proj.weight", "c_fc.weight"))}
-    assert all(torch.equal(a[n], b[n]) for n in a)
-    trained = adapted | (vectors(a) if "lora_bias" in options else set())
-    assert {n for n in a if not torch.equal(a[n], before[n])} == trained
+    folder, tok = tmp_path_factory.mktemp("toy"), Tokenizer.load("toy")
+    write_model(folder, gpt(dtype=torch.float32, std=.1, tok=tok, vocab_size=tok.n_vocab, block_size=128, n_layer=1))
+    return folder
 
 
 @pytest.mark.parametrize("lora_r, how, calls", [(0, killed, ["replace", "unlink"]), (2, killed, ["replace", "unlink"]),
                                                 (0, no_space, ["replace"]), (0, killed, ["fsync"])])
 def test_p42_a_run_ended_at_any_file_goes_on_to_the_same_end(lora_r, how, calls, toy_base, tmp_path, monkeypatch):
     # also between its last checkpoint, model.safetensors, config.json, summary.json and the end of the checkpoint
-    go = lambda out: tune(out, toy_base, steps=3, lora_r=lora_r)
-    whole, found, names = go(tmp_path / "whole"), [], lambda out: {path.name for path in out.iterdir()}
+    def go(out):
+        return tune(out, toy_base, steps=3, lora_r=lora_r)
+
+    def names(out):
+        return {path.name for path in out.iterdir()} - {"checkpoint.part"}
+
+    whole, found = go(tmp_path / "whole"), []
     want = bits(load_model(tmp_path / "whole"))
-    assert "checkpoint.safetensors" not in names(tmp_path / "whole")
     for out, ended in kills(go, tmp_path, monkeypatch, calls, how):
         try:
             found.append(bits(load_model(out)) == want)
@@ -2069,210 +1722,15 @@ def test_p42_a_run_ended_at_any_file_goes_on_to_the_same_end(lora_r, how, calls,
             found.append(None)
         if ended:
             assert go(out) == whole
-        assert bits(load_model(out)) == want
-        assert not (names(out) ^ names(tmp_path / "whole")) - {"checkpoint.part"}
-    assert found[0] is None and found[-1] and len(found) == 11 + ("unlink" in calls)
-    if not lora_r:
-        assert found[3] is False and all(found[4:])                     # step 2, then the end
-
-
-def test_lora_bias_trains_biases_and_norms_too_at_their_own_rate(tmp_path):
-    model = adapt(tmp_path, vector_lr=.5, stir=0)
-    before, opt = copy.deepcopy(model.state_dict()), Optimizer(model, .01, 10, weight_decay=0)
-    assert vectors(before) == {n for n, t in before.items() if t.ndim == 1}
-    assert torch.equal(logps(model), logps(gpt(dtype=torch.float32)))
-    train_a_little(model, opt, 0, 1)
-    moved = {n: float((t - before[n]).abs().max()) for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
-    assert moved.keys() == vectors(before) | {n for n in before if n.endswith("lora_B")}  # A has no gradient while B is 0
-    assert all(x == pytest.approx(.5 if n in vectors(before) else .01, rel=.05) for n, x in moved.items())
-
-
-def test_lora_bias_reference_is_the_base_to_the_bit_in_both_precisions(tmp_path):
-    for precision in ("fp32", "bf16"):
-        base = gpt(dtype=torch.float32)
-        model = adapt(tmp_path, vector_lr=.01, stir=0)
-        base.precision = model.precision = precision
-        ref = reference(model)
-        train_a_little(model, Optimizer(model, .05, 10), 0, 3)
-        assert torch.equal(logps(ref), logps(base)) and (logps(model) - logps(base)).abs().max() > .1
-    names = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert vectors(names) == vectors(model.state_dict()) and len(names) == len(vectors(names)) + 16
+        assert bits(load_model(out)) == want and names(out) == names(tmp_path / "whole")
+    assert found[0] is None and found[-1] and len(found) > 8
+    assert lora_r or (found[3] is False and all(found[4:]))                 # step 2, then the end
 
 
 def test_lora_of_a_new_model_is_refused(tmp_path):
     # frozen random weights under an adapter would learn nothing
-    with pytest.raises(data.OptionError, match="--lora_r"):
-        tune(tmp_path / "a", "new", n_layer=1, n_embd=16, n_head=2, block_size=128, lora_r=2)
+    refused("--lora_r", tune, tmp_path / "a", "new", n_layer=1, n_embd=16, n_head=2, block_size=128, lora_r=2)
     assert not (tmp_path / "a").exists()
-
-
-# ------------------------------------------------------------------------------------------------ merging
-
-
-@pytest.fixture
-def eleven(monkeypatch):
-    """Commands that ask for no tokenizer get that of these tests."""
-    monkeypatch.setattr(M.Tokenizer, "load", lambda name: TOK)
-
-
-def bits(model):
-    return {name: t.numpy().tobytes() for name, t in model.state_dict().items()}
-
-
-@pytest.mark.parametrize("k", [2, 3, 7])
-def test_merge_of_copies_is_the_copy_to_the_bit(k, tmp_path, capsys, eleven):
-    model = gpt(dtype=torch.float32)
-    M.merge(M.Merge(out=str(tmp_path / "m")), [keep(tmp_path / str(i), model) for i in range(k)])
-    assert bits(load_model(tmp_path / "m", Setup(TOK))) == bits(model)
-    assert str(tmp_path / "m") in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("weights", ["", ".25,.75", "2,-1"])
-def test_merge_is_the_weighted_sum(weights, tmp_path, monkeypatch, eleven):
-    # by the command, as a person would type it
-    models = [gpt(seed, torch.float32) for seed in (0, 1)]
-    folders = [keep(tmp_path / str(i), m) for i, m in enumerate(models)]
-    words = ["merge", *folders, "--out", str(tmp_path / "m")] + [f"--weights={weights}"] * bool(weights)
-    monkeypatch.setattr(sys, "argv", ["model.py", *words])
-    M.main()
-    a, b = map(float, (weights or ".5,.5").split(","))
-    made = json.loads((tmp_path / "m" / "config.json").read_text())["plainalign"]["made"]
-    assert made == dict(of=[M.checksum(m.state_dict()) for m in models], weights=[a, b], slerp=False)
-    got = load_model(tmp_path / "m", Setup(TOK)).state_dict()
-    for name, t in got.items():
-        x, y = (m.state_dict()[name].numpy().astype(np.float64) for m in models)
-        assert np.array_equal(t.numpy(), (a * x + b * y).astype(np.float32)), name
-
-
-@pytest.mark.parametrize("other, options, match", [
-    (dict(n_layer=1), {}, "another architecture"), (dict(n_scores=1), {}, "another architecture"),
-    (dict(tok=Twelve()), {}, "another tokenizer"),
-    ({}, dict(weights="1"), "1 for 2"), ({}, dict(weights=".2,.3,.5"), "3 for 2|for 2 checkpoints"),
-    ({}, dict(weights="a,b"), "not numbers"), ({}, dict(out=""), "--out"), (None, {}, "no checkpoint there"),
-    ({}, dict(weights="1e39,1"), "not saved: in .* is -?inf")])
-def test_merge_refuses_what_has_no_mean(other, options, match, tmp_path, eleven):
-    a, b = keep(tmp_path / "a", gpt(dtype=torch.float32)), str(tmp_path / "b")
-    if other is not None:
-        keep(b, gpt(1, torch.float32, **other))
-    with pytest.raises(UserError, match=match) as error:
-        M.merge(M.Merge(**(dict(out=str(tmp_path / "m")) | options)), [a, b])
-    assert "\n" not in str(error.value) and not (tmp_path / "m").exists()
-
-
-def test_merge_twice_does_nothing_and_another_model_is_not_overwritten(tmp_path, capsys, eleven):
-    folders = [keep(tmp_path / str(i), gpt(i, torch.float32)) for i in range(2)]
-    there = lambda name: {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in (tmp_path / name).iterdir()}
-    M.merge(M.Merge(out=str(tmp_path / "m")), folders)
-    save_checkpoint(tmp_path / "run", dict(model=gpt()), {}, dict(tokenizer=TOK.fingerprint))
-    data.write_text(tmp_path / "run" / "run.json", "{}")                 # interrupted: no config.json yet
-    before = {name: there(name) for name in ("m", "0", "run")}
-    M.merge(M.Merge(out=str(tmp_path / "m")), folders)
-    assert "nothing to do" in capsys.readouterr().out
-    for out, options in (("m", dict(weights="1,0")), ("m", dict(slerp=True)), ("0", {}), ("run", {})):
-        with pytest.raises(UserError, match="holds another model"):      # of others, or one of those to be averaged
-            M.merge(M.Merge(out=str(tmp_path / out), **options), folders)
-    for i in range(2):
-        keep(folders[i], gpt(i + 5, torch.float32))                      # the same folders, other weights
-    with pytest.raises(UserError, match="holds another model"):
-        M.merge(M.Merge(out=str(tmp_path / "m")), folders)
-    assert {name: there(name) for name in ("m", "run")} == {name: before[name] for name in ("m", "run")}
-
-
-def arrow(radius, angle):
-    return radius * torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64)
-
-
-def test_slerp_turns_at_constant_speed():
-    # in the plane: of two directions α and β it is the direction α + t (β - α), the short way round
-    rng = random.Random(0)
-    for _ in range(200):
-        at, turn, t = rng.uniform(-3, 3), rng.uniform(-3.1, 3.1), rng.uniform(0, 1)
-        r, s = rng.choice([(1, 1), (5, 5), (rng.uniform(.1, 9), rng.uniform(.1, 9))])
-        e, f, way = arrow(1, at), arrow(1, at + turn), arrow(1, at + t * turn)
-        p, q = np.linalg.solve(torch.stack([e, f], 1).numpy(), way.numpy())  # how much of each the arc takes
-        got = M.slerp(r * e, s * f, t)
-        close(got, p * r * e + q * s * f, 1e-8)
-        if r == s:
-            close(got.norm(), r, 1e-8)
-            close(got, r * way, 1e-8)
-
-
-def test_slerp_keeps_the_norm_of_equal_norms_and_divides_the_angle():
-    rng = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(6, 7, generator=rng, dtype=torch.float64) for _ in "ab")
-    b *= a.norm() / b.norm()
-    angle = lambda x, y: math.acos(float((x * y).sum() / x.norm() / y.norm()))
-    for t in (.1, .25, .5, .9):
-        got = M.slerp(a, b, t)
-        close(got.norm(), a.norm()), close(got, M.slerp(b, a, 1 - t))
-        close([angle(a, got), angle(got, b)], [t * angle(a, b), (1 - t) * angle(a, b)], 1e-9)
-        assert float(((1 - t) * a + t * b).norm()) < .95 * float(a.norm())       # the chord shrinks
-    close(M.slerp(a, b, 0.0), a, 1e-15), close(M.slerp(a, b, 1.0), b, 1e-15)
-
-
-@pytest.mark.parametrize("c", [1.0, 2.0, 1 + 1e-9, 1e-30, 0.0, -1.0, -.5, -1 - 1e-9])
-def test_slerp_of_parallel_opposite_and_zero_tensors_is_the_chord(c):
-    a = torch.randn(5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for t in (0.0, .3, .5, 1.0):
-        for x, y in ((a, c * a), (c * a, a)):
-            got = M.slerp(x, y, t)
-            assert got.isfinite().all()
-            close(got, (1 - t) * x + t * y, 1e-12)
-    assert M.slerp(0 * a, 0 * a, .5).eq(0).all()
-
-
-def test_slerp_is_continuous_where_it_turns_into_the_chord():
-    for tilt in (1e-3, 1e-5, 1.5e-6, 1.3e-6, 1e-7, 1e-9, 0.0):
-        a, b = arrow(2, .4), arrow(2, .4 + tilt)
-        close(M.slerp(a, b, .25), arrow(2, .4 + .25 * tilt), 1e-11)
-        assert M.slerp(a, -b, .5).isfinite().all()
-
-
-@pytest.mark.parametrize("weights, t", [("", .5), (".25,.75", .75), (".9,.1", .1)])
-def test_merge_slerp_goes_tensor_by_tensor_towards_the_second(weights, t, tmp_path, monkeypatch, capsys, eleven):
-    models = [gpt(seed, torch.float32) for seed in (0, 1)]
-    folders = [keep(tmp_path / str(i), m) for i, m in enumerate(models)]
-    words = ["model.py", "merge", *folders, "--out", str(tmp_path / "m"), "--slerp"]
-    words += [f"--weights={weights}"] * bool(weights)
-    monkeypatch.setattr(sys, "argv", words)
-    M.main()
-    chord = 0
-    for name, got in load_model(tmp_path / "m", Setup(TOK)).state_dict().items():
-        a, b = (m.state_dict()[name].numpy().astype(np.float64) for m in models)
-        cos = (a * b).sum() / math.sqrt((a * a).sum() * (b * b).sum())
-        angle = math.acos(cos)
-        arc = (math.sin((1 - t) * angle) * a + math.sin(t * angle) * b) / math.sin(angle)
-        assert np.allclose(got, arc, rtol=1e-6, atol=1e-6), name
-        chord += np.allclose(got, (1 - t) * a + t * b, atol=1e-3)
-    assert not chord                                                # not one tensor is the plain mean
-    path = tmp_path / "m" / "model.safetensors"
-    before = path.read_bytes()
-    M.main()
-    assert "is finished; nothing to do" in capsys.readouterr().out and path.read_bytes() == before
-    monkeypatch.setattr(sys, "argv", [w for w in words if w != "--slerp"])
-    with pytest.raises(UserError, match="holds another model"):     # the plain mean is another model
-        M.main()
-    assert path.read_bytes() == before
-
-
-def test_merge_slerp_with_all_the_weight_on_one_is_that_one_to_the_bit(tmp_path, eleven):
-    models = [gpt(seed, torch.float32) for seed in (0, 1)]
-    folders = [keep(tmp_path / str(i), m) for i, m in enumerate(models)]
-    for name, weights, model in (("a", "1,0", models[0]), ("b", "0,1", models[1])):
-        M.merge(M.Merge(out=str(tmp_path / f"m{name}"), weights=weights, slerp=True), folders)
-        assert bits(load_model(tmp_path / f"m{name}", Setup(TOK))) == bits(model)
-    M.merge(M.Merge(out=str(tmp_path / "c"), slerp=True), [folders[0], keep(tmp_path / "copy", models[0])])
-    assert bits(load_model(tmp_path / "c", Setup(TOK))) == bits(models[0])
-
-
-@pytest.mark.parametrize("k, weights", [(3, ""), (3, ".2,.3,.5"), (2, "1,1"), (2, ".5,.4"), (2, "0,0"), (1, "")])
-def test_merge_slerp_goes_between_two_with_weights_that_add_up_to_1(k, weights, tmp_path):
-    folders = [keep(tmp_path / str(i), gpt(i, torch.float32)) for i in range(k)]
-    with pytest.raises(UserError, match="^--slerp [^\n]*two[^\n]*1$"):
-        M.merge(M.Merge(out=str(tmp_path / "m"), weights=weights, slerp=True), folders)
-    assert not (tmp_path / "m").exists()
-
-
 
 
 # ------------------------------------------------------------------------------------------------ terms of a reward
@@ -2515,6 +1973,9 @@ def test_impossible_terms_are_one_line(spec, match, tmp_path):
     assert "\n" not in str(error.value)
 
 
+# ------------------------------------------------------------------------------------------------ to choose
+
+
 @pytest.mark.parametrize("budget", [1, 50, 10 ** 6])
 def test_choice_logprobs_equal_a_loop_over_single_prompts_whatever_the_batch(budget, tmp_path):
     model, rng = talker(tmp_path / "lm", block_size=48)[0], random.Random(0)
@@ -2526,38 +1987,11 @@ def test_choice_logprobs_equal_a_loop_over_single_prompts_whatever_the_batch(bud
         assert got.shape == (13, len(choices)) and not got.requires_grad
         for line, ids in zip(got, prompts):         # beyond the context, the end of a question is kept, and whose it is
             close(line, [math.log(p) for p in odds(model, ids[:1] + ids[1:][-47:], choices)], 1e-4)
-        close(got.exp().sum(1), [1.0] * 13, 1e-5)
-
-
-def test_choice_logprobs_see_no_padding_and_keep_the_order(tmp_path):
-    model, rng = talker(tmp_path / "lm", block_size=48)[0], random.Random(1)
-    prompts = [[rng.randrange(WORDS.base) for _ in range(n)] for n in (9, 3, 30, 1, 16)]
-    got = M.choice_logprobs(model, prompts, ["1", "2"], 10 ** 6)
-    for order in ([4, 3, 2, 1, 0], [2, 0], [1]):
-        close(M.choice_logprobs(model, [prompts[i] for i in order], ["1", "2"], 10 ** 6), got[order], 1e-5)
-    close(M.choice_logprobs(model, prompts, ["2", "1"], 64), got.flip(1), 1e-5)
 
 
 @pytest.mark.parametrize("choices", [["10", "1"], ["1", ""], ["1", "no way"]])
-def test_choices_of_several_tokens_are_refused_in_one_line(choices, tmp_path):
-    with pytest.raises(UserError, match=r"^[^\n]*one token[^\n]*$"):
-        M.choice_logprobs(talker(tmp_path / "lm")[0], [[1, 2]], choices, 64)
-
-
-def test_a_rollout_of_rows_is_what_the_sampler_lays_out():
-    drawn = rollout(gpt(std=.2), RAGGED, n=3)
-    done = [i for i, f in enumerate(drawn.finished.tolist()) if f]
-    drawn = drawn.take(done)
-    rows = [(ids, [0] * p + [1] * (len(ids) - p)) for ids, p in zip(rows_of(drawn), drawn.prompt_len)]
-    roll = M.Rollout.of(rows, TOK)
-    assert len(rows) > 10 and roll.prompt_len == drawn.prompt_len and roll.lengths == drawn.lengths
-    T = max(drawn.lengths)
-    assert torch.equal(roll.tokens[:, :T], drawn.tokens[:, :T])
-    assert torch.equal(roll.mask[:, :T - 1], drawn.mask[:, :T - 1])
-    assert (roll.tokens[:, T:] == PAD).all() and not roll.mask[:, T - 1:].any() and roll.mask.dtype == drawn.mask.dtype
-    assert roll.mask.shape == roll.logp.shape == (len(rows), roll.tokens.shape[1] - 1)
-    assert torch.equal(roll.finished, drawn.finished) and roll.finished.all() and not roll.logp.any()
-    assert roll.responses() == drawn.responses()
+def test_choices_of_several_tokens_are_refused(choices, tmp_path):
+    refused("one token", M.choice_logprobs, talker(tmp_path / "lm")[0], [[1, 2]], choices, 64)
 
 
 def test_a_rollout_of_records_gives_their_texts_back_and_scores_as_if_sampled(tmp_path):
@@ -2610,41 +2044,42 @@ def safetensors(tensors):
         raw = bytes(t.contiguous().flatten().view(torch.uint8).tolist())
         head[name] = dict(dtype=kinds[t.dtype], shape=list(t.shape), data_offsets=[len(body), len(body) + len(raw)])
         body += raw
-    head = json.dumps(head).encode()
-    return struct.pack("<Q", len(head)) + head + body
+    return with_header(head, body)
 
 
-def hf(folder, tensors=None, config=None, kind="safe"):
+def pickled(content, **options):
+    """The bytes of a pytorch_model.bin."""
+    file = io.BytesIO()
+    torch.save(content, file, **options)
+    return file.getvalue()
+
+
+def hf(folder, tensors=None, config=THERE, kind="safe"):
     """A folder with a GPT-2 in Hugging Face's layout, in one of the ways in which such are found."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = golden_weights() if tensors is None else tensors
-    (folder / "config.json").write_text(json.dumps(THERE if config is None else config))
-    names = sorted(tensors)
-    halves = {"a-00001.bin": names[::2], "a-00002.bin": names[1::2]}
-    if kind == "safe":
-        (folder / "model.safetensors").write_bytes(safetensors(tensors))
-    elif kind == "safe shards":
-        for shard, held in halves.items():
-            (folder / shard).write_bytes(safetensors({n: tensors[n] for n in held}))
-        (folder / "model.safetensors.index.json").write_text(json.dumps(
-            dict(metadata={}, weight_map={n: shard for shard, held in halves.items() for n in held})))
-    elif kind == "bin shards":
-        for shard, held in halves.items():
-            torch.save({n: tensors[n] for n in held}, folder / shard)
-        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(
-            dict(weight_map={n: shard for shard, held in halves.items() for n in held})))
-    else:  # the oldest files: a bare trunk, masks in it, torch's first format
-        if kind == "old bin":
-            tensors = {n.removeprefix("transformer."): t for n, t in tensors.items()}
-            tensors |= {"h.0.attn.bias": torch.ones(1, 1, 16, 16).tril(), "h.0.attn.masked_bias": torch.tensor(-1e4)}
-        torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=kind != "old bin")
+    name, write = ("model.safetensors", safetensors) if "safe" in kind else ("pytorch_model.bin", pickled)
+    files = {name: tensors}
+    if kind == "old bin":  # a bare trunk, masks in it, torch's first format
+        files[name] = {n.removeprefix("transformer."): t for n, t in tensors.items()} | {
+            "h.0.attn.bias": torch.ones(1, 1, 16, 16).tril(), "h.0.attn.masked_bias": torch.tensor(-1e4),
+            "h.1.attn.bias": torch.ones(1, 1, 16, 16, dtype=torch.uint8)}
+        write = lambda content: pickled(content, _use_new_zipfile_serialization=False)
+    if "shards" in kind:
+        names, suffix = sorted(tensors), name.rpartition(".")[2]
+        files = {f"a-{i}.{suffix}": {n: tensors[n] for n in names[i::2]} for i in range(2)}
+        where = {n: file for file, held in files.items() for n in held}
+        (folder / f"{name}.index.json").write_text(json.dumps(dict(metadata={}, weight_map=where)))
+    (folder / "config.json").write_text(json.dumps(config))
+    for file, held in files.items():
+        (folder / file).write_bytes(write(held))
     return folder
 
 
 @pytest.mark.parametrize("kind", ["safe", "safe shards", "bin", "bin shards", "old bin"])
 def test_gpt2_of_hugging_face_gives_the_logits_of_transformers(kind, tmp_path):
     """The numbers are what transformers 5.23 computes in float64 from the same weights."""
-    model = load_model(hf(tmp_path / "hf", kind=kind)).double()
+    model = load_model(hf(tmp_path, kind=kind)).double()
     out = model.logits(model(torch.tensor([[5, 250, 17, 99, 256, 0, 1]])))[0].detach()
     want = {(0, 3): -1.987912682831762, (1, 200): .7154162144844138, (3, 0): 2.031249966184696,
             (5, 128): 2.2609788704013063, (6, 256): 2.063353486926129}
@@ -2653,391 +2088,185 @@ def test_gpt2_of_hugging_face_gives_the_logits_of_transformers(kind, tmp_path):
         assert float(out[t, v]) == pytest.approx(number, abs=2e-6)  # loaded as float32
 
 
-def test_gpt2_vocabulary_grows_by_our_special_tokens_and_keeps_its_ids(tmp_path):
+def test_gpt2_in_half_precision_grows_by_our_special_tokens_and_keeps_its_ids(tmp_path):
     """Id 256, its end of text, is our end token; the others are the mean row; rows that only pad the matrix are 0."""
-    there, model = golden_weights()["transformer.wte.weight"].float(), load_model(hf(tmp_path / "hf"), Setup(BYTES))
+    tensors = {name: t.half() for name, t in golden_weights().items()}
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    model, there = load_model(hf(tmp_path, tensors), Setup(BYTES)), tensors["transformer.wte.weight"].float()
     wte = model.transformer.wte.weight.detach()
     assert BYTES.end == 256 and model.config.vocab_size == BYTES.n_vocab == 261 and wte.shape == (320, 8)
     assert torch.equal(wte[:257], there) and not wte[261:].any()
-    for row in wte[257:261]:
-        close(row, there.mean(0), 1e-6)
-    assert model.fingerprint == BYTES.fingerprint
-    plain = load_model(hf(tmp_path / "hf"))
-    ids = torch.tensor([[5, 250, 17, 256]])
-    close(model.logits(model(ids))[..., :257], plain.logits(plain(ids)), 1e-6)
-
-
-def test_gpt2_half_precision_weights_and_a_head_that_is_the_embedding_load_as_float32(tmp_path):
-    tensors = {n: t.half() for n, t in golden_weights().items()}
-    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
-    model = load_model(hf(tmp_path / "hf", tensors))
+    assert (wte[257:261] - there.mean(0)).abs().max() < 1e-7
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert torch.equal(model.transformer.h[1].mlp.c_fc.weight, tensors["transformer.h.1.mlp.c_fc.weight"].float())
 
 
-def small(seed=3, **size):
+def test_gpt2_that_says_what_goes_without_saying_loads(tmp_path):
+    """Every default spelt out; both kinds of weights, of which safetensors counts; their dropout is not taken over."""
+    config = THERE | M.GPT2 | dict(n_inner=32, n_ctx=16)
+    folder = hf(tmp_path / "hf", config=config)
+    hf(folder, {name: t * 2 for name, t in golden_weights().items()}, config, kind="bin")
+    model = load_model(folder, Setup(BYTES))
+    assert bits(model) == bits(load_model(hf(tmp_path / "plain"), Setup(BYTES))) and model.config.dropout == 0
+
+
+def ours(**size):
     """A model of ours, of the golden model's size and with our special tokens."""
-    return gpt(seed, torch.float32, tok=BYTES, **dict(vocab_size=261, n_embd=8) | size)
+    return gpt(3, torch.float32, tok=BYTES, **dict(vocab_size=261, n_embd=8) | size)
 
 
 @pytest.mark.parametrize("n_scores, lora", [(0, 0), (0, 2), (1, 0), (3, 2)])
-def test_gpt2_what_we_write_has_hugging_faces_names_and_shapes_and_loads_as_the_same_function(n_scores, lora, tmp_path):
-    ours = small(n_scores=n_scores)
+def test_gpt2_what_we_write_has_hugging_faces_names_and_shapes_and_loads_as_the_same_model(n_scores, lora, tmp_path):
+    model = ours(n_scores=n_scores, dropout=.25)
     if lora:
-        ours.add_lora(lora, 4.0)
-        for layer in ours.loras():
+        model.add_lora(lora, 4.0)
+        for layer in model.loras():
             torch.nn.init.normal_(layer.lora_B, std=.2)
-    assert keep(tmp_path, ours) and {path.name for path in tmp_path.iterdir()} == {
+    before = bits(model)
+    write_model(tmp_path, model)
+    assert bits(model) == before
+    assert {path.name for path in tmp_path.iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
-    want = {name: tuple(t.shape) for name, t in golden_weights().items()} | {"transformer.wte.weight": (261, 8)}
-    tensors, meta = load_tensors(tmp_path / "model.safetensors")
-    assert {name: tuple(t.shape) for name, t in tensors.items()} == want | (
-        {"score.weight": (n_scores, 8)} if n_scores else {})
+    want = {name: t.shape for name, t in golden_weights().items()} | {"transformer.wte.weight": (261, 8)}
+    if n_scores:
+        want["score.weight"] = (n_scores, 8)
+    assert {name: t.shape for name, t in load_tensors(tmp_path / "model.safetensors")[0].items()} == want
     assert header_of((tmp_path / "model.safetensors").read_bytes())[0]["__metadata__"]["format"] == "pt"
-    back, ids = load_model(tmp_path, Setup(BYTES)), torch.tensor([[5, 250, 17, 256]])
-    assert back.config == ours.config and back.fingerprint == BYTES.fingerprint
-    read = (lambda model: model.scores(model(ids))) if n_scores else (lambda model: model.logits(model(ids)))
-    close(read(back), read(ours), 1e-5)
-    assert bits(back) == bits(copy.deepcopy(ours).merge_lora() if lora else ours)
-
-
-@pytest.mark.parametrize("n_scores", [0, 2])
-def test_gpt2_what_we_write_is_what_transformers_loads(n_scores, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    ours, ids = small(n_scores=n_scores), torch.tensor([[5, 250, 17, 99]])
-    keep(tmp_path, ours)
-    auto = transformers.AutoModelForSequenceClassification if n_scores else transformers.AutoModelForCausalLM
-    theirs, info = auto.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    head = {"lm_head.weight"} - ({"lm_head.weight"} if n_scores else set())    # tied to the embedding
-    assert set(theirs.state_dict()) == set(ours.state_dict()) | head
-    hidden = ours(ids)
-    close(theirs(ids).logits, ours.scores(hidden)[:, -1] if n_scores else ours.logits(hidden), 1e-5)
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path).eos_token_id == BYTES.end
-
-
-def spoilt(config=None, drop=(), tensors=None, kind="safe", write=None):
-    """How to spoil a folder: other config values, missing tensors, changed ones, or files overwritten at the end."""
-    def make(folder):
-        found = {n: t for n, t in (golden_weights() | (tensors or {})).items() if n not in drop}
-        hf(folder, found, {k: v for k, v in (THERE | (config or {})).items() if v is not None}, kind)
-        for name, content in (write or {}).items():
-            old = (folder / name).read_bytes() if (folder / name).exists() else b""
-            (folder / name).write_bytes(content(old) if callable(content) else content)
-    return make
-
-
-@pytest.mark.parametrize("make, match", [
-    (spoilt(config=dict(activation_function="relu")), r"config.json: activation_function is 'relu'"),
-    (spoilt(config=dict(model_type="llama")), r"config.json: model_type is 'llama'"),
-    (spoilt(config=dict(n_inner=7)), r"config.json: n_inner is 7"),
-    (spoilt(config=dict(n_head=None)), r"config.json: n_head is None, and has to be a whole number"),
-    (spoilt(config=dict(n_head="2")), r"config.json: n_head is '2', and has to be"),
-    (spoilt(config=dict(n_embd=0)), r"config.json: n_embd is 0, and has to be"),
-    (spoilt(config=dict(vocab_size=257.0)), r"config.json: vocab_size is 257.0, and has to be"),
-    (spoilt(config=dict(n_positions=16 * 10 ** 13)), r"wpe.weight is \(16, 8\), not"),
-    (spoilt(config=dict(n_embd=2 ** 40)), r"wte.weight is missing, or not \(257, 1099511627776\)"),
-    (spoilt(config=dict(n_layer=10 ** 12)), r"2 layers, and its config says 1000000000000"),
-    (spoilt(tensors={"score.weight": torch.tensor(1.0)}), r"score"),
-    (spoilt(config=dict(plainalign={}, resid_pdrop="x")), r"dropout x: must be at least 0 and below 1"),
-    (spoilt(tensors={"transformer.h.0.ln_1.bias": torch.ones(8, dtype=torch.complex64)}, kind="bin"), r"ln_1.bias is missing"),
-    (spoilt(tensors={"transformer.ln_f.bias": torch.ones(8, device="meta")}, kind="bin"), r"something else than named"),
-    (spoilt(write={"config.json": b'{"model_type":' + b"[" * 200_000}), r"config.json: no JSON"),
-    (spoilt(kind="safe shards", write={"model.safetensors.index.json": b'{"weight_map": {}}'}), r"no weight_map"),
-    (spoilt(config=dict(tie_word_embeddings=False)), r"config.json: tie_word_embeddings is False"),
-    (spoilt(config=dict(vocab_size=300)), r"wte.weight is missing, or not \(300, 8\)"),
-    (spoilt(config=dict(n_layer=3)), r"model.safetensors: 2 layers, and its config says 3"),
-    (spoilt(config=dict(n_positions=32)), r"wpe.weight is \(16, 8\), not \(32, 8\)"),
-    (spoilt(drop=["transformer.h.1.mlp.c_fc.weight"]), r"h.1.mlp.c_fc.weight is missing"),
-    (spoilt(drop=["transformer.wte.weight"]), r"wte.weight is missing"),
-    (spoilt(tensors={"transformer.h.0.extra": torch.ones(1)}), r"h.0.extra does not belong"),
-    (spoilt(tensors={"lm_head.weight": torch.ones(257, 8)}), r"lm_head.weight is not the embedding"),
-    (spoilt(write={"config.json": b'{"model_type": '}), r"config.json: no JSON"),
-    (spoilt(write={"config.json": b"\xff\xfe"}), r"config.json: no JSON"),
-    (spoilt(write={"model.safetensors": lambda old: old[:-5]}), r"model.safetensors: .*not where they should be"),
-    (spoilt(write={"model.safetensors": b""}), r"model.safetensors: not a checkpoint"),
-    (spoilt(kind="bin", write={"pytorch_model.bin": lambda old: old[:-90]}), r"pytorch_model.bin: not readable"),
-    (spoilt(kind="old bin", write={"pytorch_model.bin": lambda old: old[:-90]}), r"pytorch_model.bin: not readable"),
-    (spoilt(kind="bin", write={"pytorch_model.bin": b"a page of HTML"}), r"pytorch_model.bin: not readable"),
-    (spoilt(kind="safe shards", write={"a-00002.bin": lambda old: old[:-5]}), r"a-00002.bin: .*not where"),
-    (spoilt(kind="safe shards", write={"model.safetensors.index.json": json.dumps(
-        dict(weight_map={"x": "../other/model.safetensors"})).encode()}), r"weight_map does not name files"),
-    (spoilt(kind="safe shards", write={"model.safetensors.index.json": b"[1]"}), r"index.json: not a JSON object"),
-    (spoilt(kind="safe shards", write={"model.safetensors.index.json": json.dumps(
-        dict(weight_map={"x": "a-00001.bin"})).encode()}), r"index.json: x is not in a-00001.bin"),
-    (spoilt(kind="safe shards", write={"model.safetensors.index.json": json.dumps(
-        dict(weight_map={"x": "gone.bin"})).encode()}), r"gone.bin: no such file"),
-])
-def test_p46_a_gpt2_that_is_not_one_is_refused_in_one_line(make, match, tmp_path):
-    make(tmp_path / "hf")
-    with pytest.raises(UserError, match=match) as caught:
-        load_model(tmp_path / "hf", Setup(BYTES))
-    assert "\n" not in str(caught.value)
-
-
-def test_p46_weights_that_are_missing_and_another_vocabulary_are_named(tmp_path):
-    (hf(tmp_path / "hf") / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="neither model.safetensors nor pytorch_model.bin"):
-        load_model(tmp_path / "hf")
-    with pytest.raises(UserError, match=r"257 tokens, and --tokenizer has 763, which"):
-        load_model(hf(tmp_path / "hf"), Setup(Tokenizer.load("toy")))
-    keep(tmp_path / "ours", small())
-    with pytest.raises(UserError, match="trained with another tokenizer"):      # by the mark in its config.json
-        load_model(tmp_path / "ours", Setup(Tokenizer.load("toy")))
-
-
-@pytest.mark.parametrize("protocol", range(6))
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
-def test_p45_a_hostile_file_of_weights_is_refused_and_not_run(name, protocol, tmp_path):
-    bomb, folder = Bomb(), hf(tmp_path / "hf", kind="bin")
-    bomb.target = str(tmp_path / "exploded")
-    (folder / name).write_bytes(pickle.dumps(bomb, protocol))
-    with pytest.raises(UserError, match=f"{name}: not"):
-        load_model(folder, Setup(BYTES))
-    torch.save({"transformer.wte.weight": bomb}, folder / "pytorch_model.bin", pickle_protocol=max(2, protocol))
-    (folder / "model.safetensors").unlink(missing_ok=True)
-    with pytest.raises(UserError, match="pytorch_model.bin: not readable"):
-        load_model(folder, Setup(BYTES))
-    torch.save([torch.ones(1)], folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="something else than named tensors"):
-        load_model(folder, Setup(BYTES))
-    assert not Path(bomb.target).exists()
-
-
-def test_p46_a_run_folder_of_an_earlier_version_is_one_clear_line(tmp_path):
-    """Its config.json holds the options, and its checkpoint calls the layers (out, in)."""
-    (tmp_path / "config.json").write_text(json.dumps(dict(lr=1e-3)))
-    with pytest.raises(UserError, match="a run folder of an earlier version, or no model's; run what made it again$"):
-        load_model(tmp_path, Setup(TOK))
-    save_tensors(tmp_path / "checkpoint.safetensors", {"model/x": torch.ones(1)}, dict(config=dict(model={})))
-    with pytest.raises(UserError, match="does not say what model it holds"):
-        load_model(tmp_path, Setup(TOK))
-    with pytest.raises(UserError, match="holds a model that no run of this version made: choose another --out$"):
-        sft.train(sft.Config(out=str(tmp_path), init="new", device="cpu", steps=1, overwrite=True))
-
-
-@pytest.mark.parametrize("mark", [dict(tokenizer=[]), dict(), None, [], "someone else's"], ids=str)
-def test_p46_a_foreign_mark_is_none(mark, tmp_path):
-    folder = hf(tmp_path / "hf", config=THERE | dict(plainalign=mark))
-    assert load_model(folder, Setup(BYTES)).fingerprint == BYTES.fingerprint
-    assert load_model(folder).fingerprint is None
-
-
-def test_p46_options_of_a_run_that_are_none_end_in_one_line(tmp_path):
-    (tmp_path / "run.json").write_text("null")
-    with pytest.raises(UserError, match="run.json: not a run's options"):
-        sft.train(sft.Config(out=str(tmp_path), init="new", device="cpu", steps=1))
-
-
-def test_p42_a_run_does_not_write_over_a_gpt2_of_hugging_face(tmp_path):
-    before = (hf(tmp_path / "hf") / "config.json").read_bytes()
-    for overwrite in (False, True):
-        with pytest.raises(UserError, match="holds a model that no run of this version made"):
-            sft.train(sft.Config(out=str(tmp_path / "hf"), init="new", device="cpu", steps=1, overwrite=overwrite))
-    assert (tmp_path / "hf" / "config.json").read_bytes() == before
-
-
-def test_merge_of_gpt2s_of_hugging_face_from_the_command_line(tmp_path, monkeypatch, capsys):
-    """It asks for their tokenizer, by which they grow, and what it makes needs none but that."""
-    vocabulary = tmp_path / "bytes.tiktoken"
-    vocabulary.write_bytes(b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)))
-
-    def run(*argv):
-        """(exit status, what it says) of python model.py *argv."""
-        monkeypatch.setattr(sys, "argv", ["model.py", *map(str, argv)])
-        capsys.readouterr()
-        try:
-            data.guard(M.main)
-        except SystemExit as stop:
-            return stop.code, "".join(capsys.readouterr())
-        return 0, "".join(capsys.readouterr())
-    folder, out, tok = hf(tmp_path / "hf"), tmp_path / "m", ("--tokenizer", vocabulary)
-    assert run("merge", folder, folder, "--out", out, *tok)[0] == 0
-    assert bits(load_model(out, Setup(BYTES))) == bits(load_model(folder, Setup(BYTES)))
-    facts = json.loads((out / "config.json").read_text())["plainalign"]
-    assert facts["tokenizer"] == BYTES.fingerprint and facts["made"]["weights"] == [.5, .5] and len(
-        set(facts["made"]["of"])) == 1
-    assert run("merge", folder, out, "--out", tmp_path / "again", *tok)[0] == 0
-    for words, status, match in ((("--out", "x"), 1, "257 tokens, and --tokenizer has 763"), (tok, 2, "--out")):
-        code, said = run("merge", folder, folder, *words)
-        assert code == status and match in said and said.count("\n") == 1
-
-
-# ------------------------------------------------------------------------------------------------ adapters, GPT-2: more
-
-
-def test_rows_of_a_rollout_end_with_the_response_and_target_it_alone():
-    drawn = rollout(gpt(std=.2), RAGGED, n=3)
-    assert 5 < sum(drawn.finished) < len(drawn.finished)
-    for (ids, target), row, mask, p in zip(drawn.rows(), drawn.tokens.tolist(), drawn.mask.tolist(), drawn.prompt_len):
-        n = p + int(sum(mask))
-        assert ids == row[:n] and target == [0] * p + [1] * (n - p) == [0] + [int(x) for x in mask[:n - 1]]
-
-
-def test_beyond_a_chunk_the_head_runs_again_in_the_backward_pass():
-    """So no chunk's logits wait for it; in one chunk, or without a gradient, nothing is computed twice."""
-    calls, where = [], torch.ones(1, 5, dtype=torch.bool)
-
-    def head(x, y):
-        calls.append(len(x))
-        return x.exp().sum(-1), (x * y).exp().sum(-1)
-    x, y = (torch.randn(5, 3, dtype=torch.float64, requires_grad=True) for _ in "xy")
-    for chunk, grad, want in ((2, True, [2, 2, 1] * 2), (2, False, [2, 2, 1]), (5, True, [5])):
-        calls.clear()
-        with torch.set_grad_enabled(grad):
-            out = M.at_positions(head, where, x, y, chunk=chunk)
-            if grad:
-                torch.stack(out).sum().backward()
-        assert sorted(calls) == sorted(want) and out[0].requires_grad == grad
-        close(torch.stack(out)[:, 0], torch.stack([x.exp().sum(-1), (x * y).exp().sum(-1)]))
-
-
-def test_p10_logps_of_policy_and_reference_are_at_the_sampling_temperature_and_without_gradient(tmp_path):
-    model, base = adapt(tmp_path), gpt(dtype=torch.float32)
-    ref = reference(model)
-    train_a_little(model, Optimizer(model, .05, 10), 0, 3)
-    roll, merged = rollout(model, [[1, 2], [3, 4, 5, 6], [7]], n=2, temperature=.6), copy.deepcopy(model).merge_lora()
-    for temperature in (.6, 1.7):
-        cfg = SimpleNamespace(micro_tokens=32, temperature=temperature)
-        got = M.logps(model, roll, cfg) - M.logps(ref, roll, cfg)
-        assert not got.requires_grad and got.shape == roll.mask.shape and not got[roll.mask == 0].any()
-        for line, (ids, target) in zip(got, roll.rows()):
-            a, b = (np.array(oracle_logps(net, ids, temperature)[0]) for net in (merged, base))
-            close(line[:len(ids) - 1], (a - b) * np.array(target[1:]), 1e-4)
-    assert got.abs().max() > .1
-
-
-def test_lora_bias_of_a_reward_model_leaves_its_head_where_it_is_without_the_adapter(tmp_path):
-    model = adapt(tmp_path, n_scores=1, vector_lr=.01, stir=0)
-    tokens, mask = collate(ROWS, TOK)
-    base = load_model(tmp_path / "base", Setup(TOK), n_scores=1)
-    torch.nn.init.normal_(model.score.weight)
-    base.score.load_state_dict(model.score.state_dict())
-    ref = reference(model)
-    for p in model.parameters():
-        p.data += .2 * p.requires_grad                                    # the adapter is trained, and the head
-    assert base.score.weight.all() and not torch.equal(ref.score.weight, model.score.weight)
-    assert torch.equal(response_scores(ref, tokens, mask), response_scores(base, tokens, mask))
-
-
-def test_lora_options_reach_the_adapter_its_optimizer_and_its_seed(tmp_path):
-    keep(tmp_path / "base", gpt(dtype=torch.float32))
-
-    def prepared(**options):
-        torch.rand(int(options.get("seed", 0)) + len(made))               # whatever was drawn before
-        made.append(load_model(tmp_path / "base", Setup(TOK)))
-        made[-1].prepare(sft.Config(lora_r=2, **options))
-        return made[-1]
-    made = []
-    opt = Optimizer(prepared(lora_bias=.02), .001, 10, warmup=4)
-    for step, share in ((0, .25), (3, 1.0), (9, None)):                   # the schedule is both rates'
-        opt.at(step)
-        (matrices, a), (biases, b) = ((group["params"], group["lr"]) for group in opt.groups())
-        assert {p.ndim for p in matrices} == {2} and {p.ndim for p in biases} == {1} and len(biases) > 8
-        assert b == pytest.approx(20 * a) and (share is None or a == pytest.approx(.001 * share))
-    first, again, other = (torch.cat([p.flatten() for n, p in prepared(seed=seed).named_parameters() if "lora_A" in n])
-                           for seed in (0, 0, 1))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert not made[-1].vector_lr
-
-
-def pickled(content):
-    """The bytes of a pytorch_model.bin."""
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()
-
-
-@pytest.mark.filterwarnings("ignore:Sparse invariant")  # of some versions of torch, for the sparse one
-@pytest.mark.parametrize("make, match", [
-    (spoilt(config=dict(layer_norm_epsilon=1e-6)), r"config.json: layer_norm_epsilon is 1e-06"),
-    (spoilt(config=dict(scale_attn_weights=False)), r"config.json: scale_attn_weights is False"),
-    (spoilt(config=dict(scale_attn_by_inverse_layer_idx=True)), r"json: scale_attn_by_inverse_layer_idx is True"),
-    (spoilt(config=dict(add_cross_attention=True)), r"config.json: add_cross_attention is True"),
-    (spoilt(tensors={"transformer.h.1.mlp.c_fc.weight": torch.ones(8, 4, 8)}), r"c_fc.weight is \(8, 4, 8\), not"),
-    (spoilt(tensors={"transformer.wte.weight": torch.ones(257)}), r"wte.weight is missing, or not \(257, 8\)"),
-    (spoilt(tensors={"transformer.wte.weight": torch.ones(257, 9)}), r"wte.weight is missing, or not \(257, 8\)"),
-    (spoilt(kind="bin", tensors={"transformer.x": 1}), r"something else than named tensors"),
-    (spoilt(kind="bin", write={"pytorch_model.bin": pickled({7: torch.ones(1)})}), r"something else than named"),
-    (spoilt(kind="bin", tensors={"transformer.x": torch.ones(2, 2).to_sparse()}), r"something else than named tensors"),
-    (spoilt(kind="bin", write={"pytorch_model.bin": pickled({"x": Fraction(1, 2)})}), r"bin: not readable"),
-    (spoilt(kind="safe shards", write={"model.safetensors.index.json": b'{"weight_map": {"x": 3}}'}), r"not name"),
-])
-def test_p46_more_that_is_no_gpt2_of_ours_is_refused_in_one_line(make, match, tmp_path):
-    make(tmp_path / "hf")
-    with pytest.raises(UserError, match=match) as caught:
-        load_model(tmp_path / "hf", Setup(BYTES))
-    assert "\n" not in str(caught.value)
-
-
-def test_p46_a_config_that_cannot_be_read_is_named(tmp_path):
-    (tmp_path / "config.json").mkdir()
-    with pytest.raises(UserError, match=r"config.json: Is a directory$"):
-        load_model(tmp_path)
-    with pytest.raises(UserError, match=r"index.json: No such file"):
-        M.read_json(tmp_path / "index.json")
-
-
-def test_gpt2_that_says_what_goes_without_saying_loads(tmp_path):
-    """Every default spelt out; a mark that is none of ours; both kinds of weights, of which safetensors counts."""
-    config = THERE | M.GPT2 | dict(n_inner=32, plainalign="someone else's", n_ctx=16)
-    folder = hf(tmp_path / "hf", config=config)
-    hf(folder, {name: t * 2 for name, t in golden_weights().items()}, config, kind="bin")
-    want = load_model(hf(tmp_path / "plain"), Setup(BYTES)).state_dict()
-    assert all(torch.equal(t, want[name]) for name, t in load_model(folder, Setup(BYTES)).state_dict().items())
-
-
-def test_gpt2_half_precision_weights_grow_by_their_mean_in_float32(tmp_path):
-    tensors = {n: t.half() for n, t in golden_weights().items()}
-    wte = load_model(hf(tmp_path / "hf", tensors), Setup(BYTES)).transformer.wte.weight
-    want = tensors["transformer.wte.weight"].float().mean(0)
-    assert wte.dtype == torch.float32 and (wte[257:261] - want).abs().max() < 1e-7
-
-
-def test_gpt2_masks_of_old_files_are_left_out_whatever_their_type(tmp_path):
-    square = torch.ones(1, 1, 16, 16)
-    masks = {"transformer.h.0.attn.bias": square.tril(), "transformer.h.1.attn.masked_bias": torch.ones(1),
-             "transformer.h.1.attn.bias": square.to(torch.uint8), "transformer.ids": torch.arange(3)}
-    want = load_model(hf(tmp_path / "plain")).state_dict()
-    got = load_model(hf(tmp_path / "hf", golden_weights() | masks, kind="bin")).state_dict()
-    assert all(torch.equal(t, got[name]) for name, t in want.items()) and want.keys() == got.keys()
+    back = load_model(tmp_path, Setup(BYTES))
+    assert back.config == model.config
+    assert bits(back) == bits(model.merge_lora())
 
 
 @pytest.mark.parametrize("n_scores", [0, 3])
-def test_gpt2_what_we_write_tells_transformers_what_it_is_and_leaves_the_model_alone(n_scores, tmp_path):
-    model = small(n_scores=n_scores, dropout=.1)
-    before = bits(model)
-    keep(tmp_path, model)
-    assert bits(model) == before
+def test_gpt2_what_we_write_tells_transformers_what_it_is(n_scores, tmp_path):
+    write_model(tmp_path, ours(n_scores=n_scores, dropout=.1))
     facts = json.loads((tmp_path / "config.json").read_text())
     labels = facts.pop("id2label", {})
     assert list(labels) == [str(k) for k in range(n_scores)] and len(set(labels.values())) == n_scores
-    assert facts == M.GPT2 | dict(
+    assert facts == M.GPT2 | SIZE | dict(
         architectures=["GPT2ForSequenceClassification" if n_scores else "GPT2LMHeadModel"], vocab_size=261,
-        n_positions=16, n_embd=8, n_layer=2, n_head=2, resid_pdrop=.1, embd_pdrop=.1, attn_pdrop=0.0, dtype="float32",
+        resid_pdrop=.1, embd_pdrop=.1, attn_pdrop=0.0, dtype="float32",
         bos_token_id=256, eos_token_id=256, pad_token_id=257, plainalign=dict(tokenizer=BYTES.fingerprint))
     text = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
     assert "\u0120" in text and json.loads(text) == BYTES.huggingface()["tokenizer.json"]
 
 
-def test_gpt2_dropout_of_others_is_not_taken_over_and_of_ours_is(tmp_path):
-    keep(tmp_path / "ours", small(dropout=.25))
-    assert load_model(tmp_path / "ours", Setup(BYTES)).config.dropout == .25
-    assert load_model(hf(tmp_path / "hf"), Setup(BYTES)).config.dropout == 0         # its config.json says .1
+@pytest.mark.parametrize("n_scores", [0, 2])
+def test_gpt2_what_we_write_is_what_transformers_loads(n_scores, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, ids = ours(n_scores=n_scores), torch.tensor([[5, 250, 17, 99]])
+    write_model(tmp_path, model)
+    auto = transformers.AutoModelForSequenceClassification if n_scores else transformers.AutoModelForCausalLM
+    theirs, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    hidden = model(ids)
+    close(theirs(ids).logits, model.scores(hidden)[:, -1] if n_scores else model.logits(hidden), 1e-5)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).eos_token_id == BYTES.end
 
 
-@pytest.mark.parametrize("call", ["replace", "fsync"])
-def test_p42_merge_killed_at_any_file_runs_again(call, tmp_path, monkeypatch):
-    # config.json was written first, and the next try found "another model"
-    monkeypatch.setattr(M.Tokenizer, "load", lambda name: BYTES)
-    folder, cuts = str(hf(tmp_path / "hf")), 0
-    go = lambda out: M.merge(M.Merge(out=str(out)), [folder])
-    for out, ended in kills(go, tmp_path, monkeypatch, [call]):
-        if ended:
-            with pytest.raises(UserError):                                       # half of it is no model
-                load_model(out, Setup(BYTES))
-            go(out)
-        assert bits(load_model(out, Setup(BYTES))) == bits(load_model(folder, Setup(BYTES)))
-        assert not list(out.glob("*.part"))
-        cuts += ended
-    assert cuts == 5
+def index_of(where):
+    return {"model.safetensors.index.json": json.dumps(dict(weight_map=where)).encode()}
+
+
+# What is wrong with a folder: words of the error, and which config values, weights (None: missing) and files are other.
+CONFIGS = [
+    ("activation_function is 'relu'", dict(activation_function="relu")),
+    ("model_type is 'llama'", dict(model_type="llama")), ("scale_attn_weights", dict(scale_attn_weights=False)),
+    ("scale_attn_by_inverse", dict(scale_attn_by_inverse_layer_idx=True)), ("cross", dict(add_cross_attention=True)),
+    ("layer_norm_epsilon is 1e-06", dict(layer_norm_epsilon=1e-6)),
+    ("tie_word_embeddings is False", dict(tie_word_embeddings=False)), ("n_inner is 7", dict(n_inner=7)),
+    ("n_head None", dict(n_head=None)), ("n_head 2", dict(n_head="2")), ("n_embd 0", dict(n_embd=0)),
+    ("vocab_size 257.0", dict(vocab_size=257.0)), ("dropout x", dict(plainalign={}, resid_pdrop="x")),
+    (r"wpe.weight is \(16, 8\), not \(32, 8\)", dict(n_positions=32)),
+    ("wpe.weight is", dict(n_positions=16 * 10 ** 13)),
+    (r"wte.weight is missing, or not \(257, 1099511627776\)", dict(n_embd=2 ** 40)),
+    (r"wte.weight is missing, or not \(300, 8\)", dict(vocab_size=300)), ("2 layers, .* 3", dict(n_layer=3)),
+    ("2 layers, and its config says 1000000000000", dict(n_layer=10 ** 12))]
+WEIGHTS = [
+    ("h.1.mlp.c_fc.weight is missing", {"h.1.mlp.c_fc.weight": None}), ("wte.weight is missing", {"wte.weight": None}),
+    ("h.0.extra does not belong", {"h.0.extra": torch.ones(1)}), ("score", {"score.weight": torch.tensor(1.0)}),
+    (r"c_fc.weight is \(8, 4, 8\), not", {"h.1.mlp.c_fc.weight": torch.ones(8, 4, 8)}),
+    (r"wte.weight is missing, or not \(257, 8\)", {"wte.weight": torch.ones(257)}),
+    (r"wte.weight is missing, or not \(257, 8\)", {"wte.weight": torch.ones(257, 9)}),
+    ("lm_head.weight is not the embedding", {"lm_head.weight": torch.ones(257, 8)})]
+PICKLES = [
+    ("ln_1.bias is missing", {"h.0.ln_1.bias": torch.ones(8, dtype=torch.complex64)}),
+    ("not readable", {"ln_f.bias": torch.ones(8, device="meta")}), ("not readable", {"x": 1}),
+    ("not readable", {"x": torch.ones(2, 2).to_sparse()}), ("not readable", {"x": Fraction(1, 2)})]
+FILES = [
+    ("safe", "config.json: no JSON", {"config.json": b'{"model_type":' + b"[" * 200_000}),
+    ("safe", "config.json: no JSON", {"config.json": b'{"model_type": '}),
+    ("safe", "config.json: no JSON", {"config.json": b"\xff\xfe"}),
+    ("safe", "earlier version", {"config.json": b'{"lr": 0.001}'}),
+    ("safe", "model.safetensors: .*not where they should be", {"model.safetensors": lambda old: old[:-5]}),
+    ("safe", "model.safetensors: not a checkpoint", {"model.safetensors": b""}),
+    ("bin", "pytorch_model.bin: not readable", {"pytorch_model.bin": lambda old: old[:-90]}),
+    ("old bin", "pytorch_model.bin: not readable", {"pytorch_model.bin": lambda old: old[:-90]}),
+    ("bin", "pytorch_model.bin: not readable", {"pytorch_model.bin": b"a page of HTML"}),
+    ("bin", "not readable", {"pytorch_model.bin": pickled([torch.ones(1)])}),
+    ("bin", "not readable", {"pytorch_model.bin": lambda old: pickled(
+        {"x": torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])})}),
+    ("bin", "does not belong", {"pytorch_model.bin": lambda old: pickled(golden_weights() | {7: torch.ones(1)})}),
+    ("safe shards", "a-1.safetensors: .*not where", {"a-1.safetensors": lambda old: old[:-5]}),
+    ("safe shards", "no weight_map", {"model.safetensors.index.json": b'{"weight_map": []}'}),
+    ("safe shards", "not a JSON object", {"model.safetensors.index.json": b"[1]"}),
+    ("safe shards", "missing", index_of({"x": "a-0.safetensors"})), ("safe shards", "missing", index_of({})),
+    ("safe shards", "gone.safetensors: no such file", index_of({"x": "gone.safetensors"})),
+    ("safe shards", "3: no such file", index_of({"x": 3})),
+    ("safe shards", "no file of this folder", index_of({"x": "../other/model.safetensors"}))]
+SPOILT = [("safe", match, config, {}, {}) for match, config in CONFIGS] + [
+    ("safe", match, {}, tensors, {}) for match, tensors in WEIGHTS] + [
+    ("bin", match, {}, tensors, {}) for match, tensors in PICKLES] + [
+    (kind, match, {}, {}, files) for kind, match, files in FILES]
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, about sparse and nested tensors
+@pytest.mark.parametrize("kind, match, config, tensors, files", SPOILT, ids=[case[1] for case in SPOILT])
+def test_p46_a_gpt2_that_is_not_one_is_refused_in_one_line(kind, match, config, tensors, files, tmp_path):
+    named = {name if name.startswith("lm_head") or name == "score.weight" else f"transformer.{name}": tensor
+             for name, tensor in tensors.items()}
+    held = {name: tensor for name, tensor in (golden_weights() | named).items() if tensor is not None}
+    hf(tmp_path, held, {key: value for key, value in (THERE | config).items() if value is not None}, kind)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content((tmp_path / name).read_bytes()) if callable(content) else content)
+    refused(match, load_model, tmp_path, Setup(BYTES))
+
+
+def test_p46_weights_that_are_missing_and_another_vocabulary_are_named(tmp_path):
+    refused("257 tokens, and --tokenizer has 763, which", load_model, hf(tmp_path / "hf"), Setup(WORDS))
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    refused("neither model.safetensors nor pytorch_model.bin", load_model, tmp_path / "hf")
+    write_model(tmp_path / "ours", ours())
+    refused("trained with another tokenizer", load_model, tmp_path / "ours", Setup(WORDS))    # its config.json says it
+    (tmp_path / "config.json").mkdir()
+    refused("config.json: Is a directory", load_model, tmp_path)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_p45_a_hostile_file_of_weights_is_refused_and_not_run(name, protocol, tmp_path):
+    bomb, folder = Bomb(tmp_path), hf(tmp_path / "hf", kind="bin")
+    (folder / name).write_bytes(pickle.dumps(bomb, protocol))
+    refused(f"{name}: not", load_model, folder, Setup(BYTES))
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    hostile = pickled({"transformer.wte.weight": bomb}, pickle_protocol=max(2, protocol))
+    (folder / "pytorch_model.bin").write_bytes(hostile)
+    refused("pytorch_model.bin: not readable", load_model, folder, Setup(BYTES))
+    assert not bomb.target.exists()
+
+
+@pytest.mark.parametrize("mark", [dict(), None, [], "someone else's"], ids=str)
+def test_p46_a_foreign_mark_is_none(mark, tmp_path):
+    folder = hf(tmp_path, config=THERE | dict(plainalign=mark))
+    assert load_model(folder, Setup(BYTES)).config.vocab_size == BYTES.n_vocab          # it grows like any of others
+
+
+def test_p42_a_run_does_not_write_over_a_model_of_others(tmp_path):
+    before = (hf(tmp_path) / "config.json").read_bytes()
+    for overwrite in (False, True):
+        config = sft.Config(out=str(tmp_path), init="new", device="cpu", steps=1, overwrite=overwrite)
+        refused("holds a model that no run of this version made", sft.train, config)
+    assert (tmp_path / "config.json").read_bytes() == before
+    (tmp_path / "run.json").write_text("null")
+    config = sft.Config(out=str(tmp_path), init="new", device="cpu", steps=1)
+    refused("run.json: not a run's options", sft.train, config)

@@ -47,7 +47,8 @@ TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=256, steps=2, batch=8, pa
 
 # What a script beside a recipe runs, and the file that this makes.
 BESIDE = dict(claude_cai=("revise", "revisions.jsonl"), rule_based_rewards=("fit", "reward.txt"),
-              kimi_k15=("curate", "prompts.jsonl"), reward_hacking=("overoptimize", "curves.json"))
+              kimi_k15=("curate", "prompts.jsonl"), reward_hacking=("overoptimize", "curves.json"),
+              merge=("merge", "model.safetensors"))
 
 
 def positionals(name): return (reward.TAKES | dict(merge=["checkpoint", "checkpoint..."], reward_hacking=["run..."])).get(name, [])
@@ -87,14 +88,12 @@ def scripts():
     """{how its options are named in a TOML file: (Config, function)} of everything that trains, labels or compares."""
     found = {}
     for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("configs/*.py")]):
-        if path.stem == "data":
+        if path.stem in ("data", "model"):
             continue
         module = opened(path)
         function, _ = BESIDE.get(path.stem, ("train", ""))
         commands = getattr(module, "COMMANDS", None)
-        if module is model:
-            commands = dict(merge=(model.Merge, model.merge))
-        elif not commands:
+        if not commands:
             commands = {"": (module.Config, getattr(module, function))}
         for name, command in commands.items():
             found[path.stem if name in ("", "train") else name] = command
@@ -116,7 +115,7 @@ def options(words):
     if not (ROOT / file).is_file():
         raise OptionError(f"{file}: no such script")
     name = Path(file).stem
-    if name in ("reward", "model"):
+    if name == "reward":
         name = "reward" if argv[0] == "train" else argv[0]
         argv = argv[1:]
     if name not in scripts():
@@ -169,7 +168,7 @@ def header(script): return "\n".join(itertools.takewhile(lambda line: line.start
 def test_every_option_exists_and_every_file_read_is_made_before(recipe, tmp_path):
     commands = expand(recipe, "--seed", "3", out=tmp_path / "here")
     assert len(commands) > 1 and not problems(commands)
-    assert all(words[-2:] == ["--seed", "3"] for words in commands if words[1] != "merge"), 'every stage ends in "$@"'
+    assert all(words[-2:] == ["--seed", "3"] for words in commands if words[0] != "configs/merge.py"), 'every stage ends in "$@"'
     for words in commands:
         file, name, cfg, folders = options(words)
         places = reads(name, cfg, folders) + [getattr(cfg, "out", None) or folders[0]]
