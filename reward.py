@@ -106,7 +106,7 @@ class Label(RunConfig):
     rationale: bool = False     # let it say why before the verdict
     clamp: Annotated[float, Range(0.5, 1)] = 1.0  # most certain soft label (Constitutional AI: .6 after a rationale)
     # what is kept
-    select: Literal["rank", "ends", "rso", "all", "best", "correct", "shortest", "short_pairs"] = "rank"  # see kept()
+    select: Literal["rank", "ends", "rso", "all", "best", "correct"] = "rank"  # see kept()
     min_gap: NonNegative = 0.0  # rankings: least difference between the scores of first and last
     rso_beta: Positive = 0.5    # rso: a response is accepted with probability exp((score - best score) / this)
 
@@ -312,6 +312,7 @@ def majority_at_k(answers, scores, k):
         out.append(mean(won) or 0.0)
     return mean(out)
 
+
 # ---------------------------------------------------------------- answers
 
 @dataclass
@@ -405,22 +406,21 @@ def pick(values, order):
 
 # ---------------------------------------------------------------- label: what is kept
 
+RANKINGS = ("rank", "ends", "rso")  # selections in which the answers stay together, best first
+
+
 def kept(group, cfg, rng):
-    """What --select keeps of the finished answers to one prompt: the keys of some records.
+    """What --select keeps of the answers to one prompt: the keys of some records.
 
     rank: all, best first as the labels have it. ends: its first and last. rso: a ranking of those that statistical
     rejection sampling accepts. all: every answer by itself. best: that of the highest score (best-of-n, rejection
-    sampling). correct: all that are right, that is, of a score above .5. shortest: the shortest of these. short_pairs:
-    it over each longer one that is wrong, or right and at least 1.5 times as long (Kimi k1.5, long2short DPO).
+    sampling). correct: all that are right, that is, of a score above .5.
     """
-    if cfg.select in ("rank", "ends", "rso"):
+    if cfg.select in RANKINGS:
         return ranking(group, cfg, rng)
     right = [answer for answer in group if answer.score > 0.5]
-    shortest = sorted(right, key=lambda answer: answer.tokens)[:1]
-    if cfg.select == "short_pairs":
-        return longer_ones(shortest, group)
     best = sorted(group, key=lambda answer: -answer.score)[:1]
-    chosen = dict(all=group, best=best, correct=right, shortest=shortest)[cfg.select]
+    chosen = dict(all=group, best=best, correct=right)[cfg.select]
     return [dict(response=answer.text, scores=[answer.score]) for answer in chosen]
 
 
@@ -451,23 +451,11 @@ def accept(group, beta, rng):
     return out
 
 
-def longer_ones(shortest, group):
-    """A short right answer as the better one of a pair with each longer one that is wrong, or much longer."""
-    out = []
-    for short in shortest:
-        for other in group:
-            wrong = other.score <= 0.5 and other.tokens > short.tokens
-            if wrong or other.tokens >= 1.5 * short.tokens:
-                out.append(dict(responses=[short.text, other.text], scores=[short.score, other.score]))
-    return out
-
-
-def usable(group, cfg):
-    """The finished answers of a group, no text twice; and where scores alone decide the order, no score twice."""
+def usable(group, untied=False):
+    """The finished answers of a group, no text twice; untied: and no score twice."""
     said = [answer for answer in group if answer.finished and answer.text.strip()]
     said = unique(said, "text")
-    scores_decide = cfg.select in ("rank", "ends", "rso") and not cfg.judge and not cfg.scale
-    return unique(said, "score") if scores_decide else said
+    return unique(said, "score") if untied else said
 
 
 def unique(answers, name):
@@ -586,7 +574,8 @@ def answered(policy, records, score, like, cfg):
     scores = each(itertools.chain(*groups), "score")
     length, finished = roll.mask.sum(1).mean(), roll.finished.float().mean()
     metrics = dict(score=mean(scores), response_length=length, finished=finished)
-    return [usable(group, cfg) for group in groups], metrics
+    scores_decide = cfg.select in RANKINGS and not cfg.judge and not cfg.scale
+    return [usable(group, scores_decide) for group in groups], metrics
 
 
 EARLIER = ("responses", "scores", "win", "margin", "prob")  # what an earlier label said
@@ -980,10 +969,7 @@ class Exam:
 
     def prompts(self, families):
         """All records of some families."""
-        records = []
-        for family in families:
-            records += self.tasks[family]
-        return records
+        return list(itertools.chain(*(self.tasks[family] for family in families)))
 
     def answer(self, model, records, cfg, proxy=None):
         """One Answer to each prompt, the same ones for the same seed; and their rollout."""

@@ -49,7 +49,7 @@ TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=256, steps=2, batch=8, pa
 BESIDE = dict(claude_cai=("revise", "revisions.jsonl"), rule_based_rewards=("fit", "reward.txt"),
               kimi_k15=("curate", "prompts.jsonl"), reward_hacking=("overoptimize", "curves.json"),
               superficial=("mark_all", "pairs.jsonl"), chatglm_rlhf=("balance", "pairs.jsonl"),
-              nemotron4=("rate", "ratings.jsonl"))
+              nemotron4=("rate", "ratings.jsonl"), long2short=("shorten", "shortest.jsonl"))
 
 
 def positionals(name): return (reward.TAKES | dict(merge=["checkpoint", "checkpoint..."], reward_hacking=["run..."],
