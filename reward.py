@@ -106,7 +106,7 @@ class Label(RunConfig):
     rationale: bool = False     # let it say why before the verdict
     clamp: Annotated[float, Range(0.5, 1)] = 1.0  # most certain soft label (Constitutional AI: .6 after a rationale)
     # what is kept
-    select: Literal["rank", "ends", "rso", "all", "best", "correct"] = "rank"  # see kept()
+    select: Literal["rank", "ends", "rso", "all", "best", "correct"] = "rank"  # rankings; or answers by themselves
     min_gap: NonNegative = 0.0  # rankings: least difference between the scores of first and last
     rso_beta: Positive = 0.5    # rso: a response is accepted with probability exp((score - best score) / this)
 

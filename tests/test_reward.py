@@ -1,6 +1,7 @@
 """reward.py and the scripts beside recipes that label: losses and statistics against loops and closed forms; what label
 keeps against every answer that was sampled; label -> train -> compare, each recomputed row by row."""
 import collections
+import inspect
 import itertools
 import json
 import math
@@ -29,7 +30,7 @@ import reward
 import reward_hacking
 import rule_based_rewards
 import superficial
-from data import OptionError, Tokenizer, UserError, encode
+from data import Tokenizer, UserError, encode
 from model import Reward, Rollout, Setup, generate, load_model, save_checkpoint
 from policies import patch, random_policy
 
@@ -1151,17 +1152,6 @@ def test_training_on_soft_labels_is_calibrated_to_them(tiny, tmp_path):
     assert a - b > 2.5
 
 
-@pytest.mark.parametrize("loss", ["focal", "plackett_luce"])
-def test_training_on_rankings_with_other_losses_orders_what_is_held_out(loss, tiny, tmp_path):
-    rng = random.Random(8)
-    said = lambda n: " ".join(rng.choice("cup van box".split()) for _ in range(2)) + " good" * n
-    rows = [dict(prompt=user("?"), responses=[said(n) for n in range(rng.randint(2, 3))[::-1]]) for _ in range(160)]
-    log = train(tmp_path / "rm", tiny, write(tmp_path / "p.jsonl", rows), loss=loss, epochs=4.0, **LEARN)
-    assert log[-1]["val_accuracy"] > .9 and log[-1]["val_loss"] < log[0]["loss"] / 2
-    a, b, c = (sum(score(tmp_path / "rm", *(said(n) for _ in range(9)))) for n in range(3))
-    assert a < b < c
-
-
 def test_same_ids_in_reward_training_evaluation_and_ppo(judge, tmp_path, monkeypatch):
     """A text that is sampled by PPO and one that comes from a file are the same ids, end token included."""
     prompt, spec, texts = user("Describe the old van."), Reward(judge, Setup(TOK), 64), ["The cup is fine.", "Yes"]
@@ -1278,15 +1268,33 @@ def test_answers_are_checked_step_by_step(tiny, tmp_path, monkeypatch):
         process_rewards.check_answers(process_rewards.Config(init=tiny, data=path, check=True), tmp_path / "s.jsonl")
 
 
+@pytest.mark.parametrize("script", [reward, process_rewards], ids=lambda script: script.__name__)
+def test_all_options_of_optimisation_reach_the_optimizer(script, tiny, tmp_path, monkeypatch):
+    seen, real = {}, models.Optimizer
+
+    def spy(*args, **how):
+        seen.update(inspect.signature(real).bind(*args, **how).arguments)
+        return real(*args, **how)
+    monkeypatch.setattr(script, "Optimizer", spy)
+    rows = ranked("yes", "no") if script is reward else [step_record("a", " b")] * 40
+    rows = [{key: x for key, x in row.items() if key != "response"} for row in rows]
+    Config = reward.Train if script is reward else script.Config
+    options = dict(lr=.011, optimizer="adamw", muon_lr=.022, weight_decay=.033, warmup=4, clip_grad=.5, batch=8, epochs=1.5)
+    path = write(tmp_path / "p.jsonl", rows)
+    script.train(Config(out=str(tmp_path / "rm"), init=tiny, data=path, **CPU | options))
+    del seen["model"]
+    assert seen == dict(lr=.011, total=8, kind="adamw", muon_lr=.022, weight_decay=.033, warmup=4, clip=.5)
+
+
 # ---------------------------------------------------------------- compare
 
-@pytest.mark.parametrize("begin", ["", "<think>"])
-def test_compare_against_a_loop(begin, tiny, judge, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("begin, system", [("", ""), ("<think>", "Be kind.")])
+def test_compare_against_a_loop(begin, system, tiny, judge, tmp_path, monkeypatch, capsys):
     """Scores, win rate, KL = Σ log π - log π_first of what was sampled, and length, row by row; the first of three
     folders is what both others are compared with."""
     others = [checkpoint(tmp_path / str(seed), seed) for seed in (7, 8)]
-    calls, options = spied(monkeypatch), dict(proxy=judge, families="write,arith", on="write", begin=begin, show=3)
-    table = compare([tiny, *others], tmp_path, **options)
+    calls, options = spied(monkeypatch), dict(proxy=judge, begin=begin, system=system, show=3)
+    table = compare([tiny, *others], tmp_path, families="write,arith", on="write", **options)
     sampled, forced = [call.roll for call in calls if call.temperature], TOK.encode(begin)
     assert all(call.begin == forced for call in calls)
     first, base, rm = sampled[0], load_model(tiny).double(), load_model(judge)
@@ -1296,6 +1304,7 @@ def test_compare_against_a_loop(begin, tiny, judge, tmp_path, monkeypatch, capsy
             logp, ref = (m.logits(m(torch.tensor([ids[:n]])))[0].log_softmax(-1).detach() for m in (net, base))
             kl += sum(float(logp[t - 1, ids[t]] - ref[t - 1, ids[t]]) for t in range(start + len(forced), n)) / 12
             liked.append(rm.score(rm(torch.tensor([ids[:n]]))[0, -1]).item())
+            assert TOK.decode(ids[:start]).startswith(system)
         marks = [[vowels(text) for text in some.responses()] for some in (roll, first)]
         wins = [(a > b) + .5 * (a == b) for a, b in zip(*marks)]
         expected = dict(win=mean(wins), length=roll.mask.sum(1).mean().item(), kl=kl, write=mean(marks[0]),
@@ -1339,6 +1348,7 @@ def test_compare_with_several_samples_scales_with_test_time(letters, tmp_path, m
     alone = compare([letters], tmp_path, **options)
     assert not [key for key in alone[0] if "@" in key]
     assert {key: table[0][key] for key in alone[0]} == alone[0]                      # the rest of the table is as ever
+    assert compare([letters], tmp_path, seed=1, **options)[0]["write"] != alone[0]["write"]
     assert not [key for key in compare([letters], tmp_path, samples=2, n=3, judge="right")[0] if "best@" in key]
 
 
