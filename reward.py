@@ -37,10 +37,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (PRINCIPLES, REASON, RULE, VERDICT, Count, Families, Natural, NonNegative, OptionError, Options, Positive,
-                  Range, Run, RunConfig, Share, Sum, Temperature, Tokenizer, TrainConfig, UserError, after_thinking,
-                  collate, column, cut_prompt, encode, family_list, files, guard, item_batches, judge_prompt, mean,
-                  micro_batches, next_out, open_stream, parse, read_records, safe_metrics, toy_record, write_text)
+from data import (PRINCIPLES, REASON, RULE, VERDICT, Count, Families, Natural, NonNegative, OptionError, Options,
+                  Positive, Range, Run, RunConfig, Share, Sum, Temperature, Tokenizer, TrainConfig, UserError,
+                  after_thinking, collate, column, cut_prompt, encode, family_list, files, guard, item_batches,
+                  judge_prompt, mean, micro_batches, next_out, open_stream, parse, read_records, safe_metrics,
+                  toy_record, write_text)
 from model import (Optimizer, Reward, Rollout, choice_logprobs, full, generate, load_model, logps, respond,
                    response_scores, seed_step, setup, shift_score, steps, token_logprobs)
 
@@ -325,17 +326,11 @@ class Answer:
     proxy: float = 0.0      # what another reward says, if one was asked
 
 
-def answers(policy, records, k, cfg, reward, proxy=None, begin=(), size=None):
-    """Sample k answers to the prompt of each record and score them, `size` prompts at a time; none: all at once.
-
-    Yields (groups, roll): the k Answers to each of these prompts, and the Rollout (size * k rows) they are read from.
-    """
-    size = size or len(records)
-    for start in range(0, len(records), size):
-        some = records[start:start + size]
-        roll = respond(policy, some, cfg, k, begin=begin)
-        sizes = [k] * len(some)
-        yield scored(some, sizes, roll, reward, proxy), roll
+def answers(policy, records, k, cfg, reward, proxy=None, begin=()):
+    """Sample k answers to the prompt of each record, and score them -> a group of k Answers for each record, and the
+    Rollout (P * k rows) that they are read from. label, compare and the scripts beside recipes ask in this way."""
+    roll = respond(policy, records, cfg, k, begin=begin)
+    return scored(records, [k] * len(records), roll, reward, proxy), roll
 
 
 def scored(records, sizes, roll, reward, proxy=None):
@@ -567,7 +562,7 @@ def answered(policy, records, score, like, cfg):
     """Of each record the Answers to its prompt, sampled or (without a policy) its own, those that can be used; and
     metrics."""
     if policy:
-        (groups, roll), = answers(policy, records, cfg.k, cfg, score)
+        groups, roll = answers(policy, records, cfg.k, cfg, score)
     else:
         roll = given_responses(records, score, like)
         groups = scored(records, counts(records, "responses"), roll, score)
@@ -974,8 +969,8 @@ class Exam:
     def answer(self, model, records, cfg, proxy=None):
         """One Answer to each prompt, the same ones for the same seed; and their rollout."""
         torch.manual_seed(cfg.seed)
-        (groups, roll), = answers(model, records, 1, cfg, self.judge, proxy, self.begin)
-        return [answer for answer, in groups], roll
+        groups, roll = answers(model, records, 1, cfg, self.judge, proxy, self.begin)
+        return [group[0] for group in groups], roll
 
     def wins(self, scores, name):
         """Which scores are better than those of the first model under this name, 1, ½ or 0."""
@@ -1011,9 +1006,9 @@ class Exam:
                 seen["greedy_win"] += self.wins(scores, f"{family}, greedy")
         for name, values in seen.items():
             row[name] = mean(values)
-        for name, wins in dict(interval="win", greedy_interval="greedy_win").items():
-            if wins in seen:
-                row[name] = wilson(sum(seen[wins]), len(seen[wins]))
+        row["interval"] = wilson(sum(seen["win"]), len(seen["win"]))
+        if self.cfg.temperature:
+            row["greedy_interval"] = wilson(sum(seen["greedy_win"]), len(seen["greedy_win"]))
         return row, said
 
     def at_k(self, model):
@@ -1021,7 +1016,9 @@ class Exam:
         of the best of k by the proxy; k goes through the powers of two up to samples."""
         n, records, values = self.cfg.samples, self.prompts(self.on), defaultdict(list)
         torch.manual_seed(self.cfg.seed)
-        for groups, _ in answers(model, records, n, self.cfg, self.judge, self.proxy, self.begin, size=64):
+        for start in range(0, len(records), 64):
+            some = records[start:start + 64]
+            groups, _ = answers(model, some, n, self.cfg, self.judge, self.proxy, self.begin)
             for group in groups:
                 for name, value in scaling(group, bool(self.proxy)).items():
                     values[name].append(value)

@@ -57,8 +57,8 @@ def balance(cfg):
         records += read_records(path, "preference", cfg.skip_bad)
     made = length_balanced(records, cfg.width)
     if not made:
-        raise UserError(f"{cfg.data}: of {len(records)} pairs none is left; in all of them the better one is the longer "
-                        "one, or in all the shorter one")
+        raise UserError(f"{cfg.data}: of {len(records)} pairs none is left; in all of them the better one is longer, "
+                        "or in all of them shorter")
     for step in run.progress(0, 1):
         run.log(step, ("records",), records=len(made))
     path = run.folder / "pairs.jsonl"

@@ -52,7 +52,7 @@ def of_choice(record):
 
 def share_right(policy, judge, records, k, cfg, begin=()):
     """The share of k answers to each prompt that are right."""
-    (groups, _), = answers(policy, records, k, cfg, judge, begin=begin)
+    groups, _ = answers(policy, records, k, cfg, judge, begin=begin)
     return [mean([float(answer.score > 0.5) for answer in group]) for group in groups]
 
 

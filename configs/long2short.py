@@ -66,7 +66,7 @@ def shorten(cfg):
     for step in run.progress(0, math.ceil(n / cfg.batch)):
         seed_step(cfg.seed, step)
         records = stream.batch(step, cfg.batch)[:n - step * cfg.batch]
-        (groups, _), = answers(policy, records, cfg.k, cfg, judge)
+        groups, _ = answers(policy, records, cfg.k, cfg, judge)
         for record, group in zip(records, groups):
             group = usable(group)
             for short in shortest_of(group):

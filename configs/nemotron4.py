@@ -1,7 +1,7 @@
 """Ratings of every response by several attributes, for a reward model with a score for each.
 
-HelpSteer2's attributes are people's ratings of helpfulness, correctness, coherence, complexity and verbosity (Wang et al.
-2406.08673); Nemotron-4's reward model predicts all five. Here verifiers and reward models rate, the first the truth.
+HelpSteer2's attributes are people's ratings of helpfulness, correctness, coherence, complexity and verbosity (Wang et
+al. 2406.08673); Nemotron-4's reward model predicts all five. Here verifiers and reward models rate, the first the truth.
 
     python configs/nemotron4.py gold sentences words      out/pairs -> out/ratings/ratings.jsonl
     python reward.py train --loss ratings --heads 3 --data out/ratings/ratings.jsonl
@@ -56,8 +56,8 @@ def rate(cfg, specs):
         run.log(step, ("responses",), responses=len(made))
     path = run.folder / "ratings.jsonl"
     write_records(path, made)
-    return run.finish((), then=["reward.py", "train", "--loss", "ratings", "--heads", len(specs), "--data", path, "--out",
-                                f"{cfg.out}_reward"])
+    return run.finish((), then=["reward.py", "train", "--loss", "ratings", "--heads", len(specs), "--data", path,
+                                "--out", f"{cfg.out}_reward"])
 
 
 if __name__ == "__main__":

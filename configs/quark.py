@@ -35,7 +35,7 @@ class Config(sft.Config):
     init: str = "out/sft"       # checkpoint to start from, or new: random weights of this size
     ref: str = ""               # π_ref; none: init
     data: str = "out/samples/pairs.jsonl"  # samples with their scores, or (with --quantiles 0) conversations
-    quantiles: Natural = 0      # parts of equal size, by score, that get a message; 0: the data have the messages already
+    quantiles: Natural = 0      # parts of equal size, by score, that get a message; 0: the data have the messages
     kl_coef: NonNegative = 0.05  # β
     ent_coef: NonNegative = 0.06  # η
     packing: Natural = 0        # always 0: a sequence has its row to itself, beside that of the reference

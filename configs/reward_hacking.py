@@ -171,7 +171,7 @@ def overoptimize(cfg, folders):
     for step in run.progress(0, math.ceil(len(records) / some)):
         seed_step(cfg.seed, step)
         part = records[step * some:(step + 1) * some]
-        (groups, _), = answers(policy, part, cfg.n, cfg, judge, proxy)
+        groups, _ = answers(policy, part, cfg.n, cfg, judge, proxy)
         for group in groups:
             golds.append(each(group, "score"))
             proxies.append(each(group, "proxy"))
