@@ -1137,6 +1137,8 @@ def test_training_on_ratings_explains_each_attribute(tiny, tmp_path):
     assert log[-1]["val_r2/0"] > .9 and log[-1]["val_r2/1"] > .9 and "val_accuracy" not in log[-1]
     net, held, asked = load_model(tmp_path / "rm"), rows[19::20], TOK.prompt(user("?"))
     said = [net.score(net(torch.tensor([asked + TOK.response(r["response"])]))[0, -1]).tolist() for r in held]
+    losses = [mean([(a - b) ** 2 for a, b in zip(s, r["ratings"])]) for s, r in zip(said, held)]
+    assert log[-1]["val_loss"] == pytest.approx(mean(losses), rel=1e-3)
     for k in range(2):
         truth = [r["ratings"][k] for r in held]
         left = sum((s[k] - t) ** 2 for s, t in zip(said, truth)) / sum((t - mean(truth)) ** 2 for t in truth)
@@ -1380,6 +1382,17 @@ def test_compare_gives_each_distinct_prompt_one_greedy_answer(tiny, tmp_path, mo
     assert "KL" not in out and "nan" not in out and "None" not in out
     assert again["file"] == row["greedy"] and again["win"] == row["greedy_win"]
     assert again["interval"] == row["greedy_interval"]
+
+
+def test_compares_nll_is_that_of_a_token_of_fresh_documents(tiny, tmp_path):
+    row, = compare([tiny], tmp_path, n=3, families="write", on="write")
+    net, rng, nll, count = load_model(tiny).double(), random.Random("compare documents"), 0.0, 0
+    for _ in range(3):
+        for ids, _ in encode(data.toy_record("text", "test", ["write"], rng), TOK, 64, "all"):
+            logp = net.logits(net(torch.tensor([ids])))[0].log_softmax(-1).detach()
+            nll -= sum(float(logp[t - 1, ids[t]]) for t in range(1, len(ids)))
+            count += len(ids) - 1
+    assert row["nll"] == pytest.approx(nll / count, abs=1e-4)
 
 
 def test_compare_leaves_out_prompts_without_room_and_counts_them(tiny, tmp_path, capsys):
