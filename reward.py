@@ -6,8 +6,8 @@ A reward model is the SFT model with one number per token instead of logits, rea
 Under Bradley-Terry, P(y_w ≻ y_l) = σ(r_w - r_l), the loss is the negative log-likelihood of the labels (Christiano
 et al. 1706.03741; Stiennon et al. 2009.01325). Of K ranked responses all C(K, 2) pairs are used, in one batch element
 and weighted 1 / C(K, 2) (InstructGPT 2203.02155, eq. 1). --loss chooses another likelihood of a pair (PAIR_LOSSES), or
-of a whole ranking, of ratings, of steps. Options: a margin m from ratings (Llama 2, 2307.09288), a pull of r_w + r_l
-towards 0 (2312.09244), a wall at ±5 (COOL).
+of a whole ranking, or of ratings. Options: a margin m from ratings (Llama 2, 2307.09288), a pull of r_w + r_l towards 0
+(2312.09244), a wall at ±5 (COOL).
 
     python reward.py label                        sample pairs from out/sft, label them -> out/pairs/pairs.jsonl
     python reward.py label --judge out/judge      the same, with an AI's labels (RLAIF)
@@ -15,8 +15,7 @@ towards 0 (2312.09244), a wall at ±5 (COOL).
     python reward.py accuracy out/reward          how often it orders the pairs of a file as the labels do
     python reward.py compare out/sft out/ppo      gold reward, win rate, KL, length on held-out prompts
 
-What one system alone needs is beside its recipe: configs/claude_cai.py revises answers by principles,
-rule_based_rewards.py fits the weights of rules, kimi_k15.py chooses prompts, reward_hacking.py draws over-optimisation.
+What one system alone needs is beside its recipe, as configs/process_rewards.py, which judges each step of an answer.
 
 On 2 CPU cores with AMX, bf16: label 16 s, train 40 s, compare 3 s a checkpoint. On pairs of subjects that were held out
 the reward model meets .67 to .69 of the noisy labels, .74 to .77 of the truth (two runs, an EPYC without AMX, bf16).
@@ -29,25 +28,22 @@ import json
 import math
 import random
 import sys
-from bisect import bisect_left
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from data import (EXEMPLAR, PRINCIPLES, REASON, RULE, VERDICT, Count, Families, Natural, NonNegative, OptionError, Options,
+from data import (PRINCIPLES, REASON, RULE, VERDICT, Count, Families, Natural, NonNegative, OptionError, Options,
                   Positive, Range, Run, RunConfig, Share, Sum, Temperature, Tokenizer, TrainConfig, UserError,
-                  after_thinking, checked_steps, collate, cut_prompt, encode, family_list, files, guard, item_batches,
-                  judge_prompt, mean, micro_batches, next_out, open_stream, pairs, parse, read_records, safe_metrics,
+                  after_thinking, collate, column, cut_prompt, encode, family_list, files, guard, item_batches,
+                  judge_prompt, mean, micro_batches, next_out, open_stream, parse, read_records, safe_metrics,
                   toy_record, write_text)
 from model import (Optimizer, Reward, Rollout, choice_logprobs, full, generate, load_model, logps, respond,
                    response_scores, seed_step, setup, shift_score, steps, token_logprobs)
-
-
-SELECT = Literal["rank", "ends", "best", "rso", "correct", "shortest", "short_pairs", "quantile", "ratings", "steps"]
 
 
 @dataclass
@@ -56,9 +52,8 @@ class Train(TrainConfig):
     out: str = "out/reward"     # folder of the run; the same command continues an interrupted one
     init: str = "out/sft"       # checkpoint to start from; the score head starts at 0
     data: str = "out/pairs/pairs.jsonl"  # preferences: pairs or rankings
-    pairs: Literal["all", "split"] = "all"  # all pairs of a ranking in one batch element, or each on its own
     # the loss
-    loss: Literal["bt", "focal", "soft", "cost", "plackett_luce", "ratings", "steps"] = "bt"  # see the mathematics
+    loss: Literal["bt", "focal", "soft", "cost", "plackett_luce", "ratings"] = "bt"  # see the mathematics
     margin: bool = False        # bt: use the margin of records that have one (Llama 2)
     gamma: NonNegative = 2.0    # focal: how little pairs count that are ordered right
     heads: Count = 1            # scores of the model; ratings: one for each attribute, the first is the reward
@@ -96,7 +91,7 @@ class Label(RunConfig):
     data: str = "toy"           # prompts: toy, or a file
     families: Families = "write"  # of the toy world, comma-separated
     n: Count = 8000             # prompts
-    skip: Natural = 0           # prompts to pass over first: a later round sees others
+    skip: Natural = 0           # prompts to pass over first, in whole batches: a later round sees others
     k: Natural = 2              # responses to each
     temperature: Temperature = 1.0  # of sampling
     max_new: Count = 80         # longest response, tokens; unfinished ones are not used
@@ -109,19 +104,12 @@ class Label(RunConfig):
     # AI labels (RLAIF): a language model, asked which of two is better, orders them; --by only checks it, or is none
     judge: str = ""             # the model, as out/judge; none: --by decides
     preamble: str = RULE        # what the question begins with; principles: one of data.PRINCIPLES each time
-    exemplar: bool = False      # show it a question with its answer first
     rationale: bool = False     # let it say why before the verdict
     clamp: Annotated[float, Range(0.5, 1)] = 1.0  # most certain soft label (Constitutional AI: .6 after a rationale)
-    # a superficial pattern, for experiments
-    mark: str = ""              # text put in front of one response of each pair
-    mark_better: Share = 1.0    # how often that is the better one
     # what is kept
-    select: SELECT = "rank"     # rank, ends, best, rso, correct, shortest, short_pairs, quantile, ...: see kept()
-    attributes: str = "gold"    # ratings: what rates each response, with commas between
-    balance_length: bool = False  # as many pairs whose better response is longer as shorter, by any difference
+    select: Literal["rank", "ends", "rso", "all", "best", "correct"] = "rank"  # rankings; or answers by themselves
     min_gap: NonNegative = 0.0  # rankings: least difference between the scores of first and last
     rso_beta: Positive = 0.5    # rso: a response is accepted with probability exp((score - best score) / this)
-    quantiles: Count = 5        # quantile: parts of equal size, by score; their number becomes the system message
 
     def __post_init__(self):
         super().__post_init__()
@@ -131,8 +119,8 @@ class Label(RunConfig):
             raise OptionError("--policy: none, so --data must name files with responses")
         if self.judge and (self.select not in ("rank", "ends") or self.min_gap):
             raise OptionError(f"--judge: it orders responses; no --select {self.select}, no --min_gap")
-        if not self.judge and (self.rationale or self.exemplar or not self.by):
-            raise OptionError("--judge: none, so --by must decide, and there is no --rationale and no --exemplar")
+        if not self.judge and (self.rationale or not self.by):
+            raise OptionError("--judge: none, so --by must decide, and there is no --rationale")
 
 
 @dataclass
@@ -287,12 +275,6 @@ def rank(scores, scale, flip, rng):
     return order[::-1] if rng.random() < flip else order
 
 
-def accept(scores, beta, rng):
-    """Statistical rejection sampling: indices of the responses to one prompt that are accepted, each with probability
-    exp((r - r_max) / β). Samples of π so become samples of π exp(r / β) / Z (RSO, 2309.06657, alg. 1)."""
-    return [i for i, s in enumerate(scores) if rng.random() < math.exp((s - max(scores)) / beta)]
-
-
 def win_rates(scores):
     """P(y_i ≻ another of the group), with Bradley-Terry on the scores; they sum to K / 2 (SPPO, 2405.00675, sec. 4)."""
     rates = []
@@ -338,21 +320,43 @@ def majority_at_k(answers, scores, k):
 class Answer:
     """An answer to a prompt, and what is known of it."""
     text: str
-    score: float
+    score: float            # what the reward says
     tokens: float = 0       # how many, the end token included
     finished: bool = True   # whether it came to its end
-    ratings: list = field(default_factory=list)  # a number for each attribute
+    proxy: float = 0.0      # what another reward says, if one was asked
 
 
-def answers_of(roll, scores):
-    """The responses of a rollout, with their scores."""
-    tokens, finished = roll.mask.sum(1).tolist(), roll.finished.tolist()
-    return [Answer(*known) for known in zip(roll.responses(), scores, tokens, finished)]
+def answers(policy, records, k, cfg, reward, proxy=None, begin=()):
+    """Sample k answers to the prompt of each record, and score them -> a group of k Answers for each record, and the
+    Rollout (P * k rows) that they are read from. label, compare and the scripts beside recipes ask in this way."""
+    roll = respond(policy, records, cfg, k, begin=begin)
+    return scored(records, [k] * len(records), roll, reward, proxy), roll
+
+
+def scored(records, sizes, roll, reward, proxy=None):
+    """The rows of a rollout as Answers, in a group for each record: as many as sizes says. No reward: scores of 0."""
+    repeated, groups = repeat(records, sizes), []
+    scores = totals(reward, repeated, roll)
+    liked = totals(proxy, repeated, roll)
+    tokens = roll.mask.sum(1).tolist()
+    rows = zip(roll.responses(), scores, tokens, roll.finished.tolist(), liked)
+    for size in sizes:
+        group = [Answer(*row) for row in itertools.islice(rows, size)]
+        groups.append(group)
+    return groups
+
+
+def each(answers, name):
+    """What is known of Answers under a name, as a list."""
+    return [getattr(answer, name) for answer in answers]
 
 
 def totals(reward, records, roll):
-    """What a reward says of every response of a rollout, as a list."""
-    return reward(records, roll)[0].tolist()
+    """What a reward says of every response of a rollout, as a list; 0 without one."""
+    if not reward:
+        return [0.0] * len(records)
+    total, _ = reward(records, roll)
+    return total.tolist()
 
 
 def counts(records, key):
@@ -397,132 +401,77 @@ def pick(values, order):
 
 # ---------------------------------------------------------------- label: what is kept
 
-def kept(group, cfg, rng):
-    """What --select keeps of the finished answers to one prompt: the keys of some records.
+RANKINGS = ("rank", "ends", "rso")  # selections in which the answers stay together, best first
 
-    rank: all, best first as the labels have it. ends: its first and last. best: that of the highest score (best-of-n,
-    rejection sampling). rso: a ranking of those that statistical rejection sampling accepts. correct: all that are
-    right, that is, of a score above .5. shortest: the shortest of these. short_pairs: it over each longer one that is
-    wrong, or right and at least 1.5 times as long (Kimi k1.5, long2short DPO). quantile: all, to be sorted later.
-    ratings: all, with the scores of every --attributes. steps: all, with a label for each step that is an equation.
+
+def kept(group, cfg, rng):
+    """What --select keeps of the answers to one prompt: the keys of some records.
+
+    rank: all, best first as the labels have it. ends: its first and last. rso: a ranking of those that statistical
+    rejection sampling accepts. all: every answer by itself. best: that of the highest score (best-of-n, rejection
+    sampling). correct: all that are right, that is, of a score above .5.
     """
-    if not group:
-        return []
-    if cfg.select in ("rank", "ends"):
+    if cfg.select in RANKINGS:
         return ranking(group, cfg, rng)
-    if cfg.select == "rso":
-        accepted = accept([answer.score for answer in group], cfg.rso_beta, rng)
-        return ranking(pick(group, accepted), cfg, rng)
-    if cfg.select == "ratings":
-        return [dict(response=answer.text, ratings=answer.ratings) for answer in group]
-    if cfg.select == "steps":
-        return stepwise(group)
     right = [answer for answer in group if answer.score > 0.5]
-    shortest = sorted(right, key=lambda answer: answer.tokens)[:1]
-    if cfg.select == "short_pairs":
-        return [record for short in shortest for record in longer_ones(short, group)]
-    best = max(group, key=lambda answer: answer.score)
-    chosen = dict(best=[best], correct=right, shortest=shortest, quantile=group)[cfg.select]
+    best = sorted(group, key=lambda answer: -answer.score)[:1]
+    chosen = dict(all=group, best=best, correct=right)[cfg.select]
     return [dict(response=answer.text, scores=[answer.score]) for answer in chosen]
 
 
 def ranking(group, cfg, rng):
     """The answers in the order of a noisy label, or the ends of it, unless their scores are too close."""
+    if cfg.select == "rso":
+        group = accept(group, cfg.rso_beta, rng)
     if len(group) < 2:
         return []
-    scores = [answer.score for answer in group]
+    scores = each(group, "score")
     order = rank(scores, cfg.scale, cfg.flip, rng)
-    best, worst = scores[order[0]], scores[order[-1]]
+    ends = [order[0], order[-1]]
+    best, worst = pick(scores, ends)
     if abs(best - worst) < cfg.min_gap:
         return []
-    if cfg.select == "ends":
-        order = [order[0], order[-1]]
-    texts, wins = [answer.text for answer in group], win_rates(scores)
-    return [dict(responses=pick(texts, order), scores=pick(scores, order), win=pick(wins, order))]
+    order = ends if cfg.select == "ends" else order
+    wins = pick(win_rates(scores), order)
+    return [dict(responses=pick(each(group, "text"), order), scores=pick(scores, order), win=wins)]
 
 
-def longer_ones(short, group):
-    """A short right answer as the better one of a pair with each longer one that is wrong, or much longer."""
-    out = []
-    for other in group:
-        wrong = other.score <= 0.5 and other.tokens > short.tokens
-        if wrong or other.tokens >= 1.5 * short.tokens:
-            out.append(dict(responses=[short.text, other.text], scores=[short.score, other.score]))
-    return out
-
-
-def stepwise(group):
-    """The answers in steps, each with its label; without those that cannot be divided."""
-    out = []
+def accept(group, beta, rng):
+    """Statistical rejection sampling: the answers to one prompt that are accepted, each with probability
+    exp((r - r_max) / β). Samples of π so become samples of π exp(r / β) / Z (RSO, 2309.06657, alg. 1)."""
+    most, out = max(each(group, "score"), default=0.0), []
     for answer in group:
-        record = dict(steps=[], labels=[])
-        for step, right in checked_steps(answer.text, answer.score > 0.5):
-            record["steps"].append(step)
-            record["labels"].append(right)
-        if record["steps"]:
-            out.append(record)
+        if rng.random() < math.exp((answer.score - most) / beta):
+            out.append(answer)
     return out
 
 
-def marked(keys, cfg, rng):
-    """A record's keys with --mark in front of its better or its worse response."""
-    if not cfg.mark or "responses" not in keys:
-        return keys
-    texts = list(keys["responses"])
-    place = 0 if rng.random() < cfg.mark_better else -1
-    texts[place] = cfg.mark + texts[place]
-    return keys | dict(responses=texts)
+def usable(group, untied=False):
+    """The finished answers of a group, no text twice; untied: and no score twice."""
+    said = [answer for answer in group if answer.finished and answer.text.strip()]
+    said = unique(said, "text")
+    return unique(said, "score") if untied else said
 
 
-def length_side(record, width):
-    """By how much the lengths of best and worst response differ, in buckets of `width` words; 1 where the best is
-    longer, -1 where it is shorter, 0 where neither is."""
-    if "responses" not in record:
-        return 0, 0
-    best, *_, worst = record["responses"]
-    more = len(best.split()) - len(worst.split())
-    side = (more > 0) - (more < 0)
-    return -(-abs(more) // width), side
-
-
-def length_balanced(records, width=3):
-    """Of the records whose best response is longer than the worst by so many words as many as of those where it is
-    shorter, in buckets of `width` words, so that length tells nothing (ChatGLM-RLHF 2404.00934, sec. 3.1)."""
-    count = Counter(length_side(record, width) for record in records)
-    taken, out = Counter(), []
-    for record in records:
-        size, side = length_side(record, width)
-        taken[size, side] += 1
-        others = count[size, -side]
-        if side == 0 or taken[size, side] <= others:
-            out.append(record)
-    return out
-
-
-def by_quality(records, quantiles):
-    """Demonstrations, worst first, each asked for by its quality: the model learns what goes with which, and is asked
-    for the best (Quark 2205.13636)."""
-    out = []
-    for place, record in enumerate(sorted(records, key=lambda record: record["scores"])):
-        turns = [turn for turn in record["prompt"] if turn["role"] != "system"]
-        quality = 1 + place * quantiles // len(records)
-        out.append(with_system(record | dict(prompt=turns), f"Quality {quality}."))
-    return out
+def unique(answers, name):
+    """Of answers that have the same under a name the first, in the place of the last."""
+    first = {}
+    for answer in reversed(answers):
+        first[getattr(answer, name)] = answer
+    return list(first.values())[::-1]
 
 
 # ---------------------------------------------------------------- label: AI feedback
 
 def questions(records, groups, cfg, rng):
     """What the judge is asked: which of every two answers is better, each twice, in both orders."""
-    exemplar = EXEMPLAR if cfg.exemplar else ""
-    ending = REASON if cfg.rationale else VERDICT
-    asked = []
+    ending, asked = REASON if cfg.rationale else VERDICT, []
     for record, group in zip(records, groups):
         prompt = record["prompt"][-1]["content"]
         for a, b in itertools.combinations(group, 2):
             preamble = rng.choice(PRINCIPLES) if cfg.preamble == "principles" else cfg.preamble
-            asked.append(judge_prompt(prompt, a.text, b.text, preamble, exemplar, ending))
-            asked.append(judge_prompt(prompt, b.text, a.text, preamble, exemplar, ending))
+            asked.append(judge_prompt(prompt, a.text, b.text, preamble, ending=ending))
+            asked.append(judge_prompt(prompt, b.text, a.text, preamble, ending=ending))
     return asked
 
 
@@ -567,15 +516,16 @@ def judged(judge, records, groups, cfg, rng):
         wins, soft = [0.0] * len(group), {}
         for i, j in itertools.combinations(range(len(group)), 2):
             chance = next(chances)
-            soft[i, j], soft[j, i] = chance, 1 - chance
+            soft[i, j] = chance
+            soft[j, i] = 1 - chance
             wins[i] += chance
             wins[j] = wins[j] + 1 - chance
             gap = group[i].score - group[j].score
             if gap:  # --by tells them apart, too
                 agrees.append(preference((chance - 0.5) * gap, 0))
         out.append(by_wins(group, wins, soft, cfg))
-    inconsistent = (one > 0.5) == (two > 0.5)
-    return out, dict(agrees=mean(agrees), inconsistent=inconsistent.float().mean(), cut=cut)
+    inconsistent = ((one > 0.5) == (two > 0.5)).float().mean()
+    return out, dict(agrees=mean(agrees), inconsistent=inconsistent, cut=cut)
 
 
 def by_wins(group, wins, soft, cfg):
@@ -585,9 +535,8 @@ def by_wins(group, wins, soft, cfg):
     order = best_first(wins)
     if cfg.select == "ends":
         order = [order[0], order[-1]]
-    texts = [answer.text for answer in group]
     rates = [win / (len(group) - 1) for win in wins]
-    record = dict(responses=pick(texts, order), win=pick(rates, order))
+    record = dict(responses=pick(each(group, "text"), order), win=pick(rates, order))
     if len(order) == 2:
         record["prob"] = soft[order[0], order[1]]
     return [record]
@@ -605,69 +554,47 @@ def open_records(cfg, tok, policy):
             record = with_system(record, cfg.system)
         return [record] if len(tok.prompt(record["prompt"])) <= room else []
     kind = "prompt" if policy else "preference"
-    return open_stream(cfg.data, kind, cfg.seed, cfg.families, n_held=0, prepare=prepare, skip_bad=cfg.skip_bad)[0]
+    stream, _ = open_stream(cfg.data, kind, cfg.seed, cfg.families, n_held=0, prepare=prepare, skip_bad=cfg.skip_bad)
+    return stream
 
 
-def split_sums(text):
-    """'a[write,safe] + b,c' -> ['a[write,safe] + b', 'c']: a comma within brackets divides no sums."""
-    sums = []
-    for piece in text.split(","):
-        if sums and sums[-1].count("[") > sums[-1].count("]"):
-            sums[-1] += "," + piece
-        else:
-            sums.append(piece)
-    return sums
-
-
-def scored_groups(records, policy, score, attributes, like, cfg):
-    """The finished answers to each prompt, sampled or (without a policy) those of the record; no answer twice, and
-    where scores decide no score twice. And metrics."""
+def answered(policy, records, score, like, cfg):
+    """Of each record the Answers to its prompt, sampled or (without a policy) its own, those that can be used; and
+    metrics."""
     if policy:
-        roll, sizes = respond(policy, records, cfg, cfg.k), [cfg.k] * len(records)
+        groups, roll = answers(policy, records, cfg.k, cfg, score)
     else:
-        roll, sizes = given_responses(records, score, like), counts(records, "responses")
-    repeated = repeat(records, sizes)
-    scores = totals(score, repeated, roll) if score else [0.0] * len(repeated)
-    answers = answers_of(roll, scores)
-    for attribute in attributes:
-        for answer, rating in zip(answers, totals(attribute, repeated, roll)):
-            answer.ratings.append(rating)
-    scores_decide = cfg.select in ("rank", "ends", "rso") and not cfg.judge and not cfg.scale
-    groups, rest = [], iter(answers)
-    for size in sizes:
-        said = itertools.islice(rest, size)
-        group = unique([answer for answer in said if answer.finished and answer.text.strip()], "text")
-        groups.append(unique(group, "score") if scores_decide else group)
-    return groups, dict(score=mean(scores), response_length=roll.mask.sum(1).mean(),
-                        finished=roll.finished.float().mean())
+        roll = given_responses(records, score, like)
+        groups = scored(records, counts(records, "responses"), roll, score)
+    scores = each(itertools.chain(*groups), "score")
+    length, finished = roll.mask.sum(1).mean(), roll.finished.float().mean()
+    metrics = dict(score=mean(scores), response_length=length, finished=finished)
+    scores_decide = cfg.select in RANKINGS and not cfg.judge and not cfg.scale
+    return [usable(group, scores_decide) for group in groups], metrics
 
 
-def unique(answers, name):
-    """Of answers that have the same under a name the first, in the place of the last."""
-    first = {}
-    for answer in reversed(answers):
-        first[getattr(answer, name)] = answer
-    return list(first.values())[::-1]
+EARLIER = ("responses", "scores", "win", "margin", "prob")  # what an earlier label said
 
 
-def labelled(record, keys, source, cfg, rng):
+def labelled(record, keys, source):
     """A record of pairs.jsonl: the prompt's own keys, without what an earlier label said, and the new ones."""
-    earlier = ("responses", "scores", "win", "margin", "prob")
-    own = {key: value for key, value in record.items() if key not in earlier}
-    return own | marked(keys, cfg, rng) | dict(source=source)
+    own = {key: value for key, value in record.items() if key not in EARLIER}
+    return own | keys | dict(source=source)
 
 
 def summary(made, rows, cfg):
     """What there is to say about the labels, each as a share: made the records, rows the log."""
-    agree = []
-    for record in made:
-        if "responses" in record and "scores" in record:
-            agree.append(preference(record["scores"][0], record["scores"][-1]))
-    words = f"; the label agrees with the score in {mean(agree):.0%}" if agree else ""
     told = dict(agrees=f"the judge agrees with {cfg.by}", cut="its rationale was cut",
                 inconsistent="it contradicts itself, when the two change places,")
+    shares = {"the label agrees with the score": []}
+    for record in made:
+        if "responses" in record and "scores" in record:
+            agrees = preference(record["scores"][0], record["scores"][-1])
+            shares["the label agrees with the score"].append(agrees)
     for name, what in told.items():
-        values = [row[name] for row in rows if row.get(name) is not None]
+        shares[what] = [row[name] for row in rows if row.get(name) is not None]
+    words = ""
+    for what, values in shares.items():
         words += f"; {what} in {mean(values):.0%}" if values else ""
     return words
 
@@ -675,13 +602,15 @@ def summary(made, rows, cfg):
 def what_next(made, path, cfg):
     """The words of the command that learns from the labels."""
     words = ["sft.py", "--out", f"{cfg.out}_sft"]
-    if cfg.select in SINGLES or "responses" in made[0]:
+    if "responses" in made[0]:
         words = ["reward.py", "train", "--out", next_out(cfg, "reward")]
-    if cfg.select in SINGLES:
-        heads = len(made[0]["ratings"]) if cfg.select == "ratings" else 1
-        words += ["--loss", cfg.select, "--heads", heads]
     words += ["--data", path]
     return words + ["--init", cfg.policy] if cfg.policy else words
+
+
+def language_model(folder, like):
+    """A policy or a judge; none without a folder."""
+    return load_model(folder, like, n_scores=0, maker="python sft.py") if folder else None
 
 
 def label(cfg):
@@ -690,19 +619,17 @@ def label(cfg):
     if run.finished:
         return run.rows
     like = setup(cfg, run.tok)
-    policy = load_model(cfg.policy, like, n_scores=0, maker="python sft.py") if cfg.policy else None
-    judge = load_model(cfg.judge, like, n_scores=0, maker="python sft.py") if cfg.judge else None
+    policy, judge = language_model(cfg.policy, like), language_model(cfg.judge, like)
     score = Reward(cfg.by, like, cfg.micro_tokens) if cfg.by else None
-    sums = split_sums(cfg.attributes) if cfg.select == "ratings" else []
-    attributes = [Reward(spec, like, cfg.micro_tokens) for spec in sums]
     stream = open_records(cfg, run.tok, policy)
-    for reward in filter(None, [score, *attributes]):
-        reward.check(stream.some(), cfg.data)
+    if score:
+        score.check(stream.some(), cfg.data)
     skip, n = math.ceil(cfg.skip / cfg.batch), cfg.n  # skip: batches
     if stream.items:
         n = min(n, len(stream.items) - skip * cfg.batch)  # a file's prompts once each
     source = "ai" if judge or cfg.by != "gold" else "human"  # the truth with noise stands for people
-    path, part, start, made = run.folder / "pairs.jsonl", run.folder / "unfinished.json", 0, []
+    path, part = run.folder / "pairs.jsonl", run.folder / "unfinished.json"
+    start, made = 0, []
     if run.left(part.name):
         start, made = json.loads(part.read_text(encoding="utf-8"))
 
@@ -712,7 +639,7 @@ def label(cfg):
 
         # 1. Sample answers to each prompt, and score them.
         records = stream.batch(step + skip, cfg.batch)[:n - step * cfg.batch]
-        groups, metrics = scored_groups(records, policy, score, attributes, like, cfg)
+        groups, metrics = answered(policy, records, score, like, cfg)
 
         # 2. Order them, by their scores or by a judge, and choose what is kept.
         if judge:
@@ -723,18 +650,13 @@ def label(cfg):
 
         # 3. Make records of it.
         for record, several in zip(records, chosen):
-            made += [labelled(record, keys, source, cfg, rng) for keys in several]
+            made += [labelled(record, keys, source) for keys in several]
         run.log(step, ("records",), records=len(made), **metrics)
         if (step + 1) % cfg.save_every == 0:
             write_text(part, json.dumps([step + 1, made]))
 
-    # 4. Look at all of them together, and write them.
-    if cfg.balance_length:
-        made = length_balanced(made)
     if not made:
         raise UserError(f"{cfg.policy or cfg.data}: of {n} prompts none got answers that --select {cfg.select} keeps")
-    if cfg.select == "quantile":
-        made = by_quality(made, cfg.quantiles)
     write_records(path, made)
     print(f"{path}: {len(made)} records of {n} prompts{summary(made, run.rows, cfg)}")
     part.unlink(missing_ok=True)
@@ -743,40 +665,13 @@ def label(cfg):
 
 # ---------------------------------------------------------------- train: what is learned from
 
-SINGLES = ("ratings", "steps")  # records, and losses of the same name, of one response; the others have several
-
-
-def items_of(record, tok, block, cfg):
-    """One item a record, or one a pair of its ranking: the rows of its responses, and what the data says of them."""
-    if cfg.loss == "steps":
-        return stepped(record, tok, block)
-    rows = encode(record, tok, block)
-    if cfg.loss == "ratings":
-        return [dict(rows=rows, ratings=record["ratings"])]
-    row_of = dict(zip(record["responses"], rows))           # all pairs of a ranking: one prompt
-    items = []
-    for part in [record] if cfg.pairs == "all" else pairs(record):
-        item = {key: part[key] for key in ("margin", "scores", "prob", "source") if key in part}
-        items.append(item | dict(rows=[row_of[text] for text in part["responses"]]))
-    return items
-
-
-def stepped(record, tok, block):
-    """The item of a response in steps: the target marks the token that ends each step, where its score is read. No
-    item if the response was cut, or if two steps end in one token."""
-    (ids, target), = encode(record, tok, block)
-    start, last = target.index(1), len(ids) - 1
-    pieces = [tok.enc.decode_single_token_bytes(token) for token in ids[start:last]]
-    sizes = list(itertools.accumulate(map(len, pieces)))    # bytes up to the end of each token
-    *bounds, whole = itertools.accumulate(len(step.encode()) for step in record["steps"])
-    if sizes[-1:] != [whole]:
-        return []
-    ends = {start + bisect_left(sizes, bound) for bound in bounds}
-    ends.add(last)                                          # the last step is over with the response: its end token
-    if len(ends) < len(record["steps"]):
-        return []
-    target = [int(place in ends) for place in range(len(ids))]
-    return [dict(rows=[(ids, target)], labels=record["labels"])]
+def items_of(record, tok, block):
+    """The item of a record, in a list: the rows of its responses, and what the data says of them."""
+    item = dict(rows=encode(record, tok, block))
+    for key in ("ratings", "margin", "scores", "prob", "source"):
+        if key in record:
+            item[key] = record[key]
+    return [item]
 
 
 def check_items(items, cfg):
@@ -786,27 +681,19 @@ def check_items(items, cfg):
             raise UserError(f'{cfg.data}: --loss cost needs "scores" in all records: above 0 is harmful')
         if cfg.loss == "soft" and "prob" not in item and item.get("source") != "human":
             raise UserError(f'{cfg.data}: --loss soft needs "prob" in all records but those whose "source" is "human"')
+        if cfg.loss == "ratings" and len(item["ratings"]) != cfg.heads:
+            raise UserError(f"{cfg.data}: --heads {cfg.heads}, but a record has {len(item['ratings'])} ratings")
     if cfg.margin and not any("margin" in item for item in items):
         raise UserError(f'{cfg.data}: --margin, and no record has a "margin"')
-    sizes = {len(item["ratings"]) for item in items if "ratings" in item}
-    if sizes - {cfg.heads}:
-        sizes = " or ".join(map(str, sorted(sizes)))
-        raise UserError(f"{cfg.data}: --heads {cfg.heads}, but there are {sizes} ratings")
 
 
 # ---------------------------------------------------------------- train: the steps
 
 def score_records(model, items, cfg):
-    """Yield (scores, items) by micro-batch; all responses of an item are in the same one. scores are (N, heads), of
-    each response, or of each step."""
+    """Yield (scores (N, heads), items) by micro-batch; all N responses of an item are in the same one."""
     for part in item_batches(items, cfg.micro_tokens):
-        rows = [row for item in part for row in item["rows"]]
-        tokens, mask = collate(rows, model.tok, model.device)
-        if cfg.loss == "steps":
-            ends = F.pad(mask, (1, 0)).bool()
-            yield full(model.scores(model(tokens)[ends])), part                          # (S, 1)
-        else:
-            yield full(response_scores(model, tokens, mask)), part                       # (N, heads)
+        tokens, mask = collate(column(part, "rows"), model.tok, model.device)
+        yield full(response_scores(model, tokens, mask)), part
 
 
 def pair_terms(scores, items, use_margin=False):
@@ -836,23 +723,12 @@ def tensor_like(scores, numbers):
     return torch.tensor(numbers, dtype=scores.dtype, device=scores.device)
 
 
-def given(items, key, scores):
-    """The numbers under a key of items laid end to end, as a tensor like scores."""
-    numbers = []
-    for item in items:
-        numbers += item[key]
-    return tensor_like(scores, numbers)
-
-
 def item_losses(scores, items, cfg):
-    """Scores (N or S, heads) of items laid end to end -> the loss of each item (n,)."""
+    """Scores (N, heads) of items laid end to end -> the loss of each item (n,)."""
     if cfg.loss == "ratings":  # regression on every attribute, HelpSteer2 2406.08673
-        ratings = given(items, "ratings", scores).view_as(scores)
+        ratings = tensor_like(scores, column(items, "ratings")).view_as(scores)
         return (scores - ratings).square().mean(1)
     scores = scores[:, 0]
-    if cfg.loss == "steps":    # is each step right? process reward model, 2305.20050
-        losses = F.binary_cross_entropy_with_logits(scores, given(items, "labels", scores), reduction="none")
-        return torch.stack([part.mean() for part in losses.split(counts(items, "labels"))])
     if cfg.loss == "plackett_luce":
         return torch.stack([plackett_luce(part) for part in scores.split(counts(items, "rows"))])
     x = pair_terms(scores, items, cfg.margin)
@@ -873,25 +749,21 @@ def order_metrics(scores, items):
 @torch.no_grad()
 def evaluate(model, items, cfg):
     """Held-out loss and mean score. Of pairs: accuracy on the labels and on the scores where records have them,
-    calibration. Of ratings: the share of each one's variance that is explained. Of steps: the share judged right."""
+    calibration. Of ratings: the share of each one's variance that is explained."""
     losses, scores, seen = [], [], []
     for some, part in score_records(model, items, cfg):
         losses += item_losses(some, part, cfg).tolist()
         scores.append(some)
         seen += part
-    scores = torch.cat(scores)                                                           # (N or S, heads)
+    scores = torch.cat(scores)                                                           # (N, heads)
     metrics = dict(val_loss=mean(losses), val_mean=mean(scores[:, 0].tolist()))
     if cfg.loss == "ratings":
-        ratings = given(seen, "ratings", scores).view_as(scores)                         # (n, heads)
+        ratings = tensor_like(scores, column(seen, "ratings")).view_as(scores)           # (n, heads)
         left = (scores - ratings).square().mean(0)                                       # (heads,)
         spread = ratings.var(0, correction=0)
         for attribute, share in enumerate(left / spread.clamp(min=1e-8)):
             metrics[f"val_r2/{attribute}"] = 1 - float(share)
         return metrics
-    if cfg.loss == "steps":
-        said = scores[:, 0] > 0                                                          # (S,)
-        right = said == (given(seen, "labels", scores) > 0)
-        return metrics | dict(val_accuracy=float(right.float().mean()))
     x = pair_terms(scores[:, 0], seen)
     lead = (x.r_w - x.r_l).cpu()                                                         # (P,)
     agrees = (lead > 0) == (x.gap > 0)
@@ -911,12 +783,12 @@ def train(cfg):
         return run.rows
     like = setup(cfg, run.tok)
     model = load_model(cfg.init, like, n_scores=cfg.heads, maker="python sft.py").prepare(cfg)
-    tok, block = model.tok, model.config.block_size
-    kind = cfg.loss if cfg.loss in SINGLES else "preference"
-    stream, held = open_stream(cfg.data, kind, cfg.seed, n_held=400, context=(tok, block), skip_bad=cfg.skip_bad,
-                               prepare=lambda record: items_of(record, tok, block, cfg))
+    tok, block, paired = model.tok, model.config.block_size, cfg.loss != "ratings"
+    stream, held = open_stream(cfg.data, "preference" if paired else "ratings", cfg.seed, n_held=400,
+                               context=(tok, block), skip_bad=cfg.skip_bad,
+                               prepare=lambda record: items_of(record, tok, block))
     check_items(stream.items + held, cfg)
-    total = cfg.steps or math.ceil(cfg.epochs * len(stream.items) / cfg.batch)
+    total = stream.updates(cfg)
     optimizer = Optimizer(model, cfg.lr, total, cfg.optimizer, cfg.muon_lr, cfg.weight_decay, warmup=cfg.warmup,
                           clip=cfg.clip_grad)
 
@@ -927,7 +799,7 @@ def train(cfg):
             loss = item_losses(scores, part, cfg).sum() / len(items)
             loss.backward()
             metrics["loss"] += loss.detach()
-            if cfg.loss not in SINGLES:
+            if paired:
                 for name, value in order_metrics(scores, part).items():
                     metrics[name] += value / len(items)
         metrics |= optimizer.step(step)
@@ -938,7 +810,7 @@ def train(cfg):
             metrics |= evaluate(model, held, cfg)
 
         # 3. Only differences were trained: 0 is to read "as good as usual".
-        if last and cfg.loss not in ("cost", *SINGLES) and not cfg.barrier:
+        if last and cfg.loss not in ("cost", "ratings") and not cfg.barrier:
             shift_score(model, -metrics["val_mean"])
         run.log(step, ("loss", "accuracy", "val_accuracy"), **metrics)
 
@@ -952,7 +824,8 @@ def train(cfg):
 # ---------------------------------------------------------------- accuracy
 
 def print_table(names, rows, columns):
-    """A name and its row a line; columns: (title, key, format), and a column is as wide as its title."""
+    """A name and its row a line; columns: (title, key, format), those that rows have, each as wide as its title."""
+    columns = [column for column in columns if column[1] in rows[0]]
     wide = max(map(len, names))
     print(" " * wide + "".join(title for title, _, _ in columns))
     for name, row in zip(names, rows):
@@ -968,6 +841,11 @@ def between(interval):
     return f"[{low:.3f}, {high:.3f}]"
 
 
+def bar(items, what):
+    """Iterate over items with a progress bar, that leaves nothing behind."""
+    return tqdm(items, desc=what, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
+
+
 def accuracy(cfg, specs):
     """Print, for every file, how often each reward orders its pairs as the labels do, and how confident it is."""
     like = setup(cfg, Tokenizer.load(cfg.tokenizer))
@@ -976,21 +854,27 @@ def accuracy(cfg, specs):
                ("  calibration error", "error", ".3f"), ("    spread", "spread", "")]
     for path in files(cfg.data):
         records = read_records(path, "preference", cfg.skip_bad)[:cfg.n]
-        sizes, rows = counts(records, "responses"), []
-        win, lose, _ = ranked_pairs(sizes)
-        for reward in rewards:
-            reward.check(records, path)
-            scores, parts = reward(repeat(records, sizes), given_responses(records, reward, like))
-            lead = (scores[win] - scores[lose]).cpu()                                    # (P,)
-            right = float(in_order(lead).sum())
-            spread = ""
-            for name, part in parts.items():
-                if name.endswith(" spread"):
-                    spread = spread or f"{part.mean():.3f}"
-            interval = between(wilson(right, len(win)))
-            rows.append(dict(right=right / len(win), interval=interval, error=calibration_error(lead), spread=spread))
-        print(f"{path}: {len(win)} pairs")
+        rows = []
+        for reward in bar(rewards, path):
+            rows.append(ordered(records, reward, path, like))
+        print(f"{path}: {rows[0]['pairs']} pairs")
         print_table(specs, rows, columns)
+
+
+def ordered(records, reward, path, like):
+    """How one reward orders the pairs of a file: a row of the table of accuracy."""
+    reward.check(records, path)
+    sizes = counts(records, "responses")
+    win, lose, _ = ranked_pairs(sizes)
+    scores, parts = reward(repeat(records, sizes), given_responses(records, reward, like))
+    lead = (scores[win] - scores[lose]).cpu()                                            # (P,)
+    right, pairs = float(in_order(lead).sum()), len(win)
+    row = dict(pairs=pairs, right=right / pairs, interval=between(wilson(right, pairs)), spread="")
+    row["error"] = calibration_error(lead)
+    for name, part in parts.items():
+        if name.endswith(" spread"):
+            row["spread"] = row["spread"] or f"{part.mean():.3f}"
+    return row
 
 
 # ---------------------------------------------------------------- compare
@@ -1024,7 +908,7 @@ def pretraining_nll(model, texts, budget):
     for text in texts:
         rows += encode(text, model.tok, model.config.block_size, "all")
     for part in micro_batches([len(ids) for ids, _ in rows], budget):
-        tokens, mask = collate([rows[i] for i in part], model.tok, model.device)
+        tokens, mask = collate(pick(rows, part), model.tok, model.device)
         with torch.no_grad():
             nll -= float(token_logprobs(model, tokens, mask).sum())
         count += int(mask.sum())
@@ -1044,7 +928,8 @@ def unseen_prompts(cfg, n, families, seed):
 
 def with_room(records, family, tok, block, cfg):
     """The records to answer, with --system in front; without those that leave no room, which are counted aloud."""
-    room, fitting = block - len(tok.encode(cfg.begin)) - 1, []
+    room = block - len(tok.encode(cfg.begin)) - 1
+    fitting = []
     for record in records:
         record = with_system(record, cfg.system) if cfg.system else record
         if len(tok.prompt(record["prompt"])) <= room:
@@ -1058,23 +943,16 @@ def with_room(records, family, tok, block, cfg):
     return fitting if cfg.temperature else distinct(fitting)
 
 
-def choose_families(cfg):
-    """The families of prompts, and those behind win rate, KL and length; of a file one, "file"."""
-    if cfg.data != "toy":
-        return ["file"], ["file"]
-    families = family_list(cfg.families)
-    if cfg.on:
-        return families, family_list(cfg.on)
-    return families, ["write"] if "write" in families else families
-
-
 class Exam:
     """What every checkpoint is asked, and who judges its answers."""
 
     def __init__(self, first, like, cfg):
         """first: the model that the others are compared with."""
         self.cfg, self.first, self.baseline = cfg, first, {}  # baseline: the scores of the first model's answers
-        self.families, self.on = choose_families(cfg)
+        self.families = family_list(cfg.families) if cfg.data == "toy" else ["file"]
+        self.on = ["write"] if "write" in self.families else self.families
+        if cfg.on and cfg.data == "toy":
+            self.on = family_list(cfg.on)
         self.judge = Reward(cfg.judge, like, cfg.micro_tokens)
         self.proxy = Reward(cfg.proxy, like, cfg.micro_tokens) if cfg.proxy else None
         self.tasks, self.begin = {}, like.tok.encode(cfg.begin)
@@ -1086,16 +964,13 @@ class Exam:
 
     def prompts(self, families):
         """All records of some families."""
-        records = []
-        for family in families:
-            records += self.tasks[family]
-        return records
+        return list(itertools.chain(*(self.tasks[family] for family in families)))
 
-    def answer(self, model, records, temperature):
-        """One answer to each prompt, the same ones for the same seed."""
-        torch.manual_seed(self.cfg.seed)
-        prompts = [model.tok.prompt(record["prompt"]) for record in records]
-        return generate(model, prompts, self.cfg.max_new, temperature=temperature, begin=self.begin)
+    def answer(self, model, records, cfg, proxy=None):
+        """One Answer to each prompt, the same ones for the same seed; and their rollout."""
+        torch.manual_seed(cfg.seed)
+        groups, roll = answers(model, records, 1, cfg, self.judge, proxy, self.begin)
+        return [group[0] for group in groups], roll
 
     def wins(self, scores, name):
         """Which scores are better than those of the first model under this name, 1, ½ or 0."""
@@ -1109,63 +984,59 @@ class Exam:
         return (logp_ratio * drawn).sum(1).tolist()
 
     def take(self, model):
-        """A row of the table, and the answers {family: [Answer, ...]} of one model."""
-        row, answers, seen = {}, {}, defaultdict(list)
+        """A row of the table, and the Answers {family: [...]} of one model."""
+        row, said, seen = {}, {}, defaultdict(list)
+        greedy = replace(self.cfg, temperature=0.0)
         for family, records in self.tasks.items():
-            roll = self.answer(model, records, self.cfg.temperature)
-            scores = totals(self.judge, records, roll)
-            row[family], answers[family] = mean(scores), answers_of(roll, scores)
-            if family not in self.on:
+            on = family in self.on
+            said[family], roll = self.answer(model, records, self.cfg, self.proxy if on else None)
+            scores = each(said[family], "score")
+            row[family] = mean(scores)
+            if not on:
                 continue
             seen["win"] += self.wins(scores, family)
-            seen["length"] += roll.mask.sum(1).tolist()
+            seen["length"] += each(said[family], "tokens")
             if self.proxy:
-                seen["proxy"] += totals(self.proxy, records, roll)
+                seen["proxy"] += each(said[family], "proxy")
             if self.cfg.temperature:
                 seen["kl"] += self.kl(model, roll)
-                once = distinct(records)
-                likeliest = totals(self.judge, once, self.answer(model, once, 0))
-                seen["greedy"] += likeliest
-                seen["greedy_win"] += self.wins(likeliest, f"{family}, greedy")
+                likeliest, _ = self.answer(model, distinct(records), greedy)
+                scores = each(likeliest, "score")
+                seen["greedy"] += scores
+                seen["greedy_win"] += self.wins(scores, f"{family}, greedy")
         for name, values in seen.items():
             row[name] = mean(values)
-        for name, wins in dict(interval="win", greedy_interval="greedy_win").items():
-            if wins in seen:
-                row[name] = wilson(sum(seen[wins]), len(seen[wins]))
-        return row, answers
+        row["interval"] = wilson(sum(seen["win"]), len(seen["win"]))
+        if self.cfg.temperature:
+            row["greedy_interval"] = wilson(sum(seen["greedy_win"]), len(seen["greedy_win"]))
+        return row, said
 
     def at_k(self, model):
         """Test-time scaling: of `samples` answers to each prompt -> pass@k, maj@k and, with a proxy, the judge's score
         of the best of k by the proxy; k goes through the powers of two up to samples."""
-        n, records = self.cfg.samples, self.prompts(self.on)
-        scores, liked, said = [], [], []
+        n, records, values = self.cfg.samples, self.prompts(self.on), defaultdict(list)
         torch.manual_seed(self.cfg.seed)
         for start in range(0, len(records), 64):
             some = records[start:start + 64]
-            roll = respond(model, some, self.cfg, n, begin=self.begin)
-            repeated = repeat(some, [n] * len(some))
-            scores += totals(self.judge, repeated, roll)
-            said += final_answers(roll)
-            if self.proxy:
-                liked += totals(self.proxy, repeated, roll)
-        out = defaultdict(list)
-        for start in range(0, len(scores), n):
-            group = slice(start, start + n)  # of one prompt
-            right = sum(score > 0.5 for score in scores[group])
-            for k in [2 ** i for i in range(n.bit_length())]:
-                out[f"pass@{k}"].append(pass_at_k(n, right, k))
-                out[f"maj@{k}"].append(majority_at_k(said[group], scores[group], k))
-                if self.proxy:
-                    out[f"best@{k}"].append(best_of_k(scores[group], liked[group], k))
-        return {name: mean(values) for name, values in out.items()}
+            groups, _ = answers(model, some, n, self.cfg, self.judge, self.proxy, self.begin)
+            for group in groups:
+                for name, value in scaling(group, bool(self.proxy)).items():
+                    values[name].append(value)
+        return {name: mean(some) for name, some in values.items()}
 
 
-def final_answers(roll):
-    """What follows the thinking of each response; None where it did not end or says nothing."""
-    said = []
-    for text, done in zip(roll.responses(), roll.finished.tolist()):
-        said.append(after_thinking(text) or None if done else None)
-    return said
+def scaling(group, proxy):
+    """pass@k, maj@k and (with a proxy) best@k of n answers to one prompt, for k = 1, 2, 4, ... up to n."""
+    scores, said, out = each(group, "score"), [], {}
+    for answer in group:
+        said.append(after_thinking(answer.text) or None if answer.finished else None)
+    right = sum(score > 0.5 for score in scores)
+    for k in [2 ** i for i in range(len(group).bit_length())]:
+        out[f"pass@{k}"] = pass_at_k(len(group), right, k)
+        out[f"maj@{k}"] = majority_at_k(said, scores, k)
+        if proxy:
+            out[f"best@{k}"] = best_of_k(scores, each(group, "proxy"), k)
+    return out
 
 
 def compare(cfg, folders):
@@ -1185,24 +1056,30 @@ def compare(cfg, folders):
         texts = [toy_record("text", "test", exam.families, rng) for _ in range(cfg.n)]
 
     # 2. Each checkpoint answers them.
-    table, answers = [], {}
-    for folder in folders:
+    table, said = [], {}
+    for folder in bar(folders, "compare"):
         model = load_model(folder, like, n_scores=0)
-        row, answers[folder] = exam.take(model)
+        row, said[folder] = exam.take(model)
         if texts:
             row["nll"] = pretraining_nll(model, texts, cfg.micro_tokens)
         if cfg.samples > 1:
             row |= exam.at_k(model)
         if "safe" in exam.families:
-            row |= safety(exam.tasks["safe"], answers[folder]["safe"])
+            row |= safety(exam.tasks["safe"], said[folder]["safe"])
         table.append(dict(checkpoint=folder, distinct=asked) | row)
 
     # 3. Show the table, and some of the answers.
     show_table(table, exam, cfg)
-    show_answers(answers, exam, cfg)
+    show_answers(said, exam, cfg)
     if cfg.save:
         write_text(cfg.save, json.dumps(table, indent=1))
     return table
+
+
+COLUMNS = [("     nll", "nll", ".3f"), ("   proxy", "proxy", ".3f"), ("     win", "win", ".3f"),
+           ("  [95% interval]", "interval", ""), ("      KL", "kl", ".2f"), ("  length", "length", ".1f"),
+           ("  greedy", "greedy", ".3f"), ("     win", "greedy_win", ".3f")]
+SAFETY = [("   harmless", "harmless", ".3f"), ("  over-refusal", "over_refusal", ".3f"), ("    help", "help", ".3f")]
 
 
 def show_table(table, exam, cfg):
@@ -1218,22 +1095,12 @@ def show_table(table, exam, cfg):
         print(f"{cfg.judge} on greedy answers to {where}prompts: {asked}")
         print(f"win rate against {names[0]}, length on {on}\n")
 
-    columns = []
-    for name in (*exam.families, "nll", "proxy", "win"):
-        if name in table[0]:
-            columns.append((f"{name:>8}", name, ".3f"))
-    columns.append(("  [95% interval]", "interval", ""))
-    if cfg.temperature:
-        columns.append(("      KL", "kl", ".2f"))
-    columns.append(("  length", "length", ".1f"))
-    if cfg.temperature:
-        columns += [("  greedy", "greedy", ".3f"), ("     win", "greedy_win", ".3f")]
+    families = [(f"{family:>8}", family, ".3f") for family in exam.families]
     shown = [row | dict(interval=between(row["interval"])) for row in table]
-    print_table(names, shown, columns)
+    print_table(names, shown, families + COLUMNS)
     if "safe" in exam.families:
         print()
-        print_table(names, table, [("   harmless", "harmless", ".3f"), ("  over-refusal", "over_refusal", ".3f"),
-                                   ("    help", "help", ".3f")])
+        print_table(names, table, SAFETY)
     if cfg.proxy and len(table) > 2:
         best = max(table, key=lambda row: mean([row[family] for family in exam.on]))
         liked = max(table, key=lambda row: row["proxy"])
@@ -1245,12 +1112,12 @@ def show_table(table, exam, cfg):
             print_table(names, table, columns)
 
 
-def show_answers(answers, exam, cfg):
+def show_answers(said, exam, cfg):
     """Print what every checkpoint says to the first prompts of --on, with its score."""
-    family, wide = exam.on[0], max(map(len, answers))
+    family, wide = exam.on[0], max(map(len, said))
     for i, record in enumerate(exam.tasks[family][:cfg.show]):
         print(f"\n{record['prompt'][-1]['content']}")
-        for folder, of in answers.items():
+        for folder, of in said.items():
             answer = of[family][i]
             print(f"  {folder:{wide}}  {answer.score:>6.2f}  {answer.text}")
 

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import (Count, Families, Natural, Run, RunConfig, Sum, Temperature, UserError, fits, guard, mean,
                   open_stream, parse)
-from model import Reward, load_model, respond, seed_step, setup
-from reward import repeat, write_records
+from model import Reward, load_model, seed_step, setup
+from reward import answers, write_records
 
 
 @dataclass
@@ -52,10 +52,8 @@ def of_choice(record):
 
 def share_right(policy, judge, records, k, cfg, begin=()):
     """The share of k answers to each prompt that are right."""
-    roll = respond(policy, records, cfg, k, begin=begin)
-    repeated = repeat(records, [k] * len(records))
-    score = judge(repeated, roll)[0].view(-1, k)                                         # (P, k)
-    return (score > 0.5).float().mean(1).tolist()
+    groups, _ = answers(policy, records, k, cfg, judge, begin=begin)
+    return [mean([float(answer.score > 0.5) for answer in group]) for group in groups]
 
 
 def domain(record):

@@ -21,9 +21,8 @@ python configs/kimi_k15.py --policy $K/long --n 2000 --max_new 160 --out $K/prom
 python grpo.py --init $K/long --data $K/prompts/prompts.jsonl --pool 2000 --curriculum 0.3 --prioritized --adv dr_grpo --loss opmd --per constant --epochs 2 --reset --lr 5e-5 --steps 40 --max_new 160 --out $K/rl "$@"
 
 python configs/merge.py $K/rl $OUT/sft --out $K/merge
-python reward.py label --policy $K/rl --families arith --by exact --k 8 --n 2000 --max_new 160 --select shortest --out $K/shortest "$@"
-python sft.py --init $K/rl --data $K/shortest/pairs.jsonl --steps 60 --lr 1e-3 --muon_lr 1e-3 --out $K/shortest_sft "$@"
-python reward.py label --policy $K/rl --families arith --by exact --k 8 --n 2000 --max_new 160 --select short_pairs --out $K/short_pairs "$@"
-python dpo.py --init $K/rl --data $K/short_pairs/pairs.jsonl --nll_coef 1 --lr 1e-5 --steps 30 --max_new 160 --out $K/short_dpo "$@"
+python configs/long2short.py --policy $K/rl --k 8 --n 2000 --max_new 160 --out $K/short "$@"
+python sft.py --init $K/rl --data $K/short/shortest.jsonl --steps 60 --lr 1e-3 --muon_lr 1e-3 --out $K/shortest_sft "$@"
+python dpo.py --init $K/rl --data $K/short/pairs.jsonl --nll_coef 1 --lr 1e-5 --steps 30 --max_new 160 --out $K/short_dpo "$@"
 python grpo.py --init $K/rl --len_reward 0.2 --adv dr_grpo --max_new 120 --steps 50 --out $K/short_rl "$@"
 python reward.py compare $K/rl $K/long $OUT/sft $K/merge $K/shortest_sft $K/short_dpo $K/short_rl --families arith --on arith --max_new 160 "$@"

@@ -10,9 +10,8 @@ Paper: Lu et al. 2205.13636, eq. 4, with the KL in the direction of the authors'
 instead of a token of its own, and a prompt's tokens count a little in the likelihood, as in sft.py, whose options and
 steps these are. A round is one run; configs/quark.sh has two, with the sampling before each.
 
-    python reward.py label --policy out/sft --n 3000 --scale 0 --flip 0 --out out/samples
-    python reward.py label --policy "" --data out/samples/pairs.jsonl --select quantile --out out/pool
-    python configs/quark.py                              out/sft + out/pool -> out/quark
+    python reward.py label --n 3000 --scale 0 --flip 0 --out out/samples
+    python configs/quark.py --quantiles 5                out/sft + out/samples -> out/quark
 """
 import sys
 from dataclasses import dataclass
@@ -23,9 +22,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import sft
-from data import (Natural, NonNegative, OptionError, Run, collate, encode, guard, micro_batches, open_stream,
+from data import (Natural, NonNegative, OptionError, Run, UserError, collate, encode, guard, micro_batches, open_stream,
                   parse)
 from model import Optimizer, at_positions, full, load_model, setup, steps
+from reward import EARLIER, with_system, write_records
 
 
 @dataclass
@@ -34,7 +34,8 @@ class Config(sft.Config):
     out: str = "out/quark"      # folder of the run; the same command continues an interrupted one
     init: str = "out/sft"       # checkpoint to start from, or new: random weights of this size
     ref: str = ""               # π_ref; none: init
-    data: str = "out/pool/pairs.jsonl"  # samples, as reward.py label --select quantile makes them
+    data: str = "out/samples/pairs.jsonl"  # samples with their scores, or (with --quantiles 0) conversations
+    quantiles: Natural = 0      # parts of equal size, by score, that get a message; 0: the data have the messages
     kl_coef: NonNegative = 0.05  # β
     ent_coef: NonNegative = 0.06  # η
     packing: Natural = 0        # always 0: a sequence has its row to itself, beside that of the reference
@@ -97,9 +98,35 @@ def pairs_of(record, model, cfg):
     return pairs
 
 
-def open_data(model, cfg):
+def by_quality(records, quantiles):
+    """Demonstrations from rankings with scores: every response, worst first, asked for by its quality."""
+    demos = []
+    for record in records:
+        turns = [turn for turn in record["prompt"] if turn["role"] != "system"]
+        own = {key: value for key, value in record.items() if key not in EARLIER}
+        for text, score in zip(record["responses"], record["scores"]):
+            demos.append(own | dict(prompt=turns, response=text, scores=[score]))
+    demos.sort(key=lambda demo: demo["scores"])
+    out = []
+    for place, demo in enumerate(demos):
+        quality = 1 + place * quantiles // len(demos)
+        out.append(with_system(demo, f"Quality {quality}."))
+    return out
+
+
+def pool(cfg, path):
+    """Write the samples of all files, each asked for by its quality."""
+    stream, _ = open_stream(cfg.data, "preference", cfg.seed, n_held=0, skip_bad=cfg.skip_bad)
+    if not all("scores" in record for record in stream.items):
+        raise UserError(f'{cfg.data}: --quantiles needs "scores" in all records')
+    in_order = stream.batch(0, len(stream.items))
+    write_records(path, by_quality(in_order, cfg.quantiles))
+    return str(path)
+
+
+def open_data(data, model, cfg):
     """The pairs to train on, a Stream, and the rows of held-out ones with their system messages."""
-    stream, held = open_stream(cfg.data, "messages", cfg.seed, cfg.families, n_held=128, skip_bad=cfg.skip_bad,
+    stream, held = open_stream(data, "messages", cfg.seed, cfg.families, n_held=128, skip_bad=cfg.skip_bad,
                                think=cfg.think, restate=cfg.restate, tamper=cfg.tamper,
                                context=(model.tok, model.config.block_size),
                                prepare=lambda record: pairs_of(record, model, cfg))
@@ -126,7 +153,8 @@ def train(cfg):
     like = setup(cfg, run.tok)
     ref = load_model(cfg.ref or cfg.init, like, n_scores=0, maker="python sft.py")
     model = sft.initial_model(cfg, like).prepare(cfg)
-    stream, held = open_data(model, cfg)
+    data = pool(cfg, run.folder / "pool.jsonl") if cfg.quantiles else cfg.data
+    stream, held = open_data(data, model, cfg)
     total = cfg.steps or sft.one_epoch(stream, cfg)
     optimizer = Optimizer(model, cfg.lr, total, kind=cfg.optimizer, muon_lr=cfg.muon_lr, betas=(0.9, cfg.beta2),
                           weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)

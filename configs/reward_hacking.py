@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import (Count, Families, Run, RunConfig, Sum, Temperature, UserError, family_list, guard, mean,
                   parse, read_rows, sparkline, write_text)
-from model import Reward, load_model, respond, seed_step, setup
-from reward import best_of_k, repeat, unseen_prompts
+from model import Reward, load_model, seed_step, setup
+from reward import answers, best_of_k, each, unseen_prompts
 
 
 @dataclass
@@ -171,10 +171,10 @@ def overoptimize(cfg, folders):
     for step in run.progress(0, math.ceil(len(records) / some)):
         seed_step(cfg.seed, step)
         part = records[step * some:(step + 1) * some]
-        roll = respond(policy, part, cfg, cfg.n)
-        repeated = repeat(part, [cfg.n] * len(part))
-        golds += judge(repeated, roll)[0].view(-1, cfg.n).tolist()
-        proxies += proxy(repeated, roll)[0].view(-1, cfg.n).tolist()
+        groups, _ = answers(policy, part, cfg.n, cfg, judge, proxy)
+        for group in groups:
+            golds.append(each(group, "score"))
+            proxies.append(each(group, "proxy"))
         run.log(step, ("gold",), gold=mean([score for row in golds for score in row]))
 
     # 2. The curves, and Gao's forms of the gain.

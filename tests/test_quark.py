@@ -408,8 +408,8 @@ def test_the_script_trains_and_prints_a_command_that_asks_for_the_best(run_optio
     assert done.returncode == 0 and not done.stderr
 
 
-def test_its_code_is_that_of_all_four_files(monkeypatch):
+def test_its_code_is_that_of_all_files_that_it_imports(monkeypatch):
     read = []
     monkeypatch.setattr(data, "digest", lambda path: read.append(Path(path).name) or "x")
     data.code_of(quark.Config())
-    assert sorted(read) == ["data.py", "model.py", "quark.py", "sft.py"]
+    assert sorted(read) == ["data.py", "model.py", "quark.py", "reward.py", "sft.py"]

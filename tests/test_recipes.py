@@ -48,10 +48,13 @@ TINY = dict(n_layer=1, n_head=2, n_embd=32, block_size=256, steps=2, batch=8, pa
 # What a script beside a recipe runs, and the file that this makes.
 BESIDE = dict(claude_cai=("revise", "revisions.jsonl"), rule_based_rewards=("fit", "reward.txt"),
               kimi_k15=("curate", "prompts.jsonl"), reward_hacking=("overoptimize", "curves.json"),
-              merge=("merge", "model.safetensors"))
+              merge=("merge", "model.safetensors"),
+              superficial=("mark_all", "pairs.jsonl"), chatglm_rlhf=("balance", "pairs.jsonl"),
+              nemotron4=("rate", "ratings.jsonl"), long2short=("shorten", "shortest.jsonl"))
 
 
-def positionals(name): return (reward.TAKES | dict(merge=["checkpoint", "checkpoint..."], reward_hacking=["run..."])).get(name, [])
+def positionals(name): return (reward.TAKES | dict(merge=["checkpoint", "checkpoint..."], reward_hacking=["run..."],
+                                                         nemotron4=["reward", "reward..."])).get(name, [])
 
 
 @functools.cache
@@ -129,7 +132,7 @@ def parts(spec): return [part for term in parse_rewards(spec) for part in term.n
 
 def reads(name, cfg, folders):
     """Every folder and file a command reads."""
-    found = [x for spec in folders for x in (parts(spec) if name == "accuracy" else [spec])]
+    found = [x for spec in folders for x in (parts(spec) if name in ("accuracy", "nemotron4") else [spec])]
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         if field.name in ("init", "policy", "critic", "ref", "merge_base") or field.name.endswith("data"):
@@ -424,7 +427,7 @@ def stage(base, name, out):
     words = dict(
         label=f"reward.py label --policy {base}/sft --n 12 --batch 4 --k 3 --max_new 24 --save_every 2",
         train=f"reward.py train --init {base}/sft --data {base}/pairs/pairs.jsonl --batch 4 --eval_every 2 --save_every 2"
-              f" --warmup 1 --pairs split",
+              f" --warmup 1",
         ppo=f"ppo.py --init {base}/sft --reward {base}/reward+0.5*format --steps 5 --prompts 8 --max_new 12 --save_every 2"
             f" --eval_every 2 --target_kl 1 --kl_horizon 20 --normalize_reward --minibatches 2 --ptx_coef 0.5 --ptx_batch 4"
             f" --critic_warmup 1",
