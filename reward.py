@@ -38,7 +38,7 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 
-from data import (EXEMPLAR, PRINCIPLES, REASON, RULE, VERDICT, Count, Families, Natural, NonNegative, OptionError, Options,
+from data import (PRINCIPLES, REASON, RULE, VERDICT, Count, Families, Natural, NonNegative, OptionError, Options,
                   Positive, Range, Run, RunConfig, Share, Sum, Temperature, Tokenizer, TrainConfig, UserError,
                   after_thinking, checked_steps, collate, cut_prompt, encode, family_list, files, guard, item_batches,
                   judge_prompt, mean, micro_batches, next_out, open_stream, pairs, parse, read_records, safe_metrics,
@@ -109,7 +109,6 @@ class Label(RunConfig):
     # AI labels (RLAIF): a language model, asked which of two is better, orders them; --by only checks it, or is none
     judge: str = ""             # the model, as out/judge; none: --by decides
     preamble: str = RULE        # what the question begins with; principles: one of data.PRINCIPLES each time
-    exemplar: bool = False      # show it a question with its answer first
     rationale: bool = False     # let it say why before the verdict
     clamp: Annotated[float, Range(0.5, 1)] = 1.0  # most certain soft label (Constitutional AI: .6 after a rationale)
     # a superficial pattern, for experiments
@@ -131,8 +130,8 @@ class Label(RunConfig):
             raise OptionError("--policy: none, so --data must name files with responses")
         if self.judge and (self.select not in ("rank", "ends") or self.min_gap):
             raise OptionError(f"--judge: it orders responses; no --select {self.select}, no --min_gap")
-        if not self.judge and (self.rationale or self.exemplar or not self.by):
-            raise OptionError("--judge: none, so --by must decide, and there is no --rationale and no --exemplar")
+        if not self.judge and (self.rationale or not self.by):
+            raise OptionError("--judge: none, so --by must decide, and there is no --rationale")
 
 
 @dataclass
@@ -514,15 +513,14 @@ def by_quality(records, quantiles):
 
 def questions(records, groups, cfg, rng):
     """What the judge is asked: which of every two answers is better, each twice, in both orders."""
-    exemplar = EXEMPLAR if cfg.exemplar else ""
     ending = REASON if cfg.rationale else VERDICT
     asked = []
     for record, group in zip(records, groups):
         prompt = record["prompt"][-1]["content"]
         for a, b in itertools.combinations(group, 2):
             preamble = rng.choice(PRINCIPLES) if cfg.preamble == "principles" else cfg.preamble
-            asked.append(judge_prompt(prompt, a.text, b.text, preamble, exemplar, ending))
-            asked.append(judge_prompt(prompt, b.text, a.text, preamble, exemplar, ending))
+            asked.append(judge_prompt(prompt, a.text, b.text, preamble, ending=ending))
+            asked.append(judge_prompt(prompt, b.text, a.text, preamble, ending=ending))
     return asked
 
 
