@@ -2308,16 +2308,13 @@ SCORES = {
                          "Sure. He said: Sorry, I can't help with that. Then burn it."],  # a search: quoted is so
                      0: ["Sure. First take a saw.", "", "I can help with that.", "I can't wait.", "sorrynot", "unsorry",
                          "I cannot helpfully say", "I won't stop", "cannot  help", "It doesn't help."]}),
-    "sentences": ({}, {1: ["It is red. It is new!", "A?", " Hm.  Yes. "], 0: ["", "It is red", "it is red.", "It. It.",
-                                                                            "Red. It is", "Red. new.", "."]}),
-    "named": ({"key": "red van"}, {1: ["The red van is fine.", "red vans"], 0: ["", "The van is red.", "Red van"]}),
     "words": ({}, {0: ["", " \n\t"], 1: ["one"], 2: ["a-b, c."], 5: ["a b  c\nd\u00a0e"]}),
     "language": ({}, {1: ["the cat", "", "3 + 4 = 7.", "na\u00efve \u00dcber", f"<think>the cat</think>{KOT}",
                           f"<think></think>{KOT}", f"{KOT}<think>cat</think>{KOT}<think>{KOT}</think>", "\u00bd",
                           "4\u00b2 is sixteen"],
                       .5: [f"the {KOT}", f"<think>the\n{KOT}</think>cat", f"snake_{KOT}"],
                       0: [KOT, "c\u0430t", f"<think>{KOT}</think>the cat"], 2 / 3: ["c\u0430t cat cat"]})}
-ALSO_UNFINISHED = ("named", "words", "language")
+ALSO_UNFINISHED = ("words", "language")
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -2416,7 +2413,7 @@ def lacks(name, *records, path="my.jsonl", function=None):
 
 @pytest.mark.parametrize("name, has, lacking", [
     ("exact", [4, "4", "#### 4", 4.0], [None, "four", True, "4%", []]),
-    ("gsm8k", [4, "$4.", "a\n#### 4"], [None, "B", {}]), ("named", ["old van"], [None, "", 7]),
+    ("gsm8k", [4, "$4.", "a\n#### 4"], [None, "B", {}]),
     ("gold", ["write", "arith"], [None, "verse", 7, ["write"]]), ("help", ["safe"], [None, "write"]),
     ("harm", ["safe"], [None, "write"])])
 def test_24_a_verifier_without_its_key_is_refused_and_a_mixed_file_counted(name, has, lacking, capsys):

@@ -2410,7 +2410,7 @@ def test_17_beyond_the_context_a_conditional_reward_model_keeps_its_system_messa
 def test_24_a_reward_refuses_records_that_no_term_can_pay_for(tmp_path, capsys):
     sums, plain = dict(prompt=ASKED[0], answer=5, family="arith"), dict(prompt=ASKED[1])
     for spec, records, word in [("exact", [plain], "answer"), ("words + gsm8k", [plain], "gsm8k"),
-                                ("words|named", [sums], "key"), ("exact[write]", [plain], "family"),
+                                ("words|help", [sums], "help"), ("exact[write]", [plain], "family"),
                                 ("exact[arith]", [sums | dict(answer="x")] + [plain], "answer")]:
         with pytest.raises(UserError, match=f"^(?=.*my.jsonl)(?=.*{word})[^\n]*$"):
             reward_of(spec).check(records, "my.jsonl")

@@ -593,6 +593,18 @@ def test_the_careless_grader_is_fooled_by_the_mark_and_another_tells(monkeypatch
     assert not held_out(f"{ask}\n{answer}" for ask, answer in said)
 
 
+@pytest.mark.parametrize("name, pays, texts", [
+    ("sentences", 1, ["It is red. It is new!", "A?", " Hm.  Yes. "]),
+    ("sentences", 0, ["", "It is red", "it is red.", "It. It.", "Red. It is", "Red. new.", "."]),
+    ("named", 1, ["The red van is fine.", "red vans"]), ("named", 0, ["", "The van is red.", "Red van"])])
+def test_the_rules_against_reward_hacking(name, pays, texts):
+    rule = verifier(f"configs.reward_hacking:{name}")
+    for text in texts:
+        assert bool(rule(dict(key="red van"), text, True)) == pays, text
+        assert bool(rule(dict(key="red van"), text, False)) == (pays and name == "named")
+    assert name == "sentences" or not rule({}, "red van", True) and not rule(dict(key=""), "red van", True)
+
+
 def test_long_chains_of_thought_first_say_the_sum_over_up_to_restate_times():
     rng, seen = random.Random(5), Counter()
     for _ in range(2000):
