@@ -96,11 +96,12 @@ def remarks(task, answer):
 # Each makes one question about answers to a task of a split -> the task, the question, the right answer.
 
 def some_answers(split, rng, n, families=("write", "safe")):
-    """A task of one of the families and n demonstrated answers to it, of different gold reward where n is 2."""
+    """A task of one of the families, and n demonstrated answers to it of n different gold rewards."""
     task = toy_task(split, rng.choice(families), rng)
     while True:
         answers = [toy_demo(task, rng) for _ in range(n)]
-        if n == 1 or gold(task, answers[0]) != gold(task, answers[1]):
+        scores = {gold(task, answer) for answer in answers}
+        if len(scores) == n:
             return task, answers
 
 
@@ -191,7 +192,7 @@ class Config(RunConfig):
     out: str = "out/judging"    # folder of the run; the demonstrations are in its demos.jsonl
     kinds: Annotated[str, Names((*KINDS, *WORLD))] = ""  # what is demonstrated, comma-separated; none: all of judging
     n: Count = 38_400           # demonstrations, all kinds together: 1,200 updates of 32 see each about once
-    held: Natural = 200         # questions of each kind on subjects of the test split
+    held: Natural = 400         # questions of each kind on subjects of the test split
     questions: Natural = 0      # questions of each kind on training subjects, for a judge to answer by itself
 
 
@@ -215,6 +216,13 @@ def write_demos(run, n, demonstrate):
     return path
 
 
+def write_questions(path, kind, split, n, rng):
+    """Write n questions of a kind, each with what `right` needs."""
+    rows = [question(kind, split, rng) for _ in range(n)]
+    if rows:
+        write_rows(path, rows)
+
+
 def write(cfg):
     """Write demos.jsonl, and for each kind held_KIND.jsonl and questions_KIND.jsonl."""
     run = Run(cfg)
@@ -226,15 +234,14 @@ def write(cfg):
         record = question(rng.choice(kinds), "train", rng)
         return record["prompt"][-1]["content"], record["right"]
 
-    for kind in kinds:
-        held, asked = random.Random(f"held {kind}"), random.Random(f"questions {kind} {cfg.seed}")
-        write_rows(run.folder / f"held_{kind}.jsonl", [question(kind, "test", held) for _ in range(cfg.held)])
-        if cfg.questions:
-            rows = [question(kind, "train", asked) for _ in range(cfg.questions)]
-            write_rows(run.folder / f"questions_{kind}.jsonl", rows)
     path = write_demos(run, cfg.n, demonstrate)
-    return run.finish((), then=["sft.py", "--data", path, "--steps", math.ceil(cfg.n / 32), "--batch",
-                                                 32, "--out", next_out(cfg, "judge")])
+    for kind in kinds:
+        held, asked = run.folder / f"held_{kind}.jsonl", run.folder / f"questions_{kind}.jsonl"
+        write_questions(held, kind, "test", cfg.held, random.Random(f"held {kind}"))     # the same for every seed
+        write_questions(asked, kind, "train", cfg.questions, random.Random(f"questions {kind} {cfg.seed}"))
+    updates = math.ceil(cfg.n / 32)
+    return run.finish((), then=["sft.py", "--data", path, "--steps", updates, "--batch", 32,
+                                "--out", next_out(cfg, "judge")])
 
 
 if __name__ == "__main__":

@@ -569,6 +569,7 @@ def test_the_files_of_judging_are_what_the_trainers_read(tmp_path, monkeypatch):
     demos = data.read_records(tmp_path / "0" / "demos.jsonl", "messages")
     rates = sum(record["messages"][0]["content"].endswith(ASKS["rate"]) for record in demos)
     assert len(demos) == 250 and 80 < rates < 170
+    assert not held_out("\n".join(turn["content"] for turn in record["messages"]) for record in demos)
     for name, split, n in (("held", "test", 40), ("questions", "train", 30)):
         for kind in ("rate", "write"):
             records = data.read_records(tmp_path / "0" / f"{name}_{kind}.jsonl", "prompt")
