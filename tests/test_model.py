@@ -2352,6 +2352,14 @@ def test_classes_of_the_rubric_are_probabilities_that_add_up_to_1(tmp_path):
         close(alone, [p[k] for p in want], 1e-4)
 
 
+def test_a_judge_answers_anew_about_the_prompts_of_other_families(tmp_path):
+    """As many of them as of the first, so that the old answers would fit."""
+    _, name = talker(tmp_path / "lm")
+    total = lambda spec: reward_of(spec)(RECORDS, spoken(ASKED, SAID))[0]
+    first, second = f"{name}@A[write]", f"{name}@B[safe,fmt]"
+    close(total(f"{first} + {second}"), total(first) + total(second), 1e-6)
+
+
 def test_a_judge_is_asked_about_the_last_turn_of_the_prompt(tmp_path):
     model, name = talker(tmp_path / "lm")
     long = [dict(role="system", content="S"), dict(role="user", content="Hi"), dict(role="assistant", content="Ho"),
