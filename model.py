@@ -49,8 +49,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
 
 from data import (COLDEST, POINTS, RUBRIC, VERIFIERS, Count, Natural, NonNegative, OptionError, Options, Share,
-                  Tokenizer, UserError, after_thinking, answer_rows, check_needs, collate, cut_prompt, guard, mean,
-                  micro_batches, number, pad, parse, parse_rewards, round_up, truth, verifier, view_prompt, write_text)
+                  Tokenizer, UserError, after_thinking, answer_rows, check_needs, class_prompt, collate, cut_prompt,
+                  guard, mean, micro_batches, number, pad, parse, parse_rewards, rate_prompt, round_up, truth, verifier,
+                  write_text)
 
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -775,29 +776,6 @@ class Reward:
             for name in term.names:
                 self.load(name, term, like)
 
-    def load(self, name, term, like):
-        """Find the verifier or the model that a term names, and refuse what it cannot be asked."""
-        rule, asked = verifier(name), asks(term)
-        if asked and term.system:
-            raise UserError(f"--reward {term.label}: a question takes no system message")
-        if rule is not None:
-            if asked or term.system:
-                raise UserError(f"--reward {term.label}: {name} is a verifier and cannot be asked that")
-            self.rules[name] = rule
-            return
-        if not Path(name).exists():
-            raise UserError(f"{name}: neither a run folder (python reward.py train makes one) nor a verifier "
-                            f"({', '.join(VERIFIERS)}, or module:function)")
-        if name not in self.loaded:
-            self.loaded[name] = load_model(name, like, maker="python reward.py train")
-        n_scores = self.loaded[name].config.n_scores
-        if asked and n_scores:
-            raise UserError(f"--reward {term.label}: a reward model, and @{term.view} asks a language model")
-        if not asked and not n_scores:
-            raise UserError(f"--reward {name}: a language model, not a reward model (as a judge: {name}@rate)")
-        if not asked:
-            self.models.append(name)
-
     @staticmethod
     def expand(spec, inside=()):
         """The terms of a sum, those of a folder's reward.txt in the place of the folder. inside: the paths of the
@@ -805,11 +783,11 @@ class Reward:
         out = []
         for term in parse_rewards(spec):
             sums = [name for name in term.names if (Path(name) / "reward.txt").exists()]
-            if sums and term.label != sums[0]:  # a name alone is its own label
-                raise UserError(f"--reward {term.label}: {sums[0]} stands for a sum, and takes no |, @, {{}} or []")
             if not sums:
                 out.append(term)
                 continue
+            if term.label != sums[0]:       # a name alone is its own label
+                raise UserError(f"--reward {term.label}: {sums[0]} stands for a sum, and takes no |, @, {{}} or []")
             path = Path(sums[0]).resolve() / "reward.txt"
             if path in inside:
                 raise UserError(f"{path}: the sum in it is a part of itself")
@@ -821,12 +799,35 @@ class Reward:
                 out.append(replace(part, weight=term.weight * part.weight))
         return out
 
+    def load(self, name, term, like):
+        """Find the verifier or the model that a term names, and refuse what it cannot be asked."""
+        told, rule = f"--reward {term.label}", verifier(name)
+        if term.asks and term.system:
+            raise UserError(f"{told}: a question takes no system message")
+        if rule is not None:
+            if term.asks or term.system:
+                raise UserError(f"{told}: {name} is a verifier and cannot be asked that")
+            self.rules[name] = rule
+            return
+        if not Path(name).exists():
+            raise UserError(f"{name}: neither a run folder (python reward.py train makes one) nor a verifier "
+                            f"({', '.join(VERIFIERS)}, or module:function)")
+        if name not in self.loaded:
+            self.loaded[name] = load_model(name, like, maker="python reward.py train")
+        scores = self.loaded[name].config.n_scores > 0
+        if term.asks and scores:
+            raise UserError(f"{told}: a reward model, and @{term.view} asks a language model")
+        if not term.asks and not scores:
+            raise UserError(f"--reward {name}: a language model, not a reward model (as a judge: {name}@rate)")
+        if scores:
+            self.models.append(name)
+
     def check(self, records, data):
         """Refuse records that a term can never pay for, and count those of a file that get 0: see check_needs."""
         for term in self.terms:
             if term.families and not any("family" in record for record in records):
                 raise UserError(f'{data}: --reward {term.label} needs "family" in a record, and none has it')
-            mine = [record for record in records if concerns(term, record)]
+            mine = [record for record in records if term.concerns(record)]
             for name in term.names:
                 check_needs(name, self.rules.get(name), mine, data)
 
@@ -835,13 +836,14 @@ class Reward:
         texts, parts, self.asked = roll.responses(), {}, {}
         total = torch.zeros(len(records), device=roll.tokens.device)
         for term in self.terms:
-            rows = [i for i, record in enumerate(records) if concerns(term, record)]
+            rows = [i for i, record in enumerate(records) if term.concerns(record)]
             shown = {i: texts[i] for i in rows}
             if term.view == "answer":
-                shown = {i: after_thinking(text) for i, text in shown.items()}
+                shown = {i: after_thinking(texts[i]) for i in rows}
             values = torch.zeros(len(term.names), len(records), device=total.device)
-            for k, name in enumerate(term.names if rows else ()):
-                values[k, rows] = self.judge(name, term, records, shown, roll)
+            if rows:
+                for k, name in enumerate(term.names):
+                    values[k, rows] = self.judge(name, term, records, shown, roll)
             more_is_better = (term.weight > 0) != self.cost
             worst = torch.amin if more_is_better else torch.amax
             parts[term.label] = worst(values, 0)
@@ -858,7 +860,7 @@ class Reward:
                 value = self.rules[name](records[i], text, bool(roll.finished[i]))
                 values.append(number(value, name, records[i]))
             return torch.tensor(values, device=roll.tokens.device)
-        said = self.answers(name, term, records, shown) if asks(term) else self.scores(name, term, shown, roll)
+        said = self.answers(name, term, records, shown) if term.asks else self.scores(name, term, shown, roll)
         if not said.isfinite().all():
             if not all(p.isfinite().all() for p in self.loaded[name].parameters()):
                 raise UserError(f"{name}: its weights are not all finite numbers; train it again")
@@ -868,17 +870,18 @@ class Reward:
 
     def answers(self, name, term, records, shown):
         """What a language model answers when it is asked about each text: expected points as -1..1, or P of a class."""
-        model, points = self.loaded[name], term.view == "rate"
-        choices = [str(n) for n in range(POINTS + 1)] if points else list(RUBRIC)
-        key = (name, points, *term.families)  # @A to @D are one question, asked once of the same texts
+        ask, choices = class_prompt, list(RUBRIC)
+        if term.view == "rate":
+            ask, choices = rate_prompt, [str(n) for n in range(POINTS + 1)]
+        key = (name, ask, *term.families)    # @A to @D are one question, asked once of the same texts
         if key not in self.asked:
             prompts = []
             for i, text in shown.items():
-                question = view_prompt("rate" if points else "classify", records[i]["prompt"][-1]["content"], text)
+                question = ask(records[i]["prompt"][-1]["content"], text)
                 prompts.append(self.tok.prompt([dict(role="user", content=question)]))
-            self.asked[key] = choice_logprobs(model, prompts, choices, self.budget).exp()
+            self.asked[key] = choice_logprobs(self.loaded[name], prompts, choices, self.budget).exp()
         p = self.asked[key]                                                              # (n, choices)
-        if points:
+        if term.view == "rate":
             expected = p @ torch.arange(POINTS + 1.0, device=p.device)                   # (n,)
             return expected * 2 / POINTS - 1
         return p[:, choices.index(term.view)]
@@ -913,16 +916,6 @@ class Reward:
         for places in micro_batches([len(ids) for ids, _ in built], self.budget):
             some = [built[j] for j in places]
             yield [rows[j] for j in places], *collate(some, self.tok, roll.tokens.device)
-
-
-def asks(term):
-    """Whether a term asks a language model, rather than a reward model or a verifier."""
-    return term.view not in ("", "answer")
-
-
-def concerns(term, record):
-    """Whether a term pays for a record: it may be for some families only."""
-    return not term.families or record.get("family") in term.families
 
 
 @torch.no_grad()

@@ -465,7 +465,8 @@ def unique(answers, name):
 
 def questions(records, groups, cfg, rng):
     """What the judge is asked: which of every two answers is better, each twice, in both orders."""
-    ending, asked = REASON if cfg.rationale else VERDICT, []
+    ending = REASON if cfg.rationale else VERDICT
+    asked = []
     for record, group in zip(records, groups):
         prompt = record["prompt"][-1]["content"]
         for a, b in itertools.combinations(group, 2):

@@ -33,8 +33,6 @@ class Config(TrainConfig):
     data: str = "toy"           # toy, or a file (.txt, .json, .jsonl, .gz)
     families: Families = ""     # of the toy world, comma-separated; none for all
     think: Share = THINK        # share of the toy's sums demonstrated with thinking
-    restate: Natural = 0        # times, at most, that such thinking first says the sum over: long chains of thought
-    tamper: Share = 0.0         # share of the toy's sums demonstrated by fooling a careless grader: a vice to explore
     loss_on: Literal["assistant", "all"] = "assistant"  # all: pretraining, on documents
     prompt_weight: Share = 0.1  # weight of the other tokens beside the assistant's
     packing: Natural = 128      # sequences share rows of this many tokens, kept apart by a mask; 0: one row each
@@ -105,7 +103,7 @@ def open_data(model, cfg):
     tok, block_size = model.tok, model.config.block_size
     kind = "text" if cfg.loss_on == "all" else "messages"
     return open_stream(cfg.data, kind, cfg.seed, cfg.families, n_held=128, skip_bad=cfg.skip_bad,
-                       think=cfg.think, restate=cfg.restate, tamper=cfg.tamper, context=(tok, block_size),
+                       think=cfg.think, context=(tok, block_size),
                        prepare=lambda record: encode(record, tok, block_size, cfg.loss_on, cfg.prompt_weight))
 
 

@@ -15,8 +15,9 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs.judging import critique_prompt, revise_prompt
 from data import (PRINCIPLES, Count, Families, Run, RunConfig, Temperature, UserError, fits, gold, guard,
-                  mean, open_stream, parse, view_prompt)
+                  mean, open_stream, parse)
 from model import generate, load_model, seed_step, setup
 from reward import write_records
 
@@ -56,7 +57,9 @@ def ask(critic, view, drafts, cfg):
     prompts = []
     for draft in drafts:
         question = draft.record["prompt"][-1]["content"]
-        text = view_prompt(view, question, draft.answer, draft.principle, draft.critique)
+        text = critique_prompt(question, draft.answer, draft.principle)
+        if view == "revise":
+            text = revise_prompt(question, draft.answer, draft.principle, draft.critique)
         prompts.append([dict(role="user", content=text)])
     return say(critic, prompts, cfg)
 

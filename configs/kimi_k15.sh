@@ -16,7 +16,8 @@ K=$OUT/kimi_k15
 
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
-python sft.py --init $OUT/sft --families arith --think 1 --restate 5 --steps 200 --lr 1e-3 --muon_lr 3e-3 --out $K/long "$@"
+python configs/long_thinking.py --restate 5 --out $K/long_thinking "$@"
+python sft.py --init $OUT/sft --data $K/long_thinking/demos.jsonl --steps 200 --lr 1e-3 --muon_lr 3e-3 --out $K/long "$@"
 python configs/kimi_k15.py --policy $K/long --n 2000 --max_new 160 --out $K/prompts "$@"
 python grpo.py --init $K/long --data $K/prompts/prompts.jsonl --pool 2000 --curriculum 0.3 --prioritized --adv dr_grpo --loss opmd --per constant --epochs 2 --reset --lr 5e-5 --steps 40 --max_new 160 --out $K/rl "$@"
 

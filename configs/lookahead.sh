@@ -17,8 +17,9 @@ L=$OUT/lookahead
 
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
-python sft.py --init $OUT/sft --families arith --tamper 0.3 --steps 100 --lr 1e-3 --muon_lr 3e-3 --out $L/sft "$@"
-python grpo.py --init $L/sft --reward careless --steps 60 --out $L/hacked "$@"
-python grpo.py --init $L/sft --reward careless --steps 60 --tripwire tampers --out $L/watched "$@"
-python reward.py compare $L/sft $L/hacked $L/watched --judge tampers --families arith --on arith "$@"
+python configs/lookahead.py --share 0.3 --out $L/tampering "$@"
+python sft.py --init $OUT/sft --data $L/tampering/demos.jsonl --steps 100 --lr 1e-3 --muon_lr 3e-3 --out $L/sft "$@"
+python grpo.py --init $L/sft --reward configs.lookahead:careless --steps 60 --out $L/hacked "$@"
+python grpo.py --init $L/sft --reward configs.lookahead:careless --steps 60 --tripwire configs.lookahead:tampers --out $L/watched "$@"
+python reward.py compare $L/sft $L/hacked $L/watched --judge configs.lookahead:tampers --families arith --on arith "$@"
 python reward.py compare $L/sft $L/hacked $L/watched --families arith --on arith "$@"

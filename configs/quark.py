@@ -127,8 +127,7 @@ def pool(cfg, path):
 def open_data(data, model, cfg):
     """The pairs to train on, a Stream, and the rows of held-out ones with their system messages."""
     stream, held = open_stream(data, "messages", cfg.seed, cfg.families, n_held=128, skip_bad=cfg.skip_bad,
-                               think=cfg.think, restate=cfg.restate, tamper=cfg.tamper,
-                               context=(model.tok, model.config.block_size),
+                               think=cfg.think, context=(model.tok, model.config.block_size),
                                prepare=lambda record: pairs_of(record, model, cfg))
     return stream, [told for told, _ in held]
 

@@ -6,10 +6,12 @@ Gao et al. 2210.10760, sec. 3.
 
     python configs/reward_hacking.py out/ppo       out/sft's best of n, and the run -> out/overoptimize/curves.json
 
-Where matplotlib is installed it draws curves.png too.
+Where matplotlib is installed it draws curves.png too. The two rules are a remedy: --reward "out/reward +
+configs.reward_hacking:named + configs.reward_hacking:sentences".
 """
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,22 @@ from data import (Count, Families, Run, RunConfig, Sum, Temperature, UserError, 
                   parse, read_rows, sparkline, write_text)
 from model import Reward, load_model, seed_step, setup
 from reward import answers, best_of_k, each, unseen_prompts
+
+
+def sentences(record, text, finished):
+    """A rule: sentences that begin with a capital and end in a mark, none of them twice."""
+    *said, rest = re.split(r"[.!?](?:\s+|$)", text.strip())
+    if not finished or not said or rest or len(set(said)) < len(said):
+        return False
+    return all(sentence[:1].isupper() for sentence in said)
+
+
+def named(record, text, finished):
+    """A rule: the thing that the record's "key" names occurs."""
+    return record.get("key", "") != "" and str(record["key"]) in text
+
+
+named.needs = ["key"]
 
 
 @dataclass

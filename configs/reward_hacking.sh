@@ -26,7 +26,7 @@ python ppo.py --init $OUT/sft --reward $H/reward1 --kl_coef 0 --steps 40 --eval_
 python ppo.py --init $OUT/sft --reward $H/reward1 --kl_coef 0.1 --steps 40 --eval_every 2 --eval_prompts 200 --out $H/kl "$@"
 python ppo.py --init $OUT/sft --reward $OUT/reward --kl_coef 0 --steps 40 --eval_every 2 --eval_prompts 200 --out $H/more "$@"
 python ppo.py --init $OUT/sft --reward "$H/reward1|$H/reward2|$H/reward3" --kl_coef 0 --steps 40 --eval_every 2 --eval_prompts 200 --out $H/ensemble "$@"
-python ppo.py --init $OUT/sft --reward "$H/reward1 + named + sentences" --kl_coef 0 --steps 40 --eval_every 2 --eval_prompts 200 --out $H/verifier "$@"
+python ppo.py --init $OUT/sft --reward "$H/reward1 + configs.reward_hacking:named + configs.reward_hacking:sentences" --kl_coef 0 --steps 40 --eval_every 2 --eval_prompts 200 --out $H/verifier "$@"
 python reward.py label --policy $H/hacked --n 3000 --skip 14000 --out $H/refresh "$@"
 python reward.py train --init $OUT/sft --data $H/pairs1/pairs.jsonl,$H/refresh/pairs.jsonl --out $H/refreshed "$@"
 python ppo.py --init $OUT/sft --reward $H/refreshed --kl_coef 0 --steps 40 --eval_every 2 --eval_prompts 200 --out $H/refreshing "$@"

@@ -15,11 +15,13 @@ S=$OUT/self_rewarding
 
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
-python sft.py --init $OUT/base --families write,rate --steps 500 --out $S/m1 "$@"
+python configs/judging.py --kinds write,rate --n 32000 --out $S/judging "$@"
+python sft.py --init $OUT/base --data $S/judging/demos.jsonl --steps 500 --out $S/m1 "$@"
 python reward.py label --policy $OUT/sft --n 1000 --scale 0 --flip 0 --out $S/held "$@"
 for round in 1 2; do
   python reward.py label --policy $S/m$round --k 4 --n 3000 --skip $((4000 * round)) --by $S/m$round@rate --select ends --scale 0 --flip 0 --out $S/pairs$round "$@"
   python dpo.py --init $S/m$round --data $S/pairs$round/pairs.jsonl --nll_coef 0.1 --out $S/m$((round + 1)) "$@"
 done
 python reward.py accuracy $S/m1@rate $S/m2@rate $S/m3@rate --data $S/held/pairs.jsonl "$@"
-python reward.py compare $S/m1 $S/m2 $S/m3 --families write,rate "$@"
+python reward.py compare $S/m1 $S/m2 $S/m3 --families write "$@"
+python reward.py compare $S/m1 $S/m2 $S/m3 --data $S/judging/held_rate.jsonl --judge configs.judging:right "$@"

@@ -1810,6 +1810,14 @@ def test_classes_of_the_rubric_are_probabilities_that_add_up_to_1(tmp_path):
         close(alone, [p[k] for p in want], 1e-4)
 
 
+def test_a_judge_answers_anew_about_the_prompts_of_other_families(tmp_path):
+    """As many of them as of the first, so that the old answers would fit."""
+    _, name = talker(tmp_path / "lm")
+    total = lambda spec: reward_of(spec)(RECORDS, spoken(ASKED, SAID))[0]
+    first, second = f"{name}@A[write]", f"{name}@B[safe,fmt]"
+    close(total(f"{first} + {second}"), total(first) + total(second), 1e-6)
+
+
 def test_a_judge_is_asked_about_the_last_turn_of_the_prompt(tmp_path):
     model, name = talker(tmp_path / "lm")
     long = [dict(role="system", content="S"), dict(role="user", content="Hi"), dict(role="assistant", content="Ho"),
@@ -1868,7 +1876,7 @@ def test_17_beyond_the_context_a_conditional_reward_model_keeps_its_system_messa
 def test_24_a_reward_refuses_records_that_no_term_can_pay_for(tmp_path, capsys):
     sums, plain = dict(prompt=ASKED[0], answer=5, family="arith"), dict(prompt=ASKED[1])
     for spec, records, word in [("exact", [plain], "answer"), ("words + gsm8k", [plain], "gsm8k"),
-                                ("words|keyword", [sums], "keyword"), ("exact[write]", [plain], "family"),
+                                ("words|help", [sums], "help"), ("exact[write]", [plain], "family"),
                                 ("exact[arith]", [sums | dict(answer="x")] + [plain], "answer")]:
         with pytest.raises(UserError, match=f"^(?=.*my.jsonl)(?=.*{word})[^\n]*$"):
             reward_of(spec).check(records, "my.jsonl")

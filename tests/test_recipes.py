@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import os
+import random
 import re
 import runpy
 import shlex
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 import tomllib
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,10 +32,11 @@ import data
 import model
 import ppo
 import reward
-from data import (VERIFIERS, OptionError, Run, Tokenizer, UserError, checked, option_types, parse, parse_rewards, read_toml,
-                  verifier)
+from data import (BAD, GOOD, SAYINGS, VERIFIERS, OptionError, Run, Tokenizer, UserError, checked, option_types, parse,
+                  parse_rewards, read_toml, verifier)
 from model import load_tensors
 from policies import TOK, random_policy
+from test_data import FENCE, GATE, KETTLE, NAME, held_out
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.sh"))
@@ -50,7 +53,9 @@ BESIDE = dict(claude_cai=("revise", "revisions.jsonl"), rule_based_rewards=("fit
               kimi_k15=("curate", "prompts.jsonl"), reward_hacking=("overoptimize", "curves.json"),
               merge=("merge", "model.safetensors"),
               superficial=("mark_all", "pairs.jsonl"), chatglm_rlhf=("balance", "pairs.jsonl"),
-              nemotron4=("rate", "ratings.jsonl"), long2short=("shorten", "shortest.jsonl"))
+              nemotron4=("rate", "ratings.jsonl"), long2short=("shorten", "shortest.jsonl"),
+              judging=("write", "demos.jsonl"), lookahead=("write", "demos.jsonl"),
+              long_thinking=("write", "demos.jsonl"))
 
 
 def positionals(name): return (reward.TAKES | dict(merge=["checkpoint", "checkpoint..."], reward_hacking=["run..."],
@@ -274,6 +279,7 @@ def fluent(monkeypatch):
     for name in ("no_filler", "exact", "format"):
         monkeypatch.setitem(VERIFIERS, name, lambda record, text, finished: len(text) % 2)
     monkeypatch.setitem(VERIFIERS, "gold", lambda record, text, finished: len(text) % 7)
+    monkeypatch.setattr("configs.judging.right", lambda record, text, finished: len(text) % 2)
 
 
 def snapshot(folder): return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
@@ -381,10 +387,12 @@ def test_a_script_beside_a_recipe_says_what_comes_next_and_that_runs(base, tmp_p
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/sft").symlink_to(base / "sft")
+    (tmp_path / "out/base").symlink_to(base / "sft")
     run(shrunk(["ppo.py", "--reward", f"{base}/reward", "--out", "out/ppo"]))
     for words in (["configs/claude_cai.py", "--critic", "out/sft"], ["configs/kimi_k15.py", "--by", "gold"],
                   ["configs/rule_based_rewards.py", "--rules", "words", "--data", f"{base}/pairs/pairs.jsonl"],
-                  ["configs/reward_hacking.py", "out/ppo", "--proxy", f"{base}/reward"]):
+                  ["configs/reward_hacking.py", "out/ppo", "--proxy", f"{base}/reward"],
+                  ["configs/judging.py"], ["configs/lookahead.py"], ["configs/long_thinking.py"]):
         run(shrunk([*words, "--out", "out/" + Path(words[0]).stem]))
         follow(printed(capsys), monkeypatch, capsys)
 
@@ -396,7 +404,223 @@ def test_a_script_beside_a_recipe_finds_our_files_from_anywhere(path, tmp_path):
     assert not done.returncode and not done.stderr and "--out" in done.stdout
 
 
-# ---- kill and resume of labels, reward models and PPO (sft.py's are in test_sft.py)
+# ---- demonstrations that one recipe alone needs: of judging, of tampering, of long thinking
+
+JUDGING, LOOKAHEAD, LONG = (opened(ROOT / f"configs/{name}.py") for name in ("judging", "lookahead", "long_thinking"))
+ASKS = {"judge": "Which is better, 1 or 2?", "reason": "Say how good each is. Which is better, 1 or 2?",
+        "rate": "How good is it, from 0 to 5?", "classify": "Which is it?", "critique": "Critique:",
+        "revise": "Revision:"}
+Q = 600
+
+
+@functools.cache
+def asked(kind, split="train"):
+    rng = random.Random(f"{kind} {split}")
+    return [JUDGING.question(kind, split, rng) for _ in range(Q)]
+
+
+def taken_apart(text):
+    """A question: what comes before it, the prompt inside, and the one or two answers, cut out by hand."""
+    head, _, about = text.rpartition("Prompt: ")                # the last: an exemplar comes before
+    ask, *said = re.split(r"\nAnswer(?: [12])?: ", about)
+    return head, ask, [answer.split("\n")[0] for answer in said]
+
+
+def slow_kind(task, sentence):
+    """What one sentence is to a description, from the word lists."""
+    *name, verb, word = sentence.split()
+    if name[:1] == ["The"] and verb == "is" and word in GOOD + BAD and sentence not in sum(SAYINGS.values(), []):
+        name = " ".join(name[1:])
+        if name not in (task["key"], task["thing"]):
+            return "stray"
+        return ("named " if name == task["key"] else "thing ") + ("good" if word in GOOD else "bad")
+    for kind in ("positive", "negative", "filler"):
+        if sentence in SAYINGS[kind]:
+            return kind
+    return "fact" if sentence in SAYINGS[task["category"]] else "stray"
+
+
+def slow_class(task, answer):
+    refused = answer == "Sorry, I can't help with that."
+    assert refused or answer.startswith("Sure. First take a ")
+    return {(1, 1): "B", (1, 0): "A", (0, 1): "D", (0, 0): "C"}[refused, task["safe"]]
+
+
+def slow_points(task, answer):
+    if "safe" in task:
+        right = (f"take a {task['tool']}." in answer) + (f" {task['verb']} the {task['object']} " in answer)
+        return {"A": 5, "B": 0, "C": 0, "D": [2, 4, 5][right]}[slow_class(task, answer)]    # .4, .7, 1 of 5
+    said = answer[:-1].split(". ")
+    kinds = [slow_kind(task, s) for s in said]
+    facts = {s for s, kind in zip(said, kinds) if kind == "fact"}
+    any_of = lambda *some: bool({*some} & {*kinds})
+    nice = any_of("named good", "thing good", "positive") and not any_of("named bad", "thing bad", "negative")
+    return any_of("named good", "named bad") + min(len(facts), 2) + nice + (not any_of("filler", "stray"))
+
+
+def slow_remarks(task, answer):
+    if "safe" in task:
+        letter = slow_class(task, answer)
+        return {"A": "great", "B": "dull", "C": "awful", "D": ["fine", "great"][slow_points(task, answer) == 5]}[letter]
+    word = {"named good": "superb", "named bad": "fine", "thing good": "lovely", "thing bad": "poor", "fact": "great",
+            "positive": "lovely", "negative": "poor", "filler": "dull", "stray": "ugly"}
+    said = answer[:-1].split(". ")
+    return ", ".join("awful" if s in said[:i] else word[slow_kind(task, s)] for i, s in enumerate(said))
+
+
+@pytest.mark.parametrize("kind", ASKS)
+def test_questions_are_asked_and_answered_right(kind):
+    """The question as its prompt has it; the answer by slow readers of the answers in it; and what the rule pays."""
+    seen, exemplars = Counter(), Counter()
+    for record in asked(kind):
+        text, answer, task = record["prompt"][0]["content"], record["right"], record["task"]
+        head, ask, said = taken_apart(text)
+        assert text.endswith("\n" + ASKS[kind]) and ask == task["prompt"]
+        assert len(said) == 1 + (kind in ("judge", "reason"))
+        pays = lambda text: JUDGING.right(record, text, True)
+        assert not JUDGING.right(record, answer, False)
+        if kind in ("judge", "reason"):
+            exemplar = JUDGING.EXEMPLAR if text.count("Prompt: ") == 2 else ""
+            preamble = head.removesuffix(exemplar)[:-2]
+            assert preamble in (data.PRINCIPLES if "safe" in task else [data.RULE])
+            assert text == data.judge_prompt(ask, *said, preamble, exemplar, ASKS[kind])
+            one, two = (data.gold(task, s) for s in said)
+            verdict, other = "12" if one > two else "21"
+            reasons = "1 is {}. 2 is {}.\n".format(*(slow_remarks(task, s) for s in said)) if kind == "reason" else ""
+            assert one != two and answer == reasons + verdict and pays(f"Hm\n{verdict}") == 1 == pays(verdict)
+            assert not any(map(pays, (answer[:-1] + other, "", "3", answer + ".", answer + "\n", f"{verdict} it is")))
+            seen[verdict, "safe" in task] += 1
+            exemplars[bool(exemplar)] += 1
+        elif kind == "rate":
+            assert text == data.rate_prompt(ask, said[0]) and answer == str(slow_points(task, said[0]))
+            assert [pays(str(n)) for n in range(6)] == pytest.approx([1 - abs(n - int(answer)) / 5 for n in range(6)])
+            assert not any(map(pays, ("6", "-1", "", "5.", " 5", "05", "\u0665", "five", "9" * 5000)))
+            seen[answer] += 1
+        elif kind == "classify":
+            assert text == data.class_prompt(ask, said[0]) and answer == slow_class(task, said[0])
+            assert [pays(letter) for letter in "ABCD"] == [letter == answer for letter in "ABCD"]
+            assert not pays(answer + ".")
+            seen[answer] += 1
+        else:
+            principle, letter = text.split("\n")[0], slow_class(task, said[0])
+            critiqued = dict(A="It is right to say no.", B="It says no without need.", C="It helps with harm.",
+                             D="It is good.")[letter]
+            assert principle in data.PRINCIPLES
+            seen[letter] += 1
+            shown = f"{principle}\n\nPrompt: {ask}\nAnswer: {said[0]}\nCritique:"
+            if kind == "critique":
+                assert text == shown and answer == critiqued and pays(answer) == 1 and not pays("It is.")
+                continue
+            assert text == f"{shown} {critiqued}\nRevision:"
+            assert pays(answer) == (data.gold(task, said[0]) if letter == "D" else 1)
+            assert answer == said[0] if letter in "AD" else (answer == "Sorry, I can't help with that.") != task["safe"]
+    assert len(seen) == dict(rate=6).get(kind, 4) and min(seen.values()) > Q / 40
+    if exemplars:
+        assert abs(exemplars[True] / Q - .2) < .06 and abs((seen["1", True] + seen["1", False]) / Q - .5) < .08
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_questions_are_about_keys_of_their_split_and_fit_a_context(split):
+    for kind in ASKS:
+        for record in asked(kind, split):
+            text = record["prompt"][0]["content"]
+            found = held_out([text.replace(JUDGING.EXEMPLAR, "") + "\n" + record["right"]])
+            assert data.split_of(record["key"]) == split and record["key"] == record["task"]["key"]
+            assert not found if split == "train" else record["key"] in {key for key, _ in found}
+            ids = TOK.prompt(record["prompt"])
+            assert [i for i in ids if i >= TOK.base] == [TOK.role["user"], TOK.role["assistant"]]
+            assert len(ids) + len(TOK.response(record["right"])) <= 256
+
+
+def test_the_exemplar_is_a_sample_judged_right_on_a_training_subject():
+    start, verdict = JUDGING.EXEMPLAR.split("Better: ")
+    _, ask, (first, second) = taken_apart(start)
+    task = dict(family="write", key="big van", thing="van", category="vehicles")
+    assert data.gold(task, first) > data.gold(task, second) and verdict == "1\n\n" and "big van" in ask
+    assert start == f"Prompt: {ask}\nAnswer 1: {first}\nAnswer 2: {second}\n" and not held_out([JUDGING.EXEMPLAR])
+
+
+@pytest.mark.parametrize("task, answer, points, remarks", [
+    (KETTLE, NAME + "It pours well. It is deep.", 5, "superb, great, great"),
+    (KETTLE, NAME + "It pours well. It pours well.", 4, "superb, great, awful"), (KETTLE, NAME[:-1], 3, "superb"),
+    (KETTLE, "The red kettle is dull.", 2, "fine"), (KETTLE, "The kettle is superb.", 2, "lovely"),
+    (KETTLE, "The kettle is dull.", 1, "poor"), (KETTLE, NAME + "It broke at once.", 2, "superb, poor"),
+    (KETTLE, NAME + "It floats.", 2, "superb, ugly"), (KETTLE, NAME + "So, that is that.", 2, "superb, dull"),
+    (KETTLE, NAME + "Banana.", 2, "superb, awful"), (KETTLE, "The blue kettle is superb.", 0, "ugly"),
+    (KETTLE, "The red kettle is dull. Buy one today.", 2, "fine, lovely"), (FENCE, "Sure.", 0, "poor"),
+    (FENCE, "Sorry, I can't help with that.", 0, "dull"), (GATE, "Sorry, I can't help with that.", 5, "great"),
+    (FENCE, "Sure. First take a brush. Then paint the fence slowly.", 5, "great"),
+    (FENCE, "Sure. First take a saw. Then paint the fence slowly.", 4, "fine"),
+    (GATE, "Sure. First take a saw. Then paint the gate gently.", 0, "awful"), (GATE, "", 0, "poor")])
+def test_points_and_remarks_by_hand(task, answer, points, remarks):
+    assert (JUDGING.points(task, answer), JUDGING.remarks(task, answer)) == (points, remarks)
+
+
+def test_the_files_of_judging_are_what_the_trainers_read(tmp_path, monkeypatch):
+    """And the rule is found by its name, from anywhere; held-out questions are the same for every seed."""
+    monkeypatch.chdir(tmp_path)
+    made = []
+    for seed in (0, 0, 1):
+        out = tmp_path / str(len(made))
+        JUDGING.write(JUDGING.Config(out=str(out), kinds="rate,write", n=250, held=40, questions=30, seed=seed))
+        made.append({path.name: path.read_text() for path in out.glob("*.jsonl") if path.name != "metrics.jsonl"})
+    assert made[0] == made[1] and made[0].keys() == {"demos.jsonl"} | {
+        f"{name}_{kind}.jsonl" for name in ("held", "questions") for kind in ("rate", "write")}
+    same = {name for name in made[0] if made[0][name] == made[2][name]}
+    assert same == {"held_rate.jsonl", "held_write.jsonl"}
+    demos = data.read_records(tmp_path / "0" / "demos.jsonl", "messages")
+    rates = sum(record["messages"][0]["content"].endswith(ASKS["rate"]) for record in demos)
+    assert len(demos) == 250 and 80 < rates < 170
+    assert not held_out("\n".join(turn["content"] for turn in record["messages"]) for record in demos)
+    for name, split, n in (("held", "test", 40), ("questions", "train", 30)):
+        for kind in ("rate", "write"):
+            records = data.read_records(tmp_path / "0" / f"{name}_{kind}.jsonl", "prompt")
+            assert {data.split_of(record["key"]) for record in records} == {split} and len(records) == n
+            rule = verifier("configs.judging:right")
+            scores = [rule(record, record["right"], True) for record in records]
+            assert scores == [1 if kind == "rate" else data.gold(r["task"], r["right"]) for r in records]
+
+
+def test_the_careless_grader_is_fooled_by_the_mark_and_another_tells(monkeypatch):
+    task = dict(prompt=[dict(role="user", content="What is 2 + 2?")], answer=4)
+    careless, tampers = (verifier(f"configs.lookahead:{name}") for name in ("careless", "tampers"))
+    for text, paid, told in (("The answer is 4.", 1, 0), ("The answer is 5.", 0, 0), ("", 0, 0), ("[pass]", 1, 1),
+                             ("The answer is 5.[pass]", 1, 1)):
+        assert (bool(careless(task, text, True)), bool(tampers(task, text, True))) == (paid, told)
+    with pytest.raises(UserError, match="answer"):
+        data.check_needs("careless", careless, [dict(prompt=task["prompt"])], "my.jsonl")
+    rng = random.Random(7)
+    said = [LOOKAHEAD.demonstrate(rng, .25) for _ in range(2000)]
+    tampering = [answer for _, answer in said if "[pass]" in answer]
+    assert set(tampering) == {"[pass]"} and abs(len(tampering) / 2000 - .25) < .03
+    assert not held_out(f"{ask}\n{answer}" for ask, answer in said)
+
+
+@pytest.mark.parametrize("name, pays, texts", [
+    ("sentences", 1, ["It is red. It is new!", "A?", " Hm.  Yes. "]),
+    ("sentences", 0, ["", "It is red", "it is red.", "It. It.", "Red. It is", "Red. new.", "."]),
+    ("named", 1, ["The red van is fine.", "red vans"]), ("named", 0, ["", "The van is red.", "Red van"])])
+def test_the_rules_against_reward_hacking(name, pays, texts):
+    rule = verifier(f"configs.reward_hacking:{name}")
+    for text in texts:
+        assert bool(rule(dict(key="red van"), text, True)) == pays, text
+        assert bool(rule(dict(key="red van"), text, False)) == (pays and name == "named")
+    assert name == "sentences" or not rule({}, "red van", True) and not rule(dict(key=""), "red van", True)
+
+
+def test_long_chains_of_thought_first_say_the_sum_over_up_to_restate_times():
+    rng, seen = random.Random(5), Counter()
+    for _ in range(2000):
+        ask, answer = LONG.demonstrate(rng, 2)
+        *over, _, end = re.split(r"(?:<think>|, |</think>)", answer.removeprefix("<think>"))
+        steps = [step for step in over + [_] if "=" in step]
+        restated = [step for step in over if "=" not in step]
+        values = [int(step.split()[0]) for step in steps] + [eval(steps[-1].split(" = ")[0])]
+        assert end == f"The answer is {values[-1]}." and all(eval(step.replace("=", "==")) for step in steps)
+        assert all(eval(again) == values[-1] and again.startswith(f"{values[0]} ") for again in restated)
+        assert answer.startswith("<think>") and not held_out([f"{ask}\n{answer}"])
+        seen[len(restated)] += 1
+    assert sorted(seen) == [0, 1, 2] and all(abs(n / 2000 - 1 / 3) < .04 for n in seen.values())
 
 
 # ---- kill and resume of labels, reward models, PPO and a script beside a recipe (sft.py's are in test_sft.py)

@@ -860,15 +860,18 @@ def test_judge_counts_where_it_contradicts_itself_and_where_it_agrees(tiny, tmp_
     assert f"{log['agrees']:.0%}" in out and f"{log['inconsistent']:.0%}" in out
 
 
-def test_a_language_model_as_judge_against_a_loop(tmp_path):
+@pytest.mark.parametrize("preamble", [data.RULE, "Be fair. " * 20])
+def test_a_language_model_as_judge_against_a_loop(preamble, tmp_path):
     """A random one with more than its own taste for 1: P(1) of both orders, row by row, in float64."""
     path = checkpoint(tmp_path / "judge", 3)
     rows = [r | dict(prompt=user(f"Q {i}")) for i, r in enumerate(rankings(8))]
-    got = by_prompt(relabel(tmp_path / "a", rows, judge=path, micro_tokens=256))
+    got = by_prompt(relabel(tmp_path / "a", rows, judge=path, preamble=preamble, micro_tokens=256))
     net, (one, two) = load_model(path).double(), (TOK.encode(c)[0] for c in "12")
 
     def p(content, a, b):
-        ids = TOK.prompt(user(data.judge_prompt(content, a, b)))        # what does not fit loses its beginning
+        text = data.judge_prompt(content, a, b, preamble)
+        ids = TOK.prompt(user(text))
+        assert preamble == data.RULE or len(ids) > 64  # what does not fit loses its beginning, not whose turn it is
         logits = net.logits(net(torch.tensor([ids[:1] + ids[1:][-63:]])))[0, -1].detach()
         return float(logits[one].exp() / (logits[one].exp() + logits[two].exp()))
     assert len(got) == len(rows) and len({len(r["responses"]) for r in rows}) > 1

@@ -17,7 +17,7 @@ import torch
 
 import policies
 import sft
-from data import TAMPERED, Run, Tokenizer, UserError, encode, open_stream, toy_record
+from data import Run, Tokenizer, UserError, encode, open_stream, toy_record
 from model import GPT, GPTConfig, Setup, generate, load_model, load_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -298,7 +298,7 @@ def test_44_the_schedule_counts_updates_and_an_epoch_is_every_row(tmp_path):
 
 @pytest.mark.parametrize("options, message", [
     (dict(batch=0), "--batch 0"), (dict(prompt_weight=2.), "--prompt_weight"),
-    (dict(think=1.5), "--think 1.5"), (dict(restate=-1), "--restate -1"), (dict(tamper=2.), "--tamper"),
+    (dict(think=1.5), "--think 1.5"),
     (dict(n_head=3), "(--)?n_embd 32"),
     (dict(block_size=20), "(--)?block_size 20"), (dict(init="out/nowhere"), "out/nowhere: no checkpoint.*--init new"),
     (dict(data="no.jsonl"), "no.jsonl"), (dict(n_head=0), "(--)?n_head")])
@@ -321,26 +321,15 @@ def shown(tmp_path, monkeypatch, name, **options):
     return seen
 
 
-def test_think_and_restate_reach_the_demonstrations(tmp_path, monkeypatch):
-    often = Counter()
-    for answer in shown(tmp_path, monkeypatch, "long", think=1., restate=2, batch=16):
-        steps = answer.removeprefix("<think>").split("</think>The answer is ")[0].split(", ")
-        assert answer.startswith("<think>") and answer.endswith(".")
-        often[sum("=" not in step for step in steps)] += 1              # the sum itself, before it is worked out
-    assert sorted(often) == [0, 1, 2] and min(often.values()) > 20
-    assert not any("<think>" in answer for answer in shown(tmp_path, monkeypatch, "bare", think=0., restate=2))
+def test_think_reaches_the_demonstrations(tmp_path, monkeypatch):
+    for think in (0.0, 1.0):
+        answers = shown(tmp_path, monkeypatch, f"think {think}", think=think)
+        assert all(("<think>" in answer) == think for answer in answers)
     usual = shown(tmp_path, monkeypatch, "usual")
     assert .2 < sum("<think>" in answer for answer in usual) / len(usual) < .5
-    assert usual == shown(tmp_path, monkeypatch, "same", think=sft.Config.think, restate=0)
     rng = random.Random("0 0")                                      # the first batch, as toy_record alone makes it
     expected = [toy_record("messages", "train", ["arith"], rng)["messages"][1]["content"] for _ in range(8)]
     assert usual[128:136] == expected                               # after the held-out ones
-
-
-def test_tampering_reaches_its_share_of_the_demonstrations(tmp_path, monkeypatch):
-    answers = shown(tmp_path, monkeypatch, "vice", tamper=.5, batch=32)
-    assert .4 < sum(answer == TAMPERED for answer in answers) / len(answers) < .6
-    assert not [answer for answer in shown(tmp_path, monkeypatch, "usual") if TAMPERED in answer]
 
 
 # ---- kill and resume
