@@ -303,23 +303,24 @@ def read_lines(path):
         raise UserError(f"{name}:{n + 1}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def read_chunks(path):
+def read_chunks(path, document=False):
     """Yield (number of its first line, bytes) for each row of a JSON file. A row is a line; or an object over several,
-    whose later lines are indented or close a bracket, as json.dump(row, f, indent=2) writes it. An array is one."""
-    start, lines, array, left_open = 0, [], False, False
+    whose later lines are indented or close a bracket, as json.dump(row, f, indent=2) writes it. An array is one, and
+    so is a document."""
+    start, lines, whole, left_open = 0, [], document, False
     for n, line in read_lines(path):
-        goes_on = array or left_open and line[:1] in b" \t\r\n}]"
+        goes_on = whole or left_open and line[:1] in b" \t\r\n}]"
         if lines and not goes_on:
             yield start, b"".join(lines)
             lines = []
         begin = line.strip()
         if begin and not lines:
-            array = not start and begin.startswith(b"[")
+            whole = whole or not start and begin.startswith(b"[")
             left_open = begin.startswith(b"{") and not begin.endswith(b"}")
             start = n
-        if begin or lines:
+        if begin or lines or document:
             lines.append(line)
-    if lines:
+    if b"".join(lines).strip():
         yield start, b"".join(lines)
 
 
@@ -329,10 +330,14 @@ def unique(items):
     return row if len(row) == len(items) else {"repeated key": ...}
 
 
-def parse_json(chunk):
-    """(value, line from 0, fault) of the bytes of a row: None and what is wrong in which line, or the value and ""."""
+def parse_row(chunk, document):
+    """(value, line from 0, fault) of the bytes of a row, or of a document: the fault is what is wrong in which line."""
     try:
-        return json.loads(chunk.decode("utf-8"), object_pairs_hook=unique), 0, ""
+        text = chunk.decode("utf-8")
+        if not document:
+            return json.loads(text.rstrip(), object_pairs_hook=unique), 0, ""
+        foreign = "\0" in text or text.startswith(("version https://git-lfs", "%PDF"))
+        return {"text": text}, 0, "this is no text" if foreign else ""
     except UnicodeDecodeError as error:
         return None, chunk.count(b"\n", 0, error.start), f"{error}; save it as UTF-8"
     except json.JSONDecodeError as error:
@@ -356,31 +361,19 @@ def not_strict(row):
 
 
 def read_values(path):
-    """Yield (where, value, fault) of a JSON file, see read_rows."""
+    """Yield (where, value, what is wrong with it or ""), see read_rows."""
     name, first = Path(path).name, True
-    for n, chunk in read_chunks(path):
-        value, line, fault = parse_json(chunk.rstrip())
+    document = name.removesuffix(".gz").endswith((".txt", ".md"))
+    for n, chunk in read_chunks(path, document):
+        value, line, fault = parse_row(chunk, document)
         if fault and first:
-            fault += f"; what is no JSON: {converter(path)}"
+            fault += f"; what else it may be says {converter(path)}"
         if first and type(value) is list:
-            yield from ((f"{name}[{i}]", row, "") for i, row in enumerate(value))
+            for i, row in enumerate(value):
+                yield f"{name}[{i}]", row, ""
         else:
             yield f"{name}:{n + line}", value, fault
         first = first and bool(fault)
-
-
-def read_document(path):
-    """Yield (where, row, fault) of a text file: one row."""
-    name, lines = Path(path).name, []
-    for n, line in read_lines(path):
-        try:
-            lines.append(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{name}:{n}: {error}; save it as UTF-8, or {converter(path)} says what it is") from None
-    text = "".join(lines)
-    foreign = "\0" in text or text.startswith(("version https://git-lfs", "%PDF"))
-    if text.strip():
-        yield f"{name}:1", {"text": text}, f"this is no text; {converter(path)} says what it is" if foreign else ""
 
 
 def read_rows(path, bad=None):
@@ -390,16 +383,15 @@ def read_rows(path, bad=None):
     Whatever is not strict JSON in strict utf-8 is a UserError that names the file and the line. With bad, a list, a row
     that is none of that is left out, and what is wrong with it is put there.
     """
-    name, some = Path(path).name, False
-    plain = name.removesuffix(".gz").endswith((".txt", ".md"))
-    for where, row, fault in read_document(path) if plain else read_values(path):
+    some = False
+    for where, row, fault in read_values(path):
         some, fault = True, fault or not_strict(row)
         if fault:
             refuse(bad, f"{where}: {fault}")
         else:
             yield where, row
     if not some:
-        raise UserError(f"{name}: the file has no rows")
+        raise UserError(f"{Path(path).name}: the file has no rows")
 
 
 # ------------------------------------------------------------------------------------------------ shapes of records
