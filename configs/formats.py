@@ -26,8 +26,8 @@ what it is, in one line.
 import csv
 import itertools
 import json
-import os
 import re
+import shlex
 import string
 import sys
 from collections import Counter
@@ -64,11 +64,13 @@ def said_by(role, text):
 
 def with_thought(row, said):
     """An answer with what it thought in front, as the toy world writes it; unless it says so already."""
-    for key in THOUGHTS:
-        if row.get(key) and type(row[key]) is str and said.strip():
-            thought = row.take(key, str)
-            return said if said.lstrip().startswith("<think>") else f"<think>{thought}</think>{said}"
-    return said
+    known = [key for key in THOUGHTS if row.get(key) and type(row[key]) is str]
+    if not known or not said.strip():
+        return said
+    thought = row.take(known[0], str)
+    if said.lstrip().startswith("<think>"):
+        return said
+    return f"<think>{thought}</think>{said}"
 
 
 def content(turn, key):
@@ -92,17 +94,20 @@ def plain_turn(turn):
     who, what = ("from", "value") if "from" in turn else ("role", "content")
     role = turn.take(who, str)
     if role not in ROLES:
-        raise ValueError(f'"{turn.inside}{who}" is {role!r}, not one of {", ".join(ROLES)}; what tools say is not read: '
-                         'write it as text of one of these')
+        known = ", ".join(ROLES)
+        raise ValueError(f'"{turn.inside}{who}" is {role!r}, not one of {known}; what tools say is not read: write it '
+                         'as text of one of these')
     for key in CALLS:
         if turn.get(key):
             raise ValueError(f'"{turn.inside}{key}": calls of tools are not read: write them into what the turn says')
     said = content(turn, what)
     if ROLES[role] == "assistant":
         said = with_thought(turn, said)
-    turn.unread.discard(turn.inside + "weight")
-    weight = {"weight": turn["weight"]} if turn.get("weight") is not None else {}
-    return said_by(ROLES[role], said) | weight
+    plain = said_by(ROLES[role], said)
+    if turn.get("weight") is not None:
+        plain["weight"] = turn["weight"]
+        turn.unread.discard(turn.inside + "weight")
+    return plain
 
 
 def is_transcript(value):
@@ -122,7 +127,8 @@ def reply(asked, said):
     if not is_transcript(asked):
         return said
     cued = asked.rstrip().endswith("\n\nAssistant:") or said.startswith("\n\nAssistant:")
-    *turns, last = data.read_transcript(asked + ("" if cued else "\n\nAssistant: ") + said)
+    cue = "" if cued else "\n\nAssistant: "
+    *turns, last = data.read_transcript(asked + cue + said)
     if len(turns) != len(asked_in(asked)):
         raise Dropped("broken transcript")
     return last["content"]
@@ -150,8 +156,9 @@ def after(row, turns):
     """Turns behind those that stand beside them: a system prompt, and earlier ones."""
     before = []
     for key in ("system", "system_prompt"):
-        if row.get(key) and said_by("system", row.take(key, str)) not in turns[:1]:
-            before.append(said_by("system", row[key]))
+        if row.get(key):
+            said = said_by("system", row.take(key, str))
+            before += [said] if [said] != turns[:1] else []
     return before + history(row) + turns
 
 
@@ -218,18 +225,21 @@ def with_keys(row, plain, *keys):
 # Each of these makes a plain row of one shape.
 
 def chat(row, messages):
-    turns = turns_of(row, messages) if type(row[messages]) is list else row.take(messages, list)
+    row.take(messages, list)
+    turns = turns_of(row, messages)
     return with_keys(row, {"messages": after(row, turns)}, "label")
 
 
 def answered(row, asked, answer):
-    said = with_thought(row, reply(row[asked], row.take(answer, str)))
-    plain = {"prompt": question(row, asked), "response": said}
-    if (asked, answer) == ("question", "answer"):           # whose answer may end in "#### 7"
-        plain = {"question": plain["prompt"], "answer": said}
+    said = reply(row[asked], row.take(answer, str))
+    plain = {"prompt": question(row, asked), "response": with_thought(row, said)}
+    if (asked, answer) == ("question", "answer"):           # GSM8K's, which may end in "#### 7"
+        plain = {"question": plain["prompt"], "answer": plain["response"]}
     if asked == "prompt":
         return with_keys(row, plain, "label", "ratings")
-    return with_keys(row, plain, *["label"] * (type(row.get("label")) is bool))     # of others it may be anything
+    if type(row.get("label")) is bool:                      # anything else is the name of a class
+        return with_keys(row, plain, "label")
+    return with_keys(row, plain)
 
 
 def pair(row, chosen, rejected, prompt=None):
@@ -247,7 +257,8 @@ def pair(row, chosen, rejected, prompt=None):
             said["content"] = reply(row[prompt], said["content"])
     plain = {"prompt": asked, "chosen": [best], "rejected": [worst]}
     if row.get("score_chosen") is not None:
-        high, low = (row.take(key, int, float) for key in ("score_chosen", "score_rejected"))
+        high = row.take("score_chosen", int, float)
+        low = row.take("score_rejected", int, float)
         if high < low:
             raise Dropped("contradictory pair")
         plain["margin"] = high - low
@@ -284,25 +295,31 @@ def rank(responses, scores):
     return {"responses": order, "margin": best - worst}
 
 
+def by_score(row, prompt, answers, text, score, sign):
+    said, scores = [], []
+    for item in row.rows(answers):
+        said.append(reply(row[prompt], item.take(text, str)))
+        scores.append(sign * item.take(score, int, float))
+    return ranked(row, question(row, prompt), scores, said)
+
+
 def nectar(row, prompt, answers):
-    items = row.rows(answers)
-    said = [reply(row[prompt], item.take("answer", str)) for item in items]
-    return ranked(row, question(row, prompt), [-item.take("rank", int, float) for item in items], said)
+    return by_score(row, prompt, answers, "answer", "rank", -1)
 
 
 def ultrafeedback(row, instruction, completions):
-    items = row.rows(completions)
-    said = [reply(row[instruction], item.take("response", str)) for item in items]
-    return ranked(row, question(row, instruction), [item.take("overall_score", int, float) for item in items], said)
+    return by_score(row, instruction, completions, "response", "overall_score", 1)
 
 
 def tldr(row, info, summaries, choice):
-    post = Row(row.take(info, dict), f"{info}.", row.unread).take("post", str)
+    about = Row(row.take(info, dict), f"{info}.", row.unread)
+    prompt = said_by("user", about.take("post", str) + "\n\nTL;DR:")
     texts = [summary.take("text", str) for summary in row.rows(summaries)]
-    if len(texts) != 2 or row.take(choice, int) not in (0, 1):
+    best = row.take(choice, int)
+    if len(texts) != 2 or best not in (0, 1):
         raise ValueError(f'"{choice}" must be 0 or 1, and "{summaries}" two')
-    prompt = after(row, [said_by("user", post + "\n\nTL;DR:")])
-    return with_keys(row, {"prompt": prompt, "responses": [texts[row[choice]], texts[1 - row[choice]]]}, *OF_RANKINGS)
+    plain = {"prompt": after(row, [prompt]), "responses": [texts[best], texts[1 - best]]}
+    return with_keys(row, plain, *OF_RANKINGS)
 
 
 def ours(row, prompt, responses=None):
@@ -348,15 +365,17 @@ RATINGS = "helpfulness", "correctness", "coherence", "complexity", "verbosity"
 def helpsteer(rows, keep_ratings):
     """The ranking of rows that each rate an answer to one prompt: by helpfulness, and of equals by the sum of all five.
     Or one of them as it is, with the list of its ratings."""
-    said, scores = [], []
+    answers, scores, prompts = [], [], []
     for row in rows:
         ratings = [row.take(key, int, float) for key in RATINGS]
-        said.append(with_thought(row, reply(row["prompt"], row.take("response", str))))
+        said = reply(row["prompt"], row.take("response", str))
+        answers.append(with_thought(row, said))
         scores.append((ratings[0], sum(ratings)))
-    prompt = [question(row, "prompt") for row in rows][0]
+        prompts.append(question(row, "prompt"))
     if keep_ratings:
-        return with_keys(rows[0], {"prompt": prompt, "response": said[0], "ratings": ratings})
-    return ranked(rows[0], prompt, scores, said)
+        plain = {"prompt": prompts[0], "response": answers[0], "ratings": ratings}
+        return with_keys(rows[0], plain)
+    return ranked(rows[0], prompts[0], scores, answers)
 
 
 def grouped(rows, keep_ratings):
@@ -372,11 +391,16 @@ def grouped(rows, keep_ratings):
 
 def tree(node, before=()):
     """The rankings of a tree of replies: wherever two or more of the assistant's are ranked, best first."""
-    turns = [*before, said_by(ROLES[node.take("role", str)], node.take("text", str))]
+    role, text = node.take("role", str), node.take("text", str)
+    turns = [*before, said_by(ROLES[role], text)]
     replies = node.rows("replies") if node.get("replies") else []
-    order = [reply for reply in replies if reply.get("rank") is not None and ROLES.get(reply.get("role")) == "assistant"]
-    order.sort(key=lambda reply: reply.take("rank", int))
-    rankings = [{"prompt": turns, "responses": [reply["text"] for reply in order]}] if len(order) > 1 else []
+    order, rankings = [], []
+    for reply in replies:
+        if reply.get("rank") is not None and reply.get("role") == "assistant":
+            order.append((reply.take("rank", int), reply["text"]))
+    if len(order) > 1:
+        order.sort()
+        rankings = [{"prompt": turns, "responses": [text for _, text in order]}]
     for reply in replies:
         rankings += tree(reply, turns)
     return rankings
@@ -384,8 +408,9 @@ def tree(node, before=()):
 
 def convert(rows, keep_ratings=False):
     """The plain rows of a Row, or of several Rows that belong together."""
-    row = rows[0]
-    root = Row(row.take("prompt", dict), "prompt.", row.unread) if type(row.get("prompt")) is dict else row
+    row = root = rows[0]
+    if type(row.get("prompt")) is dict:
+        root = Row(row.take("prompt", dict), "prompt.", row.unread)
     if root.keys() >= {"text", "role", "replies"}:
         plain = tree(root)
         if not plain:
@@ -494,7 +519,8 @@ def read_table(path, sign, bad):
     """Yield (where, row) of a CSV or TSV file, whose first line names the columns."""
     name = Path(path).name
     csv.field_size_limit(2 ** 31 - 1)
-    reader = csv.DictReader((line.decode("utf-8") for _, line in read_lines(path)), delimiter=sign, strict=True)
+    lines = (line.decode("utf-8") for _, line in read_lines(path))
+    reader = csv.DictReader(lines, delimiter=sign, strict=True)
     try:
         columns = reader.fieldnames
         if len(set(columns)) < len(columns):
@@ -510,37 +536,50 @@ def read_table(path, sign, bad):
         raise UserError(f"{name}:{reader.reader.line_num}: {error}") from None
 
 
-def read_any(path, bad):
-    """Yield (where, row) of a file; what is neither JSON nor text nor a table is called what it is, in a UserError."""
-    name, head, first = Path(path).name, b"", ""
+def beginning(path):
+    """(the first 512 bytes of a file at least, its first line that is not blank)."""
+    head, first = b"", ""
     for _, line in read_lines(path):
-        head, first = head + line, first or line.decode("utf-8", errors="replace").strip()
+        head += line
+        first = first or line.decode("utf-8", errors="replace").strip()
         if len(head) >= 512 and first:
             break
+    return head, first
+
+
+def read_any(path, bad):
+    """Yield (where, row) of a file; what is neither JSON nor text nor a table is called what it is, in a UserError."""
+    name = Path(path).name
+    head, first = beginning(path)
     if what := foreign(head, path):
         raise UserError(f"{name}: this is {what}")
-    sign = separator(first, path)
-    if not first or first[0] in "{[" or name.removesuffix(".gz").endswith((".txt", ".md")):
-        rows = read_rows(path, bad)
-    elif sign:
-        rows = read_table(path, sign, bad)
-    else:
-        raise UserError(f"{name}: this is {not_json(first)}")
+    document = name.removesuffix(".gz").endswith((".txt", ".md"))
+    if document or not first or first[0] in "{[":
+        return unwrapped(read_rows(path, bad))
+    if sign := separator(first, path):
+        return read_table(path, sign, bad)
+    raise UserError(f"{name}: this is {not_json(first)}")
+
+
+def unwrapped(rows):
+    """Yield (where, row), and in place of a row that is only {"data": [...]} the rows in it."""
     for where, row in rows:
         key = next(iter(row), "")
-        wrapped = len(row) == 1 and key not in SHAPES and type(row[key]) is list        # {"data": [...]}
-        if wrapped and all(type(item) is dict for item in row[key]):
-            yield from ((f"{where} {key}[{i}]", item) for i, item in enumerate(row[key]))
+        inside = row[key] if len(row) == 1 and key not in SHAPES else None
+        if type(inside) is list and all(type(item) is dict for item in inside):
+            for i, item in enumerate(inside):
+                yield f"{where} {key}[{i}]", item
         else:
             yield where, row
 
 
 def write_rows(path, out, cfg):
-    """Convert a file to a file of plain rows, and return what became of it, in a line."""
-    dropped, unread, bad, n = Counter(), Counter(), [] if cfg.skip_bad else None, 0
+    """Convert a file to a file of plain rows; returns how many there are and what became of all, in a line."""
+    n, dropped, unread = 0, Counter(), Counter()
+    bad = [] if cfg.skip_bad else None
+    rows = tqdm(read_any(path, bad), desc=Path(path).name, unit=" rows", disable=None)
     with open(out, "w", encoding="utf-8") as f:
-        rows = grouped(tqdm(read_any(path, bad), desc=Path(path).name, unit=" rows", disable=None), cfg.ratings)
-        for where, found in rows:
+        for where, found in grouped(rows, cfg.ratings):
             try:
                 plain = convert(found, cfg.ratings)
             except Dropped as reason:
@@ -549,8 +588,9 @@ def write_rows(path, out, cfg):
             except ValueError as error:
                 refuse(bad, f"{where}: {error}")
                 continue
+            for row in plain:
+                f.write(json.dumps(row, ensure_ascii=False) + "\n")
             n += len(plain)
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in plain)
             dropped.update(found[0].lost)
             for row in found:
                 unread.update(row.unread)
@@ -558,20 +598,21 @@ def write_rows(path, out, cfg):
 
 
 def main():
+    """Write the plain rows of a file under another name; no file at all if there are none."""
     cfg, (path,) = parse(Config, positional=["file"])
     stem = re.sub(r"\.(jsonl?|csv|tsv|txt|md)$", "", path.removesuffix(".gz"))
     out = Path(cfg.out or f"{stem}.plain.jsonl")
-    if out.exists() and os.path.exists(path) and os.path.samefile(path, out):
+    if out.exists() and out.samefile(path):
         raise UserError(f"--out {out}: this is the file to be read")
     part = out.with_name(out.name + ".part")
     try:
         n, line = write_rows(path, part, cfg)
         if not n:
             raise UserError(line)
-        os.replace(part, out)
+        part.replace(out)
     finally:
         part.unlink(missing_ok=True)
-    print(f"{line}\nin {out}; to look at it: python data.py {out}", file=sys.stderr)
+    print(f"{line}\nin {out}; to look at it: python data.py {shlex.quote(str(out))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -88,10 +88,13 @@ FORMATS = {     # raw rows, and what they must become
                           {"prompt": [system("S"), user("Q")], "response": "c"}],
                          [said("a"), said("b"), turns(system("S"), user("Q"), assistant("c"))]),
     "gsm8k": ([{"question": "Q", "answer": "2*3=<<2*3=6>>6\n#### 6"}], [said("2*3=6\n#### 6")]),
-    "thumbs": ([{"messages": [user("Q"), assistant("a")], "label": True}, {"prompt": "Q", "response": "b", "label": False},
+    "thumbs": ([{"messages": [user("Q"), assistant("a")], "label": True},
+                {"prompt": "Q", "response": "b", "label": False},
                 {"prompt": [user("Q")], "completion": "c", "label": True, "source": "ai"},
-                {"instruction": "Q", "output": "d", "label": False}, {"instruction": "Q", "output": "e", "label": "good"}],
-               [judged("a", True), judged("b", False), judged("c", True) | {"source": "ai"}, judged("d", False), said("e")]),
+                {"instruction": "Q", "output": "d", "label": False},
+                {"instruction": "Q", "output": "e", "label": "good"}],
+               [judged("a", True), judged("b", False), judged("c", True) | {"source": "ai"}, judged("d", False),
+                said("e")]),
     "pairs": ([{"prompt": "Q", "chosen": "a", "rejected": "b", "source": "human", "margin": 2, "prob": .7},
                {"prompt": [user("Q")], "chosen": [assistant("a")], "rejected": [assistant("b")], "source": "magpie"},
                {"instruction": "Q", "input": "I", "output": "x", "chosen": "a", "rejected": "b"},
@@ -102,11 +105,14 @@ FORMATS = {     # raw rows, and what they must become
             {"chosen": hh("Q", "x", "R", " a"), "rejected": hh("Q", "x", "R", "b\nHuman: b")}],
            [prefer("a", "b"),
             {"prompt": [user("Q"), assistant("x"), user("R")], "responses": [" a", "b\nHuman: b"]}]),
-    "rankings": ([{"prompt": "Q", "responses": ["a", "c", "b"], "margin": 1, "scores": [3, 2, 1], "key": 7, "note": "kept"},
-                  {"prompt": "Q", "responses": ["a", "b"], "margin": .5, "win": [1, 0], "scores": [1, 2, 3], "prob": 1}],
+    "rankings": ([{"prompt": "Q", "responses": ["a", "c", "b"], "margin": 1, "scores": [3, 2, 1],
+                   "key": 7, "note": "kept"},
+                  {"prompt": "Q", "responses": ["a", "b"], "margin": .5, "win": [1, 0], "scores": [1, 2, 3],
+                   "prob": 1}],
                  [prefer("a", "c", "b", scores=[3, 2, 1], key=7, note="kept"),
                   prefer("a", "b", margin=.5, win=[1, 0], prob=1)]),
-    "prompts": ([{"prompt": "Q", "answer": 7, "family": "arith", "options": ["A"]}, {"prompt": [user("Q")], "label": "x"},
+    "prompts": ([{"prompt": "Q", "answer": 7, "family": "arith", "options": ["A"]}, {"prompt": [user("Q")],
+                                                                                     "label": "x"},
                  {"prompt": "Q", "text": "kept", "source": "mine", "system": ""}],
                 [{"prompt": [user("Q")], "answer": 7, "family": "arith", "options": ["A"]},
                  {"prompt": [user("Q")], "label": "x"}, {"prompt": [user("Q")], "text": "kept", "source": "mine"}]),
@@ -157,7 +163,8 @@ def test_want_converts_what_the_meaning_allows(tmp_path, row, want, record):
     (said("a"), "thumbs"), ({"prompt": "Q"}, "messages"), ({"prompt": "Q", "chosen": "a", "rejected": "b"}, "text"),
     (judged("a", True), "preference"), ({"prompt": "Q", "response": "a"}, "ratings"), (prefer("a", "b"), "ratings"),
     ({"prompt": "Q", "steps": ["a"], "labels": [1]}, "messages"),
-    ({"prompt": "Q", "response": "a", "ratings": [1]}, "steps"), ({"prompt": "Q", "response": "a", "ratings": [1]}, "preference")])
+    ({"prompt": "Q", "response": "a", "ratings": [1]}, "steps"), ({"prompt": "Q", "response": "a", "ratings": [1]},
+                                                                  "preference")])
 def test_want_refuses_the_rest_and_says_where_and_what(tmp_path, row, want):
     with pytest.raises(UserError, match=rf'^rows.jsonl:1: found "\w+" .* but "{want}" is needed$'):
         read_records(write(tmp_path, [row]), want)
@@ -167,7 +174,8 @@ def test_want_refuses_the_rest_and_says_where_and_what(tmp_path, row, want):
 
 @pytest.mark.parametrize("name, want, count, lost", [
     ("alpaca_and_pairs/instruction-data.json", None, 1100, ""),
-    ("alpaca_and_pairs/instruction-data-with-preference.json", None, 1094, "6 identical pairs; not read: output 1094 rows"),
+    ("alpaca_and_pairs/instruction-data-with-preference.json", None, 1094,
+     "6 identical pairs; not read: output 1094 rows"),
     ("alpaca_and_pairs/instruction-data-with-preference.json", "messages", 1100, "not read: output 1100 rows"),
     ("chat/toy_chat_fine_tuning.jsonl", None, 10, ""),
     ("gsm8k/train_first4000.jsonl", None, 4000, ""),
@@ -277,7 +285,8 @@ def test_keys_that_are_not_read_are_named_once_with_their_counts(tmp_path, capsy
     assert told.count("\n") == 1
     assert told.strip().split("not read: ")[1].split(", ") == ["id 12 rows", "tools 12 rows", "messages[].name 3 rows"]
     for row, lost in ((prefer("a", "b", note="kept", key="k"), None), (prefer("a", "b", source="mine"), "source 1 row"),
-                      (prefer("a", "b", scores=[1]), "scores 1 row"), (prefer("a", "b", "c", margin=1), "margin 1 row")):
+                      (prefer("a", "b", scores=[1]), "scores 1 row"), (prefer("a", "b", "c", margin=1),
+                                                                       "margin 1 row")):
         read_records(write(tmp_path, [row]))
         assert capsys.readouterr().err.partition("; not read: ")[2] == (f"{lost}\n" if lost else "")
     read_records(write(tmp_path, [{"text": "a", **{f"key{i}": 1 for i in range(500)}}]))
@@ -286,23 +295,28 @@ def test_keys_that_are_not_read_are_named_once_with_their_counts(tmp_path, capsy
 
 # ---- rows that are refused: each is a good row with one key changed, or with one key more
 
-CHAT_ROW, PAIR, RATED = said("a"), {"prompt": "Q", "chosen": "a", "rejected": "b"}, {"prompt": "Q", "response": "a", "ratings": [1]}
-STEPPED, RANKED, TOLD = {"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}, prefer("a", "b"), {"prompt": "Q", "response": "a"}
+CHAT_ROW, PAIR, RATED = said("a"), {"prompt": "Q", "chosen": "a", "rejected": "b"}, {"prompt": "Q", "response": "a",
+                                                                                     "ratings": [1]}
+STEPPED, RANKED, TOLD = {"prompt": "Q", "steps": ["a", "b"],
+                         "labels": [1, 0]}, prefer("a", "b"), {"prompt": "Q", "response": "a"}
 
 
 @pytest.mark.parametrize("row, key, wrong, word", [
-    ({"text": "a"}, "text", 1, "str"), (CHAT_ROW, "messages", "a", "list"), (CHAT_ROW, "messages", [], "assistant turn"),
+    ({"text": "a"}, "text", 1, "str"), (CHAT_ROW, "messages", "a", "list"), (CHAT_ROW, "messages", [],
+                                                                             "assistant turn"),
     (CHAT_ROW, "messages", ["a"], "dict"), (CHAT_ROW, "messages", [user("Q")], "assistant turn"),
     (CHAT_ROW, "messages", [{"content": "x"}, assistant("a")], "str"),
     (CHAT_ROW, "messages", [{"role": ["user"], "content": "x"}, assistant("a")], "str"),
     (CHAT_ROW, "messages", [user("a"), {**assistant("b"), "weight": .5}], "weight"),
     (CHAT_ROW, "messages", [user("a"), {**assistant("b"), "weight": "0"}], "weight"),
     (CHAT_ROW | {"label": True}, "label", 1, "bool"), (TOLD | {"label": True}, "label", "good", "bool"),
-    (TOLD, "response", None, "str"), ({"prompt": "Q"}, "prompt", 3, "str or list"), ({"prompt": "Q"}, "prompt", [], "empty"),
+    (TOLD, "response", None, "str"), ({"prompt": "Q"}, "prompt", 3, "str or list"), ({"prompt": "Q"}, "prompt", [],
+                                                                                     "empty"),
     ({"prompt": "Q"}, "prompt", [assistant("a")], "assistant turn"),
     ({"instruction": "Q", "output": "a", "input": "I"}, "input", ["I"], "str"),
     ({"instruction": "Q", "output": "a"}, "instruction", None, "str"), (PAIR, "rejected", 0, "str"),
-    (PAIR, "chosen", [user("Q")], "assistant turn"), ({"chosen": hh("Q", "a"), "rejected": hh("Q", "b")}, "chosen", {}, "str"),
+    (PAIR, "chosen", [user("Q")], "assistant turn"), ({"chosen": hh("Q", "a"), "rejected": hh("Q", "b")}, "chosen", {},
+                                                      "str"),
     (RANKED, "responses", ["a", 1], "str"), (RANKED | {"margin": 1.5}, "margin", "1.5", "float"),
     (RANKED | {"prob": 1}, "prob", 1.5, "between"), (RANKED | {"scores": [2, 1]}, "scores", [2, True], "float"),
     ({"question": "Q", "answer": "#### 1"}, "answer", 1, "str"), (RATED, "ratings", 3, "list"),
@@ -342,7 +356,8 @@ A, B = b'{"text": "a"}', b'{"text": "b"}'
 @pytest.mark.parametrize("data, wheres", [
     (A + b"\n" + B + b"\n", [":1", ":2"]), (A + b"\n" + B, [":1", ":2"]), (b" " + A + b"\n " + B, [":1", ":2"]),
     (b"\xef\xbb\xbf" + A + b"\r\n\r\n \r\n" + B + b"\r\n", [":1", ":4"]),
-    (b"[" + A + b",\n" + B + b"]", ["[0]", "[1]"]), (b"\xef\xbb\xbf\n [\r\n" + A + b" , " + B + b"\n]\n", ["[0]", "[1]"])])
+    (b"[" + A + b",\n" + B + b"]", ["[0]", "[1]"]),
+    (b"\xef\xbb\xbf\n [\r\n" + A + b" , " + B + b"\n]\n", ["[0]", "[1]"])])
 @pytest.mark.parametrize("zipped", [False, True])
 def test_containers(tmp_path, data, wheres, zipped):
     for name in ("x.json", "x.jsonl.gz", "x"):          # neither suffix decides
@@ -356,7 +371,8 @@ def test_line_separators_inside_strings_do_not_split(tmp_path):
     assert "\u2028".encode() in lines[0] and b"\xc2\x85" in lines[0]
     lines.append(b'{"text": "\\ud83d\\ude00"}')         # a whole surrogate pair is a character
     assert [(w, r["text"]) for w, r in read_rows(write(tmp_path, b"\n".join(lines)))] == [
-        ("rows.jsonl:1", text), ("rows.jsonl:2", "next"), ("rows.jsonl:3", "\U0001F600"), ("rows.jsonl:4", "\U0001F600")]
+        ("rows.jsonl:1", text), ("rows.jsonl:2", "next"), ("rows.jsonl:3", "\U0001F600"),
+        ("rows.jsonl:4", "\U0001F600")]
 
 
 def test_text_files_are_one_document(tmp_path):
@@ -434,7 +450,8 @@ def test_jsonl_is_read_a_line_at_a_time(tmp_path):
       for data in (b"", b"\n \r\n", b"\xef\xbb\xbf", gzip.compress(b"", mtime=0))),
     ("rows.json", b"[]", "no rows"), ("rows.json", b" [\n]\n", "no rows"),
     ("x.txt", b"a\nb\n\xff\nc", ":3: .*utf-8"), ("x.txt", "Text.".encode("utf-16"), "UTF-8"),
-    ("x.txt", "Text.".encode("utf-16-le"), "no text"), ("x.txt", b"version https://git-lfs.github.com/spec/v1\n", "no text"),
+    ("x.txt", "Text.".encode("utf-16-le"), "no text"),
+    ("x.txt", b"version https://git-lfs.github.com/spec/v1\n", "no text"),
     ("x.md", b"%PDF-1.4\n", "no text"), ("x.jsonl", b"question,answer\na,b\n", "python configs/formats.py"),
     ("x.parquet", b"PAR1\x15\x04\xff", "python configs/formats.py"),
     ("x.pkl", pickle.dumps({"text": "a"}), "python configs/formats.py"), ("no\0name", None, "cannot be read"),

@@ -34,8 +34,10 @@ def convert(monkeypatch):
     return run
 
 
-def rated(prompt, response, *scores, **more): return {"prompt": prompt, "response": response, **dict(zip(RATINGS, scores)), **more}
-def scored(**scores): return {"instruction": "Q", "completions": [dict(response=t, overall_score=s) for t, s in scores.items()]}
+def rated(prompt, response, *scores, **more): return {"prompt": prompt, "response": response, **dict(zip(RATINGS,
+                                                                                                         scores)), **more}
+def scored(**scores): return {"instruction": "Q", "completions": [dict(response=t, overall_score=s) for t,
+                                                                  s in scores.items()]}
 def ranks(**ranks): return {"prompt": "Q", "answers": [dict(answer=t, rank=r) for t, r in ranks.items()]}
 def tldr(a, b, choice): return {"info": {"post": "P"}, "summaries": [{"text": a}, {"text": b}], "choice": choice}
 def reply(text, rank, *replies, role="assistant"): return dict(text=text, role=role, rank=rank, replies=list(replies))
@@ -48,16 +50,21 @@ CASES = {   # rows that the trainers refuse, and the records that they give once
              [turns(system("S"), user("Q"), assistant("a")), said("a")]),
     "a mixed file": ([said("a"), {"instruction": "Q", "output": "b", "system": "S"}, {"text": "t"}],
                      [said("a"), turns(system("S"), user("Q"), assistant("b")), {"text": "t"}]),
-    "system": ([turns(user("Q"), assistant("c")) | {"system": "T"}, turns(system("T"), user("Q"), assistant("c")) | {"system": "T"},
-                {"prompt": "Q", "answer": 7, "system": "S"}, {"prompt": "Q", "chosen": "a", "rejected": "b", "system": "S"},
+    "system": ([turns(user("Q"), assistant("c")) | {"system": "T"}, turns(system("T"), user("Q"),
+                                                                          assistant("c")) | {"system": "T"},
+                {"prompt": "Q", "answer": 7, "system": "S"},
+                {"prompt": "Q", "chosen": "a", "rejected": "b", "system": "S"},
                 {"prompt": "Q", "responses": ["a", "b"], "system": "S", "note": 1}],
                [turns(system("T"), user("Q"), assistant("c"))] * 2
-               + [{"prompt": [system("S"), user("Q")], "answer": 7}, {"prompt": [system("S"), user("Q")], "responses": ["a", "b"]},
+               + [{"prompt": [system("S"), user("Q")], "answer": 7}, {"prompt": [system("S"), user("Q")],
+                                                                      "responses": ["a", "b"]},
                   {"prompt": [system("S"), user("Q")], "responses": ["a", "b"], "note": 1}]),
     "history": ([{"instruction": "And now?", "output": "Nine.", "history": [["How many?", "Eight."], ["So?", ""]]},
-                 {"prompt": "And now?", "response": "Nine.", "history": [user("How many?"), assistant("Eight.")], "system": "S"},
+                 {"prompt": "And now?", "response": "Nine.", "history": [user("How many?"), assistant("Eight.")],
+                  "system": "S"},
                  {"prompt": "And now?", "history": [["How many?", "Eight."]], "answer": 9}],
-                [turns(user("How many?"), assistant("Eight."), user("So?"), assistant(""), user("And now?"), assistant("Nine.")),
+                [turns(user("How many?"), assistant("Eight."), user("So?"), assistant(""), user("And now?"),
+                       assistant("Nine.")),
                  turns(system("S"), user("How many?"), assistant("Eight."), user("And now?"), assistant("Nine.")),
                  {"prompt": [user("How many?"), assistant("Eight."), user("And now?")], "answer": 9}]),
     "options": ([{"question": "Which?", "options": {"A": "apple", "B": "car"}, "answer": "A"},
@@ -72,7 +79,8 @@ CASES = {   # rows that the trainers refuse, and the records that they give once
                   turns(user("a"), {**assistant("<think>x</think>b"), "reasoning": "x"}),
                   turns(user("a"), {**assistant(""), "thinking": "x"}, user("c"), assistant("d")),
                   {"prompt": "a", "response": "b", "reasoning": "since"}],
-                 [turns(user("a"), assistant("<think>because</think>b")), turns(user("a"), assistant("<think>x</think>b")),
+                 [turns(user("a"), assistant("<think>because</think>b")), turns(user("a"),
+                                                                                assistant("<think>x</think>b")),
                   turns(user("a"), assistant(""), user("c"), assistant("d")),
                   turns(user("a"), assistant("<think>since</think>b"))]),
     "parts": ([turns(user([{"type": "text", "text": "a"}, {"text": "b"}]),
@@ -80,23 +88,30 @@ CASES = {   # rows that the trainers refuse, and the records that they give once
               [turns(user("ab"), assistant("<think>hm</think>c"))]),
     "roles": ([{"conversations": [{"from": "developer", "value": "S"}, {"from": "prompter", "value": "a"},
                                   {"from": "bot", "value": "b"}]},
-               turns(user("a"), {"role": "model", "content": "b", "weight": 0}, user("c"), assistant("d")) | {"label": True}],
+               turns(user("a"), {"role": "model", "content": "b", "weight": 0}, user("c"),
+                     assistant("d")) | {"label": True}],
               [turns(system("S"), user("a"), assistant("b")),
-               {"prompt": turns(user("a"), assistant("b") | {"weight": 0}, user("c"))["messages"], "response": "d", "label": True}]),
+               {"prompt": turns(user("a"), assistant("b") | {"weight": 0}, user("c"))["messages"],
+                "response": "d", "label": True}]),
     "nectar": ([ranks(b=2., a=1., c=3.), ranks(a=1, b=2)], [prefer(*"abc"), prefer("a", "b", margin=1)]),
     "ultrafeedback": ([scored(b=5, a=7.5, c=1) | {"source": "sharegpt", "key": 3}, scored(b=5, a=9, c=5)],
                       [prefer(*"abc", key=3), prefer("a", "b", margin=4)]),
     "binarized": ([{"prompt": "Q", "messages": [user("Q"), assistant("a")], "chosen": [user("Q"), assistant("a")],
-                    "rejected": [user("Q"), assistant("b")], "score_chosen": s, "score_rejected": 5.} for s in (8.5, 6)],
+                    "rejected": [user("Q"), assistant("b")],
+                    "score_chosen": s, "score_rejected": 5.} for s in (8.5, 6)],
                   [prefer("a", "b", margin=3.5), prefer("a", "b", margin=1.)]),
     "tldr": ([tldr("b", "a", 1)], [{"prompt": [user("P\n\nTL;DR:")], "responses": ["a", "b"]}]),
     "helpsteer2": ([rated("Q", "b", 2, 2, 2, 2, 2), rated("Q", "a", 4, 0, 0, 0, 0), rated("Q", "c", 1, 4, 4, 4, 4),
                     rated("R", "b", 3, 1, 1, 1, 1), rated("R", "a", 3, 1, 1, 1, 2),     # a tie that the sum breaks
                     rated("Q", "d", 1, 0, 0, 0, 0), rated("Q", "e", 2, 0, 0, 0, 0)],    # only neighbours meet
-                   [prefer(*"abc"), {"prompt": [user("R")], "responses": ["a", "b"], "margin": 0}, prefer("e", "d", margin=1)]),
-    "transcripts": ([{"prompt": hh("Q", ""), "response": "a"}, {"prompt": hh("Q"), "responses": ["a", "\n\nAssistant: b"]},
-                     {"prompt": hh("Q", "x", "R") + "\n\nAssistant:", "chosen": " a", "rejected": "b", "prob": .5}, {"prompt": hh("Q", "")}],
-                    [said("a"), prefer("a", "b"), {"prompt": [user("Q"), assistant("x"), user("R")], "responses": ["a", "b"], "prob": .5},
+                   [prefer(*"abc"), {"prompt": [user("R")], "responses": ["a", "b"], "margin": 0},
+                    prefer("e", "d", margin=1)]),
+    "transcripts": ([{"prompt": hh("Q", ""), "response": "a"}, {"prompt": hh("Q"),
+                                                                "responses": ["a", "\n\nAssistant: b"]},
+                     {"prompt": hh("Q", "x", "R") + "\n\nAssistant:", "chosen": " a", "rejected": "b", "prob": .5},
+                     {"prompt": hh("Q", "")}],
+                    [said("a"), prefer("a", "b"), {"prompt": [user("Q"), assistant("x"), user("R")],
+                                                   "responses": ["a", "b"], "prob": .5},
                      {"prompt": [user("Q")]}]),
     "ratings, steps": ([{"prompt": "Q", "response": "a", "ratings": [1, 2], "system": "S"},
                         {"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0], "system": "S"}],
@@ -123,7 +138,8 @@ def test_what_the_trainers_refuse_becomes_what_they_read(tmp_path, convert, name
 
 def test_every_shape_has_a_case():
     rows = [row for rows, _ in CASES.values() for row in rows]
-    mine = set(formats.SHAPES) - {"conversations", "prompt completion", "chosen rejected", "chosen rejected instruction"}
+    mine = set(formats.SHAPES) - {"conversations", "prompt completion", "chosen rejected",
+                                  "chosen rejected instruction"}
     assert all(any(row.keys() >= set(shape.split()) for row in rows) for shape in mine)
 
 
@@ -149,13 +165,15 @@ def test_ratings_are_kept_where_asked_for(tmp_path, convert):
     with pytest.raises(UserError, match="python configs/formats.py .* --ratings"):
         read_records(path, "ratings")
     assert read_records(convert(path, "--ratings"), "ratings") == [
-        {"prompt": [user(row["prompt"])], "response": row["response"], "ratings": [row[key] for key in RATINGS]} for row in raw]
+        {"prompt": [user(row["prompt"])], "response": row["response"],
+         "ratings": [row[key] for key in RATINGS]} for row in raw]
 
 
 def test_real_helpsteer2(convert, tmp_path):
     path = write(tmp_path, real("helpsteer2/helpsteer2_validation_first8.jsonl").read_bytes())
     assert [record["margin"] for record in read_records(convert(path))] == [2, 3, 2]
-    raw, got = [json.loads(line) for line in path.read_bytes().splitlines()], read_records(convert(path, "--ratings"), "ratings")
+    raw, got = [json.loads(line) for line in path.read_bytes().splitlines()], read_records(convert(path, "--ratings"),
+                                                                                           "ratings")
     assert [(r["response"], r["ratings"]) for r in got] == [(r["response"], [r[name] for name in RATINGS]) for r in raw]
 
 
@@ -189,12 +207,14 @@ def test_rank():
 @pytest.mark.parametrize("row, words", [
     (scored(a=1, b=1), "dropped 1 tied rating"), (rated("Q", "a", 1, 1, 1, 1, 1), "2 records"),
     ({"prompt": "Q", "chosen": "a", "rejected": "b", "score_chosen": 5, "score_rejected": 5}, "dropped 1 tied rating"),
-    ({"prompt": "Q", "chosen": "a", "rejected": "b", "score_chosen": 4, "score_rejected": 5}, "1 records; dropped 1 contradictory"),
+    ({"prompt": "Q", "chosen": "a", "rejected": "b", "score_chosen": 4, "score_rejected": 5},
+     "1 records; dropped 1 contradictory"),
     ({"prompt": hh("Q", ""), "chosen": " c\n\nHuman: d", "rejected": " e"}, "1 records; dropped 1 broken transcript"),
     (reply("Q", None, reply("a", None), role="user"), "1 records; dropped 1 tree without a ranking"),
     ({"instruction": "Q", "completions": [dict(response="a", overall_score=1, model="m")], "id": 1},
      "not read: completions[].model 1 row, id 1 row"),
-    ({"question": "Q", "answer": "a", "options": "A or B", "history": "none"}, "not read: history 1 row, options 1 row")])
+    ({"question": "Q", "answer": "a", "options": "A or B", "history": "none"},
+     "not read: history 1 row, options 1 row")])
 def test_what_is_left_out_is_said(tmp_path, capsys, convert, row, words):
     convert(write(tmp_path, [{"text": "a", "id": 3}, row]))
     assert words in capsys.readouterr().err.splitlines()[0]
@@ -214,13 +234,16 @@ ROWS = [     # a row, and a word of why it is refused
     (turns(user("a"), {**assistant(None), "function_call": {"name": "f"}}, user("c"), assistant("d")), "function_call"),
     (turns(user([{"type": "image_url", "image_url": {"url": "x"}}]), assistant("b")), "image_url"),
     (turns({"role": "bot", "content": "b", "weight": .5}), "weight"), (turns(user("a"), {"role": "model"}), "content"),
-    ({"instruction": "a", "output": "b", "history": [["a"]]}, "history"), ({"instruction": "a", "output": "b", "history": [["a", None]]}, "history"),
+    ({"instruction": "a", "output": "b", "history": [["a"]]}, "history"),
+    ({"instruction": "a", "output": "b", "history": [["a", None]]}, "history"),
     ({"message_id": "2", "parent_id": "1", "text": "What?", "lang": "en"}, "parent_id"),
     ({"text": "A passage.", "question": "Which?"}, "question"), ({"src": "a", "tgt": "b"}, "known: messages"),
     ({"version": 1, "data": [{"prompt": "Q"}]}, "data"), ({"data": [3]}, "data"),
-    ({"prompt": "Q", "response": "a", "system": 3}, "system"), ({"prompt": "Q", "response": "a", "label": "good", "system": "S"}, "label"),
+    ({"prompt": "Q", "response": "a", "system": 3}, "system"),
+    ({"prompt": "Q", "response": "a", "label": "good", "system": "S"}, "label"),
     (ranks(a=1) | {"answers": ["a"]}, "answers"), (ranks(a=True), "rank"), (scored(a="5"), "overall_score"),
-    (tldr("a", "b", 2), "choice"), (tldr("a", "b", True), "choice"), (tldr("a", "b", 1) | {"info": {"post": None}}, "post"),
+    (tldr("a", "b", 2), "choice"), (tldr("a", "b", True), "choice"), (tldr("a", "b", 1) | {"info": {"post": None}},
+                                                                      "post"),
     (tldr("a", "b", 1) | {"summaries": [{"text": "a"}]}, "summaries"), (rated("Q", "a", 1, 1, 1, 1, None), "verbosity"),
     ({"prompt": "Q", "chosen": "a", "rejected": "b", "score_chosen": 2, "score_rejected": "1"}, "score_rejected"),
     ({"chosen": [user("Q")], "rejected": [user("Q")], "system": "S"}, "chosen"),
@@ -239,18 +262,22 @@ def test_a_row_that_has_no_plain_form_is_refused_and_no_file_is_written(tmp_path
 
 NOT_JSON = [     # a file, and a word of what it is called
     ("a.jsonl", b"- question: a\n  answer: b\n", "YAML"), ("a.jsonl", b"---\nquestion: a\n", "YAML"),
-    ("a.json", b"\n<!DOCTYPE html>\n<html><body>Not Found</body></html>\n", "HTML"), ("a.json", b"<?xml version='1.0'?><a/>", "XML"),
+    ("a.json", b"\n<!DOCTYPE html>\n<html><body>Not Found</body></html>\n", "HTML"),
+    ("a.json", b"<?xml version='1.0'?><a/>", "XML"),
     ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
     ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
     ("a.jsonl", b"PAR1\x15\x04" + bytes(40), "parquet"), ("a.json", b"ARROW1\0\0", "Arrow"),
     ("a.arrow", b"\xff\xff\xff\xff\x10\0\0\0", "Arrow"), ("a.jsonl", zipped("a.jsonl"), "zip"),
     ("a.xlsx", zipped("[Content_Types].xml"), "Excel"), ("a.pkl", pickle.dumps({"text": "a"}), "pickle"),
-    ("a.jsonl", bz2.compress(CHAT), "bzip2"), ("a.jsonl", lzma.compress(CHAT), "xz"), ("a.tar", bytes(257) + b"ustar\0", "tar"),
+    ("a.jsonl", bz2.compress(CHAT), "bzip2"), ("a.jsonl", lzma.compress(CHAT), "xz"),
+    ("a.tar", bytes(257) + b"ustar\0", "tar"),
     ("a.jsonl", b"\x28\xb5\x2f\xfd\0\0", "zstd"), ("a.jsonl", gzip.compress(gzip.compress(CHAT)), "twice"),
     ("a.jsonl", CHAT.decode().encode("utf-16"), "UTF-16"), ("a.csv", CHAT.decode().encode("utf-16-be"), "UTF-16"),
-    ("a.txt", "Text.".encode("utf-16"), "UTF-16"), ("a.txt", "Text.".encode("utf-32"), "UTF-32"), ("a.pdf", b"%PDF-1.4\n", "PDF"),
+    ("a.txt", "Text.".encode("utf-16"), "UTF-16"), ("a.txt", "Text.".encode("utf-32"), "UTF-32"),
+    ("a.pdf", b"%PDF-1.4\n", "PDF"),
     ("a.jsonl", '{"text": "é"}'.encode("latin-1"), "UTF-8"), ("a.jsonl", b"Once upon a time there was\n", ".txt"),
-    ("a.jsonl", b"{'text': 'a'}\n", ":1: "), ("a.bin", b"\x89PNG\r\n\x1a\n\0\0", "neither"), ("a.jsonl", b"", "no rows"),
+    ("a.jsonl", b"{'text': 'a'}\n", ":1: "), ("a.bin", b"\x89PNG\r\n\x1a\n\0\0", "neither"),
+    ("a.jsonl", b"", "no rows"),
     ("a.csv", b"question,answer\na,b\nc\n", ":3: not 2 cells"), ("a.csv", b"question,answer\na,b,c\n", "not 2 cells"),
     ("a.csv", b"question,question\na,b\n", "one name"), ("a.csv", b'question,answer\na,"b\n', ":2: "),
     ("a.csv", b"question,answer\na,\xff\n", "utf-8"), ("a.csv", b"question,answer\n", "0 records"),
@@ -269,9 +296,11 @@ def test_what_cannot_be_converted_is_called_what_it_is(tmp_path, convert, name, 
 # ---- tables, files, options
 
 @pytest.mark.parametrize("name, content, records", [
-    ("a.csv", b"question,answer\na,b\n", turns(user("a"), assistant("b"))), ("a.csv", b"text\nHello there\n", {"text": "Hello there"}),
+    ("a.csv", b"question,answer\na,b\n", turns(user("a"), assistant("b"))),
+    ("a.csv", b"text\nHello there\n", {"text": "Hello there"}),
     ("a b.tsv", b"question\tanswer\na\tb\n", turns(user("a"), assistant("b"))),
-    ("a.jsonl", b'\xef\xbb\xbf"question";"answer"\r\n"a;\r\nb";"c ""d"""\r\n', turns(user("a;\r\nb"), assistant('c "d"'))),
+    ("a.jsonl", b'\xef\xbb\xbf"question";"answer"\r\n"a;\r\nb";"c ""d"""\r\n', turns(user("a;\r\nb"),
+                                                                                     assistant('c "d"'))),
     ("a.csv.gz", gzip.compress(b'"question","answer"\n"a","b"\n'), turns(user("a"), assistant("b"))),
     ("a.csv", b"prompt,system,response,label\nQ,S,a,True\n",
      {"prompt": [system("S"), user("Q")], "response": "a", "label": True}),
@@ -285,7 +314,8 @@ def test_tables_become_rows(tmp_path, convert, name, content, records):
 
 
 def test_plain_rows_and_documents_stay_as_they_are(tmp_path, convert):
-    rows = [said("a") | {"id": 1}, {"prompt": "Q", "responses": ["a", ""], "note": [1]}, {"prompt": "Q", "response": "", "tools": []}]
+    rows = [said("a") | {"id": 1}, {"prompt": "Q", "responses": ["a", ""], "note": [1]},
+            {"prompt": "Q", "response": "", "tools": []}]
     for container in (write(tmp_path, rows), write(tmp_path, json.dumps(rows, indent=2).encode(), "a.json")):
         assert [json.loads(line) for line in convert(container).read_text().splitlines()] == rows
     assert json.loads(convert(write(tmp_path, b"a\nb\n", "a.txt")).read_text()) == {"text": "a\nb\n"}
@@ -316,9 +346,11 @@ def test_the_file_to_be_read_is_never_overwritten_and_an_older_one_only_by_a_who
 
 
 @pytest.mark.parametrize("name, records", {
-    "csv.csv": [turns(user("a"), assistant("b"))], "history.jsonl": 1, "leading_space.jsonl": [{"prompt": [user("a")], "responses": ["b", "c"]}],
+    "csv.csv": [turns(user("a"), assistant("b"))], "history.jsonl": 1, "leading_space.jsonl": [{"prompt": [user("a")],
+                                                                                                "responses": ["b", "c"]}],
     "question_options.jsonl": [turns(user("Which is a fruit?\n\nA. apple\nB. car"), assistant("A"))],
-    "reasoning_content.jsonl": [turns(user("a"), assistant("<think>because</think>b"))], "lfs_pointer.jsonl": "git lfs pull",
+    "reasoning_content.jsonl": [turns(user("a"), assistant("<think>because</think>b"))],
+    "lfs_pointer.jsonl": "git lfs pull",
     "message_tree.jsonl": [{"prompt": [user("What is up?")], "responses": ["Nothing.", "The sky."]}],
     "tool_calls_empty_turn.jsonl": "tool_calls", "one_object_pretty.json": [turns(user("Hi"), assistant("Hello"))],
     "weight0.jsonl": [turns(user("a"), assistant("b") | {"weight": 0}, user("c"), assistant("d"))]}.items())
