@@ -23,7 +23,6 @@ import random
 import re
 import shlex
 import stat
-import string
 import sys
 import textwrap
 import time
@@ -734,7 +733,7 @@ def pairs(record, which="all"):
     """The two-response records of a ranking, in its order: A > C > B gives A > C, A > B and C > B; with which="ends"
     only A > B, the best against the worst."""
     n, lists = len(record["responses"]), [key for key in ("responses", "scores", "win") if key in record]
-    chosen = [(0, n - 1)] if which == "ends" else itertools.combinations(range(n), 2)
+    chosen = [(0, n - 1)] if which == "ends" else combinations(range(n), 2)
     return [record | {key: [record[key][i] for i in two] for key in lists} for two in chosen]
 
 

@@ -210,6 +210,7 @@ def test_rank():
     ({"prompt": "Q", "chosen": "a", "rejected": "b", "score_chosen": 4, "score_rejected": 5},
      "1 records; dropped 1 contradictory"),
     ({"prompt": hh("Q", ""), "chosen": " c\n\nHuman: d", "rejected": " e"}, "1 records; dropped 1 broken transcript"),
+    ({"prompt": hh("Q", ""), "response": " c\n\nHuman: d\n\nAssistant: e"}, "1 records; dropped 1 broken transcript"),
     (reply("Q", None, reply("a", None), role="user"), "1 records; dropped 1 tree without a ranking"),
     ({"instruction": "Q", "completions": [dict(response="a", overall_score=1, model="m")], "id": 1},
      "not read: completions[].model 1 row, id 1 row"),
