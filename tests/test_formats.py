@@ -94,7 +94,7 @@ CASES = {   # rows that the trainers refuse, and the records that they give once
                {"prompt": turns(user("a"), assistant("b") | {"weight": 0}, user("c"))["messages"],
                 "response": "d", "label": True}]),
     "nectar": ([ranks(b=2., a=1., c=3.), ranks(a=1, b=2)], [prefer(*"abc"), prefer("a", "b", margin=1)]),
-    "ultrafeedback": ([scored(b=5, a=7.5, c=1) | {"source": "sharegpt", "key": 3}, scored(b=5, a=9, c=5)],
+    "ultrafeedback": ([scored(b=5, a=7.5, c=1) | {"source": "sharegpt", "key": 3}, scored(b=5, a=9, c=5) | {"margin": 9}],
                       [prefer(*"abc", key=3), prefer("a", "b", margin=4)]),
     "binarized": ([{"prompt": "Q", "messages": [user("Q"), assistant("a")], "chosen": [user("Q"), assistant("a")],
                     "rejected": [user("Q"), assistant("b")],
