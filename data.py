@@ -23,7 +23,6 @@ import random
 import re
 import shlex
 import stat
-import string
 import sys
 import textwrap
 import time
@@ -328,72 +327,21 @@ def toy_ranks():
 
 # ------------------------------------------------------------------------------------------------ reading files
 
+
 class BadRow(UserError):
     """A row that cannot be understood: --skip_bad leaves it out."""
 
 
-UNPACK = "unpack it first (only gzip is read as it is)"
-PANDAS = "pandas.read_{}('{{}}').to_json('rows.jsonl', orient='records', lines=True) in Python makes a file to read"
-PICKLE = "it may run code when it is loaded; whoever made it should write its rows with json.dumps"
-# How a file begins that is no text: what it is, and what to do.
-MAGIC = {
-    b"PAR1": ("a parquet file", PANDAS.format("parquet")),
-    b"ARROW1": ("an Arrow file", PANDAS.format("feather")),
-    b"\xff\xff\xff\xff": ("an Arrow stream", "datasets.Dataset.from_file('{}').to_json('rows.jsonl') in Python makes a "
-                                             "file to read"),
-    b"Obj\x01": ("an Avro file", "write its rows as JSON, one a line"),
-    b"SQLite format 3": ("an SQLite database", "write its rows as JSON, one a line"),
-    b"\x89HDF": ("an HDF5 file", PANDAS.format("hdf")),
-    b"\x93NUMPY": ("a NumPy array", "write its rows as JSON, one a line"),
-    b"%PDF": ("a PDF", "write its text to a .txt file"),
-    b"PK\x03\x04": ("a zip archive", UNPACK),
-    b"BZh": ("packed with bzip2", UNPACK),
-    b"\xfd7zXZ": ("packed with xz", UNPACK),
-    b"\x28\xb5\x2f\xfd": ("packed with zstd", UNPACK),
-    b"\x04\x22\x4d\x18": ("packed with lz4", UNPACK),
-    b"7z\xbc\xaf": ("a 7z archive", UNPACK),
-    b"\x1f\x8b": ("packed twice with gzip", "unpack it once"),
-    **{bytes([128, protocol]): ("a Python pickle", PICKLE) for protocol in (2, 3, 4, 5)},
-}
+def refuse(bad, fault):
+    """Put what is wrong with a row on the list bad, or end here if there is none."""
+    if bad is None:
+        raise BadRow(fault)
+    bad.append(fault)
 
 
-def foreign(head, path):
-    """What a file is that begins with these bytes, and what to do, if it is no text in UTF-8 or no data; "" else."""
-    for start, (what, remedy) in MAGIC.items():
-        if head.startswith(start):
-            if b"[Content_Types].xml" in head[:60]:     # the first file in this zip archive
-                what, remedy = "an Excel or Word file", "save it as .csv or .txt"
-            return f"{what}, not JSON: {remedy.format(path)}"
-    if head[257:262] == b"ustar":
-        return f"a tar archive, not JSON: {UNPACK}"
-    if head.startswith(b"version https://git-lfs"):
-        return "only a Git LFS pointer to the data: git lfs pull gets the file itself"
-    encoding = json.detect_encoding(head)
-    if not encoding.startswith("utf-8"):
-        return f"{encoding.upper()}, or no text at all: save it as UTF-8"
-    if b"\0" in head:
-        return "neither JSON nor text: write its rows as JSON, one a line"
-    return ""
-
-
-def not_json(line, path):
-    """What a file is whose first line is no JSON, and what to do."""
-    first = line.strip()
-    if re.match(r"<!doctype html|<html|<head|<body", first, re.IGNORECASE):
-        return "a web page (HTML), not JSON: the download gave an error or a login page; get the raw file"
-    if first.startswith("<"):
-        return "XML, not JSON: write its rows as JSON, one a line"
-    if re.match(r"---$|%YAML|- |[\w.-]+:( |$)", first):
-        return "YAML, not JSON: write its rows as JSON, one a line"
-    cell = r'("[^"]*"|[^",;\t|]*)'
-    signs = [sign for sign in "\t,;|" if re.fullmatch(cell + f"({re.escape(sign)}{cell})+", first[:1000])]
-    if signs or path.removesuffix(".gz").endswith((".csv", ".tsv")):
-        sign = (signs + [","])[0]                       # of one column there is none
-        kind = "TSV" if sign == "\t" else "CSV"
-        table = f"{'gzip.' * path.endswith('.gz')}open('{path}', 'rt', encoding='utf-8-sig')"
-        return (f"{kind}, not JSON: python -c \"import csv, gzip, json; [print(json.dumps(row)) "
-                f"for row in csv.DictReader({table}, delimiter={sign!r})]\" > rows.jsonl makes a file to read")
-    return "text, not JSON: name it .txt if it is one document, or write a JSON object on each line"
+def converter(path, want=None):
+    """The command that makes plain rows of what is not read here, or says what it is."""
+    return f"python configs/formats.py {shlex.quote(str(path))}" + " --ratings" * (want == "ratings")
 
 
 def read_lines(path):
@@ -405,143 +353,112 @@ def read_lines(path):
         with open(path, "rb") as f:
             zipped = f.read(2) == b"\x1f\x8b"           # by content: suffixes get lost in downloads
         with (gzip.open if zipped else open)(path, "rb") as f:
-            if what := foreign(f.read(512), path):
-                raise UserError(f"{name}: this is {what}")
-            f.seek(0)
             for n, line in enumerate(f, 1):             # bytes end at \n only, a str also at U+2028 or \x85
                 yield n, line.removeprefix(b"\xef\xbb\xbf") if n == 1 else line
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise UserError(f"{name}:{n + 1}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def read_chunks(path):
+def read_chunks(path, document=False):
     """Yield (number of its first line, bytes) for each row of a JSON file. A row is a line; or an object over several,
-    whose later lines are indented or close a bracket, as json.dump(row, f, indent=2) writes it. An array is one."""
-    start, lines, array, left_open = 0, [], False, False
+    whose later lines are indented or close a bracket, as json.dump(row, f, indent=2) writes it. An array is one, and
+    so is a document."""
+    start, lines, whole, left_open = 0, [], document, False
     for n, line in read_lines(path):
-        goes_on = array or left_open and line[:1] in b" \t\r\n}]"
+        goes_on = whole or left_open and line[:1] in b" \t\r\n}]"
         if lines and not goes_on:
             yield start, b"".join(lines)
             lines = []
-        if not lines:
-            begin = line.strip()
-            if not begin:
-                continue
-            array = not start and begin.startswith(b"[")
+        begin = line.strip()
+        if begin and not lines:
+            whole = whole or not start and begin.startswith(b"[")
             left_open = begin.startswith(b"{") and not begin.endswith(b"}")
             start = n
-        lines.append(line)
-    if lines:
+        if begin or lines or document:
+            lines.append(line)
+    if b"".join(lines).strip():
         yield start, b"".join(lines)
 
 
-def decode(chunk, name, n):
-    """The text of bytes that begin in line n."""
-    try:
-        return chunk.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = n + chunk.count(b"\n", 0, error.start)
-        raise BadRow(f"{name}:{line}: {error}; save it as UTF-8") from None
-
-
-def _unique(items):
+def unique(items):
+    """An object of a JSON text; where a key comes twice, one that not_strict knows."""
     row = dict(items)
-    return row if len(row) == len(items) else {"repeated key": ...}     # which json.dumps refuses, below
+    return row if len(row) == len(items) else {"repeated key": ...}
 
 
-def parse_json(text, path, n, first):
-    """The JSON value of a text that begins in line n; first: nothing before it in the file was JSON."""
+def parse_row(chunk, document):
+    """(value, line from 0, fault) of the bytes of a row, or of a document: the fault is what is wrong in which line."""
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        text = chunk.decode("utf-8")
+        if not document:
+            return json.loads(text.rstrip(), object_pairs_hook=unique), 0, ""
+        foreign = "\0" in text or text.startswith(("version https://git-lfs", "%PDF"))
+        return {"text": text}, 0, "this is no text" if foreign else ""
+    except UnicodeDecodeError as error:
+        return None, chunk.count(b"\n", 0, error.start), f"{error}; save it as UTF-8"
     except json.JSONDecodeError as error:
-        why = f"{error.msg} (column {error.colno})"
-        if text.lstrip().startswith("{'"):
-            why += "; Python prints a dict like this, json.dumps(row) writes JSON"
-        elif first and text.lstrip()[0] not in "{[":
-            why = "this looks like " + not_json(text.lstrip().splitlines()[0], str(path))
-        raise BadRow(f"{Path(path).name}:{n + error.lineno - 1}: {why}") from None
+        return None, error.lineno - 1, f"{error.msg} (column {error.colno})"
     except (ValueError, RecursionError) as error:
-        raise BadRow(f"{Path(path).name}:{n}: {error}") from None
+        return None, 0, str(error)
 
 
-def check_row(row, where):
-    """Refuse what is no object, and what json.loads takes though strict JSON has no such thing: NaN, 1e999, half a
-    surrogate pair."""
+def not_strict(row):
+    """What is wrong with a row that json.loads takes: it is no object, or no strict JSON (NaN, 1e999, a key twice, half
+    a surrogate pair). "" if nothing is."""
     if type(row) is not dict:
-        raise BadRow(f"{where}: a row must be a JSON object, not {type(row).__name__}")
+        return f"a row must be a JSON object, not {type(row).__name__}"
     try:
         json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
     except TypeError:
-        raise BadRow(f"{where}: the same key twice in one object") from None
+        return "the same key twice in one object"
     except (ValueError, RecursionError) as error:
-        raise BadRow(f"{where}: {error}") from None
+        return str(error)
+    return ""
 
 
-@contextlib.contextmanager
-def skipping(bad):
-    """A BadRow within goes to the list bad and no further, unless bad is None."""
-    try:
-        yield
-    except BadRow as error:
-        if bad is None:
-            raise
-        bad.append(str(error))
-
-
-def read_values(path, bad):
-    """Yield (where, value) of a JSON file, see read_rows."""
+def read_values(path):
+    """Yield (where, value, what is wrong with it or ""), see read_rows."""
     name, first = Path(path).name, True
-    for n, chunk in read_chunks(path):
-        with skipping(bad):
-            value = parse_json(decode(chunk, name, n).rstrip(), path, n, first)
-            if first and type(value) is list:
-                yield from ((f"{name}[{i}]", row) for i, row in enumerate(value))
-            else:
-                yield f"{name}:{n}", value
-            first = False
-
-
-def read_document(path):
-    """Yield (where, row) of a text file: one row."""
-    name = Path(path).name
-    text = decode(b"".join(line for _, line in read_lines(path)), name, 1)
-    if text.strip():
-        yield f"{name}:1", {"text": text}
+    document = name.removesuffix(".gz").endswith((".txt", ".md"))
+    for n, chunk in read_chunks(path, document):
+        value, line, fault = parse_row(chunk, document)
+        if fault and first:
+            fault += f"; what else it may be says {converter(path)}"
+        if first and type(value) is list:
+            for i, row in enumerate(value):
+                yield f"{name}[{i}]", row, ""
+        else:
+            yield f"{name}:{n + line}", value, fault
+        first = first and bool(fault)
 
 
 def read_rows(path, bad=None):
-    """Yield (where, row) from a JSON array, JSONL, objects over several lines, or a .txt/.md file (one {"text"}), each
-    gzipped or not.
+    """Yield (where, row) from a JSON array, JSONL, objects over several lines, or a .txt/.md file (one {"text"}).
 
     where is "file.jsonl:12" (a line, from 1) or "file.json[12]" (an index, from 0); JSONL is read a line at a time.
     Whatever is not strict JSON in strict utf-8 is a UserError that names the file and the line. With bad, a list, a row
     that is none of that is left out, and what is wrong with it is put there.
     """
-    name, some = Path(path).name, False
-    plain = name.removesuffix(".gz").endswith((".txt", ".md"))
-    for where, row in read_document(path) if plain else read_values(path, bad):
-        with skipping(bad):
-            check_row(row, where)
-            some = True
+    some = False
+    for where, row, fault in read_values(path):
+        some, fault = True, fault or not_strict(row)
+        if fault:
+            refuse(bad, f"{where}: {fault}")
+        else:
             yield where, row
-    if not some and not bad:
-        raise UserError(f"{name}: the file has no rows")
+    if not some:
+        raise UserError(f"{Path(path).name}: the file has no rows")
 
 
 # ------------------------------------------------------------------------------------------------ shapes of records
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
-         "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
-RATINGS = "helpfulness correctness coherence complexity verbosity"
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")   # keys of what an answer thought before it spoke
-CALLS = ("tool_calls", "function_call")
-# Beside one of these a "text" is a turn, or what an answer is about, and no document.
-SPOKEN = ("role", "from", "parent_id", "replies", "instruction", "question", "answer", "response", "output",
-          "completion")
 
-
-class _Drop(Exception):
+class Dropped(Exception):
     """A well-formed row that teaches nothing; read_records counts the reasons."""
+
+
+class NotPlain(ValueError):
+    """A row that says more than is read here; configs/formats.py may know it."""
 
 
 class Row(dict):
@@ -549,7 +466,7 @@ class Row(dict):
 
     An object within it shares its set of unread keys: "messages[].name". What is empty says nothing and is not missed.
     """
-    weight = 1      # of the answer: 0 where the file says that it is not trained on
+    shape, lost = "", {}    # its keys; {reason: how many} of its answers are left out
 
     def __init__(self, items, inside="", unread=None):
         super().__init__(items)
@@ -559,356 +476,284 @@ class Row(dict):
     def take(self, key, *types):
         """The value of a key, which must be of one of these exact types (true is no number)."""
         self.unread.discard(self.inside + key)
-        value = self.get(key)
-        if type(value) in types:
-            return value
-        place = f' in "{self.inside[:-1]}"' if self.inside else ""
-        known = " or ".join(kind.__name__ for kind in types)
-        raise ValueError(f'"{key}"{place} must be {known}, not {str(value)[:40]!r}')
+        return typed(self.inside + key, self.get(key), *types)
 
     def each(self, key, *types):
         """A list under a key, whose items must be of one of these types."""
-        items = self.take(key, list)
-        for item in items:
-            Row({f"{key}[]": item}).take(f"{key}[]", *types)
-        return items
+        for item in self.take(key, list):
+            typed(f"{self.inside}{key}[]", item, *types)
+        return self[key]
 
     def rows(self, key):
         """A list of objects under a key."""
         return [Row(item, f"{self.inside}{key}[].", self.unread) for item in self.each(key, dict)]
 
-
-def said_by(role, text):
-    """A turn."""
-    return {"role": role, "content": text}
-
-
-def _thought(row, said):
-    """What an answer thought, in front of it, as the toy world writes it; where it does not say so already."""
-    known = [key for key in THOUGHTS if row.get(key) and type(row[key]) is str]
-    if not known or not said.strip():
-        return said
-    thought = row.take(known[0], str)
-    return said if said.lstrip().startswith("<think>") else f"<think>{thought}</think>{said}"
+    def without(self, keys):
+        """None of these keys may say anything."""
+        for key in keys:
+            if self.inside + key in self.unread:
+                raise NotPlain(f'"{self.inside}{key}" changes what this says, and is not read')
 
 
-def _content(turn, key):
-    """What a turn says: a string, or parts of text and thinking, one after another."""
-    if type(turn.get(key)) is not list:
-        return turn.take(key, str)
-    said = ""
-    for part in turn.rows(key):
-        kind = part.take("type", str) if "type" in part else "text"
-        if kind == "thinking":
-            said += f"<think>{part.take('thinking', str)}</think>"
-        elif kind in ("text", "input_text", "output_text"):
-            said += part.take("text", str)
-        else:
-            raise ValueError(f'"{turn.inside}{key}" has a part of type {kind!r}, and only text is read')
-    return said
+def typed(name, value, *types):
+    """The value, if it is of one of these types."""
+    if type(value) in types:
+        return value
+    known = " or ".join(kind.__name__ for kind in types)
+    raise ValueError(f'"{name}" must be {known}, not {str(value)[:40]!r}')
 
 
-def _turn(turn):
-    """A turn as {"role", "content"}, and "weight": 0 if that is its weight."""
-    who, what = ("from", "value") if "from" in turn else ("role", "content")
-    role = ROLES.get(turn.get(who)) if type(turn.get(who)) is str else None
-    if not role:
-        raise ValueError(f'"{turn.inside[:-3]}" has a turn of {turn.get(who)!r} saying {str(turn.get(what))[:20]!r}; '
-                         f'roles: {", ".join(ROLES)}; what tools say is not read: write it as text of one of these')
-    turn.take(who, str)
-    for key in CALLS:
-        if turn.get(key):
-            raise ValueError(f'"{turn.inside}{key}": calls of tools are not read: write them into what the turn says')
-    said = _content(turn, what)
-    weight = turn.get("weight")
-    if weight not in (None, 0, 1):
-        raise ValueError(f'"{turn.inside}weight" must be 0 or 1, not {str(weight)[:40]!r}')
-    turn.unread.discard(turn.inside + "weight")
-    said = _thought(turn, said) if role == "assistant" else said
-    return said_by(role, said) | ({"weight": 0} if weight == 0 else {})
+# Each of these reads one shape -> (prompt as turns, the assistant's answers as turns, best first).
+
+def read_text(row, text):
+    row.take(text, str)
+    return [], []
 
 
-def _is_transcript(value):
-    return type(value) is str and value.startswith("\n\nHuman:")
+def read_chat(row, messages, *more):
+    row.take(messages, list)
+    before, last = read_dialogue(row, messages)
+    return before, [last]
 
 
-def _transcript(text, role):
-    """The messages of "\\n\\nHuman: ...\\n\\nAssistant: ...", the last of which has to be said by role."""
-    parts = re.split(r"\n\n(Human|Assistant): ?", text.rstrip() if role == "user" else text)
-    turns = [said_by(ROLES[who.lower()], said) for who, said in zip(parts[1::2], parts[2::2])]
-    if role == "user" and turns[-1] == said_by("assistant", ""):
-        turns.pop()                                     # the "Assistant:" that ends a prompt is only a cue
-    alternate = all(a["role"] != b["role"] for a, b in itertools.pairwise(turns))
-    if turns[-1]["role"] != role or not alternate:
-        raise _Drop("broken transcript")
-    return turns
+def read_asked(row, prompt, answer=None, *more):
+    asked = read_turns(row, prompt)
+    if prompt == "instruction" and row.get("input"):
+        asked[-1]["content"] += "\n\n" + row.take("input", str)
+    said = []
+    if answer == "responses":
+        said = row.each(answer, str)
+    elif answer == "steps":
+        said = ["".join(row.each(answer, str))]
+    elif answer:
+        said = [row.take(answer, str)]
+    if prompt == "question":
+        said = [re.sub(r"<<.*?>>", "", text) for text in said]      # the marks of GSM8K's calculator
+    return asked, [{"role": "assistant", "content": text} for text in said]
 
 
-def _turns(row, key, role="user"):
-    """row[key] as messages, from a list, a transcript, or a string said by role."""
-    value = row.take(key, str, list)
-    if type(value) is list:
-        return [_turn(turn) for turn in row.rows(key)]
-    return _transcript(value, role) if _is_transcript(value) else [said_by(role, value)]
-
-
-def _options(row):
-    """The options of a question as one text, a line each: "A. apple". None if there are none, or not plain ones."""
-    key = "choices" if "choices" in row else "options"
-    options = row.get(key)
-    if type(options) is list and len(options) <= 26:
-        options = dict(zip(string.ascii_uppercase, options))
-    if type(options) is not dict or any(type(text) is not str for text in options.values()):
-        return None
-    row.take(key, list, dict)
-    lines = []
-    for letter, text in options.items():
-        named = text.startswith((f"{letter}.", f"{letter})", f"({letter})"))
-        lines.append(text if named else f"{letter}. {text}")
-    return "\n".join(lines)
-
-
-def _asked(row, key):
-    """What a row asks, as messages: with its context before a question, and its input and its options behind it."""
-    turns = _turns(row, key)
-    if type(row[key]) is list or _is_transcript(row[key]):
-        return turns
-    parts = [row[key]]
-    if type(row.get("context")) is str:
-        parts = [row.take("context", str)] * bool(row["context"]) + parts
-    if key == "instruction" and row.get("input"):       # Alpaca
-        parts.append(row.take("input", str))
-    options = _options(row)
-    return [said_by("user", "\n\n".join(parts + [options] * bool(options)))]
-
-
-def _reply(asked, said):
-    """An answer. With a transcript it is what ends the one transcript that both make up, so that it reads the same
-    wherever the two are cut apart."""
-    if not _is_transcript(asked):
-        return said
-    cue = "" if asked.rstrip().endswith("\n\nAssistant:") or said.startswith("\n\nAssistant:") else "\n\nAssistant: "
-    *turns, last = _transcript(asked + cue + said, "assistant")
-    if len(turns) != len(_transcript(asked, "user")):
-        raise _Drop("broken transcript")
-    return last["content"]
-
-
-def _history(row):
-    """Earlier turns, from a list of [question, answer] or of turns."""
-    earlier = row.get("history")
-    if type(earlier) is not list:
-        return []
-    if all(type(turn) is dict for turn in earlier):
-        return _turns(row, "history")
-    turns = []
-    for pair in row.each("history", list):
-        if len(pair) != 2 or any(type(said) is not str for said in pair):
-            raise ValueError('"history" must be a list of [question, answer] or of turns')
-        turns += [said_by("user", pair[0]), said_by("assistant", pair[1])]
-    return turns
-
-
-def _system(row):
-    """A system prompt beside the turns, as a list of none or one."""
-    return [said_by("system", row.take(key, str)) for key in ("system", "system_prompt") if row.get(key)]
-
-
-# Each of these reads one shape -> (prompt as messages, answers, their scores or None).
-
-def _dialogue(row, key, *_):
-    *prompt, last = _turns(row, key, "assistant") or [{"role": None}]
-    if last["role"] != "assistant" or type(row[key]) is str and key not in ("chosen", "rejected"):
-        raise ValueError(f'"{key}" must be messages that end in an assistant turn')
-    row.weight = last.get("weight", 1)
-    return prompt, [last["content"]], None
-
-
-def _answer(row, prompt, answer=None, *ratings):
-    if not answer:                                      # a prompt alone: what else there is may be a verifier's
-        return _turns(row, prompt), [], None
-    scores = [row.take(key, int, float) for key in ratings if key not in ("label", "ratings")]
-    said = _thought(row, _reply(row[prompt], row.take(answer, str)))
-    return _asked(row, prompt), [said], [(scores[0], sum(scores))] if scores else None  # the sum breaks ties
-
-
-def _pair(row, chosen, rejected, prompt=None):
-    other, worst, _ = _dialogue(row, rejected)
-    asked, best, _ = _dialogue(row, chosen)             # the last to be read, so the row's weight is that of chosen
-    keys = [key for key in ("score_chosen", "score_rejected") if row.get("score_chosen") is not None]
-    scores = [row.take(key, int, float) for key in keys]
+def read_pair(row, chosen, rejected, prompt=None):
+    asked, best = read_dialogue(row, chosen)
+    other, worst = read_dialogue(row, rejected)
+    if asked != other:
+        raise Dropped("contradictory pair")
     if not asked and not prompt:
         raise ValueError(f'"{chosen}" must be messages or a transcript, as there is no "prompt"')
-    if asked != other or scores != sorted(scores, reverse=True):    # two prompts, or scores against the order
-        raise _Drop("contradictory pair")
-    if asked:
-        return asked, best + worst, scores or None
-    return _asked(row, prompt), [_reply(row[prompt], said) for said in best + worst], scores or None
+    if not asked:
+        asked, _ = read_asked(row, prompt)
+    return asked, [best, worst]
 
 
-def _stepped(row, prompt, steps, labels):
-    return _asked(row, prompt), ["".join(row.each(steps, str))], None
+# The keys a row must have -> the kind of record that it is, and its reader. The most keys that fit win.
+SHAPES = {
+    "messages": ("messages", read_chat),
+    "conversations": ("messages", read_chat),
+    "prompt response": ("messages", read_asked),
+    "prompt completion": ("messages", read_asked),
+    "instruction output": ("messages", read_asked),                 # Alpaca, with an input or none
+    "question answer": ("messages", read_asked),                    # GSM8K
+    "messages label": ("thumbs", read_chat),
+    "prompt response label": ("thumbs", read_asked),
+    "prompt completion label": ("thumbs", read_asked),
+    "chosen rejected": ("preference", read_pair),                   # messages, or HH's transcripts
+    "chosen rejected prompt": ("preference", read_pair),
+    "chosen rejected instruction": ("preference", read_pair),
+    "prompt responses": ("preference", read_asked),                 # best first, as `reward.py label` writes them
+    "prompt response ratings": ("ratings", read_asked),
+    "prompt steps labels": ("steps", read_asked),
+    "prompt": ("prompt", read_asked),
+    "text": ("text", read_text),
+}
+# Two shapes of our own keep what else they have, which a verifier may want; these keys of theirs are read.
+OURS = {"prompt": (), "prompt responses": ("responses", "source", "scores", "win", "margin")}
+# Any other key that is not read is named and counted. But these would change what a row or a turn says: it is refused.
+BESIDE = "system", "system_prompt", "history", "answers", "message_tree_id"
+MEANT = (*BESIDE, "context", "options", "choices", "reasoning", "reasoning_content", "thinking", "tool_calls",
+         "function_call", "score_chosen", "score_rejected", "helpfulness")
+# Beside one of these a "text" is a turn, or what an answer is about, and no document.
+SPOKEN = ("role", "from", "parent_id", "replies", "instruction", "question", "answer", "response", "output",
+          "completion")
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
-def _ranked(row, prompt, answers):
-    if answers == "responses":                          # our own
-        return _turns(row, prompt), [_reply(row[prompt], said) for said in row.each(answers, str)], None
-    text, score, sign = ("answer", "rank", -1) if answers == "answers" else ("response", "overall_score", 1)
-    items = row.rows(answers)
-    said = [_reply(row[prompt], item.take(text, str)) for item in items]
-    return _asked(row, prompt), said, [sign * item.take(score, int, float) for item in items]
+def read_turns(row, key, role="user"):
+    """What is under a key as turns, from messages or a text said by role."""
+    value = row.take(key, str, list)
+    if type(value) is list:
+        return [read_turn(turn) for turn in row.rows(key)]
+    if value.startswith("\n\nHuman:"):
+        raise NotPlain(f'"{key}" is a transcript; only "chosen" and "rejected" may be')
+    return [{"role": role, "content": value}]
 
 
-def _tldr(row, info, summaries, choice):
-    post = Row(row.take(info, dict), f"{info}.", row.unread).take("post", str)
-    texts = [summary.take("text", str) for summary in row.rows(summaries)]
-    if len(texts) != 2 or row.take(choice, int) not in (0, 1):
-        raise ValueError(f'"{choice}" must be 0 or 1, and "{summaries}" two')
-    return [said_by("user", post + "\n\nTL;DR:")], [texts[row[choice]], texts[1 - row[choice]]], None
+def read_turn(turn):
+    """A turn as {"role", "content"}, and "weight": 0 if it is not to be trained on."""
+    turn.without(MEANT)
+    who, what = ("from", "value") if "from" in turn else ("role", "content")
+    role, said, weight = turn.take(who, str), turn.get(what), turn.get("weight")
+    if role not in ROLES or type(said) is not str:
+        raise NotPlain(f'"{turn.inside[:-3]}" has a turn of {role!r} with {str(said)[:20]!r}, not a text of one of '
+                       f'{", ".join(ROLES)}')
+    if weight not in (None, 0, 1):
+        raise ValueError(f'"{turn.inside}weight" must be 0 or 1, not {weight!r}')
+    turn.unread -= {turn.inside + what, turn.inside + "weight"}
+    return {"role": ROLES[role], "content": said} | ({"weight": 0} if weight == 0 else {})
 
 
-# The keys a row must have; of several shapes that fit, the one with the most keys wins.
-SHAPES = {tuple(keys.split()): (kind, reader) for kind, reader, *shapes in [
-    ("messages", _dialogue, "messages", "conversations"),
-    ("messages", _answer, "prompt response", "prompt completion", "instruction output", "instruction response",
-     "question response", "question answer"),
-    ("thumbs", _dialogue, "messages label"),
-    ("thumbs", _answer, "prompt response label", "prompt completion label"),
-    ("preference", _pair, "chosen rejected", "chosen rejected prompt", "chosen rejected instruction"),
-    ("preference", _ranked, "prompt responses", "prompt answers", "instruction completions"),
-    ("preference", _answer, "prompt response " + RATINGS),
-    ("preference", _tldr, "info summaries choice"),
-    ("ratings", _answer, "prompt response ratings"),
-    ("steps", _stepped, "prompt steps labels"),
-    ("prompt", _answer, "prompt"),
-    ("text", None, "text"),
-] for keys in shapes}
-GIVES = {"text": "text", "prompt": "prompt", "messages": "messages prompt",     # what a kind can be read as
-         "preference": "preference thumbs messages prompt ratings", "thumbs": "thumbs messages prompt",
-         "ratings": "ratings messages prompt", "steps": "steps prompt"}
+def read_dialogue(row, key):
+    """(the turns before, the assistant's last turn) of messages, a transcript, or an answer alone."""
+    if str(row[key]).startswith("\n\nHuman:"):
+        turns = read_transcript(row.take(key, str))
+    else:
+        turns = read_turns(row, key, "assistant")
+    if not turns or turns[-1]["role"] != "assistant":
+        raise ValueError(f'"{key}" must be messages that end in an assistant turn')
+    return turns[:-1], turns[-1]
 
 
-def rank(responses, scores):
-    """Order responses best first: {"responses": [...]}, and the "margin" of the scores where two are left.
-
-    A ranking has no ties: of equal scores or equal texts the first is kept, and no blank text at all. A score
-    may be a tuple (score, tie-break), whose first number makes the margin: ratings 5 and 2 give margin 3.
-    """
-    kept = {}
-    for score, text in sorted(zip(scores, responses), key=lambda pair: pair[0], reverse=True):
-        if text.strip() and score not in kept and text not in kept.values():
-            kept[score] = text
-    parts = {"responses": list(kept.values())}
-    if len(kept) == 2:
-        best, worst = (score[0] if isinstance(score, tuple) else score for score in kept)
-        parts["margin"] = best - worst
-    return parts
+def read_transcript(text):
+    """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ..."; they alternate, and the last is the assistant's."""
+    _, *parts = re.split(r"\n\n(Human|Assistant): ?", text)
+    turns = []
+    for who, said in zip(parts[::2], parts[1::2]):
+        turns.append({"role": "user" if who == "Human" else "assistant", "content": said})
+    alternate = all(a["role"] != b["role"] for a, b in itertools.pairwise(turns))
+    if turns[-1]["role"] != "assistant" or not alternate:
+        raise Dropped("broken transcript")
+    return turns
 
 
-def pairs(record, which="all"):
-    """The two-response records of a ranking, in its order: A > C > B gives A > C, A > B and C > B; with which="ends"
-    only A > B, the best against the worst."""
-    n, lists = len(record["responses"]), [key for key in ("responses", "scores", "win") if key in record]
-    return [record | {key: [record[key][i] for i in two] for key in lists}
-            for two in ([(0, n - 1)] if which == "ends" else itertools.combinations(range(n), 2))]
+# Each of these makes one kind of record of what was read.
+
+def to_text(row, prompt, answers):
+    if not row["text"].strip():
+        raise Dropped("empty text")
+    return {"text": row["text"]}
 
 
-def _record(rows, want, dropped):
-    """The canonical record of a row (or of adjacent rows that each rate one answer to a prompt), or None."""
-    row = rows[0]
-    for node in (row, row.get("prompt")):
-        if isinstance(node, dict) and "text" in node and "replies" in node:
-            raise ValueError('a tree of "replies" is not read: write each ranking as "prompt", a list of messages, and '
-                             '"responses", best first; or each path as "messages"')
-    keys = max((keys for keys in SHAPES if row.keys() >= set(keys)), key=len, default=None)
-    if not keys:
-        inside = [key for key, value in row.items() if type(value) is list and value and type(value[0]) is dict]
-        wrapped = f' (rows within {inside[0]!r} have to be the file itself)' if inside else ""
-        raise ValueError(f"no shape has the keys {list(row)}{wrapped}; known: {', '.join(map('+'.join, SHAPES))}")
-    kind, reader = SHAPES[keys]
-    if kind == "messages" and type(row.get("label")) is bool:   # a thumb, whatever the turns are called
-        kind = "thumbs"
-    want, maths = want or kind, keys == ("question", "answer")
-    if want not in GIVES[kind].split():
-        raise ValueError(f'found "{kind}" ({"+".join(keys)}), but "{want}" is needed')
-    if kind == "text":
-        spoken = [key for key in SPOKEN if key in row]
-        if spoken:
-            raise ValueError(f'"text" beside "{spoken[0]}" is no document: conversations are read from "messages", '
-                             'ranked answers from "prompt" and "responses" (best first)')
-        if row.take("text", str).strip():
-            return {"text": row["text"]}
-        raise _Drop("empty text")
-    found = [reader(row, *keys) for row in rows]
-    prompt, answers = found[0][0], [answer for _, more, _ in found for answer in more]
-    scores = [score for _, _, more in found for score in more or []]
-    up = row.take("label", bool) if kind == "thumbs" else True
-    before = [turn for turn in _system(row) if [turn] != prompt[:1]] + _history(row)
-    prompt = before + prompt
-    if want != "messages" and (not prompt or prompt[-1]["role"] == "assistant"):
+def to_prompt(row, prompt, answers):
+    if row.shape != "question answer":
+        return {"prompt": prompt}
+    final = after_thinking(row["answer"]).rpartition("####")[2].strip()     # GSM8K ends in "#### 1,080"
+    whole = re.fullmatch(r"-?[0-9]+", final.replace(",", ""))
+    return {"prompt": prompt, "answer": int(whole[0]) if whole else final}
+
+
+def to_messages(row, prompt, answers):
+    if not answers or not answers[0]["content"].strip():
+        raise Dropped("empty answer")
+    messages = prompt + answers[:1]
+    if not any(taught(turn) for turn in messages):
+        raise Dropped("untrained conversation")
+    return {"messages": messages}
+
+
+def to_thumbs(row, prompt, answers):
+    if not answers[0]["content"].strip():
+        raise Dropped("empty answer")
+    if answers[0].get("weight") == 0:
+        raise Dropped("untrained answer")
+    return {"prompt": prompt, "response": answers[0]["content"], "label": row["label"]}
+
+
+def to_preference(row, prompt, answers):
+    said = [answer["content"] for answer in answers if answer["content"].strip()]
+    texts = list(dict.fromkeys(said))
+    row.lost = {"empty answer": len(answers) - len(said), "identical pair": len(said) - len(texts),
+                "lone answer": int(len(answers) < 2)}
+    record = {"prompt": prompt, "responses": texts}
+    if len(texts) == 2 and "margin" in row:
+        record["margin"] = row.take("margin", int, float)
+    for key in ("scores", "win"):                       # of each response, while they are all there
+        if type(row.get(key)) is list and len(row[key]) == len(texts):
+            record[key] = list(row.each(key, int, float))
+    if "prob" in row:                                   # that the first is better
+        record["prob"] = row.take("prob", int, float)
+        if not 0 <= record["prob"] <= 1:
+            raise ValueError(f'"prob" must be between 0 and 1, not {record["prob"]}')
+    return record if len(texts) > 1 else None
+
+
+def to_ratings(row, prompt, answers):
+    values = [float(value) for value in row.each("ratings", int, float)]
+    if not values:
+        raise ValueError('"ratings" must not be empty')
+    return {"prompt": prompt, "response": answers[0]["content"], "ratings": values}
+
+
+def to_steps(row, prompt, answers):
+    steps, labels = row["steps"], [int(label) for label in row.each("labels", int, bool)]
+    if not labels or len(labels) != len(steps) or set(labels) - {0, 1} or not all(steps):
+        raise ValueError('"labels" must be 0 or 1, one for each of the "steps", none of which is empty')
+    return {"prompt": prompt, "response": answers[0]["content"], "steps": steps, "labels": labels}
+
+
+GIVES = {   # what a kind can be read as
+    "text": {"text": to_text},
+    "prompt": {"prompt": to_prompt},
+    "messages": {"messages": to_messages, "prompt": to_prompt},
+    "thumbs": {"thumbs": to_thumbs, "messages": to_messages, "prompt": to_prompt},
+    "preference": {"preference": to_preference, "thumbs": to_preference, "messages": to_messages, "prompt": to_prompt},
+    "ratings": {"ratings": to_ratings, "messages": to_messages, "prompt": to_prompt},
+    "steps": {"steps": to_steps, "prompt": to_prompt},
+}
+
+
+def shape_of(row):
+    """The shape of a row, if nothing else that it says changes the meaning."""
+    fitting = [shape for shape in SHAPES if row.keys() >= set(shape.split())]
+    if not fitting:
+        known = ", ".join(shape.replace(" ", "+") for shape in SHAPES)
+        raise NotPlain(f"no shape has the keys {list(row)}; known: {known}")
+    shape = max(fitting, key=lambda shape: len(shape.split()))
+    row.without(SPOKEN if shape == "text" else BESIDE if shape in OURS else MEANT)
+    return shape
+
+
+def to_record(row, want=None):
+    """The record of a Row, as the wanted kind if its meaning allows it; None if too little is left of it."""
+    row.shape = shape_of(row)
+    kind, read = SHAPES[row.shape]
+    if kind == "messages" and type(row.get("label")) is bool:
+        kind = "thumbs"                                 # whatever its other keys are called
+    want = want or kind
+    if want not in GIVES[kind]:
+        raise ValueError(f'found "{kind}" ({row.shape.replace(" ", "+")}), but "{want}" is needed')
+    prompt, answers = read(row, *row.shape.split())
+    if want not in ("text", "messages") and (not prompt or prompt[-1]["role"] == "assistant"):
         raise ValueError('the "prompt" must not be empty or end in an assistant turn')
-    ours = kind == "prompt" or "responses" in keys      # our own shapes keep what a verifier may want
-    if want == "ratings" and "ratings" not in keys and not set(RATINGS.split()) <= set(keys):
-        raise ValueError(f'found "{kind}" ({"+".join(keys)}), but "ratings" is needed')
-    if want == "ratings":                               # the attributes of one response, HelpSteer2's five or any
-        values = row.each("ratings", int, float) if "ratings" in keys else [row[key] for key in RATINGS.split()]
-        if not values:
-            raise ValueError('"ratings" must not be empty')
-        return {"prompt": prompt, "response": answers[0], "ratings": [float(value) for value in values]}
-    if want == "steps":                                 # which steps of one response are right
-        labels = row.each("labels", int, bool)
-        if not labels or len(labels) != len(row["steps"]) or set(labels) - {0, 1} or not all(row["steps"]):
-            raise ValueError('"labels" must be 0 or 1, one for each of the "steps", none of which is empty')
-        return {"prompt": prompt, "response": answers[0], "steps": row["steps"], "labels": [int(v) for v in labels]}
-    used = "system system_prompt history" + " source responses scores win margin" * (kind != "prompt")
-    rest = {key: value for key, value in row.items() if ours and key not in used.split()}
-    row.unread -= rest.keys()
-    record = {"prompt": prompt}
+    if kind == "thumbs" and not row.take("label", bool) and want == "messages":
+        raise Dropped("thumbs-down answer")
+    record = GIVES[kind][want](row, prompt, answers)
+    return record and keep(row, want, record)
+
+
+def keep(row, want, record):
+    """A record, and what else the row says that somebody may want."""
+    rest = {}
+    if row.shape in OURS and want != "messages":
+        rest = {key: row[key] for key in row if key not in BESIDE and key not in OURS[row.shape]}
     if row.get("source") in ("human", "ai"):
         record["source"] = row.take("source", str)
-    if want == "prompt":
-        if maths:                                       # GSM8K ends in "#### 1,080"; a number becomes an int
-            final = row["answer"].rpartition("####")[2].strip()
-            whole = re.fullmatch(r"-?[0-9]+", final.replace(",", ""))
-            record["answer"] = int(whole[0]) if whole else final
-        return rest | record
-    if want == "preference" or kind == "preference" and want == "thumbs":   # best and worst are thumbs up and down
-        parts = rank(answers, scores or range(0, -len(answers), -1))
-        if not scores:                                  # an order is no rating, but a pair may bring a margin
-            parts = {"responses": parts["responses"]}
-            if "margin" in row and len(answers) == 2:
-                parts["margin"] = row.take("margin", int, float)
-        blank = sum(not answer.strip() for answer in answers)
-        tied = len(answers) - blank - len(parts["responses"])
-        dropped.update({"empty answer": blank, "tied rating" if scores else "identical pair": tied,
-                        "lone answer": int(len(answers) < 2)})
-        for key in ("scores", "win"):                   # of each response, while they are all there
-            if type(row.get(key)) is list and len(row[key]) == len(parts["responses"]):
-                parts[key] = list(row.each(key, int, float))
-        if "prob" in row and not 0 <= row.take("prob", int, float) <= 1:
-            raise ValueError(f'"prob" must be between 0 and 1, not {row["prob"]}')
-        return rest | record | parts if len(parts["responses"]) > 1 else None
-    best = max(zip(scores, answers), key=lambda pair: pair[0])[1] if scores else "".join(answers[:1])
-    if not best.strip():
-        raise _Drop("empty answer")
-    if want == "thumbs" and row.weight == 0:
-        raise _Drop("untrained answer")
-    if want == "thumbs":
-        return record | {"response": best, "label": up}
-    if not up:
-        raise _Drop("thumbs-down answer")
-    best = re.sub(r"<<.*?>>", "", best) if maths else best      # GSM8K's calculator marks
-    messages = record.pop("prompt") + [said_by("assistant", best) | ({"weight": 0} if row.weight == 0 else {})]
-    if not any(taught(turn) for turn in messages):
-        raise _Drop("untrained conversation")
-    return {"messages": messages} | record
+    if "key" in row:                                    # its subject: see subjects
+        record["key"] = row["key"]
+    row.unread -= {"key", *rest}
+    return rest | record
 
 
-def not_read(unread):
-    """Keys and how many rows have them, commonest first, as one text."""
-    order = sorted(unread, key=lambda key: (-unread[key], key))
-    named = [f"{key} {unread[key]} row{'s' * (unread[key] > 1)}" for key in order[:40]]
-    return ", ".join(named) + f" and {len(order) - 40} other keys" * (len(order) > 40)
+def summary(path, n, dropped, bad, unread):
+    """What became of the rows of a file, in one line. dropped, unread: Counters; bad: what was skipped, or None."""
+    parts = [f"{Path(path).name}: {n} records"]
+    lost = [f"{n} {what}{'s' * (n > 1)}" for what, n in dropped.items() if n]
+    if lost:
+        parts.append("dropped " + ", ".join(lost))
+    if bad:
+        parts.append(f"skipped {len(bad)} bad row{'s' * (len(bad) > 1)}, the first {bad[0]}")
+    if unread:
+        order = sorted(unread, key=lambda key: (-unread[key], key))         # the commonest first
+        named = [f"{key} {unread[key]} row{'s' * (unread[key] > 1)}" for key in order[:40]]
+        parts.append("not read: " + ", ".join(named) + f" and {len(order) - 40} other keys" * (len(order) > 40))
+    return "; ".join(parts)
 
 
 def read_records(path, want=None, skip_bad=False):
@@ -918,45 +763,35 @@ def read_records(path, want=None, skip_bad=False):
     cannot be understood is a UserError, or with skip_bad left out and counted.
     """
     records, dropped, unread, bad = [], Counter(), Counter(), [] if skip_bad else None
-    rated = {"prompt", "response", *RATINGS.split()}    # HelpSteer2 has one row for each answer to a prompt
-    same = lambda item: item[1]["prompt"] if item[1].keys() >= rated and want != "ratings" else item[0]
     try:
-        for _, group in itertools.groupby(read_rows(path, bad), same):
-            wheres, rows = zip(*group)
-            rows = [Row(row) for row in rows]
-            with skipping(bad):
-                record = _understood(rows, wheres, want, dropped)
-                if record:
-                    records.append(record)
-                    unread.update(key for row in rows for key in row.unread)
+        for where, items in read_rows(path, bad):
+            row, record = Row(items), None
+            try:
+                record = to_record(row, want)
+                dropped.update(row.lost)
+            except Dropped as reason:
+                dropped[str(reason)] += 1
+            except ValueError as error:
+                how = f". To convert it: {converter(path, want)}" if isinstance(error, NotPlain) else ""
+                refuse(bad, f"{where}: {error}{how}")
+            if record:
+                records.append(record)
+                unread.update(row.unread)
     except BadRow as error:
         raise UserError(f"{error}" + " (--skip_bad leaves such rows out)" * bool(records)) from None
-    lost = ", ".join(f"{n} {what}{'s' * (n > 1)}" for what, n in dropped.items() if n)
-    parts = [f"{Path(path).name}: {len(records)} records"] + [f"dropped {lost}"] * bool(lost)
-    if bad:
-        parts.append(f"skipped {len(bad)} bad row{'s' * (len(bad) > 1)}, the first {bad[0]}")
-    if unread:
-        parts.append(f"not read: {not_read(unread)}")
-    line = "; ".join(parts)
+    line = summary(path, len(records), dropped, bad, unread)
     if not records:
         raise UserError(line)
     print(line, file=sys.stderr)
     return records
 
 
-def _understood(rows, wheres, want, dropped):
-    """The record of rows, or None for what teaches nothing, which is counted; what is not understood is a BadRow."""
-    try:
-        record = _record(rows, want, dropped)
-        if record and "key" in rows[0]:                 # its subject, whatever it is read as: see subjects
-            record["key"] = rows[0]["key"]
-            rows[0].unread.discard("key")
-        return record
-    except _Drop as reason:
-        dropped[str(reason)] += 1
-        return None
-    except ValueError as error:
-        raise BadRow(f"{', '.join(wheres)}: {error}") from None
+def pairs(record, which="all"):
+    """The two-response records of a ranking, in its order: A > C > B gives A > C, A > B and C > B; with which="ends"
+    only A > B, the best against the worst."""
+    n, lists = len(record["responses"]), [key for key in ("responses", "scores", "win") if key in record]
+    chosen = [(0, n - 1)] if which == "ends" else combinations(range(n), 2)
+    return [record | {key: [record[key][i] for i in two] for key in lists} for two in chosen]
 
 
 # ------------------------------------------------------------------------------------------------ the toy world

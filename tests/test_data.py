@@ -2,26 +2,21 @@
 twin), the toy world (what is held out stays out, gold rewards), tokenizer and batches, options and the run log."""
 import ast
 import base64
-import bz2
 import dataclasses
 import functools
 import gzip
 import importlib
 import inspect
-import io
 import itertools
 import json
-import lzma
 import os
 import pickle
 import random
 import re
 import runpy
-import shlex
 import statistics
 import subprocess
 import sys
-import zipfile
 from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -38,12 +33,11 @@ from data import (BAD, CATEGORIES, COUNTS, FAMILIES, GOOD, MODIFIERS, OBJECTS, S
                   THINK, TOOLS, VERIFIERS, WORLD, Arith, Natural, OptionError, Positive, Run, RunConfig, Share, Stream,
                   Tokenizer, UserError, after_thinking, bpe_ranks, collate, draw_family, encode, family_list,
                   final_answer, gold, guard, hash_answer, micro_batches, open_stream, pack, pad, pairs, parse,
-                  parse_rewards, rank, read_records, read_rows, round_up, safe_metrics, sparkline, split_of, toy_demo,
+                  parse_rewards, read_records, read_rows, round_up, safe_metrics, sparkline, split_of, toy_demo,
                   toy_document, toy_record, toy_task, verifier, write_text)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("PLAINALIGN_DATA") or ROOT.parent / "shared" / "data")
-RATINGS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 
 
 def user(text): return {"role": "user", "content": text}
@@ -72,99 +66,106 @@ def prefer(*texts, **more): return {"prompt": [user("Q")], "responses": list(tex
 def judged(text, label): return {"prompt": [user("Q")], "response": text, "label": label}
 
 
-FORMATS = {     # three raw rows each, and what they must become
-    "text": ([{"text": t} for t in "abc"], [{"text": t} for t in "abc"]),
-    "messages": ([{"messages": [user("Q"), assistant(t)], "id": 1} for t in "abc"], [said(t) for t in "abc"]),
-    "messages+label": ([{"messages": [user("Q"), assistant(t)], "label": t > "a"} for t in "abc"],
-                       [judged(t, t > "a") for t in "abc"]),
+def turns(*messages): return {"messages": list(messages)}
+
+
+# ---- shapes
+
+FORMATS = {     # raw rows, and what they must become
+    "text": ([{"text": "a", "url": "u"}, {"text": "b"}], [{"text": "a"}, {"text": "b"}]),
+    "messages": ([{"messages": [user("Q"), assistant("a")], "id": 1}], [said("a")]),
     "sharegpt": ([{"conversations": [{"from": "system", "value": "S"}, {"from": "human", "value": "Q"},
-                                     {"from": "gpt", "value": t}]} for t in "abc"],
-                 [{"messages": [system("S"), user("Q"), assistant(t)]} for t in "abc"]),
+                                     {"from": "gpt", "value": "a"}]}],
+                 [{"messages": [system("S"), user("Q"), assistant("a")]}]),
+    "weight 0": ([turns(user("a"), {**assistant("b"), "weight": 0}, user("c"), {**assistant("d"), "weight": 1})],
+                 [turns(user("a"), {**assistant("b"), "weight": 0}, user("c"), assistant("d"))]),
     "alpaca": ([{"instruction": "Q", "input": "", "output": "a"}, {"instruction": "Q", "output": "b"},
                 {"instruction": "Q", "input": "I", "output": "c"}],
-               [said("a"), said("b"), {"messages": [user("Q\n\nI"), assistant("c")]}]),
-    "dolly": ([{"instruction": "Q", "context": c, "response": "a", "category": "qa"} for c in ("C", "", "D")],
-              [{"messages": [user("C\n\nQ"), assistant("a")]}, said("a"),
-               {"messages": [user("D\n\nQ"), assistant("a")]}]),
-    "orca": ([{"id": "1", "system_prompt": s, "question": "Q", "response": "a"} for s in ("S", "", "T")],
-             [{"messages": [system("S"), user("Q"), assistant("a")]}, said("a"),
-              {"messages": [system("T"), user("Q"), assistant("a")]}]),
-    "alpaca pairs": ([{"instruction": "Q", "input": i, "output": "x", "rejected": "b", "chosen": "a"}
-                      for i in ("", "", "I")],
-                     [prefer("a", "b"), prefer("a", "b"), {"prompt": [user("Q\n\nI")], "responses": ["a", "b"]}]),
-    "prompt+response": ([{"prompt": "Q", "response": "a"}, {"prompt": "Q", "completion": "b"},
-                         {"prompt": [system("S"), user("Q")], "response": "c"}],
-                        [said("a"), said("b"), {"messages": [system("S"), user("Q"), assistant("c")]}]),
-    "prompt+response+label": ([{"prompt": "Q", "response": "a", "label": True, "source": "ai"},
-                               {"prompt": "Q", "completion": "b", "label": False, "source": "magpie"},
-                               {"prompt": [user("Q")], "completion": "c", "label": True}],
-                              [{**judged("a", True), "source": "ai"}, judged("b", False), judged("c", True)]),
-    "helpsteer2": ([{"prompt": p, "response": r, **dict(zip(RATINGS, s))} for p, r, s in (
-                        ("Q", "b", (2, 2, 2, 2, 2)), ("Q", "a", (4, 0, 0, 0, 0)), ("Q", "c", (1, 4, 4, 4, 4)))],
-                   [prefer("a", "b", "c")]),
-    "prompt+chosen": ([{"prompt": "Q", "chosen": "a", "rejected": "b"},
-                       {"prompt": [user("Q")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
-                       {"prompt": hh("Q", ""), "chosen": " a", "rejected": " b", "source": "human"}],
-                      [prefer("a", "b"), prefer("a", "b"), prefer(" a", " b", source="human")]),
-    "ultrafeedback binarized": ([{"prompt": "Q", "prompt_id": "0", "messages": [user("Q"), assistant("a")],
-                                  "chosen": [user("Q"), assistant("a")], "rejected": [user("Q"), assistant("b")],
-                                  "score_chosen": s, "score_rejected": 5.0} for s in (8.5, 6.0, 9)],
-                                [prefer("a", "b", margin=m) for m in (3.5, 1.0, 4.0)]),
-    "skywork": ([{"chosen": [user("Q"), assistant("a")], "rejected": [user("Q"), assistant(t)], "source": "magpie"}
-                 for t in "bcd"], [prefer("a", t) for t in "bcd"]),
-    "hh": ([{"chosen": hh("Q", "a"), "rejected": hh("Q", t)} for t in "bc"]
-           + [{"chosen": hh("Q", "x", "R", "a"), "rejected": hh("Q", "x", "R", "b\nHuman: b")}],
-           [prefer("a", "b"), prefer("a", "c"),
-            {"prompt": [user("Q"), assistant("x"), user("R")], "responses": ["a", "b\nHuman: b"]}]),
-    "ultrafeedback": ([{"source": "sharegpt", "instruction": "Q", "completions": [
-                          {"response": t, "overall_score": s, "model": "m"} for t, s in zip("bac", scores)]}
-                       for scores in ((5, 7.5, 1), (2, 3, 1), (5, 9, 5))],
-                      [prefer("a", "b", "c"), prefer("a", "b", "c"), prefer("a", "b", margin=4)]),
-    "nectar": ([{"prompt": hh(q, ""), "answers": [{"answer": "b", "rank": 2.0}, {"answer": "a", "rank": 1.0},
-                                                  {"answer": "c", "rank": 3.0}], "turns": 1} for q in "QQQ"],
-               [prefer("a", "b", "c")] * 3),
-    "ranking": ([{"prompt": "Q", "responses": list(t)} for t in ("abc", "acb", "ab")],
-                [prefer(*"abc"), prefer(*"acb"), prefer(*"ab")]),
-    "tldr": ([{"info": {"post": "P", "id": "t3"}, "summaries": [{"text": a, "note": "x"}, {"text": b}], "choice": c}
-              for a, b, c in (("a", "b", 0), ("b", "a", 1), ("a", "c", 0))],
-             [{"prompt": [user("P\n\nTL;DR:")], "responses": list(t)} for t in ("ab", "ab", "ac")]),
-    "gsm8k": ([{"question": "Q", "answer": a} for a in ("2*3=<<2*3=6>>6\n#### 6", "#### 1,080", "#### -3")],
-              [said("2*3=6\n#### 6"), said("#### 1,080"), said("#### -3")]),
-    "rl prompt": ([{"prompt": "Q", "answer": 7, "family": "arith"}, {"prompt": [user("Q")], "label": "x"},
-                   {"prompt": "Q", "system": "S", "text": "kept", "source": "mine"}],
-                  [{"prompt": [user("Q")], "answer": 7, "family": "arith"}, {"prompt": [user("Q")], "label": "x"},
-                   {"prompt": [system("S"), user("Q")], "text": "kept", "source": "mine"}]),
-    "ratings": ([{"prompt": "Q", "response": r, "ratings": [4, .5]} for r in "abc"],
-                [{"prompt": [user("Q")], "response": r, "ratings": [4, .5]} for r in "abc"]),
-    "steps": ([{"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}] * 3,
-              [{"prompt": [user("Q")], "response": "ab", "steps": ["a", "b"], "labels": [1, 0]}] * 3),
-    "system": ([{"prompt": "Q", "response": "a", "system": "S"}, {"instruction": "Q", "output": "b", "system": ""},
-                {"messages": [user("Q"), assistant("c")], "system": "T"}],
-               [{"messages": [system("S"), user("Q"), assistant("a")]}, said("b"),
-                {"messages": [system("T"), user("Q"), assistant("c")]}]),
+               [said("a"), said("b"), turns(user("Q\n\nI"), assistant("c"))]),
+    "prompt, response": ([{"prompt": "Q", "response": "a", "history": []}, {"prompt": "Q", "completion": "b"},
+                          {"prompt": [system("S"), user("Q")], "response": "c"}],
+                         [said("a"), said("b"), turns(system("S"), user("Q"), assistant("c"))]),
+    "gsm8k": ([{"question": "Q", "answer": "2*3=<<2*3=6>>6\n#### 6"}], [said("2*3=6\n#### 6")]),
+    "thumbs": ([{"messages": [user("Q"), assistant("a")], "label": True},
+                {"prompt": "Q", "response": "b", "label": False},
+                {"prompt": [user("Q")], "completion": "c", "label": True, "source": "ai"},
+                {"instruction": "Q", "output": "d", "label": False},
+                {"instruction": "Q", "output": "e", "label": "good"}],
+               [judged("a", True), judged("b", False), judged("c", True) | {"source": "ai"}, judged("d", False),
+                said("e")]),
+    "pairs": ([{"prompt": "Q", "chosen": "a", "rejected": "b", "source": "human", "margin": 2, "prob": .7},
+               {"prompt": [user("Q")], "chosen": [assistant("a")], "rejected": [assistant("b")], "source": "magpie"},
+               {"instruction": "Q", "input": "I", "output": "x", "chosen": "a", "rejected": "b"},
+               {"chosen": [user("Q"), assistant("a")], "rejected": [user("Q"), assistant("b")], "key": "k"}],
+              [prefer("a", "b", source="human", margin=2, prob=.7), prefer("a", "b"),
+               {"prompt": [user("Q\n\nI")], "responses": ["a", "b"]}, prefer("a", "b", key="k")]),
+    "hh": ([{"chosen": hh("Q", "a"), "rejected": hh("Q", "b")},
+            {"chosen": hh("Q", "x", "R", " a"), "rejected": hh("Q", "x", "R", "b\nHuman: b")}],
+           [prefer("a", "b"),
+            {"prompt": [user("Q"), assistant("x"), user("R")], "responses": [" a", "b\nHuman: b"]}]),
+    "rankings": ([{"prompt": "Q", "responses": ["a", "c", "b"], "margin": 1, "scores": [3, 2, 1],
+                   "key": 7, "note": "kept"},
+                  {"prompt": "Q", "responses": ["a", "b"], "margin": .5, "win": [1, 0], "scores": [1, 2, 3],
+                   "prob": 1}],
+                 [prefer("a", "c", "b", scores=[3, 2, 1], key=7, note="kept"),
+                  prefer("a", "b", margin=.5, win=[1, 0], prob=1)]),
+    "prompts": ([{"prompt": "Q", "answer": 7, "family": "arith", "options": ["A"]}, {"prompt": [user("Q")],
+                                                                                     "label": "x"},
+                 {"prompt": "Q", "text": "kept", "source": "mine", "system": ""}],
+                [{"prompt": [user("Q")], "answer": 7, "family": "arith", "options": ["A"]},
+                 {"prompt": [user("Q")], "label": "x"}, {"prompt": [user("Q")], "text": "kept", "source": "mine"}]),
+    "ratings": ([{"prompt": "Q", "response": "a", "ratings": [4, .5]}],
+                [{"prompt": [user("Q")], "response": "a", "ratings": [4., .5]}]),
+    "steps": ([{"prompt": "Q", "steps": ["a ", "b"], "labels": [True, 0]}],
+              [{"prompt": [user("Q")], "response": "a b", "steps": ["a ", "b"], "labels": [1, 0]}]),
 }
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_reads_as_its_record(tmp_path, name):
-    rows, expected = FORMATS[name]
-    assert read_records(write(tmp_path, rows)) == expected
+def test_every_format_reads_as_its_record_and_records_read_as_themselves(tmp_path, name):
+    rows, records = FORMATS[name]
+    assert read_records(write(tmp_path, rows)) == records
+    assert read_records(write(tmp_path, records)) == records
 
 
 def test_every_shape_has_a_format_and_is_named_when_none_fits(tmp_path):
-    seen = set()
-    for rows, _ in FORMATS.values():
-        seen |= {max((k for k in SHAPES if row.keys() >= set(k)), key=len) for row in rows}
-    assert seen == SHAPES.keys()
+    keys = {shape: set(shape.split()) for shape in SHAPES}
+    rows = [row for rows, _ in FORMATS.values() for row in rows]
+    assert all(any(row.keys() >= needed for row in rows) for needed in keys.values())
     with pytest.raises(UserError, match=r"rows.jsonl:1: .*\['src', 'tgt'\]") as error:
         read_records(write(tmp_path, [{"src": "a", "tgt": "b"}]))
-    assert all("+".join(keys) in str(error.value) for keys in SHAPES) and "\n" not in str(error.value)
+    assert all("+".join(shape.split()) in str(error.value) for shape in SHAPES) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_canonical_records_read_back_as_themselves(tmp_path, name):
-    records = FORMATS[name][1]
-    assert read_records(write(tmp_path, records)) == records
+@pytest.mark.parametrize("row, want, record", [
+    ({"prompt": "Q", "chosen": "a", "rejected": "b", "source": "ai"}, "messages", said("a") | {"source": "ai"}),
+    ({"prompt": "Q", "chosen": "a", "rejected": "b", "key": 1}, "prompt", {"prompt": [user("Q")], "key": 1}),
+    ({"prompt": "Q", "chosen": "a", "rejected": "b"}, "thumbs", prefer("a", "b")),     # up and down, see dpo.py
+    ({"prompt": "Q", "responses": ["a", "b", "c"], "note": 1}, "messages", said("a")),
+    ({"prompt": "Q", "responses": ["a", "b", "c"], "note": 1}, "prompt", {"prompt": [user("Q")], "note": 1}),
+    ({"prompt": "Q", "response": "a", "label": True}, "messages", said("a")),
+    ({"messages": [user("Q"), assistant("a")]}, "prompt", {"prompt": [user("Q")]}),
+    ({"question": "Q", "answer": "so\n#### 1,080"}, "prompt", {"prompt": [user("Q")], "answer": 1080}),
+    ({"question": "Q", "answer": "x = 1, y"}, "prompt", {"prompt": [user("Q")], "answer": "x = 1, y"}),
+    ({"prompt": "Q", "response": "a", "ratings": [1]}, "messages", said("a")),
+    ({"prompt": "Q", "response": "a", "ratings": [1]}, "prompt", {"prompt": [user("Q")]}),
+    ({"prompt": "Q", "steps": ["a"], "labels": [1]}, "prompt", {"prompt": [user("Q")]}),
+])
+def test_want_converts_what_the_meaning_allows(tmp_path, row, want, record):
+    got, = read_records(write(tmp_path, [row]), want)
+    assert got == record and type(got.get("answer")) == type(record.get("answer"))
+
+
+@pytest.mark.parametrize("row, want", [
+    ({"text": "a"}, "messages"), ({"text": "a"}, "prompt"), (said("a"), "text"), (said("a"), "preference"),
+    (said("a"), "thumbs"), ({"prompt": "Q"}, "messages"), ({"prompt": "Q", "chosen": "a", "rejected": "b"}, "text"),
+    (judged("a", True), "preference"), ({"prompt": "Q", "response": "a"}, "ratings"), (prefer("a", "b"), "ratings"),
+    ({"prompt": "Q", "steps": ["a"], "labels": [1]}, "messages"),
+    ({"prompt": "Q", "response": "a", "ratings": [1]}, "steps"), ({"prompt": "Q", "response": "a", "ratings": [1]},
+                                                                  "preference")])
+def test_want_refuses_the_rest_and_says_where_and_what(tmp_path, row, want):
+    with pytest.raises(UserError, match=rf'^rows.jsonl:1: found "\w+" .* but "{want}" is needed$'):
+        read_records(write(tmp_path, [row]), want)
 
 
 # ---- the real files
@@ -172,80 +173,54 @@ def test_canonical_records_read_back_as_themselves(tmp_path, name):
 @pytest.mark.parametrize("name, want, count, lost", [
     ("alpaca_and_pairs/instruction-data.json", None, 1100, ""),
     ("alpaca_and_pairs/instruction-data-with-preference.json", None, 1094,
-     "dropped 6 identical pairs; not read: output 1094 rows"),
-    ("alpaca_and_pairs/instruction-data-with-preference.json", "messages", 1100,
-     "not read: output 1100 rows"),
+     "6 identical pairs; not read: output 1094 rows"),
+    ("alpaca_and_pairs/instruction-data-with-preference.json", "messages", 1100, "not read: output 1100 rows"),
     ("chat/toy_chat_fine_tuning.jsonl", None, 10, ""),
     ("gsm8k/train_first4000.jsonl", None, 4000, ""),
-    ("gsm8k/train_first4000.jsonl", "prompt", 4000, ""),
-    ("helpsteer2/helpsteer2_validation_first8.jsonl", None, 3, "dropped 1 tied rating"),
-    ("helpsteer2/helpsteer2_validation_first8.jsonl", "prompt", 4, ""),
-    ("hh/harmless_first100.jsonl.gz", None, 99, "dropped 1 empty answer"),
-    ("hh/harmless_first100.jsonl.gz", "messages", 99, "dropped 1 empty answer"),
+    ("hh/harmless_first100.jsonl.gz", None, 99, "1 empty answer"),
+    ("hh/harmless_first100.jsonl.gz", "messages", 99, "1 empty answer"),
     ("hh/harmless_first100.jsonl.gz", "prompt", 100, ""),
     ("kto/kto_en_demo.json", None, 300, ""),
-    ("kto/kto_en_demo.json", "messages", 150, "dropped 150 thumbs-down answers"),
-    ("plaintext/tinyshakespeare_input.txt", "text", 1, ""),
+    ("kto/kto_en_demo.json", "messages", 150, "150 thumbs-down answers"),
 ])
 def test_real_file_counts(name, want, count, lost, capsys):
     assert len(read_records(real(name), want)) == count
-    assert capsys.readouterr().err == f"{Path(name).name}: {count} records" + f"; {lost}" * bool(lost) + "\n"
+    told = capsys.readouterr().err
+    assert f"{count} records" in told and lost in told and bool(lost) == (";" in told)
 
 
-def test_real_alpaca_input_and_the_six_identical_pairs():
+def test_real_pairs_of_alpaca_and_of_hh():
+    """Rows 29 and 86 of HH are odd: answers that begin with "Human:" but are one turn; an empty answer."""
     path = real("alpaca_and_pairs/instruction-data-with-preference.json")
     raw, records = [row for _, row in read_rows(path)], read_records(path, "preference")
     assert [i for i, row in enumerate(raw) if row["chosen"] == row["rejected"]] == [122, 226, 400, 566, 628, 676]
     assert records[0]["prompt"] == [user(raw[0]["instruction"] + "\n\nfreind --> friend")]
-    assert records[2]["prompt"] == [user("Convert 45 kilometers to meters.")]
     assert records[122]["responses"] == [raw[123]["chosen"], raw[123]["rejected"]]
-
-
-def test_real_hh_rows_29_and_86():
     path = real("hh/harmless_first100.jsonl.gz")
     (where, raw), records = list(read_rows(path))[86], read_records(path)
     assert where == "harmless_first100.jsonl.gz:87" and raw["chosen"].endswith("\n\nAssistant: ")
     assert all(r["prompt"][-1]["role"] == "user" and len(r["prompt"]) % 2 for r in records)
-    odd = records[29]                       # its answers begin with "Human:" but are one turn
-    assert [m["role"] for m in odd["prompt"]] == ["user", "assistant"] * 3 + ["user"]
-    assert odd["responses"][0] == "Human: No, you are racist. She is not a thug and does not like thug hoodlum music."
+    assert [m["role"] for m in records[29]["prompt"]] == ["user", "assistant"] * 3 + ["user"]
+    assert records[29]["responses"][0].startswith("Human: No, you are")
     assert "the address is" not in str(read_records(path, "messages"))     # a rejected answer is no demonstration
 
 
-def test_real_helpsteer2_margins():
-    assert [r["margin"] for r in read_records(real("helpsteer2/helpsteer2_validation_first8.jsonl"))] == [2, 3, 2]
-
-
-def test_real_kto_turns_and_labels():
+def test_real_conversations_and_documents():
     records = read_records(real("kto/kto_en_demo.json"))
     assert sum(r["label"] for r in records) == 150
-    lengths = [len(r["prompt"]) + 1 for r in records]
-    assert {n: lengths.count(n) for n in set(lengths)} == {2: 223, 4: 3, 6: 47, 8: 22, 10: 1, 12: 4}
-    assert all(r["prompt"][-1]["role"] == "user" for r in records)
-
-
-def test_real_chat_rows_without_a_user_turn():
+    assert Counter(len(r["prompt"]) + 1 for r in records) == {2: 223, 4: 3, 6: 47, 8: 22, 10: 1, 12: 4}
     records = read_records(real("chat/toy_chat_fine_tuning.jsonl"))
     assert [i for i, r in enumerate(records) if all(m["role"] != "user" for m in r["messages"])] == [3, 8, 9]
-    assert max(len(m["content"]) for r in records for m in r["messages"]) >= 26000
-
-
-def test_real_gsm8k_answers():
-    path = real("gsm8k/train_first4000.jsonl")
-    records, raw = read_records(path, "prompt"), [row["answer"] for _, row in read_rows(path)]
-    assert all(type(r["answer"]) is int for r in records)
-    assert sum("," in a.split("####")[1] for a in raw) == 45
-    assert (records[0]["answer"], records[345]["answer"], records[644]["answer"]) == (72, 1080, 109200000)
-    demos = read_records(path, "messages")
-    assert not any("<<" in r["messages"][1]["content"] for r in demos)
-    assert demos[0]["messages"][1]["content"].endswith("48+24 = 72 clips altogether in April and May.\n#### 72")
-    assert set(demos[0]) == {"messages"}
+    path = real("plaintext/tinyshakespeare_input.txt")
+    assert read_records(path) == [{"text": path.read_bytes().decode()}]
 
 
 def test_real_gsm8k_answers_verify_and_stop_verifying_when_the_final_number_changes():
     path = real("gsm8k/train_first4000.jsonl")
     records, raw = read_records(path, "prompt"), [row["answer"] for _, row in read_rows(path)]
+    assert (records[0]["answer"], records[345]["answer"], records[644]["answer"]) == (72, 1080, 109200000)
     solved = [record["messages"][1]["content"] for record in read_records(path, "messages")]
+    assert not any("<<" in text for text in solved)
     for record, *texts in zip(records, raw, solved):
         for text in texts:
             worked, final = text.split("####")
@@ -255,205 +230,120 @@ def test_real_gsm8k_answers_verify_and_stop_verifying_when_the_final_number_chan
             assert not VERIFIERS["gsm8k"](record, text + text, True) and not VERIFIERS["gsm8k"](record, worked, True)
 
 
-def test_real_text_is_verbatim():
-    path = real("plaintext/tinyshakespeare_input.txt")
-    assert read_records(path) == [{"text": path.read_bytes().decode()}]
-
-
-# ---- conversions
-
-def test_want_converts_what_the_meaning_allows(tmp_path, capsys):
-    path = write(tmp_path, [{"prompt": "Q", "chosen": "a", "rejected": "b", "source": "ai"}])
-    assert read_records(path, "messages") == [{**said("a"), "source": "ai"}]
-    assert read_records(path, "prompt") == [{"prompt": [user("Q")], "source": "ai"}]
-    thumbs = write(tmp_path, [{"prompt": "Q", "response": r, "label": r == "a"} for r in "ab"])
-    capsys.readouterr()
-    assert read_records(thumbs, "messages") == [said("a")]
-    assert capsys.readouterr().err == "rows.jsonl: 1 records; dropped 1 thumbs-down answer\n"
-    assert read_records(write(tmp_path, FORMATS["helpsteer2"][0]), "messages") == [said("a")]
-    assert read_records(write(tmp_path, FORMATS["ultrafeedback"][0]), "messages") == [said("a")] * 3
-    answers = [r["answer"] for r in read_records(write(tmp_path, FORMATS["gsm8k"][0]), "prompt")]
-    assert answers == [6, 1080, -3] and all(type(a) is int for a in answers)
-    assert read_records(write(tmp_path, [{"question": "Q", "answer": "x = 1, y"}]), "prompt")[0]["answer"] == "x = 1, y"
-
-
-@pytest.mark.parametrize("name, want", [
-    ("text", "messages"), ("text", "prompt"), ("messages", "text"), ("messages", "preference"),
-    ("messages", "thumbs"), ("rl prompt", "messages"), ("hh", "text"), ("prompt+response+label", "preference")])
-def test_want_refuses_the_rest_and_says_where_and_what(tmp_path, name, want):
-    with pytest.raises(UserError, match=rf'^rows.jsonl:1: found "\w+" .* but "{want}" is needed$'):
-        read_records(write(tmp_path, FORMATS[name][0]), want)
-
-
-# ---- what is dropped, and said
+# ---- what is dropped or not read, and said
 
 @pytest.mark.parametrize("rows, left, lost", [
     ([{"prompt": "Q", "chosen": "a", "rejected": "a"}], 0, "1 identical pair"),
     ([{"prompt": "Q", "chosen": " \n", "rejected": "a"}] * 2, 0, "2 empty answers"),
     ([{"prompt": "Q", "responses": ["a", "", "b", "a"]}], 1, "1 empty answer, 1 identical pair"),
-    ([{"prompt": "Q", "response": ""}, {"messages": [user("Q"), assistant(" ")]}], 0, "2 empty answers"),
-    ([{"text": "\n"}], 0, "1 empty text"),
-    ([{"prompt": "Q", "chosen": "a", "rejected": "b", "score_chosen": 5, "score_rejected": 5}], 0, "1 tied rating"),
-    ([{"prompt": "Q", "chosen": "a", "rejected": "b", "score_chosen": 4, "score_rejected": 5}], 0, "1 contradictory pair"),
+    ([{"prompt": "Q", "responses": ["a"]}], 0, "1 lone answer"),
+    ([{"prompt": "Q", "responses": []}], 0, "1 lone answer"),
     ([{"chosen": hh("Q", "a"), "rejected": hh("R", "b")}], 0, "1 contradictory pair"),
+    ([{"chosen": [user("Q"), assistant("a")], "rejected": [assistant("b")]}], 0, "1 contradictory pair"),
     ([{"chosen": hh("Q", "a", "R"), "rejected": hh("Q", "b")}], 0, "1 broken transcript"),
-    ([{"chosen": hh("Q", "a\n\nAssistant: c"), "rejected": hh("Q", "b")}], 0, "1 broken transcript"),
-    ([{"prompt": p, "response": r, **dict.fromkeys(RATINGS, 3)} for p, r in ("Qa", "Ra", "Rb")], 0,
-     "1 lone answer, 1 tied rating"),
+    ([{"chosen": hh("Q", "a"), "rejected": hh("Q", "b\n\nAssistant: c")}], 0, "1 broken transcript"),
 ])
 def test_drops_are_counted_aloud(tmp_path, capsys, rows, left, lost):
     good = {"prompt": "Z", "chosen": "a", "rejected": "b"}
-    assert len(read_records(write(tmp_path, rows + [good]))) == left + 1
-    printed = capsys.readouterr().err
-    assert printed.startswith(f"rows.jsonl: {left + 1} records; dropped ") and printed.count("\n") == 1
-    assert sorted(printed.strip().split("dropped ")[1].split(", ")) == sorted(lost.split(", "))
-    if not left:
-        with pytest.raises(UserError, match="^rows.jsonl: 0 records; dropped "):
-            read_records(write(tmp_path, rows))
+    assert len(read_records(write(tmp_path, rows + [good]), "preference")) == left + 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"rows.jsonl: {left + 1} records; dropped ") and told.count("\n") == 1
+    assert sorted(told.strip().split("dropped ")[1].split(", ")) == sorted(lost.split(", "))
 
 
-def test_helpsteer_tie_is_broken_by_the_mean_and_only_adjacent_rows_meet(tmp_path):
-    row = lambda p, r, *s: {"prompt": p, "response": r, **dict(zip(RATINGS, s))}
-    rows = [row("Q", "b", 3, 1, 1, 1, 1), row("Q", "a", 3, 1, 1, 1, 2), row("R", "x", 1, 1, 1, 1, 1),
-            row("R", "y", 2, 1, 1, 1, 1), row("Q", "c", 0, 0, 0, 0, 0), row("Q", "d", 4, 0, 0, 0, 0)]
-    assert read_records(write(tmp_path, rows)) == [
-        prefer("a", "b", margin=0), {"prompt": [user("R")], "responses": ["y", "x"], "margin": 1},
-        prefer("d", "c", margin=4)]
+@pytest.mark.parametrize("row, want, lost", [
+    ({"prompt": "Q", "response": " "}, "messages", "empty answer"), (judged("", True), "thumbs", "empty answer"),
+    (prefer(), "messages", "empty answer"), (judged("a", False), "messages", "thumbs-down answer"),
+    ({"text": "\n"}, "text", "empty text"),
+    (turns(user("a"), {**assistant("b"), "weight": 0}), "messages", "untrained conversation"),
+    (turns(user("a"), {**assistant("b"), "weight": 0}) | {"label": True}, "thumbs", "untrained answer")])
+def test_a_file_of_nothing_else_is_one_line(tmp_path, row, want, lost):
+    with pytest.raises(UserError, match=f"^rows.jsonl: 0 records; dropped 2 {lost}s$"):
+        read_records(write(tmp_path, [row, row]), want)
 
 
-def test_a_margin_belongs_to_a_pair(tmp_path):
-    rows = [prefer("a", "b", margin=0.5), prefer("a", "b", "c", margin=0.5)]
-    assert read_records(write(tmp_path, rows)) == [rows[0], prefer("a", "b", "c")]
-
-
-def test_rank_and_pairs():
-    assert rank(["b", "a"], [2, 5]) == {"responses": ["a", "b"], "margin": 3}
-    assert rank(["a", "b", "c"], [5, 5, 2]) == {"responses": ["a", "c"], "margin": 3}
-    assert rank(["a", "b"], [1, 1]) == {"responses": ["a"]} and rank([], []) == {"responses": []}
-    two = lambda record: [tuple(p["responses"]) for p in pairs(record)]
+def test_pairs_of_a_ranking():
+    two = lambda record, which="all": [tuple(p["responses"]) for p in pairs(record, which)]
     assert two(prefer("A", "C", "B")) == [("A", "C"), ("A", "B"), ("C", "B")]
+    assert two(prefer("A", "C", "B"), "ends") == [("A", "B")]
     assert len(set(two(prefer(*"ABCDEFG")))) == 21 and all(a < b for a, b in two(prefer(*"ABCDEFG")))
+    record = prefer("A", "C", "B", scores=[3, 2, 1], win=[1., .5, 0.], source="ai", key="k")
+    assert pairs(record)[1] == prefer("A", "B", scores=[3, 1], win=[1., 0.], source="ai", key="k")
     assert pairs(prefer("a", "b", margin=3)) == [prefer("a", "b", margin=3)]
-    assert all("margin" not in p for p in pairs(prefer(*"ABC")))
-    assert all(p["prompt"] == [user("Q")] and p["source"] == "ai" for p in pairs(prefer(*"ABC", source="ai")))
-
-
-# ---- what a row says beside its answer
-
-def turns(*messages): return {"messages": list(messages)}
-
-
-@pytest.mark.parametrize("row, record", [
-    ({"instruction": "And now?", "output": "Nine.", "history": [["How many?", "Eight."], ["So?", ""]]},
-     turns(user("How many?"), assistant("Eight."), user("So?"), assistant(""), user("And now?"), assistant("Nine."))),
-    ({"prompt": "And now?", "response": "Nine.", "history": [user("How many?"), assistant("Eight.")], "system": "S"},
-     turns(system("S"), user("How many?"), assistant("Eight."), user("And now?"), assistant("Nine."))),
-    ({"prompt": "And now?", "chosen": "a", "rejected": "b", "history": [["How many?", "Eight."]]},
-     {"prompt": [user("How many?"), assistant("Eight."), user("And now?")], "responses": ["a", "b"]}),
-    ({"prompt": "And now?", "history": [["How many?", "Eight."]], "answer": 9},
-     {"prompt": [user("How many?"), assistant("Eight."), user("And now?")], "answer": 9}),
-    ({"prompt": "Q", "history": [], "answer": 9}, {"prompt": [user("Q")], "answer": 9}),
-    ({"question": "Which?", "options": {"A": "apple", "B": "car"}, "answer": "A"},
-     turns(user("Which?\n\nA. apple\nB. car"), assistant("A"))),
-    ({"question": "Which?", "choices": ["apple", "car"], "answer": "B", "context": "Read this."},
-     turns(user("Read this.\n\nWhich?\n\nA. apple\nB. car"), assistant("B"))),
-    ({"question": "Which?", "options": ["A) apple", "(B) car"], "answer": "B"},
-     turns(user("Which?\n\nA) apple\n(B) car"), assistant("B"))),
-    ({"instruction": "Which?", "input": "Look.", "context": "", "options": ["a", "b"], "output": "A"},
-     turns(user("Which?\n\nLook.\n\nA. a\nB. b"), assistant("A"))),
-    ({"messages": [user("a"), {**assistant("b"), "reasoning_content": "because"}]},
-     turns(user("a"), assistant("<think>because</think>b"))),
-    ({"messages": [user("a"), {**assistant("b"), "thinking": ""}]}, turns(user("a"), assistant("b"))),
-    ({"messages": [user("a"), {**assistant("<think>x</think>b"), "reasoning": "x"}]},
-     turns(user("a"), assistant("<think>x</think>b"))),
-    ({"prompt": "a", "response": "b", "reasoning": "since"}, turns(user("a"), assistant("<think>since</think>b"))),
-    ({"messages": [user([{"type": "text", "text": "a"}, {"text": "b"}]),
-                   assistant([{"type": "thinking", "thinking": "hm"}, {"type": "output_text", "text": "c"}])]},
-     turns(user("ab"), assistant("<think>hm</think>c"))),
-    ({"prompt": [user([{"type": "text", "text": "Q"}])], "answer": 1}, {"prompt": [user("Q")], "answer": 1}),
-    ({"messages": [user("a"), {**assistant("b"), "weight": 0}, user("c"), {**assistant("d"), "weight": 1}]},
-     turns(user("a"), {**assistant("b"), "weight": 0}, user("c"), assistant("d"))),
-    ({"messages": [user("a"), assistant("b"), user("c"), {**assistant("d"), "weight": 0}]},
-     turns(user("a"), assistant("b"), user("c"), {**assistant("d"), "weight": 0})),
-    ({"messages": [{"role": "developer", "content": "S"}, user("a"), {"role": "model", "content": "b"}], "system": "S"},
-     turns(system("S"), user("a"), assistant("b"))),
-    ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "a"}], "label": False},
-     judged("a", False)),
-])
-def test_what_is_plain_beside_an_answer_is_read(tmp_path, capsys, row, record):
-    """Earlier turns, options, context, thinking, parts, weights; and what was read so reads back as itself."""
-    assert read_records(write(tmp_path, [row])) == [record]
-    assert "not read" not in capsys.readouterr().err
-    assert read_records(write(tmp_path, [record])) == [record]
 
 
 def test_keys_that_are_not_read_are_named_once_with_their_counts(tmp_path, capsys):
-    """Twelve rows have an id and tools, three a name in a turn, two options of no plain form; empty ones say nothing."""
-    rows = [{"question": f"Q{i}", "answer": "a", "id": i, "tools": [{"f": 1}], "url": None, "tags": [], "note": ""}
-            | ({"options": "A or B"} if i < 2 else {}) for i in range(9)]
+    """Twelve rows have an id and tools, three a name in a turn; what is empty says nothing."""
+    rows = [{"question": f"Q{i}", "answer": "a", "id": i, "tools": [{"f": 1}], "url": None, "tags": [], "note": "",
+             "history": [], "system": ""} for i in range(9)]
     rows += [{"messages": [{**user("Q"), "name": "Al"}, {**assistant("a"), "name": "Bo"}], "id": i, "tools": {"f": 1}}
              for i in range(3)]
-    rows += [{"prompt": "Q", "level": 3, "source": "mine"}]              # a prompt keeps what a verifier may want
-    assert len(read_records(write(tmp_path, rows))) == 13
+    assert len(read_records(write(tmp_path, rows + [{"prompt": "Q", "level": 3, "source": "mine"}]))) == 13
     told = capsys.readouterr().err
     assert told.count("\n") == 1
-    assert set(told.split("not read: ")[1].strip().split(", ")) == {
-        "id 12 rows", "tools 12 rows", "messages[].name 3 rows", "options 2 rows"}
-    ranked = {"instruction": "Q", "completions": [{"response": text, "overall_score": score, "model": "m"}
-                                                  for score, text in enumerate("ab")]}
-    read_records(write(tmp_path, [ranked]))
-    assert capsys.readouterr().err.endswith("not read: completions[].model 1 row\n")
-    read_records(write(tmp_path, [prefer("a", "b", note="kept", key="k")]))
-    assert "not read" not in capsys.readouterr().err
-    many = [{"text": "a", **{f"key{i}": 1 for i in range(500)}}]
-    read_records(write(tmp_path, many))
+    assert told.strip().split("not read: ")[1].split(", ") == ["id 12 rows", "tools 12 rows", "messages[].name 3 rows"]
+    for row, lost in ((prefer("a", "b", note="kept", key="k"), None), (prefer("a", "b", source="mine"), "source 1 row"),
+                      (prefer("a", "b", scores=[1]), "scores 1 row"), (prefer("a", "b", "c", margin=1),
+                                                                       "margin 1 row")):
+        read_records(write(tmp_path, [row]))
+        assert capsys.readouterr().err.partition("; not read: ")[2] == (f"{lost}\n" if lost else "")
+    read_records(write(tmp_path, [{"text": "a", **{f"key{i}": 1 for i in range(500)}}]))
     assert len(capsys.readouterr().err) < 1000
 
 
-@pytest.mark.parametrize("row, word", [
-    ({"messages": [user("a"), {"role": "tool", "content": "4"}, assistant("b")]}, "tool"),
-    ({"messages": [user("a"), {"role": "function", "content": "4"}, assistant("b")]}, "function"),
-    ({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "{}"},
-                        {"from": "gpt", "value": "b"}]}, "function_call"),
-    ({"messages": [user("a"), {**assistant(""), "tool_calls": [{"id": "1"}]}, user("c"), assistant("d")]},
-     "tool_calls"),
-    ({"messages": [user("a"), {**assistant(None), "function_call": {"name": "f"}}, user("c"), assistant("d")]},
-     "function_call"),
-    ({"messages": [user([{"type": "image_url", "image_url": {"url": "x"}}]), assistant("b")]}, "image_url"),
-    ({"messages": [user("a"), {**assistant("b"), "weight": .5}]}, "weight"),
-    ({"messages": [user("a"), {**assistant("b"), "weight": "0"}]}, "weight"),
-    ({"instruction": "a", "output": "b", "history": [["a"]]}, "history"),
-    ({"instruction": "a", "output": "b", "history": [["a", None]]}, "history"),
-    # ranked trees of replies, whole or as rows of their own, and a text that something else is about
-    ({"message_id": "1", "text": "What?", "role": "prompter",
-      "replies": [{"text": "a", "role": "assistant", "rank": 0}]}, "replies"),
-    ({"message_tree_id": "1", "prompt": {"text": "What?", "role": "prompter", "replies": []}}, "replies"),
-    ({"message_id": "2", "parent_id": "1", "text": "What?", "lang": "en"}, "parent_id"),
-    ({"text": "A passage.", "question": "Which?"}, "question"),
+# ---- rows that are refused: each is a good row with one key changed, or with one key more
+
+CHAT_ROW, PAIR, RATED = said("a"), {"prompt": "Q", "chosen": "a", "rejected": "b"}, {"prompt": "Q", "response": "a",
+                                                                                     "ratings": [1]}
+STEPPED, RANKED, TOLD = {"prompt": "Q", "steps": ["a", "b"],
+                         "labels": [1, 0]}, prefer("a", "b"), {"prompt": "Q", "response": "a"}
+
+
+@pytest.mark.parametrize("row, key, wrong, word", [
+    ({"text": "a"}, "text", 1, "str"), (CHAT_ROW, "messages", "a", "list"), (CHAT_ROW, "messages", [],
+                                                                             "assistant turn"),
+    (CHAT_ROW, "messages", ["a"], "dict"), (CHAT_ROW, "messages", [user("Q")], "assistant turn"),
+    (CHAT_ROW, "messages", [{"content": "x"}, assistant("a")], "str"),
+    (CHAT_ROW, "messages", [{"role": ["user"], "content": "x"}, assistant("a")], "str"),
+    (CHAT_ROW, "messages", [user("a"), {**assistant("b"), "weight": .5}], "weight"),
+    (CHAT_ROW, "messages", [user("a"), {**assistant("b"), "weight": "0"}], "weight"),
+    (CHAT_ROW | {"label": True}, "label", 1, "bool"), (TOLD | {"label": True}, "label", "good", "bool"),
+    (TOLD, "response", None, "str"), ({"prompt": "Q"}, "prompt", 3, "str or list"), ({"prompt": "Q"}, "prompt", [],
+                                                                                     "empty"),
+    ({"prompt": "Q"}, "prompt", [assistant("a")], "assistant turn"),
+    ({"instruction": "Q", "output": "a", "input": "I"}, "input", ["I"], "str"),
+    ({"instruction": "Q", "output": "a"}, "instruction", None, "str"), (PAIR, "rejected", 0, "str"),
+    (PAIR, "chosen", [user("Q")], "assistant turn"), ({"chosen": hh("Q", "a"), "rejected": hh("Q", "b")}, "chosen", {},
+                                                      "str"),
+    (RANKED, "responses", ["a", 1], "str"), (RANKED | {"margin": 1.5}, "margin", "1.5", "float"),
+    (RANKED | {"prob": 1}, "prob", 1.5, "between"), (RANKED | {"scores": [2, 1]}, "scores", [2, True], "float"),
+    ({"question": "Q", "answer": "#### 1"}, "answer", 1, "str"), (RATED, "ratings", 3, "list"),
+    (RATED, "ratings", [1, "2"], "float"), (RATED, "ratings", [True], "float"), (RATED, "ratings", [], "empty"),
+    (RATED, "response", ["a"], "str"), (STEPPED, "labels", [1], "one for each"), (STEPPED, "labels", [1, 2], "0 or 1"),
+    (STEPPED, "labels", [1, .5], "bool"), (STEPPED, "labels", 1, "list"), (STEPPED, "steps", ["a", ""], "empty"),
+    (STEPPED, "steps", ["a", 1], "str"), (STEPPED, "steps", "ab", "list"), (STEPPED, "prompt", None, "str or list"),
 ])
-def test_what_is_not_plain_is_refused_by_name(tmp_path, row, word):
-    with pytest.raises(UserError, match=rf'^rows.jsonl:1: [^\n]*{word}[^\n]*$'):
-        read_records(write(tmp_path, [row]))
+def test_wrong_types_name_file_line_and_key(tmp_path, row, key, wrong, word):
+    twin = {"text": "first"}
+    assert len(read_records(write(tmp_path, [twin, row]))) == 2
+    with pytest.raises(UserError, match=rf'^rows\.jsonl:2: [^\n]*"{key}[^\n]*{word}[^\n]*$'):
+        read_records(write(tmp_path, [twin, {**row, key: wrong}]))
 
 
-def test_the_two_forms_of_hh_give_the_same_text(tmp_path):
-    """A dialogue cut before, in, or behind the "Assistant:" that begins its answer, or not at all."""
-    ask, cue, says = "\n\nHuman: a\n\nAssistant: x\n\nHuman: b", "\n\nAssistant:", ("c", " d", "", "e\n", "Human: f")
-    for yes, no in itertools.permutations(says, 2):
-        whole = read_or_none(tmp_path, {"chosen": f"{ask}{cue} {yes}", "rejected": f"{ask}{cue} {no}"})
-        forms = [(ask, f"{cue} "), (f"{ask}{cue}", " "), (f"{ask}{cue} ", "")]
-        for asked, before in forms:
-            assert read_or_none(tmp_path, {"prompt": asked, "chosen": before + yes, "rejected": before + no}) == whole
-            assert read_or_none(tmp_path, {"prompt": asked, "responses": [before + yes, before + no]}) == whole
-    assert read_or_none(tmp_path, {"prompt": ask + cue, "response": " c"}) == turns(
-        user("a"), assistant("x"), user("b"), assistant("c"))
-    assert read_or_none(tmp_path, {"prompt": ask + cue, "chosen": " c\n\nHuman: d", "rejected": " e"}) is None
-
-
-def read_or_none(tmp_path, row):
-    """The record of a row, None if it is dropped: behind a good row, so that the file has a record."""
-    good = {"prompt": "Z", "chosen": "z", "rejected": "y"}
-    return (read_records(write(tmp_path, [good, row])) + [None])[1]
+@pytest.mark.parametrize("row, key, says_more", [
+    *((row, key, "S") for row in (TOLD, PAIR, RANKED, STEPPED, {"prompt": "Q"}, CHAT_ROW) for key in data.BESIDE),
+    *((row, key, "S") for row in (TOLD, PAIR, RATED, CHAT_ROW) for key in data.MEANT),
+    *(({"text": "a"}, key, "S") for key in data.SPOKEN),
+    *((CHAT_ROW, "messages", [user("a"), {**assistant("b"), key: "S"}]) for key in data.MEANT),
+    (CHAT_ROW, "messages", [user("a"), {"role": "tool", "content": "4"}, assistant("b")]),
+    (CHAT_ROW, "messages", [user([{"type": "text", "text": "a"}]), assistant("b")]),
+    (TOLD, "prompt", hh("Q", "")), (RANKED, "prompt", hh("Q", "")), (PAIR, "prompt", hh("Q", "")),
+])
+def test_what_would_change_the_meaning_is_refused_with_the_command_that_converts_it(tmp_path, row, key, says_more):
+    path = write(tmp_path, [{**row, key: says_more}], "my rows.jsonl")
+    with pytest.raises(UserError, match=rf"^my rows\.jsonl:1: [^\n]*{key}[^\n]*$") as error:
+        read_records(path)
+    assert f"python configs/formats.py '{path}'" in str(error.value)
 
 
 # ---- bytes
@@ -462,9 +352,10 @@ A, B = b'{"text": "a"}', b'{"text": "b"}'
 
 
 @pytest.mark.parametrize("data, wheres", [
-    (A + b"\n" + B + b"\n", [":1", ":2"]), (A + b"\n" + B, [":1", ":2"]),
+    (A + b"\n" + B + b"\n", [":1", ":2"]), (A + b"\n" + B, [":1", ":2"]), (b" " + A + b"\n " + B, [":1", ":2"]),
     (b"\xef\xbb\xbf" + A + b"\r\n\r\n \r\n" + B + b"\r\n", [":1", ":4"]),
-    (b"[" + A + b",\n" + B + b"]", ["[0]", "[1]"]), (b"\xef\xbb\xbf\n [\r\n" + A + b" , " + B + b"\n]\n", ["[0]", "[1]"])])
+    (b"[" + A + b",\n" + B + b"]", ["[0]", "[1]"]),
+    (b"\xef\xbb\xbf\n [\r\n" + A + b" , " + B + b"\n]\n", ["[0]", "[1]"])])
 @pytest.mark.parametrize("zipped", [False, True])
 def test_containers(tmp_path, data, wheres, zipped):
     for name in ("x.json", "x.jsonl.gz", "x"):          # neither suffix decides
@@ -478,7 +369,8 @@ def test_line_separators_inside_strings_do_not_split(tmp_path):
     assert "\u2028".encode() in lines[0] and b"\xc2\x85" in lines[0]
     lines.append(b'{"text": "\\ud83d\\ude00"}')         # a whole surrogate pair is a character
     assert [(w, r["text"]) for w, r in read_rows(write(tmp_path, b"\n".join(lines)))] == [
-        ("rows.jsonl:1", text), ("rows.jsonl:2", "next"), ("rows.jsonl:3", "\U0001F600"), ("rows.jsonl:4", "\U0001F600")]
+        ("rows.jsonl:1", text), ("rows.jsonl:2", "next"), ("rows.jsonl:3", "\U0001F600"),
+        ("rows.jsonl:4", "\U0001F600")]
 
 
 def test_text_files_are_one_document(tmp_path):
@@ -488,7 +380,21 @@ def test_text_files_are_one_document(tmp_path):
         assert [row for _, row in read_rows(write(tmp_path, data, name))] == [{"text": text}]
 
 
-GOOD_ROW = b'{"text": "a"}\n'
+def test_an_object_over_several_lines_is_one_record(tmp_path):
+    """Alone, after another, between rows of one line, indented by blanks or tabs; an array may be written so too."""
+    rows = [said(text) for text in "abcd"]
+    two, tab = json.dumps(rows[1], indent=2), json.dumps(rows[2], indent="\t")
+    for text, n in ((two, 1), (two.replace("\n", "\r\n") + "\n", 1), (f"\n{two}\n{tab}\n\n{two}", 3),
+                    (f"{json.dumps(rows[0])}\n{two}\n{json.dumps(rows[3])}\n{tab}", 4),
+                    (json.dumps(rows, indent=4), 4)):
+        records = read_records(write(tmp_path, text.encode(), "rows.json"))
+        assert len(records) == n and all(record in rows for record in records)
+    broken = two.replace('"a"', "").replace('"content": "Q"', '"content": "Q",')
+    with pytest.raises(UserError, match="^rows.json:[67]: "):   # the comma, or the brace behind it: Pythons differ
+        read_records(write(tmp_path, (json.dumps(rows[0]) + "\n" + broken).encode(), "rows.json"))
+
+
+GOOD_ROW = A + b"\n"
 BAD_ROWS = [     # the broken row, its valid twin, a word of the message where it is ours and not Python's
     (b'{"text": "a", "x": NaN}', b'{"text": "a", "x": "NaN"}', "float"),
     (b'{"text": "a", "x": [-Infinity]}', b'{"text": "a", "x": [-1]}', "float"),
@@ -502,8 +408,8 @@ BAD_ROWS = [     # the broken row, its valid twin, a word of the message where i
     (b'{"text": "a"', b'{"text": "a"}', ""),
     (b"{'text': 'a'}", b'{"text": "a"}', ""),
     (b'{"text": "a",}', b'{"text": "a"}', ""),
+    (A + b" " + B, A, ""),
     (b'["text"]', b'{"text": "a"}', "object, not list"),
-    (b'"text"', b'{"text": "a"}', "object, not str"),
     (b'null', b'{"text": "a"}', "object, not NoneType"),
 ]
 
@@ -526,14 +432,8 @@ def test_malformed_rows_name_file_and_line(tmp_path, bad, twin, word):
 def test_a_row_nested_deeper_than_python_reads_is_refused(tmp_path, opens, name):
     """How deep that is, and what Python says of it, differ between its versions."""
     row = b'{"text": "a", "x": ' + b"[" * 500_000 + b"]" * 500_000 + b"}"
-    with pytest.raises(UserError, match=rf"^{name}:1: ") as error:
+    with pytest.raises(UserError, match=rf"^{name}:1: [^\n]{{1,400}}$"):
         read_records(write(tmp_path, opens + row + b"]" * len(opens), name))
-    assert len(str(error.value)) < 200 and "\n" not in str(error.value)
-
-
-def test_two_values_on_a_line(tmp_path):
-    with pytest.raises(UserError, match=r"^rows\.jsonl:2: Extra data"):
-        read_records(write(tmp_path, GOOD_ROW + A + b" " + B))
 
 
 def test_jsonl_is_read_a_line_at_a_time(tmp_path):
@@ -543,98 +443,33 @@ def test_jsonl_is_read_a_line_at_a_time(tmp_path):
         next(rows)
 
 
-@pytest.mark.parametrize("name, data", [
-    *((name, data) for name in ("rows.jsonl", "rows.txt") for data in (b"", b"\n \r\n", b"\xef\xbb\xbf",
-                                                                          gzip.compress(b"", mtime=0))),
-    ("rows.json", b"[]"), ("rows.json", b" [\n]\n")])
-def test_empty_files(tmp_path, name, data):
-    with pytest.raises(UserError, match=f"^{name}.*no rows"):
-        read_records(write(tmp_path, data, name))
+@pytest.mark.parametrize("name, data, words", [
+    *((name, data, "no rows") for name in ("rows.jsonl", "rows.txt")
+      for data in (b"", b"\n \r\n", b"\xef\xbb\xbf", gzip.compress(b"", mtime=0))),
+    ("rows.json", b"[]", "no rows"), ("rows.json", b" [\n]\n", "no rows"),
+    ("x.txt", b"a\nb\n\xff\nc", ":3: .*utf-8"), ("x.txt", "Text.".encode("utf-16"), "UTF-8"),
+    ("x.txt", "Text.".encode("utf-16-le"), "no text"),
+    ("x.txt", b"version https://git-lfs.github.com/spec/v1\n", "no text"),
+    ("x.md", b"%PDF-1.4\n", "no text"), ("x.jsonl", b"question,answer\na,b\n", "python configs/formats.py"),
+    ("x.parquet", b"PAR1\x15\x04\xff", "python configs/formats.py"),
+    ("x.pkl", pickle.dumps({"text": "a"}), "python configs/formats.py"), ("no\0name", None, "cannot be read"),
+    ("none.jsonl", None, "No such file")])
+def test_empty_files_and_files_of_another_kind(tmp_path, name, data, words):
+    path = str(tmp_path / name) if data is None else write(tmp_path, data, name)
+    with pytest.raises(UserError, match=rf"^{name}[^\n]*{words}[^\n]*$"):
+        read_records(path)
 
 
 def test_damaged_gzip(tmp_path):
     data = gzip.compress(b"".join(b'{"text": "%d"}\n' % (i * 7919 ** 3) for i in range(3000)))
     assert len(read_records(write(tmp_path, data, "x.gz"))) == 3000
     for broken in (data[:len(data) // 2], data[:-4], data[:-8] + b"\0" * 8, data[:200] + b"\xff" * 50 + data[250:]):
-        with pytest.raises(UserError, match=r"^x\.gz:\d+: "):
-            read_records(write(tmp_path, broken, "x.gz"))
+        for options in ({}, {"skip_bad": True}):
+            with pytest.raises(UserError, match=r"^x\.gz:\d+: "):
+                read_records(write(tmp_path, broken, "x.gz"), **options)
     rows = read_rows(write(tmp_path, data[:-4], "x.gz"))        # only the checksum is cut: all lines were read
     with pytest.raises(UserError, match=r"^x\.gz:3001: "):
         list(rows)
-
-
-def test_missing_file(tmp_path):
-    with pytest.raises(UserError, match="no-such.jsonl.*No such file"):
-        read_records(tmp_path / "no-such.jsonl")
-
-
-def test_invalid_utf8_in_a_text_names_its_line(tmp_path):
-    with pytest.raises(UserError, match=r"^x\.txt:3: .*utf-8"):
-        read_records(write(tmp_path, b"a\nb\n\xff\nc", "x.txt"))
-
-
-CHAT = json.dumps({"messages": [user("a"), assistant("b")]}).encode()
-
-
-def zipped(name, content=CHAT):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr(name, content)
-    return buffer.getvalue()
-
-
-NOT_JSON = [     # a file, and a word of what it is called
-    ("a.csv", b"question,answer\na,b\n", "CSV"), ("a.jsonl", b'"question";"answer"\n"a;b";"c"\n', "CSV"),
-    ("a.json", b"question\tanswer\na\tb\n", "TSV"), ("a.csv", b"text\nHello there\n", "CSV"),
-    ("a.csv.gz", gzip.compress(b"question,answer\na,b\n"), "CSV"),
-    ("a.jsonl", b"- question: a\n  answer: b\n", "YAML"), ("a.jsonl", b"---\nquestion: a\n", "YAML"),
-    ("a.json", b"\n<!DOCTYPE html>\n<html><body>Not Found</body></html>\n", "HTML"),
-    ("a.json", b"<?xml version='1.0'?><a/>", "XML"),
-    ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
-    ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
-    ("a.jsonl", b"PAR1\x15\x04" + bytes(40), "parquet"), ("a.json", b"ARROW1\0\0", "Arrow"),
-    ("a.arrow", b"\xff\xff\xff\xff\x10\0\0\0", "Arrow"), ("a.jsonl", zipped("a.jsonl"), "zip"),
-    ("a.xlsx", zipped("[Content_Types].xml"), "Excel"), ("a.pkl", pickle.dumps({"text": "a"}), "pickle"),
-    ("a.jsonl", bz2.compress(CHAT), "bzip2"), ("a.jsonl", lzma.compress(CHAT), "xz"),
-    ("a.jsonl", b"\x28\xb5\x2f\xfd\0\0", "zstd"), ("a.jsonl", gzip.compress(gzip.compress(CHAT)), "twice"),
-    ("a.jsonl", CHAT.decode().encode("utf-16"), "UTF-16"), ("a.jsonl", CHAT.decode().encode("utf-16-be"), "UTF-16"),
-    ("a.txt", "Text.".encode("utf-16"), "UTF-16"), ("a.txt", "Text.".encode("utf-32"), "UTF-32"),
-    ("a.jsonl", '{"text": "é"}'.encode("latin-1"), "UTF-8"), ("a.jsonl", b"Once upon a time there was\n", ".txt"),
-    ("a.jsonl", b"{'text': 'a'}\n", "Python"), ("a.bin", b"\x89PNG\r\n\x1a\n\0\0", "neither"),
-    ("a.json", b'{"data": [{"prompt": "a", "response": "b"}]}', "data"),
-]
-TABLES = [("a.csv", b"question,answer\na,b\n"), ("a b.tsv", b"question\tanswer\na\tb\n"),
-          ("a.csv", b"\xef\xbb\xbfquestion;answer\na;b\n"),
-          ("a.csv.gz", gzip.compress(b'"question","answer"\n"a","b"\n'))]
-
-
-@pytest.mark.parametrize("name, data, word", NOT_JSON, ids=range(len(NOT_JSON)))
-def test_what_is_no_json_is_called_what_it_is(tmp_path, name, data, word):
-    with pytest.raises(UserError, match=rf"^{name}[^\n]*{re.escape(word)}[^\n]*$"):
-        read_records(write(tmp_path, data, name))
-
-
-@pytest.mark.parametrize("name, data", TABLES, ids=range(len(TABLES)))
-def test_the_command_that_makes_json_of_a_table_does(tmp_path, name, data):
-    with pytest.raises(UserError) as error:
-        read_records(write(tmp_path, data, name))
-    command = re.search(r"python -c .* > rows.jsonl", str(error.value))[0]
-    subprocess.run(command.replace("python", shlex.quote(sys.executable), 1), shell=True, cwd=tmp_path, check=True)
-    assert read_records(tmp_path / "rows.jsonl") == [turns(user("a"), assistant("b"))]
-
-
-def test_an_object_over_several_lines_is_one_record(tmp_path):
-    """Alone, after another, between rows of one line, indented by blanks or tabs; an array may be written so too."""
-    rows = [said(text) for text in "abcd"]
-    two, tab = json.dumps(rows[1], indent=2), json.dumps(rows[2], indent="\t")
-    for text, n in ((two, 1), (two.replace("\n", "\r\n") + "\n", 1), (f"\n{two}\n{tab}\n\n{two}", 3),
-                    (f"{json.dumps(rows[0])}\n{two}\n{json.dumps(rows[3])}\n{tab}", 4),
-                    (json.dumps(rows, indent=4), 4)):
-        records = read_records(write(tmp_path, text.encode(), "rows.json"))
-        assert len(records) == n and all(record in rows for record in records)
-    broken = two.replace('"a"', "").replace('"content": "Q"', '"content": "Q",')
-    with pytest.raises(UserError, match="^rows.json:[67]: "):   # the comma, or the brace behind it: Pythons differ
-        read_records(write(tmp_path, (json.dumps(rows[0]) + "\n" + broken).encode(), "rows.json"))
 
 
 def test_skip_bad_counts_what_it_leaves_out(tmp_path, capsys):
@@ -660,9 +495,8 @@ def test_skip_bad_counts_what_it_leaves_out(tmp_path, capsys):
     assert "skipped 2 bad rows, the first rows.json[1]: " in capsys.readouterr().err
     read_records(write(tmp_path, rows[0]), skip_bad=True)
     assert "skipped" not in capsys.readouterr().err
-    for name, data in (("rows.jsonl", b"\n".join(bad[:4])), ("a.csv", b"question,answer\na,b\n")):
-        with pytest.raises(UserError, match=f"^{name}: 0 records; skipped . bad row"):
-            read_records(write(tmp_path, data, name), skip_bad=True)
+    with pytest.raises(UserError, match="^rows.jsonl: 0 records; skipped 4 bad rows"):
+        read_records(write(tmp_path, b"\n".join(bad[:4])), skip_bad=True)
 
 
 @pytest.mark.parametrize("name", ["data", "sft", "orpo", "dpo", "grpo", "ppo", "reward"])
@@ -695,55 +529,6 @@ def test_several_files_may_have_names_that_are_long_together(tmp_path, monkeypat
     names = [write(tmp_path, [said(f"{i}")], f"{i}{'n' * 90}.jsonl").name for i in range(4)]
     stream, _ = open_stream(",".join(names), "messages", 0, n_held=0)
     assert len(stream.items) == 4
-
-
-# ---- a known shape with a wrong type: the valid twin is the row with `key` set back
-
-@pytest.mark.parametrize("row, key, wrong", [
-    ({"text": "a"}, "text", 1),
-    ({"messages": [user("Q"), assistant("a")]}, "messages", "a"),
-    ({"messages": [user("Q"), assistant("a")]}, "messages", []),
-    ({"messages": [user("Q"), assistant("a")]}, "messages", ["a"]),
-    ({"messages": [user("Q"), assistant("a")]}, "messages", [user("Q")]),
-    ({"messages": [user("Q"), assistant("a")]}, "messages", [user("Q"), assistant(None)]),
-    ({"messages": [user("Q"), assistant("a")]}, "messages", [{"role": "tool", "content": "x"}, assistant("a")]),
-    ({"messages": [user("Q"), assistant("a")]}, "messages", [{"role": ["user"], "content": "x"}, assistant("a")]),
-    ({"messages": [user("Q"), assistant("a")], "label": True}, "label", 1),
-    ({"prompt": "Q", "response": "a", "label": True}, "label", "good"),
-    ({"prompt": "Q", "response": "a"}, "response", None),
-    ({"prompt": "Q", "response": "a", "system": "S"}, "system", 3),
-    ({"prompt": "Q"}, "prompt", 3), ({"prompt": "Q"}, "prompt", []), ({"prompt": "Q"}, "prompt", [assistant("a")]),
-    ({"instruction": "Q", "input": "I", "output": "a"}, "input", ["I"]),
-    ({"instruction": "Q", "input": "I", "output": "a"}, "instruction", None),
-    ({"prompt": "Q", "chosen": "a", "rejected": "b"}, "rejected", 0),
-    ({"prompt": "Q", "chosen": "a", "rejected": "b"}, "chosen", [user("Q")]),
-    ({"chosen": hh("Q", "a"), "rejected": hh("Q", "b")}, "chosen", {"a": 1}),
-    ({"prompt": "Q", "chosen": "a", "rejected": "b", "score_chosen": 2, "score_rejected": 1}, "score_rejected", "1"),
-    ({"prompt": "Q", "responses": ["a", "b"]}, "responses", ["a", 1]),
-    ({"prompt": "Q", "responses": ["a", "b"], "margin": 1.5}, "margin", "1.5"),
-    ({"prompt": "Q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}]}, "answers", ["a", "b"]),
-    ({"info": {"post": "P"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}, "choice", 2),
-    ({"info": {"post": "P"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}, "choice", True),
-    ({"info": {"post": "P"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}, "summaries", [{"text": "a"}]),
-    ({"info": {"post": "P"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}, "info", "P"),
-    ({"question": "Q", "answer": "#### 1"}, "answer", 1),
-])
-def test_wrong_types_name_file_line_and_key(tmp_path, row, key, wrong):
-    twin = {"text": "first"}
-    assert len(read_records(write(tmp_path, [twin, row]))) == 2
-    with pytest.raises(UserError, match=rf'^rows\.jsonl:2: .*"{key}') as error:
-        read_records(write(tmp_path, [twin, {**row, key: wrong}]))
-    assert "\n" not in str(error.value)
-
-
-def test_wrong_types_inside_a_list_of_answers(tmp_path):
-    for row, key in (({"instruction": "Q", "completions": [{"response": "a", "overall_score": "5"}]}, "overall_score"),
-                     ({"prompt": "Q", "answers": [{"answer": "a", "rank": True}]}, "rank"),
-                     ({"info": {"post": None}, "summaries": [], "choice": 0}, "post"),
-                     ({"prompt": "Q", "response": "a", **dict.fromkeys(RATINGS, 1), "verbosity": None}, "verbosity"),
-                     ({"chosen": "a", "rejected": "b"}, "chosen")):
-        with pytest.raises(UserError, match=rf'^rows\.jsonl:1: .*"{key}"'):
-            read_records(write(tmp_path, [row]))
 
 
 # ==== the toy world
@@ -2596,83 +2381,6 @@ def test_c30_planted_duplicates_and_test_prompts_in_the_training_set_are_counted
         "b: 1 of 2 records ask what is asked in a"]
 
 
-# ==== ratings and steps
-
-def test_helpsteer_rows_are_a_record_each_as_ratings_and_pairs_as_they_were(tmp_path):
-    row = lambda p, r, *s: {"prompt": p, "response": r, **dict(zip(RATINGS, s))}
-    raw = [row("Q", "b", 2, 2, 2, 2, 2), row("Q", "a", 4, 0, 1, 2, 3), row("Q", "a", 4, 0, 1, 2, 3),
-           row("R", "x", 1, 2, 3, 4, 0)]
-    path = write(tmp_path, raw)
-    got = read_records(path, "ratings")
-    assert got == [{"prompt": [user(r["prompt"])], "response": r["response"], "ratings": [float(r[name]) for name in (
-        "helpfulness", "correctness", "coherence", "complexity", "verbosity")]} for r in raw]
-    assert all(type(x) is float for r in got for x in r["ratings"])
-    assert read_records(path) == [prefer("a", "b", margin=2)]   # and adjacent rows meet when nothing else is asked for
-    turned = write(tmp_path, [dict(reversed(r.items())) for r in raw], "turned.jsonl")
-    assert read_records(turned, "ratings") == got               # by name, not by place
-
-
-def test_real_helpsteer2_ratings():
-    path = real("helpsteer2/helpsteer2_validation_first8.jsonl")
-    raw, got = [row for _, row in read_rows(path)], read_records(path, "ratings")
-    assert len(got) == len(raw) == 8 and len({r["prompt"][-1]["content"] for r in got}) == 4
-    assert [(r["response"], r["ratings"]) for r in got] == [(r["response"], [r[name] for name in RATINGS]) for r in raw]
-
-
-@pytest.mark.parametrize("extra", [{}, {"system": "S"}, {"system": ""}, {"system": "S", "source": "ai", "note": 1}])
-def test_ratings_and_steps_read_as_themselves_as_demonstrations_and_as_prompts(tmp_path, extra):
-    ask = [system("S")] * bool(extra.get("system")) + [user("Q")]
-    origin = {"source": "ai"} if "source" in extra else {}
-    rated = write(tmp_path, [{"prompt": "Q", "response": "a", "ratings": [1, 2.5]} | extra] * 2)
-    plain = {"prompt": ask, "response": "a", "ratings": [1., 2.5]}
-    assert read_records(rated) == read_records(rated, "ratings") == [plain] * 2
-    assert read_records(rated, "messages") == [{"messages": ask + [assistant("a")]} | origin] * 2
-    assert read_records(rated, "prompt") == [{"prompt": ask} | origin] * 2
-    stepped = write(tmp_path, [{"prompt": "Q", "steps": ["a ", "b"], "labels": [True, 0]} | extra])
-    plain = {"prompt": ask, "response": "a b", "steps": ["a ", "b"], "labels": [1, 0]}
-    assert read_records(stepped) == read_records(stepped, "steps") == [plain]
-    assert type(read_records(stepped)[0]["labels"][0]) is int
-    assert read_records(stepped, "prompt") == [{"prompt": ask} | origin]
-    several = [system("S"), user("Q"), assistant("x"), user("R")]
-    rows_ = write(tmp_path, [{"prompt": several, "response": "a", "ratings": [3]}])
-    assert read_records(rows_)[0]["prompt"] == several
-
-
-@pytest.mark.parametrize("row, key, wrong, word", [
-    ({"prompt": "Q", "response": "a", "ratings": [1]}, "ratings", 3, "list"),
-    ({"prompt": "Q", "response": "a", "ratings": [1]}, "ratings", [1, "2"], "int or float"),
-    ({"prompt": "Q", "response": "a", "ratings": [1]}, "ratings", [True], "int or float"),
-    ({"prompt": "Q", "response": "a", "ratings": [1]}, "ratings", [None], "int or float"),
-    ({"prompt": "Q", "response": "a", "ratings": [1]}, "response", ["a"], "str"),
-    ({"prompt": "Q", "response": "a", "ratings": [1]}, "prompt", [assistant("a")], "assistant turn"),
-    ({"prompt": "Q", "response": "a", "ratings": [1]}, "prompt", [], "empty"),
-    ({"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}, "labels", [1], "one for each"),
-    ({"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}, "labels", [1, 0, 1], "one for each"),
-    ({"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}, "labels", [1, 2], "0 or 1"),
-    ({"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}, "labels", [1, -1], "0 or 1"),
-    ({"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}, "labels", [1, .5], "int or bool"),
-    ({"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}, "labels", [1, "0"], "int or bool"),
-    ({"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}, "labels", 1, "list"),
-    ({"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}, "steps", ["a", ""], "empty"),
-    ({"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}, "steps", ["a", 1], "str"),
-    ({"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}, "steps", "ab", "list"),
-    ({"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0]}, "prompt", None, "str or list")])
-def test_malformed_ratings_and_steps_name_file_and_line(tmp_path, row, key, wrong, word):
-    assert len(read_records(write(tmp_path, [row, row]))) == 2
-    with pytest.raises(UserError, match=rf'^rows\.jsonl:2: [^\n]*"{key}[^\n]*{word}[^\n]*$'):
-        read_records(write(tmp_path, [row, {**row, key: wrong}]))
-
-
-@pytest.mark.parametrize("row, want", [
-    ({"prompt": "Q", "steps": ["a"], "labels": [1]}, "messages"),
-    ({"prompt": "Q", "steps": ["a"], "labels": [1]}, "ratings"),
-    ({"prompt": "Q", "response": "a", "ratings": [1]}, "steps"),
-    ({"prompt": "Q", "response": "a", "ratings": [1]}, "preference"),
-    ({"prompt": "Q", "response": "a"}, "ratings"), ({"prompt": "Q", "response": "a", "label": True}, "ratings"),
-    ({"prompt": "Q", "chosen": "a", "rejected": "b"}, "steps"), ({"prompt": "Q"}, "ratings"), ({"text": "a"}, "steps")])
-def test_ratings_and_steps_are_given_by_what_holds_them_only(tmp_path, row, want):
-    with pytest.raises(UserError, match=rf'^rows.jsonl:1: found "\w+" .* but "{want}" is needed$'):
-        read_records(write(tmp_path, [row]), want)
 
 
 def test_samples_are_the_last_questions_and_their_answers_in_a_file_a_step(tmp_path):
