@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
-# Nemotron-4 340B (Nvidia 2024, 2406.11704): staged SFT -> DPO with an SFT term -> three rounds of Reward-aware
-# Preference Optimization (RPO, backward KL), on data the models themselves made.
+# Nemotron-4 340B (Nvidia 2024, 2406.11704): SFT in stages, DPO with an SFT term, and three rounds of Reward-aware
+# Preference Optimization (RPO, backward KL), on data that the models made themselves.
 #
-#   reported        the stages and their order; the SFT term on the chosen answers; RPO regresses the implicit reward gap
-#                   on the reward model's, each round starting from, and referring to, the round before
-#   reconstruction  sizes and weights; a pairwise reward model instead of five attributes; RPO's data sampled anew in
-#                   every round
+# reported
+#   The stages and their order. The SFT term is on the chosen answers. RPO regresses the implicit reward gap on the
+#   reward model's. Each round starts from the round before, and refers to it.
+# reconstruction
+#   Sizes and weights are ours. The reward model is pairwise, not of five attributes. RPO's data is sampled anew in
+#   every round.
 #
-# Every pair that DPO and RPO learn from is self-generated and judged by the reward model; of human origin are the
+# Every pair that DPO and RPO learn from is self-generated and judged by the reward model. Of human origin are the
 # demonstrations and the labels behind the reward model.
-# Effect to look for: the true reward in `write` grows from round to round while KL stays moderate.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/nemotron4.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+#
+# Effect to look for: the true reward in `write` grows from round to round, while the KL stays moderate.
+#
+# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/nemotron4.sh runs it in another folder.
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 
