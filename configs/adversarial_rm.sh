@@ -12,7 +12,8 @@
 # Effect to look for: at about the same KL the policy of the adversarial reward has more true reward than the frozen
 # one's.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/adversarial_rm.sh runs it in another folder.
+#   bash configs/adversarial_rm.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/adversarial_rm.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

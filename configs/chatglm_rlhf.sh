@@ -13,7 +13,8 @@
 # Effect to look for: PPO is above SFT, and forgets less of its pretraining (nll) than `ppo`, which is PPO without the
 # three changes.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/chatglm_rlhf.sh runs it in another folder.
+#   bash configs/chatglm_rlhf.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/chatglm_rlhf.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

@@ -15,7 +15,8 @@
 # Effect to look for: fewer unsafe requests are helped after SL-CAI, and fewer still after RL-CAI. Help with safe ones
 # stays.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/claude_cai.sh runs it in another folder.
+#   bash configs/claude_cai.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/claude_cai.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

@@ -9,7 +9,8 @@
 # over SFT, KL and length. A finished stage is skipped and an interrupted one continues, so running it again costs
 # nothing.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/compare.sh runs it in another folder.
+#   bash configs/compare.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/compare.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

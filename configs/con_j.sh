@@ -10,7 +10,8 @@
 # Effect to look for: more verdicts on held-out questions are right (column reason; column judge has no rationale).
 # label prints how often a verdict changes when the two answers change places.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/con_j.sh runs it in another folder.
+#   bash configs/con_j.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/con_j.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

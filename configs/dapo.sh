@@ -10,7 +10,8 @@
 # Effect to look for: more sums are right than with GRPO after as many updates. The price is more samples a step
 # (`groups` in metrics.jsonl). zero_std stays at 0, where GRPO's rises as prompts become easy.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/dapo.sh runs it in another folder.
+#   bash configs/dapo.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/dapo.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

@@ -16,7 +16,8 @@
 # Effect to look for: `arith` gains much in (2). (3) keeps that from a fresh start, and so does (4), which raises the
 # other families. The second table is about the format.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/deepseek_r1.sh runs it in another folder.
+#   bash configs/deepseek_r1.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/deepseek_r1.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

@@ -10,7 +10,8 @@
 # Effect to look for: stage two raises `write` and `safe`, and keeps the sums of stage one. `swapped` has the stages
 # the other way round.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/deepseek_v2.sh runs it in another folder.
+#   bash configs/deepseek_v2.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/deepseek_v2.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

@@ -12,7 +12,8 @@
 # Effect to look for: on pairs of the newest policy the refreshed model is right more often than the one before. The
 # true reward rises from round to round.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/gemini.sh runs it in another folder.
+#   bash configs/gemini.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/gemini.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

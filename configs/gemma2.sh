@@ -13,7 +13,8 @@
 #
 # Effect to look for: under each of the last two tables, which run the truth, the proxy and the rater would pick.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/gemma2.sh runs it in another folder.
+#   bash configs/gemma2.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/gemma2.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

@@ -14,8 +14,8 @@
 #
 # Effect to look for: held-out losses fall. The reward of PPO and DPO is above SFT's. GSM8K stays near 0 at this size.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/gpt2.sh runs it in another folder.
-# What came out: configs/README.md.
+#   bash configs/gpt2.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/gpt2.sh    in another folder than out/
 set -euo pipefail
 OUT=${OUT:-out} GPT2=${GPT2:-gpt2} ALPACA=${ALPACA:-alpaca.json} HH=${HH:-hh.jsonl.gz} GSM8K=${GSM8K:-gsm8k.jsonl}
 

@@ -12,7 +12,8 @@
 #
 # Effect to look for: harmless and over-refusal in the second table, with the rubric, and without (its weight at 0).
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/gpt4_rbrm.sh runs it in another folder.
+#   bash configs/gpt4_rbrm.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/gpt4_rbrm.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

@@ -10,7 +10,8 @@
 # Effect to look for: the adapter's row is full DPO's within .05, in win rate and true reward, with 8 % of its trained
 # parameters and of its optimizer memory.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/hermes3.sh runs it in another folder.
+#   bash configs/hermes3.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/hermes3.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

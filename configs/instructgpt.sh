@@ -11,7 +11,8 @@
 #
 # Effect to look for: both PPO rows are above SFT in `write`. The ptx row forgets less of the other families.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/instructgpt.sh runs it in another folder.
+#   bash configs/instructgpt.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/instructgpt.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

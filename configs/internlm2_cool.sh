@@ -16,7 +16,8 @@
 # without fillers, and the true reward: hacked, and cured by a hundred pairs (fast) or by labelled samples of the
 # hacked policy (slow).
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/internlm2_cool.sh runs it in another folder.
+#   bash configs/internlm2_cool.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/internlm2_cool.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

@@ -12,7 +12,8 @@
 #
 # Effect to look for: each of the four last rows is much shorter than `rl`, and about as right.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/kimi_k15.sh runs it in another folder.
+#   bash configs/kimi_k15.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/kimi_k15.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

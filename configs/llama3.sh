@@ -12,7 +12,8 @@
 #
 # Effect to look for: each round beats the one before. The second table compares round 2 with round 1.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/llama3.sh runs it in another folder.
+#   bash configs/llama3.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/llama3.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

@@ -14,7 +14,8 @@
 # nearly none with it. In the second, the sums: rewarded by the same grader, one policy learns to calculate and the
 # other does not.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/lookahead.sh runs it in another folder.
+#   bash configs/lookahead.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/lookahead.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

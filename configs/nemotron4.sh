@@ -14,7 +14,8 @@
 #
 # Effect to look for: the true reward in `write` grows from round to round, while the KL stays moderate.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/nemotron4.sh runs it in another folder.
+#   bash configs/nemotron4.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/nemotron4.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

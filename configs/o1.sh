@@ -12,7 +12,8 @@
 # Effect to look for: in the last tables accuracy rises with the number of samples from column to column (each doubles
 # it; two votes can only agree or tie, so maj@2 is maj@1), and with training from row to row.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/o1.sh runs it in another folder.
+#   bash configs/o1.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/o1.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

@@ -10,7 +10,8 @@
 # Effect to look for: the first table shows the share of answers without fillers. The share with them falls by 80 % or
 # more. In the second table the true reward of every family is kept.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/phi3.sh runs it in another folder.
+#   bash configs/phi3.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/phi3.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

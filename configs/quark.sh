@@ -15,7 +15,8 @@
 # small a model pays for a system message that it never saw in fine-tuning: it forgets sums, and asked for nothing it
 # is worse.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/quark.sh runs it in another folder.
+#   bash configs/quark.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/quark.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

@@ -13,7 +13,8 @@
 # judge (`more`). With merging the policy moves half as far, as half of each update is dropped. `online_dropping` (α =
 # 0) shows how much of that is the dropping alone.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/qwen2.sh runs it in another folder.
+#   bash configs/qwen2.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/qwen2.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

@@ -10,7 +10,8 @@
 #
 # Effect to look for: the distilled student beats the student trained by RL.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/r1_distill.sh runs it in another folder.
+#   bash configs/r1_distill.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/r1_distill.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

@@ -9,7 +9,8 @@
 #
 # Effect to look for: sums (`arith`) are above the base's, and above what SFT on demonstrations makes of it.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/r1_zero.sh runs it in another folder.
+#   bash configs/r1_zero.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/r1_zero.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

@@ -8,7 +8,8 @@
 #
 # Effect to look for: the second round against the first. Here it moves on, and gains nothing.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/reka.sh runs it in another folder.
+#   bash configs/reka.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/reka.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

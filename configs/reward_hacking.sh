@@ -13,7 +13,8 @@
 # fits). The KL penalty, more labels and the verifier end with more true reward. The ensemble and the refreshed model
 # only move the hack.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/reward_hacking.sh runs it in another folder.
+#   bash configs/reward_hacking.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/reward_hacking.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

@@ -13,7 +13,8 @@
 # change places (printed by label). PPO on AI labels is above SFT in `write`, beside PPO on labels of (simulated)
 # people.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/rlaif.sh runs it in another folder.
+#   bash configs/rlaif.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/rlaif.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

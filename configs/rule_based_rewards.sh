@@ -14,7 +14,8 @@
 # Effect to look for: PPO on the helpful-only model helps with harm more than SFT did. With the rules it refuses. The
 # weights are printed, and stand in rules/reward.txt, where they can be changed without training anything.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/rule_based_rewards.sh runs it in another folder.
+#   bash configs/rule_based_rewards.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/rule_based_rewards.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

@@ -11,7 +11,8 @@
 # Effect to look for: PPO on the reward alone helps with everything. With the multiplier it helps as much with what is
 # safe, and little with what is not. `lambda` and `cost` are in metrics.jsonl.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/safe_rlhf.sh runs it in another folder.
+#   bash configs/safe_rlhf.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/safe_rlhf.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

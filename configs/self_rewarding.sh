@@ -13,7 +13,8 @@
 # Effect to look for: `write` rises from M1 to M2, here not again to M3. The table of accuracy says what becomes of
 # the model's own judgement.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/self_rewarding.sh runs it in another folder.
+#   bash configs/self_rewarding.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/self_rewarding.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

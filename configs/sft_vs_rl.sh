@@ -10,7 +10,8 @@
 #
 # Effect to look for: in `arith1` and `arith2` all gain. What happens in `arith3` and `arith4` is the finding.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/sft_vs_rl.sh runs it in another folder.
+#   bash configs/sft_vs_rl.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/sft_vs_rl.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

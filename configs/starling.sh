@@ -13,7 +13,8 @@
 # Effect to look for: the accuracy of two reward models from the same rankings, by all pairs and K-wise. PPO is above
 # SFT.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/starling.sh runs it in another folder.
+#   bash configs/starling.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/starling.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

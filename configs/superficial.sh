@@ -11,7 +11,8 @@
 # Effect to look for: the model of confounded labels is right on ordinary pairs (the better answer has the style) and
 # wrong on decoupled ones. The model of balanced labels does as well on both.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/superficial.sh runs it in another folder.
+#   bash configs/superficial.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/superficial.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}

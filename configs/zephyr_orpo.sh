@@ -10,7 +10,8 @@
 # Effect to look for: from the base, one stage gives both what SFT gives (nll falls) and a preference (margin rises).
 # Its true reward in `write` beats SFT's.
 #
-# Options that every stage knows may follow, as --seed 1. OUT=/tmp/run bash configs/zephyr_orpo.sh runs it in another folder.
+#   bash configs/zephyr_orpo.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/zephyr_orpo.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
