@@ -6,13 +6,15 @@
 #   The stages and their order. The SFT term is on the chosen answers. RPO regresses the implicit reward gap on the
 #   reward model's. Each round starts from the round before, and refers to it.
 # reconstruction
-#   Sizes and weights are ours. The reward model is pairwise, not of five attributes. RPO's data is sampled anew in
-#   every round.
+#   Sizes and weights are ours. The reward model that judges is a pairwise one. One of five attributes (truth, subject,
+#   sentences, length, fillers) is trained beside it. RPO's data is sampled anew in every round.
 #
 # Every pair that DPO and RPO learn from is self-generated and judged by the reward model. Of human origin are the
 # demonstrations and the labels behind the reward model.
 #
-# Effect to look for: the true reward in `write` grows from round to round, while the KL stays moderate.
+# Effect to look for: the true reward in `write` grows from round to round, while the KL stays moderate. The model of
+# five ratings explains most of the variance of each (val_r2), and its first score orders the pairs as well as the
+# pairwise one.
 #
 #   bash configs/nemotron4.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/nemotron4.sh    in another folder than out/
