@@ -94,9 +94,9 @@ def scripts():
         commands = getattr(module, "COMMANDS", None)
         if module is model:
             commands = dict(merge=(model.Merge, model.merge))
-        elif not commands:
+        elif not commands and hasattr(module, function):  # without, it is a program of its own, no stage of a recipe
             commands = {"": (module.Config, getattr(module, function))}
-        for name, command in commands.items():
+        for name, command in (commands or {}).items():
             found[path.stem if name in ("", "train") else name] = command
     return found
 
