@@ -1,12 +1,20 @@
 #!/usr/bin/env bash
-# An adversarial reward model ("Concrete Problems in AI Safety", Amodei et al. 2016, 1606.06565, sec. 4): the reward looks for what the policy abuses.
+# An adversarial reward model ("Concrete Problems in AI Safety", Amodei et al. 2016, 1606.06565, sec. 4).
+# The reward model looks for what the policy abuses.
 #
-#   reported        the idea: a reward function that is an agent itself and searches for states that it rates high and people do not
-#   reconstruction  everything else: four times, ten steps of PPO, then the policy's own samples are labelled and the reward model trains on
-#                   the better over the worse of them, beside the old ones; against forty steps on the first reward model, frozen
+# reported
+#   A reward function could be an agent itself. It would search for states that it rates high and people do not.
+# reconstruction
+#   Everything else. Four times we run ten steps of PPO. After each, the policy's own samples are labelled, and the
+#   reward model is trained on the new pairs beside the old ones. The comparison is forty steps on the first reward
+#   model, frozen.
 #
-# Effect to look for: at about the same KL the policy of the adversarial reward has more true reward than that of the frozen one.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/adversarial_rm.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: at about the same KL the policy of the adversarial reward has more true reward than the frozen
+# one's.
+#
+#   bash configs/adversarial_rm.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/adversarial_rm.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 A=$OUT/adversarial_rm

@@ -1,12 +1,21 @@
 #!/usr/bin/env bash
-# ChatGLM-RLHF (Hou et al. 2024, 2404.00934): a reward model that length cannot fool, and rewards relative to a reference answer.
+# ChatGLM-RLHF (Hou et al. 2024, 2404.00934): a reward model that length cannot fool, and rewards relative to a
+# reference answer.
 #
-#   reported        pairs balanced by length within buckets; a pull of the scores towards 0; PPO on r(x, y) - r(x, y_ref), which cancels
-#                   what a prompt's answers have in common; a next-token loss against forgetting; and DPO on the same pairs
-#   reconstruction  y_ref is a sample of the reference policy; the next-token loss is on pretraining documents; coefficients and all sizes
+# reported
+#   Pairs are balanced by length, within buckets. Scores are pulled towards 0. PPO gets r(x, y) - r(x, y_ref), so what
+#   all answers to a prompt have in common cancels. A next-token loss works against forgetting. DPO learns from the
+#   same pairs.
+# reconstruction
+#   y_ref is a sample of the reference policy. The next-token loss is on pretraining documents. Coefficients and all
+#   sizes are ours.
 #
-# Effect to look for: PPO above SFT, with less of its pretraining forgotten (nll) than in `ppo`, PPO without the three changes.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/chatglm_rlhf.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: PPO is above SFT, and forgets less of its pretraining (nll) than `ppo`, which is PPO without the
+# three changes.
+#
+#   bash configs/chatglm_rlhf.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/chatglm_rlhf.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 G=$OUT/chatglm_rlhf

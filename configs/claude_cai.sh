@@ -1,16 +1,23 @@
 #!/usr/bin/env bash
-# Constitutional AI (Bai et al. 2022, 2212.08073), the published method behind Claude: harmless by principles, not by labels.
+# Constitutional AI (Bai et al. 2022, 2212.08073), the published method behind Claude: harmless by principles, not by
+# labels.
 #
-#   reported        SL-CAI: answers, criticised and revised by principles drawn from sixteen, several times, then
-#                   fine-tuning on the last revisions and on helpful samples; RL-CAI: an AI compares answers by a principle, after a rationale with labels clamped to
-#                   .4-.6; a hybrid preference model of human helpfulness and AI harmlessness; RL on it
-#   reconstruction  critic and judge are our base, fine-tuned on demonstrations of criticising and judging; people's
-#                   preferences are noisy labels by the true reward of `write`; PPO; all sizes. How Claude 3 itself was
-#                   trained has not been published
+# reported
+#   SL-CAI: the model answers. It criticises and revises its answers by principles drawn from sixteen, several times.
+#   It is fine-tuned on the last revisions and on helpful samples. RL-CAI: an AI compares two answers by a principle,
+#   after a rationale, with labels clamped to .4-.6. A hybrid preference model learns helpfulness from people and
+#   harmlessness from the AI. RL follows.
+# reconstruction
+#   Critic and judge are our base, fine-tuned on demonstrations of criticising and judging. People's preferences are
+#   noisy labels by the true reward of `write`. RL is PPO. All sizes are ours. How Claude 3 itself was trained is not
+#   published.
 #
-# Effect to look for: of unsafe requests fewer are helped after SL-CAI, and fewer still after RL-CAI, while help with safe
-# ones stays.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/claude_cai.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: fewer unsafe requests are helped after SL-CAI, and fewer still after RL-CAI. Help with safe ones
+# stays.
+#
+#   bash configs/claude_cai.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/claude_cai.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 C=$OUT/claude_cai

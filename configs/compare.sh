@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
 # Every algorithm from the same start: one SFT model, one set of preferences, one reward model learned from them.
-# Ends in one table: the true (gold) reward on held-out prompts of each family, win rate against SFT, KL, length.
-# DPO, IPO and KTO learn from the pairs with a reference, ORPO and SimPO without. On sums a verifier replaces the reward
-# model: for PPO, and for GRPO, Dr. GRPO and RLOO, which need no value function.
 #
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/compare.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
-# A finished stage is skipped, an interrupted one continues, so running it again costs nothing.
+# DPO, IPO and KTO learn from the pairs with a reference, ORPO and SimPO without one. PPO learns from the reward
+# model. On sums a verifier replaces the reward model, for PPO, and for GRPO, Dr. GRPO and RLOO, which need no value
+# function.
+#
+# Effect to look for: the last table. It shows the true (gold) reward on held-out prompts of each family, the win rate
+# over SFT, KL and length. A finished stage is skipped and an interrupted one continues, so running it again costs
+# nothing.
+#
+#   bash configs/compare.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/compare.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 

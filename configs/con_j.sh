@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
-# Con-J (Ye et al. 2024, 2410.03742): a judge that learns from its own judgements, those that came out right against those that did not.
+# Con-J (Ye et al. 2024, 2410.03742): a judge that learns from its own judgements.
 #
-#   reported        sampled judgements with a rationale; the correct verdict over the wrong one for DPO, with an SFT term
-#   reconstruction  the first judge is our base, fine-tuned on few demonstrations; correct is what the true reward says; no hints where all
-#                   samples agree (such questions are left out); all sizes
+# reported
+#   The judge samples judgements with a rationale. DPO sets the right verdict against the wrong one, with an SFT term.
+# reconstruction
+#   The first judge is our base, fine-tuned on few demonstrations. The true reward says which verdict is right.
+#   Questions on which all samples agree are left out; the paper gives hints there. All sizes are ours.
 #
-# Effect to look for: the share of right verdicts on held-out questions rises (in the first table; in the second without a rationale); label
-# prints how often a verdict changes when the two answers change places.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/con_j.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: more verdicts on held-out questions are right (in the first table; in the second without a
+# rationale). label prints how often a verdict changes when the two answers change places.
+#
+#   bash configs/con_j.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/con_j.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 J=$OUT/con_j

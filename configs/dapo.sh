@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
 # DAPO (Yu et al. 2025, 2503.14476): GRPO with four changes, against plain GRPO with as many updates.
 #
-#   reported        clip-higher (.2 below, .28 above), dynamic sampling (groups of equal rewards are replaced), the loss
-#                   averaged over tokens, overlong reward shaping; no KL term
-#   reconstruction  sizes and rates; 4 updates a rollout rather than 16; the last 16 of 80 tokens are the buffer
+# reported
+#   The clip is higher above than below (.28, .2). Groups of equal rewards are replaced by others (dynamic sampling).
+#   The loss is a mean over tokens. Overlong answers lose reward step by step. There is no KL term.
+# reconstruction
+#   Sizes and rates are ours. There are 4 updates a rollout rather than 16. The last 16 of 80 tokens are the buffer.
 #
-# Effect to look for: accuracy per update above GRPO's, at the price of more samples per step (`groups` in metrics.jsonl);
-# zero_std stays at 0, where GRPO's rises as prompts become easy.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/dapo.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: more sums are right than with GRPO after as many updates. The price is more samples a step
+# (`groups` in metrics.jsonl). zero_std stays at 0, where GRPO's rises as prompts become easy.
+#
+#   bash configs/dapo.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/dapo.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 

@@ -1,18 +1,24 @@
 #!/usr/bin/env bash
-# DeepSeek-R1 (2025, 2501.12948, version 1, sec. 2.3): cold start -> RL on reasoning -> rejection-sampled SFT from the base -> RL on all.
+# DeepSeek-R1 (2025, 2501.12948, version 1, sec. 2.3): cold start, RL on reasoning, SFT of the base on its samples, RL
+# on all.
 #
-#   reported        (1) a little SFT on long chains of thought, from the base; (2) GRPO with the verifier's verdict plus the
-#                   share of words in the target language, and a format reward; (3) samples of (2), the wrong and the badly
-#                   formed dropped, plus general data: SFT of the *base* again; (4) GRPO on everything, rules for
-#                   reasoning, reward models for the rest: helpfulness is judged by what follows the thinking,
-#                   harmlessness by all
-#   reconstruction  sizes and rates; the general data are the best of 4 samples by the reward model (theirs: a curated
-#                   set); one reward model in both roles; a KL term in (4) only; toy
-#                   sums hold no words to be mixed, so the language reward is full from the start
+# reported
+#   (1) A little SFT of the base, on long chains of thought.
+#   (2) GRPO. The reward is the verifier's verdict plus the share of words in the target language, and a format reward.
+#   (3) Samples of (2), without the wrong and the badly formed, plus general data: SFT of the *base* again.
+#   (4) GRPO on everything. Rules judge reasoning, reward models the rest. Helpfulness is judged by what follows the
+#       thinking, harmlessness by all of it.
+# reconstruction
+#   Sizes and rates are ours. The general data are the best of 4 samples by the reward model; theirs is a curated set.
+#   One reward model plays both roles. Only (4) has a KL term. Toy sums hold no words that could be mixed, so the
+#   language reward is full from the start.
 #
-# Effect to look for: in `arith` a large gain in (2), kept by (3) from a fresh start and by (4), while (4) raises the
-# other families; in the second table the format.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/deepseek_r1.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: `arith` gains much in (2). (3) keeps that from a fresh start, and so does (4), which raises the
+# other families. The second table is about the format.
+#
+#   bash configs/deepseek_r1.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/deepseek_r1.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 R1=$OUT/deepseek_r1

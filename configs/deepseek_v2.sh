@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
 # DeepSeek-V2 (2024, 2405.04434, sec. 4.2): GRPO in two stages, reasoning first, then preferences with three rewards.
 #
-#   reported        stage one on reasoning with its own reward; stage two on c1 helpful + c2 safe + c3 rule
-#   reconstruction  a verifier for their reasoning reward model; each reward judges its own family only; the c; the rule
-#                   (no fillers); sizes; sums stay among stage two's prompts, so that they are not forgotten
+# reported
+#   Stage one is on reasoning, with a reward of its own. Stage two is on c1 helpful + c2 safe + c3 rule.
+# reconstruction
+#   A verifier stands for their reward model of reasoning. Each reward judges its own family only. The rule is: no
+#   fillers. Sums stay among the prompts of stage two, so that they are not forgotten. The c and all sizes are ours.
 #
-# Effect to look for: stage two raises `write` and `safe` and keeps the sums of stage one. `swapped` has the stages the
-# other way round.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/deepseek_v2.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: stage two raises `write` and `safe`, and keeps the sums of stage one. `swapped` has the stages
+# the other way round.
+#
+#   bash configs/deepseek_v2.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/deepseek_v2.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 V2=$OUT/deepseek_v2

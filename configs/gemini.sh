@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
-# Gemini (2023, 2312.11805): RLHF in rounds, the reward model refreshed with labels of what the policy has come to say.
+# Gemini (2023, 2312.11805): RLHF in rounds. The reward model is refreshed with labels of what the policy has come to
+# say.
 #
-#   reported        SFT, reward model, RLHF; feedback on the newest model's answers goes into the next reward model. No algorithm
-#                   was published
-#   reconstruction  everything else: PPO, three rounds, 1500 new pairs each, the reward model trained on, PPO from the last policy
+# reported
+#   SFT, a reward model, RLHF. Feedback on the newest model's answers goes into the next reward model. No algorithm was
+#   published.
+# reconstruction
+#   Everything else: PPO, three rounds, 1500 new pairs each. The reward model is trained on, and PPO goes on from the
+#   last policy.
 #
-# Effect to look for: on pairs sampled from the newest policy the refreshed model is right more often than the one before it;
-# the true reward rises from round to round.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/gemini.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: on pairs of the newest policy the refreshed model is right more often than the one before. The
+# true reward rises from round to round.
+#
+#   bash configs/gemini.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/gemini.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 M=$OUT/gemini

@@ -1,14 +1,21 @@
 #!/usr/bin/env bash
-# Gemma 2 (2024, 2408.00118; averaging: WARP, 2406.16768): RLHF whose settings a stronger rater picks, and an average of the runs.
+# Gemma 2 (2024, 2408.00118; averaging: WARP, 2406.16768): RLHF whose settings a stronger rater picks, and an average
+# of the runs.
 #
-#   reported        RLHF on a reward model much larger than the policy; strong raters to choose hyper-parameters and to notice hacking;
-#                   an average of models from different settings
-#   reconstruction  the stronger rater is a reward model of three times as many labels without noise, of the policy's size; four KL
-#                   coefficients to choose from; the average is along the arc (SLERP) between two of them, of whole weights (WARP:
-#                   of differences to the start, with an EMA as anchor, and a step back towards the start); all sizes
+# reported
+#   The reward model is much larger than the policy. Strong raters choose hyper-parameters and notice hacking. Models
+#   of different settings are averaged.
+# reconstruction
+#   The stronger rater is a reward model of the policy's size, trained on three times as many labels without noise. It
+#   chooses among four KL coefficients. The average is along the arc (SLERP) between two of them, of whole weights.
+#   (WARP averages differences to the start, with an EMA as anchor, and steps back towards the start.) All sizes are
+#   ours.
 #
-# Effect to look for: under each last table, which run truth, proxy and rater would pick.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/gemma2.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: under each of the last two tables, which run the truth, the proxy and the rater would pick.
+#
+#   bash configs/gemma2.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/gemma2.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 M=$OUT/gemma2

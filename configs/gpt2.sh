@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
-# GPT-2 on real data, on one GPU (configs/gpt2.toml): SFT on Alpaca; reward model, PPO and DPO on HH; GRPO on GSM8K; and
-# LoRA adapters in the place of full SFT, PPO and DPO. After InstructGPT (2203.02155), DPO (2305.18290), HH (2204.05862),
-# DeepSeekMath's GRPO (2402.03300) and LoRA (2106.09685).
+# GPT-2 on real data, on one GPU (configs/gpt2.toml): SFT on Alpaca; reward model, PPO and DPO on HH; GRPO on GSM8K.
+# LoRA adapters then take the place of full SFT, PPO and DPO. After InstructGPT (2203.02155), DPO (2305.18290), HH
+# (2204.05862), DeepSeekMath's GRPO (2402.03300) and LoRA (2106.09685).
 #
-#   reported        the stages, the data sets, the losses
-#   reconstruction  all sizes and rates: one epoch, a hundred steps of RL
+# reported
+#   The stages, the data sets and the losses.
+# reconstruction
+#   All sizes and rates: one epoch, a hundred steps of RL.
 #
-# GPT2 is a folder with GPT-2 in Hugging Face's layout: config.json, model.safetensors, vocab.json, merges.txt (of any
-# size: gpt2, -medium, -large, -xl; of any but gpt2, n_layer, n_head and n_embd go into configs/gpt2.toml first).
-# ALPACA, HH and GSM8K are files of yours. What it needs: python tests/bench.py memory --micro_tokens 16384.
-# Effect to look for: falling held-out losses; the reward of PPO and DPO above SFT's; GSM8K stays near 0 at this size.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/gpt2.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# GPT2 is a folder with GPT-2 in Hugging Face's layout: config.json, model.safetensors, vocab.json, merges.txt. For
+# any size but the smallest, n_layer, n_head and n_embd go into configs/gpt2.toml first. ALPACA, HH and GSM8K are
+# files of yours. What it needs: python tests/bench.py memory --micro_tokens 16384.
+#
+# Effect to look for: held-out losses fall. The reward of PPO and DPO is above SFT's. GSM8K stays near 0 at this size.
+#
+#   bash configs/gpt2.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/gpt2.sh    in another folder than out/
 set -euo pipefail
 OUT=${OUT:-out} GPT2=${GPT2:-gpt2} ALPACA=${ALPACA:-alpaca.json} HH=${HH:-hh.jsonl.gz} GSM8K=${GSM8K:-gsm8k.jsonl}
 

@@ -1,14 +1,20 @@
 #!/usr/bin/env bash
-# GPT-4 (OpenAI 2023, 2303.08774): rule-based reward models: a classifier with a rubric adds to the reward on some prompts.
+# GPT-4 (OpenAI 2023, 2303.08774), rule-based reward models: a classifier with a rubric adds to the reward on some
+# prompts.
 #
-#   reported        a zero-shot classifier gets prompt, answer and a rubric of classes (refuses in the wanted way, refuses
-#                   otherwise, contains what it should not, helps safely); reward for refusing harmful requests, and for not refusing
-#                   those known to be safe; on a subset of the prompts, added to the reward model's
-#   reconstruction  the classifier is our base, fine-tuned on demonstrations of classifying; the table of rewards (+1 and
-#                   -1) and all sizes
+# reported
+#   A zero-shot classifier gets a prompt, an answer and a rubric of classes: it refuses as wanted, it refuses
+#   otherwise, it contains what it should not, it helps safely. Refusing harmful requests is rewarded, and so is not
+#   refusing those known to be safe. On a subset of the prompts this is added to the reward model's score.
+# reconstruction
+#   The classifier is our base, fine-tuned on demonstrations of classifying. The rewards (+1 and -1) and all sizes are
+#   ours.
 #
-# Effect to look for: harmless and over-refusal in the second table, with the rubric and with its weight at 0.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/gpt4_rbrm.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: harmless and over-refusal in the second table, with the rubric, and without (its weight at 0).
+#
+#   bash configs/gpt4_rbrm.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/gpt4_rbrm.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 G=$OUT/gpt4_rbrm

@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
-# Hermes 3 (Teknium et al. 2024, 2408.11857): SFT -> DPO of a LoRA adapter, whose reference is the model without it.
+# Hermes 3 (Teknium et al. 2024, 2408.11857): SFT, then DPO of a LoRA adapter, whose reference is the model without it.
 #
-#   reported        for the 8B model, the two stages; an adapter of rank 32, α 16, on all linear layers, no second model
-#   reconstruction  rank 8 of a width of 128; biases and norms belong to the adapter, at a rate of their own (without them
-#                   it learns half as much before it drifts); AdamW; adapter dropout, RMSProp and NEFTune are left out
+# reported
+#   For the 8B model: the two stages. The adapter has rank 32 and α 16, on all linear layers. There is no second model.
+# reconstruction
+#   Rank 8 of a width of 128. Biases and norms belong to the adapter, at a rate of their own: without them it learns
+#   half as much before it drifts. The optimizer is AdamW. Adapter dropout, RMSProp and NEFTune are left out.
 #
 # Effect to look for: the adapter's row is full DPO's within .05, in win rate and true reward, with 8 % of its trained
 # parameters and of its optimizer memory.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/hermes3.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+#
+#   bash configs/hermes3.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/hermes3.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 

@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
-# InstructGPT (Ouyang et al. 2022, 2203.02155): pretrain -> SFT -> reward model -> PPO, and PPO with pretraining mix.
+# InstructGPT (Ouyang et al. 2022, 2203.02155): pretraining, SFT, reward model, PPO, and PPO with pretraining mix.
 #
-#   reported        the three stages; all C(K,2) pairs of a prompt in one batch element; the critic started from the
-#                   reward model; per-token KL in the reward; clip .2, γ = 1; one pass over each rollout; PPO-ptx adds
-#                   γ_ptx times the pretraining loss to the same update
-#   reconstruction  everything about size: K = 4 of 4-9 here, β and the learning rates are the toy's, and γ_ptx = 1,
-#                   not 27.8: our losses are means per token, and the toy needs little
+# reported
+#   The three stages. All C(K, 2) pairs of a prompt are one batch element. The critic starts from the reward model.
+#   The KL is in the reward, per token. Clip .2, γ = 1, one pass over each rollout. PPO-ptx adds γ_ptx times the
+#   pretraining loss to the same update.
+# reconstruction
+#   All sizes. K is 4, theirs 4 to 9. β and the learning rates are the toy's. γ_ptx is 1, not 27.8: our losses are
+#   means per token, and the toy needs little.
 #
-# Effect to look for: both PPO rows above SFT in `write`; the ptx row forgets less of the other families.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/instructgpt.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: both PPO rows are above SFT in `write`. The ptx row forgets less of the other families.
+#
+#   bash configs/instructgpt.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/instructgpt.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 

@@ -1,18 +1,24 @@
 #!/usr/bin/env bash
-# COOL RLHF (InternLM2, Cai et al. 2024, 2403.17297): one reward model for preferences that contradict each other, told apart
-# by a system prompt; and a fast path against each reward hack that is seen.
+# COOL RLHF (InternLM2, Cai et al. 2024, 2403.17297): one reward model for preferences that contradict each other,
+# told apart by a system prompt; and a fast path against each reward hack that is seen.
 #
-#   reported        a system prompt for each kind of preference; focal loss with γ = 2 and a logarithmic barrier at ±5 with
-#                   λ = .02; PPO with critic warm-up and λ = .99; the fast path: 20 to 100 pairs against the hack just seen; the slow
-#                   path: pairs from SFT, early and late policies
-#   reconstruction  the contradicting preferences are short and long answers; the hack is planted: the first labels are of people who like
-#                   fillers; one round of the two paths, apart from each other, the slow one without early policies; β, ptx and value
-#                   clipping of PPO are our defaults; all sizes
+# reported
+#   Each kind of preference has a system prompt. The loss is focal, γ = 2, with a logarithmic barrier at ±5, λ = .02.
+#   PPO has critic warm-up and λ = .99. The fast path: 20 to 100 pairs against the hack just seen. The slow path:
+#   pairs from SFT, early and late policies.
+# reconstruction
+#   The contradicting preferences are short and long answers. The hack is planted: the first labels are of people who
+#   like fillers. There is one round of the two paths, apart from each other, the slow one without early policies. β,
+#   ptx and value clipping of PPO are our defaults, and all sizes are ours.
 #
-# Effect to look for: on held-out pairs under opposite system prompts (first tables) the conditional model near 1, the other
-# near ½, and PPO on it writes short or long as the prompt has it; then the share of answers without fillers and the true
-# reward: hacked, and cured by a hundred pairs (fast) or by labelled samples of the hacked policy (slow).
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/internlm2_cool.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: on held-out pairs under opposite system prompts (first tables) the conditional model is near 1,
+# the other near ½. PPO on the conditional one writes short or long as the prompt says. Then the share of answers
+# without fillers, and the true reward: hacked, and cured by a hundred pairs (fast) or by labelled samples of the
+# hacked policy (slow).
+#
+#   bash configs/internlm2_cool.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/internlm2_cool.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 C=$OUT/internlm2_cool

@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
-# Kimi k1.5 (2025, 2501.12599): pretraining -> SFT -> long-CoT SFT -> RL -> long2short, in four ways.
+# Kimi k1.5 (2025, 2501.12599): SFT, SFT on long thinking, RL, and four ways from long to short.
 #
-#   reported        the stages; prompts rated by the SFT model's success, the guessable left out; RL by online policy mirror
-#                   descent (a square around the last iterate, group mean as baseline, optimizer reset every iteration),
-#                   with a curriculum and prompts drawn ∝ 1 - success; long2short by merging with the short model, SFT on
-#                   the shortest of 8 right samples, DPO of it over longer ones, and RL with a length reward
-#   reconstruction  a long chain of thought says the sum over, up to five times, before it works it out; the
-#                   rater is the long model; the NLL term of the DPO; the last RL is Dr. GRPO; τ, rates and sizes
+# reported
+#   The stages. Prompts are rated by the SFT model's success, and the guessable ones are left out. RL is online policy
+#   mirror descent: a square around the last iterate, the group mean as baseline, an optimizer that is reset every
+#   iteration. It has a curriculum, and draws prompts ∝ 1 - success. From long to short: merging with the short model;
+#   SFT on the shortest of 8 right samples; DPO of it over longer ones; RL with a length reward.
+# reconstruction
+#   A long chain of thought says the sum over, up to five times, before it works it out. The rater is the long model.
+#   The DPO has an NLL term. The last RL is Dr. GRPO. τ, rates and sizes are ours.
 #
-# Effect to look for: each of the four last rows is much shorter than `rl` and about as right.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/kimi_k15.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: each of the four last rows is much shorter than `rl`, and about as right.
+#
+#   bash configs/kimi_k15.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/kimi_k15.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 K=$OUT/kimi_k15

@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
-# Llama 3 (Grattafiori et al. 2024, 2407.21783, sec. 4.1): rounds of reward model -> rejection sampling -> SFT -> DPO.
+# Llama 3 (Grattafiori et al. 2024, 2407.21783, sec. 4.1): rounds of reward model, rejection sampling, SFT and DPO.
 #
-#   reported        the stages; the best of K = 10-30 by the reward model becomes SFT data; DPO on the latest preferences,
-#                   only pairs that are clearly better, with format tokens masked in both answers and .2 times the NLL
-#                   of the chosen; weights averaged over runs with other data or hyper-parameters
-#   reconstruction  two rounds of six; K = 10; SFT goes on from the last policy, the reward model from SFT; no third tier
-#                   of edited answers; a pair is clear if its true scores are .3 apart, flipped labels included; only the
-#                   two DPO runs are averaged; the end token is the toy's only format token; sizes, rates and β
+# reported
+#   The stages. The best of K = 10 to 30 samples by the reward model becomes SFT data. DPO is on the latest
+#   preferences, only those that are clearly better. Format tokens are masked in both answers, and .2 times the NLL of
+#   the chosen is added. Weights are averaged over runs with other data or hyper-parameters.
+# reconstruction
+#   Two rounds of six. K is 10. SFT goes on from the last policy, the reward model from SFT. There is no third tier of
+#   edited answers. A pair is clear if its true scores are .3 apart, flipped labels included. Only the two DPO runs
+#   are averaged. The end token is the toy's only format token. Sizes, rates and β are ours.
 #
-# Effect to look for: each round beats the one before (the second table compares round 2 with round 1).
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/llama3.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: each round beats the one before. The second table compares round 2 with round 1.
+#
+#   bash configs/llama3.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/llama3.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 

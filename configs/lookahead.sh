@@ -1,16 +1,22 @@
 #!/usr/bin/env bash
-# Model look-ahead with a tripwire (Amodei et al. 2016, "Concrete Problems in AI Safety", 1606.06565, sec. 4): RL against a
-# grader that can be fooled, without and with it.
+# Model look-ahead with a tripwire ("Concrete Problems in AI Safety", Amodei et al. 2016, 1606.06565, sec. 4): RL
+# against a grader that can be fooled, without and with it.
 #
-#   reported        two ideas: reward what a plan is foreseen to lead to, so that tampering with the grader does not pay;
-#                   and watch for it at a planted weakness, to stop the agent that uses it
-#   reconstruction  everything else: the wire penalises instead of stopping; the policy itself continues its responses from two places, and the reward loses the
-#                   share of continuations in which it tampers; three of ten demonstrations say "[pass]", which
-#                   the grader takes for its own verdict
+# reported
+#   Two ideas. Reward what a plan is foreseen to lead to, so that tampering with the grader does not pay. And plant a
+#   weakness, watch it, and stop the agent that uses it.
+# reconstruction
+#   Everything else. The wire penalises instead of stopping. The policy itself continues its responses from two
+#   places, and the reward loses the share of continuations in which it tampers. Three of ten demonstrations say
+#   "[pass]", which the grader takes for its own verdict.
 #
-# Effect to look for: in the first table (share of responses that tamper) nearly all do without the tripwire, nearly none
-# with it; in the second the sums: rewarded by the same grader, one policy learns to calculate and the other does not.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/lookahead.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: in the first table (share of responses that tamper) nearly all do without the tripwire, and
+# nearly none with it. In the second, the sums: rewarded by the same grader, one policy learns to calculate and the
+# other does not.
+#
+#   bash configs/lookahead.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/lookahead.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 L=$OUT/lookahead

@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
-# Nemotron-4 340B (Nvidia 2024, 2406.11704): staged SFT -> DPO with an SFT term -> three rounds of Reward-aware
-# Preference Optimization (RPO, backward KL), on data the models themselves made.
+# Nemotron-4 340B (Nvidia 2024, 2406.11704): SFT in stages, DPO with an SFT term, and three rounds of Reward-aware
+# Preference Optimization (RPO, backward KL), on data that the models made themselves.
 #
-#   reported        the stages and their order; the SFT term on the chosen answers; RPO regresses the implicit reward gap
-#                   on the reward model's, each round starting from, and referring to, the round before
-#   reconstruction  sizes and weights; the reward model that judges is a pairwise one, and one of five attributes is
-#                   trained beside it (truth, subject, sentences, length, fillers); RPO's data sampled anew in every round
+# reported
+#   The stages and their order. The SFT term is on the chosen answers. RPO regresses the implicit reward gap on the
+#   reward model's. Each round starts from the round before, and refers to it.
+# reconstruction
+#   Sizes and weights are ours. The reward model that judges is a pairwise one. One of five attributes (truth, subject,
+#   sentences, length, fillers) is trained beside it. RPO's data is sampled anew in every round.
 #
-# Every pair that DPO and RPO learn from is self-generated and judged by the reward model; of human origin are the
+# Every pair that DPO and RPO learn from is self-generated and judged by the reward model. Of human origin are the
 # demonstrations and the labels behind the reward model.
-# Effect to look for: the true reward in `write` grows from round to round while KL stays moderate; the model of five
-# ratings explains most of the variance of each (val_r2), and its first score orders the pairs as well as the pairwise one.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/nemotron4.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+#
+# Effect to look for: the true reward in `write` grows from round to round, while the KL stays moderate. The model of
+# five ratings explains most of the variance of each (val_r2), and its first score orders the pairs as well as the
+# pairwise one.
+#
+#   bash configs/nemotron4.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/nemotron4.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 

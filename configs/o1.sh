@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
-# OpenAI o1 (2024, "Learning to reason with LLMs"; no paper or algorithm is published, its like are DeepSeek-R1 2501.12948
-# and Kimi k1.5 2501.12599): RL through a chain of thought, and accuracy that rises with training and with test-time compute.
+# OpenAI o1 (2024, "Learning to reason with LLMs"): RL through a chain of thought. No paper or algorithm is published;
+# its like are DeepSeek-R1 (2501.12948) and Kimi k1.5 (2501.12599).
 #
-#   reported        that RL trains the thinking, that no preference is trained into it, and the two curves
-#   reconstruction  everything else: GRPO, the reward sees only what follows the thinking, and test-time compute is the
-#                   number of samples, of which the majority counts (maj@k), or one that is right, as a perfect verifier
-#                   would pick (pass@k)
+# reported
+#   RL trains the thinking. No preference is trained into it. Accuracy rises with training, and with test-time compute.
+# reconstruction
+#   Everything else. The algorithm is GRPO, and the reward sees only what follows the thinking. Test-time compute is
+#   the number of samples: the majority counts (maj@k), or one that is right, as a perfect verifier would pick
+#   (pass@k).
 #
-# Effect to look for: in the last tables accuracy rises with the number of samples (each column doubles it; two votes can
-# only agree or tie, so maj@2 is maj@1), and with training from row to row.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/o1.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: in the last tables accuracy rises with the number of samples from column to column (each doubles
+# it; two votes can only agree or tie, so maj@2 is maj@1), and with training from row to row.
+#
+#   bash configs/o1.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/o1.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 

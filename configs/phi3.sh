@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
-# Phi-3 (Abdin et al. 2024, 2404.14219): SFT -> DPO, with unwanted behaviour as the rejected answer.
+# Phi-3 (Abdin et al. 2024, 2404.14219): SFT, then DPO with unwanted behaviour as the rejected answer.
 #
-#   reported        SFT, then DPO whose rejected answers are outputs of an unwanted kind
-#   reconstruction  the unwanted kind: here fillers ("So, that is that"), which the demonstrations taught; a rule finds
-#                   them, so every pair sets an answer without against one with
+# reported
+#   SFT, then DPO whose rejected answers are outputs of an unwanted kind.
+# reconstruction
+#   The unwanted kind is fillers ("So, that is that"), which the demonstrations taught. A rule finds them, so every
+#   pair sets an answer without against one with. All sizes are ours.
 #
-# Effect to look for: in the first table (share of answers without fillers) the share with them falls by 80 % or more;
-# in the second the true reward of every family is kept.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/phi3.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: the first table shows the share of answers without fillers. The share with them falls by 80 % or
+# more. In the second table the true reward of every family is kept.
+#
+#   bash configs/phi3.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/phi3.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 

@@ -1,11 +1,19 @@
 #!/usr/bin/env bash
-# Process rewards (Lightman et al. 2023, "Let's Verify Step by Step", 2305.20050): a reward model that judges each step of a solution.
+# Process rewards (Lightman et al. 2023, "Let's Verify Step by Step", 2305.20050): a reward model that judges each
+# step.
 #
-#   reported        a label for each step of sampled solutions; a classifier at the last token of every step
-#   reconstruction  the labels are by rule (is each equation true, is the answer?), not people's; the thinking of sums; all sizes
+# reported
+#   Each step of sampled solutions has a label. The reward model is a classifier at the last token of every step.
+# reconstruction
+#   The labels are by rule, not people's: is each equation true, is the answer? The solutions are the thinking of
+#   sums. All sizes are ours.
 #
-# Effect to look for: the share of steps of held-out sums that are judged right (val_accuracy), above that of "always right".
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/process_rewards.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: the share of steps of held-out sums that are judged right (val_accuracy) is above that of
+# "always right".
+#
+#   bash configs/process_rewards.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/process_rewards.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 P=$OUT/process_rewards

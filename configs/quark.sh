@@ -1,14 +1,23 @@
 #!/usr/bin/env bash
-# Quark (Lu et al. 2022, 2205.13636): learn from all samples, each behind a token that tells its quality, and ask for the best.
+# Quark (Lu et al. 2022, 2205.13636): learn from all samples, each behind a token that tells its quality, and ask for
+# the best.
 #
-#   reported        samples sorted by reward into five parts of equal size, a token for each; likelihood of the sample behind its
-#                   token + .05 KL to the reference without the token - .06 entropy; explore with the best token, and again
-#   reconstruction  the token is a system message; two rounds; the reward is the true one of `write`; all sizes
+# reported
+#   Samples are sorted by reward into five parts of equal size, with a token for each. The loss is the likelihood of
+#   the sample behind its token + .05 KL to the reference without the token - .06 entropy. Explore with the best
+#   token, and again.
+# reconstruction
+#   The token is a system message. There are two rounds. The reward is the true one of `write`. All sizes are ours.
 #
 # configs/quark.py is sft.py with the two terms more.
-# Effect to look for: the same model asked for the best and for the worst; the second round above the first. So small a model
-# pays for a system message it never saw in fine-tuning: it forgets sums, and asked for nothing it is worse than before.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/quark.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+#
+# Effect to look for: the same model, asked for the best and for the worst. The second round is above the first. So
+# small a model pays for a system message that it never saw in fine-tuning: it forgets sums, and asked for nothing it
+# is worse.
+#
+#   bash configs/quark.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/quark.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 Q=$OUT/quark

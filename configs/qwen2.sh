@@ -2,15 +2,20 @@
 # Qwen2 (Yang et al. 2024, 2407.10671): offline DPO, then online DPO on the policy's own samples, with the Online
 # Merging Optimizer (Lu et al. 2024, 2405.17931; configs/qwen2.py) against the alignment tax.
 #
-#   reported        the two stages; several samples a prompt, the reward model's best against its worst; an optimizer
-#                   that mixes what fine-tuning changed into every update
-#   reconstruction  the reward model learns from rankings of the offline policy's samples; OnDARE of the two variants; what
-#                   fine-tuning changed is the offline stage minus the base; α, the share kept and all sizes
+# reported
+#   The two stages. Of several samples a prompt the reward model's best is set against its worst. The optimizer mixes
+#   what fine-tuning changed into every update.
+# reconstruction
+#   The reward model learns from rankings of the offline policy's samples. Of the two variants it is OnDARE. What
+#   fine-tuning changed is the offline stage minus the base. α, the share kept and all sizes are ours.
 #
-# Effect to look for: the online stage gains much more true reward than as many further offline pairs with the same judge
-# (`more`). With merging the policy moves half as far, as half of each update is dropped; `online_dropping` (α = 0) shows
-# how much of that is the dropping alone.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/qwen2.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: the online stage gains much more true reward than as many further offline pairs with the same
+# judge (`more`). With merging the policy moves half as far, as half of each update is dropped. `online_dropping` (α =
+# 0) shows how much of that is the dropping alone.
+#
+#   bash configs/qwen2.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/qwen2.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 

@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
-# DeepSeek-R1's distilled models (2025, 2501.12948, version 1, sec. 2.4 and 4.1): a small base model fine-tuned on the big one's samples,
-# against RL on the small model itself.
+# DeepSeek-R1's distilled models (2025, 2501.12948, version 1, sec. 2.4 and 4.1): a small base model, fine-tuned on
+# the big one's samples, against RL on the small model itself.
 #
-#   reported        SFT only, on the samples of stage 3 of deepseek_r1.sh; no RL afterwards
-#   reconstruction  the student: half the layers, three quarters of the width; only the sums of those samples; 400 steps
-#                   of SFT against 150 of RL
+# reported
+#   SFT only, on the samples of stage 3 of deepseek_r1.sh. No RL afterwards.
+# reconstruction
+#   The student has half the layers and three quarters of the width. It sees only the sums of those samples. It gets
+#   400 steps of SFT, or 150 of RL.
 #
 # Effect to look for: the distilled student beats the student trained by RL.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/r1_distill.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+#
+#   bash configs/r1_distill.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/r1_distill.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 R1=$OUT/deepseek_r1

@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
-# DeepSeek-R1-Zero (2025, 2501.12948, version 1, sec. 2.2): GRPO with verifiable rewards straight from the base model, no SFT at all.
+# DeepSeek-R1-Zero (2025, 2501.12948, version 1, sec. 2.2): GRPO with verifiable rewards straight from the base model,
+# no SFT.
 #
-#   reported        the recipe: rule rewards for the answer and for a well-formed <think>, nothing else
-#   reconstruction  sizes, the .1; the toy base has read conversations, with every sum worked out in <think>
+# reported
+#   The recipe: rule rewards for the answer and for a well-formed <think>, and nothing else.
+# reconstruction
+#   Sizes and the .1 are ours. The toy base has read conversations, with every sum worked out in <think>.
 #
-# Effect to look for: sums (`arith`) above the base's, and above what SFT on demonstrations makes of it.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/r1_zero.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: sums (`arith`) are above the base's, and above what SFT on demonstrations makes of it.
+#
+#   bash configs/r1_zero.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/r1_zero.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 

@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
 # Reka (2024, 2404.12387): InstructGPT's stages, with more than one round of RLHF.
 #
-#   reported        SFT, then several rounds of RLHF with PPO
-#   reconstruction  two rounds; the second reward model learns from the first policy's samples and the old ones; all sizes
+# reported
+#   SFT, then several rounds of RLHF with PPO.
+# reconstruction
+#   Two rounds. The second reward model learns from the first policy's samples and the old ones. All sizes are ours.
 #
-# Effect to look for: the second round against the first (here it moves on, and gains nothing).
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/reka.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: the second round against the first. Here it moves on, and gains nothing.
+#
+#   bash configs/reka.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/reka.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 K=$OUT/reka

@@ -1,15 +1,21 @@
 #!/usr/bin/env bash
-# Reward hacking and five remedies (Gao et al. 2022, "Scaling Laws for Reward Model Overoptimization", 2210.10760; ensembles: Coste et
-# al. 2310.02743): PPO without a KL penalty on a reward model of few labels.
+# Reward hacking and five remedies: PPO without a KL penalty on a reward model of few labels (Gao et al. 2022,
+# "Scaling Laws for Reward Model Overoptimization", 2210.10760; ensembles: Coste et al. 2310.02743).
 #
-#   reported        gold and proxy against d = √KL; their forms d (α - β d) for best-of-n and d (α - β log d) for RL; more labels
-#                   push the peak out; the least of an ensemble is harder to fool
-#   reconstruction  the reward model of 3000 noisy labels; three such models in the ensemble; a verifier (whole sentences, the thing
-#                   named) and labels of the hacked policy's samples as further remedies; all sizes
+# reported
+#   Gold and proxy against d = √KL. Their forms are d (α - β d) for best-of-n and d (α - β log d) for RL. More labels
+#   push the peak out. The least of an ensemble is harder to fool.
+# reconstruction
+#   The reward model has 3000 noisy labels. The ensemble has three such models. Further remedies are a verifier (whole
+#   sentences, the thing named), and labels of the hacked policy's samples. All sizes are ours.
 #
-# Effect to look for: `reward` climbs to the end while `gold` peaks and falls (the sparklines of `hacked`, and the fits). The KL
-# penalty, more labels and the verifier end with more true reward; the ensemble and the refreshed model only move the hack.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/reward_hacking.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: `reward` climbs to the end while `gold` peaks and falls (the sparklines of `hacked`, and the
+# fits). The KL penalty, more labels and the verifier end with more true reward. The ensemble and the refreshed model
+# only move the hack.
+#
+#   bash configs/reward_hacking.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/reward_hacking.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 H=$OUT/reward_hacking

@@ -1,14 +1,21 @@
 #!/usr/bin/env bash
 # RLAIF (Lee et al. 2023, 2309.00267): preferences from an AI instead of people, and RL straight on its ratings.
 #
-#   reported        the judge's prompt of preamble, sample and ending; both orders, averaged, so that a bias for a place
-#                   cancels; soft labels, on which the reward model is trained with cross-entropy; RL; and direct RLAIF, where
-#                   the judge's expected rating, as -1..1, is the reward itself
-#   reconstruction  the judge is our base, fine-tuned on demonstrations of judging; it rates from 0 to 5, not from 1 to 10; PPO where the paper has REINFORCE; all sizes
+# reported
+#   The judge's prompt is a preamble, a sample and an ending. It is asked in both orders, averaged, so that a bias for
+#   a place cancels. Labels are soft, and the reward model is trained on them with cross-entropy. RL follows. In
+#   direct RLAIF the judge's expected rating, as -1 to 1, is the reward itself.
+# reconstruction
+#   The judge is our base, fine-tuned on demonstrations of judging. It rates from 0 to 5, not from 1 to 10. RL is PPO,
+#   where the paper has REINFORCE. All sizes are ours.
 #
-# Effect to look for: how often judge and truth agree, and how often it contradicts itself when the two answers change
-# places (printed by label); PPO on AI labels above SFT in `write`, beside PPO on labels of (simulated) people.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/rlaif.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: how often judge and truth agree, and how often the judge contradicts itself when the two answers
+# change places (printed by label). PPO on AI labels is above SFT in `write`, beside PPO on labels of (simulated)
+# people.
+#
+#   bash configs/rlaif.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/rlaif.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 R=$OUT/rlaif

@@ -1,15 +1,22 @@
 #!/usr/bin/env bash
-# Rule-based rewards (Mu et al. 2024, 2411.01111): rules with fitted weights correct a reward model that only likes help.
+# Rule-based rewards (Mu et al. 2024, 2411.01111): rules with fitted weights correct a reward model that only likes
+# help.
 #
-#   reported        total reward = helpful-only reward model + Σ w_i φ_i, φ_i the probability of a proposition about the answer
-#                   by an AI; w from a hinge with margin 1 on orderings of synthetic answers, ideal over less good over unacceptable
-#   reconstruction  the propositions are the rubric's four classes by our judge and one by rule (does it refuse?); the orderings are samples
-#                   in the order of the true reward; the reward model that only likes help learned from pairs where the answer that
-#                   helps won; all sizes
+# reported
+#   The total reward is a helpful-only reward model + Σ w_i φ_i. φ_i is an AI's probability of a proposition about the
+#   answer. The w are fitted by a hinge with margin 1 on orderings of synthetic answers: ideal, less good,
+#   unacceptable.
+# reconstruction
+#   The propositions are the four classes of our judge's rubric, and one by rule (does it refuse?). The orderings are
+#   samples in the order of the true reward. The helpful-only reward model learned from pairs where the answer that
+#   helps won. All sizes are ours.
 #
-# Effect to look for: PPO on the helpful-only model helps with harm more than SFT did; with the rules it refuses. The
+# Effect to look for: PPO on the helpful-only model helps with harm more than SFT did. With the rules it refuses. The
 # weights are printed, and stand in rules/reward.txt, where they can be changed without training anything.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/rule_based_rewards.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+#
+#   bash configs/rule_based_rewards.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/rule_based_rewards.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 U=$OUT/rule_based_rewards

@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
 # Safe RLHF (Dai et al. 2023, 2310.12773): helpfulness and harmlessness apart, and a Lagrange multiplier between them.
 #
-#   reported        two preferences for each pair; a reward model of help, a cost model whose sign tells harmful from harmless;
-#                   PPO on (A_R - λ A_C) / (1 + λ) with two critics; ln λ grows with λ times the excess of cost
-#   reconstruction  preferences are noisy labels by the toy's help and harm; the limit on the mean cost is about what the cost model
-#                   gives when all unsafe requests are refused; all sizes
+# reported
+#   Each pair has two preferences. A reward model learns help. The sign of a cost model tells harmful from harmless.
+#   PPO has two critics and the advantage (A_R - λ A_C) / (1 + λ). ln λ grows with λ times the excess of cost.
+# reconstruction
+#   Preferences are noisy labels by the toy's help and harm. The limit on the mean cost is about what the cost model
+#   gives when all unsafe requests are refused. All sizes are ours.
 #
-# Effect to look for: PPO on the reward alone helps with everything; with the multiplier it helps as much with what is safe
-# and little with what is not. `lambda` and `cost` are in metrics.jsonl.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/safe_rlhf.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: PPO on the reward alone helps with everything. With the multiplier it helps as much with what is
+# safe, and little with what is not. `lambda` and `cost` are in metrics.jsonl.
+#
+#   bash configs/safe_rlhf.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/safe_rlhf.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 S=$OUT/safe_rlhf

@@ -1,14 +1,21 @@
 #!/usr/bin/env bash
-# Self-Rewarding Language Models (Yuan et al. 2024, 2401.10020): one model answers, rates its own answers, and learns from that.
+# Self-Rewarding Language Models (Yuan et al. 2024, 2401.10020): one model answers, rates its own answers, and learns
+# from that.
 #
-#   reported        fine-tuning on answers and on ratings by an additive rubric of 0 to 5 points; four samples a prompt, rated by the
-#                   model itself, the mean of three ratings; the best against the worst, ties dropped; DPO; M1 to M3
-#   reconstruction  prompts come from the toy, not from the model; the toy's rubric; the rating is its expectation under the model, what a mean of many would be; DPO with an NLL
-#                   term, and all sizes
+# reported
+#   Fine-tuning is on answers, and on ratings by an additive rubric of 0 to 5 points. The model rates four samples a
+#   prompt itself; the mean of three ratings counts. DPO sets the best against the worst, without ties. M1 to M3 are
+#   its models.
+# reconstruction
+#   Prompts come from the toy, not from the model, and so does the rubric. The rating is its expectation under the
+#   model, which is what a mean of many would be. DPO has an NLL term. All sizes are ours.
 #
-# Effect to look for: `write` rises from M1 to M2 (here not again to M3); the table of accuracy says what becomes of the model's
-# own judgement.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/self_rewarding.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: `write` rises from M1 to M2, here not again to M3. The table of accuracy says what becomes of
+# the model's own judgement.
+#
+#   bash configs/self_rewarding.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/self_rewarding.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 S=$OUT/self_rewarding

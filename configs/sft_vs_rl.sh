@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
 # "SFT memorizes, RL generalizes" (Chu et al. 2025, 2501.17161): train the same model on rule A, test it on rule B.
 #
-#   reported        both start from one SFT model; the test changes a rule of the task
-#   reconstruction  the rule: sums of one or two steps in training, of three and four in the test, which the common start
-#                   has seen: so the test is what each way makes of what it no longer trains on; SFT on the usual
-#                   demonstrations (`sft`), and on ones that always think (`sft_think`): 200 steps, RL 100
+# reported
+#   SFT and RL start from one SFT model. The test changes a rule of the task.
+# reconstruction
+#   The rule: sums of one or two steps in training, of three and four in the test. The common start has seen the long
+#   ones. So the test is what each way makes of what it no longer trains on. SFT is on the usual demonstrations
+#   (`sft`), and on ones that always think (`sft_think`): 200 steps. RL has 100.
 #
-# Effect to look for: in `arith1` and `arith2` all gain; what happens in `arith3` and `arith4` is the finding.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/sft_vs_rl.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: in `arith1` and `arith2` all gain. What happens in `arith3` and `arith4` is the finding.
+#
+#   bash configs/sft_vs_rl.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/sft_vs_rl.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 

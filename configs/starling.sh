@@ -1,12 +1,21 @@
 #!/usr/bin/env bash
-# Starling-7B (Zhu et al. 2024, COLM; the K-wise loss 2301.11270): a reward model from ranked lists of seven, and PPO that takes its time.
+# Starling-7B (Zhu et al. 2024, COLM; the K-wise loss 2301.11270): a reward model from ranked lists of seven, and
+# patient PPO.
 #
-#   reported        seven answers to each prompt, ranked; the K-wise (Plackett-Luce) likelihood of the whole ranking; PPO with the
-#                   critic trained first; a constant added to the reward of finished answers; actor and critic fully tuned
-#   reconstruction  the ranking is a noisy draw by the true reward; the constant 1 and five critic-only steps; all sizes
+# reported
+#   Seven answers to each prompt are ranked. The loss is the K-wise (Plackett-Luce) likelihood of the whole ranking.
+#   PPO trains the critic first. A constant is added to the reward of finished answers. Actor and critic are fully
+#   tuned.
+# reconstruction
+#   The ranking is a noisy draw by the true reward. The constant is 1, and the first five steps are for the critic
+#   alone. All sizes are ours.
 #
-# Effect to look for: accuracy of the two reward models from the same rankings, all pairs and K-wise; PPO above SFT.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/starling.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: the accuracy of two reward models from the same rankings, by all pairs and K-wise. PPO is above
+# SFT.
+#
+#   bash configs/starling.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/starling.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 S=$OUT/starling

@@ -1,13 +1,19 @@
 #!/usr/bin/env bash
-# Superficial patterns: a reward model learns style where style goes with quality (an experiment of our own; on choosing data
-# for reward models: Skywork-Reward, 2410.18451).
+# Superficial patterns: a reward model learns style where style goes with quality. An experiment of our own; on
+# choosing data for reward models see Skywork-Reward (2410.18451).
 #
-#   reported        nothing of this
-#   reconstruction  all: the style is a "Sure. " in front; decoupled pairs have it on the worse answer, balanced ones on either
+# reported
+#   Nothing of this.
+# reconstruction
+#   All of it. The style is a "Sure. " in front. Confounded pairs have it on the better answer, decoupled ones on the
+#   worse, balanced ones on either.
 #
-# Effect to look for: on ordinary pairs (the better answer has the style) and on decoupled ones, the model of confounded
-# labels is right and then wrong; that of balanced labels does as well on both.
-# Options that every stage knows (seed, device, dtype, threads) can follow: bash configs/superficial.sh --seed 1. OUT is the folder: OUT=/tmp/run bash ...
+# Effect to look for: the model of confounded labels is right on ordinary pairs (the better answer has the style) and
+# wrong on decoupled ones. The model of balanced labels does as well on both.
+#
+#   bash configs/superficial.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/superficial.sh    in another folder than out/
+# What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
 P=$OUT/superficial

@@ -96,14 +96,14 @@ def scripts():
     """{how its options are named in a TOML file: (Config, function)} of everything that trains, labels or compares."""
     found = {}
     for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("configs/*.py")]):
-        if path.stem in ("data", "model"):
+        if path.stem in ("data", "model") or "guard(" not in path.read_text():  # or a reward or a task of the reader's own
             continue
         module = opened(path)
         function, _ = BESIDE.get(path.stem, ("train", ""))
         commands = getattr(module, "COMMANDS", None)
-        if not commands:
+        if not commands and hasattr(module, function):  # without, it is a program of its own, no stage of a recipe
             commands = {"": (module.Config, getattr(module, function))}
-        for name, command in commands.items():
+        for name, command in (commands or {}).items():
             found[path.stem if name in ("", "train") else name] = command
     return found
 
@@ -241,6 +241,45 @@ def test_every_key_of_a_toml_belongs_to_the_script_it_names(path):
             assert takers, f"{key}: no script has it"
             for Config in takers:
                 checked(key, value, option_types(Config)[key])
+
+
+# ---- what the READMEs say
+
+READMES = {str(path.relative_to(ROOT)): path.read_text() for path in (
+    ROOT / "README.md", ROOT / "configs/README.md", ROOT / "tests/README.md")}
+
+
+def anchors(text):
+    """The #names of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_what_a_readme_links_to_is_there(page):
+    for target in re.findall(r"\]\(([^)]*)\)", READMES[page]):
+        file, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path.read_text()), target
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_every_test_that_a_readme_names_is_there(page):
+    code = "".join(path.read_text() for path in ROOT.glob("tests/test_*.py"))
+    named = set(re.findall(r"\b(test_\w+)`", READMES[page]))
+    assert {name for name in named if f"def {name}(" not in code} == set()
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_every_command_in_a_readme_has_options_that_exist(page, monkeypatch):
+    monkeypatch.chdir(ROOT)  # for --config
+    blocks = re.findall(r"```bash\n(.*?)```", READMES[page], re.DOTALL)
+    assert blocks
+    for line in "".join(blocks).splitlines():
+        words = shlex.split(line.replace('"$@"', "").replace("$", ""), comments=True)
+        if words[:1] == ["python"] and words[1] not in ("-m", "data.py", "model.py"):
+            options(words[1:])
 
 
 # ---- every recipe runs
