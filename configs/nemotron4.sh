@@ -33,7 +33,7 @@ for round in 1 2 3; do
   python reward.py label --policy $OUT/nemotron4/round$((round - 1)) --by $OUT/nemotron4/reward --scale 0 --flip 0 --skip $((8000 + round * 2048)) --n 2000 --out $OUT/nemotron4/pairs$round "$@"
   python dpo.py --init $OUT/nemotron4/round$((round - 1)) --data $OUT/nemotron4/pairs$round/pairs.jsonl --loss rpo_backward --nll_coef 0.2 --out $OUT/nemotron4/round$round "$@"
 done
-python configs/nemotron4.py gold named sentences words "-1*no_filler" --data $OUT/nemotron4/labels/pairs.jsonl --out $OUT/nemotron4/ratings "$@"
+python configs/nemotron4.py gold configs.reward_hacking:named configs.reward_hacking:sentences words "-1*no_filler" --data $OUT/nemotron4/labels/pairs.jsonl --out $OUT/nemotron4/ratings "$@"
 python reward.py train --init $OUT/nemotron4/sft2 --data $OUT/nemotron4/ratings/ratings.jsonl --loss ratings --heads 5 --out $OUT/nemotron4/rated "$@"
 python reward.py label --policy $OUT/nemotron4/sft2 --scale 0 --flip 0 --skip 17000 --n 1000 --out $OUT/nemotron4/held "$@"
 python reward.py accuracy $OUT/nemotron4/reward $OUT/nemotron4/rated --data $OUT/nemotron4/held/pairs.jsonl "$@"
