@@ -256,15 +256,15 @@ def compare_rows(step, got, want, tolerance=2e-6):
     """Of a logged row, all that is recomputed in want."""
     for name, value in want.items():
         assert got.get(name) == (None if value is None else pytest.approx(value, abs=tolerance, rel=tolerance)), (
-            f"step {step}: {name} is {got.get(name)} in the run, {value} by the slow loop")
+            f"step {step}: {name} is {got.get(name)} in the run, and should be {value}")
 
 
 def compare_weights(folder_weights, net, atol=1e-7):
-    """A model's weights {part/name: tensor} with those of the slow loop."""
+    """A model's weights {part/name: tensor} with those that they should be."""
     want = net.state_dict()
     for key, tensor in folder_weights.items():
         gap = float((tensor.double() - want[key.split("/", 1)[1]].double()).abs().max())
-        assert gap < atol, f"{key} is {gap:.2g} away from the slow loop's"
+        assert gap < atol, f"{key} is {gap:.2g} away from what it should be"
 
 
 # ---------------------------------------------------------------- made-up numbers, prompts and rewards
@@ -287,6 +287,25 @@ def dense(rows, width=9, padding=0.0):
         values[b, inside] = torch.as_tensor(row, dtype=torch.float64)
         mask[b, inside] = 1
     return values, mask
+
+
+def preferences(n, k=2, seed=0):
+    """Ragged preferences with scores that do not always agree with the label, and win rates; some prompts hold an end
+    token. Some are tasks of the toy world, whose truth is known."""
+    rng, out = random.Random(seed), []
+    for i in range(n):
+        before = [dict(role="user", content="Hm"), dict(role="assistant", content="Yes")] * (i % 2)
+        asked = dict(role="user", content=f"{i // 2 * 2} {'why ' * (i % 3)}")
+        responses = []
+        for j in range(k):
+            letters = [rng.choice("abcdefgh ") for _ in range(rng.randint(1, 8))]
+            responses.append("".join(letters) + rng.choice("xyz") + str(j))
+        scores = [round(rng.gauss(-j, 1), 3) for j in range(k)]
+        out.append(dict(prompt=before + [asked], responses=responses, scores=scores,
+                        win=[round(rng.random(), 3) for _ in range(k)]))
+    for i in range(19, n, 20):      # these are held out
+        out[i] |= dict(family="write", key=f"old car {i}", thing="car", category="vehicles")
+    return out
 
 
 def asked(record):

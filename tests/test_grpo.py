@@ -5,11 +5,9 @@ What all trainers have in common (resuming, seeds, evaluation, LoRA, micro-batch
 """
 import collections
 import itertools
-import json
 import math
 import random
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace

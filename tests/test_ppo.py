@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
