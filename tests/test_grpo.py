@@ -22,7 +22,7 @@ import model
 import runs
 from exact import PI_REF, SCALED_2, TILT_2, K3_2, Tabular, Tree, apart, arms, bandit_game, farthest
 from grpo import ADVANTAGES, POLICY_LOSSES, kl_estimate, policy_loss, token_weights
-from model import GPT, GPTConfig, Rollout, Setup, load_model
+from model import Setup, load_model
 from policies import TOK, random_policy, save, weights
 from runs import close, dense, ends, ragged, rows_in, same, spoken, text_of, watch, write
 
@@ -139,7 +139,7 @@ def test_p17_equal_rewards_give_exactly_0(name, dtype, G):
 
 
 def test_reinforce_pp_counts_responses_where_verl_counts_tokens():
-    """A long bad response and a short good one: ours are as far from 0, of theirs the short one is seven times as far."""
+    """A long bad response and a short good one: ours are as far from 0, of theirs the short one is 7 times as far."""
     r, lengths = torch.tensor([[0.0, 1.0]], dtype=torch.float64), torch.tensor([9, 1])
     close(ADVANTAGES["reinforce_pp"](r, hyper()), [[-.5 ** .5, .5 ** .5]], atol=1e-5)
     tokens = r[0].repeat_interleave(lengths)
@@ -560,7 +560,8 @@ LOOPS = {
     "some groups of equal rewards": dict(reward="runs:half", group=3, prompts=4, epochs=2),
     "some groups of equal rewards, k2": dict(reward="runs:half", adv="rloo", kl="k2", kl_coef=.5, epochs=2),
     "equal groups replaced": dict(reward="runs:half", resample=3, seed=2),
-    "equal groups replaced, now and then by none": dict(reward="runs:half", resample=1, prompts=1, kl_coef=.3, steps=12),
+    "equal groups replaced, now and then by none": dict(reward="runs:half", resample=1, prompts=1, kl_coef=.3,
+                                                        steps=12),
     "look-ahead": dict(tripwire="runs:has_e", lookahead=.7, cuts=3, ahead=2),
     "a reward model": dict(reward="2*JUDGE + runs:vowels", adv="dr_grpo", per="constant"),
 }
@@ -614,7 +615,8 @@ def test_loop_equals_a_slow_loop(name, tmp_path, tiny, judge, prompts, monkeypat
         tripped = calls["look_ahead"][step][1].tolist() if cfg.tripwire else [0.0] * len(learned)
         teaches = (advantages[step][1] != 0).flatten().tolist()
         want = slow.step(step, learned, own, tripped, runs.updates(watched, cfg), teaches)
-        want |= dict(reward=runs.mean(itertools.chain(*scores)), gold=runs.mean(truths), groups=len(draws) * cfg.prompts)
+        want |= dict(reward=runs.mean(itertools.chain(*scores)), gold=runs.mean(truths))
+        want["groups"] = len(draws) * cfg.prompts
         if cfg.tripwire:
             want["tripped"] = runs.mean("e" in text_of(row) for row in learned)
         if evaluated:
@@ -677,44 +679,11 @@ def test_p38_equal_rewards_and_no_penalty_teach_nothing(tiny, prompts, tmp_path,
     assert {row["zero_std"] for row in rows} == {0, 1} and "nothing was learned" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("per", PER)
-def test_p38_what_is_left_out_has_no_gradient(per, tiny, prompts, tmp_path, monkeypatch, float64):
-    """β = 0: groups of equal rewards are not computed, and the gradient is as if they were; a penalty of a weight that
-    is next to nothing makes them be computed."""
-    calls, gradients = watch(monkeypatch, grpo, "token_logprobs"), runs.watch_gradients(monkeypatch)
-    computed = []
-    for kl_coef in (0.0, 1e-30):
-        calls["token_logprobs"].clear()
-        train(tmp_path / str(kl_coef), tiny, data=prompts, reward="runs:half", steps=1, prompts=8, per=per,
-              kl_coef=kl_coef)
-        computed.append(sum(len(args[1]) for args, said in calls["token_logprobs"] if said[0].requires_grad))
-    assert 0 < computed[0] < computed[1] == 32
-    for a, b in zip(*gradients):
-        close(a, b, atol=1e-12)
-    assert max(float(g.abs().max()) for g in gradients[0]) > 1e-3
-
-
-def test_p34_truncated_responses_teach_nothing_but_stay_in_the_baseline(tiny, tmp_path, monkeypatch):
-    """A policy that never ends: all are cut off, the end token in the prompt notwithstanding. 39: where some are, their
-    rewards count in the group's mean."""
+def test_p34_truncated_responses_teach_nothing(tmp_path):
+    """A policy that never ends: all are cut off, the end token in the prompt notwithstanding."""
     endless = save(tmp_path / "endless", random_policy(end=0.0))
     rows = train(tmp_path / "a", endless, mask_truncated=True)
     assert same(weights(tmp_path / "a"), weights(endless)) and all(row["finished"] == 0 for row in rows)
-    seen = watch_rewards(monkeypatch, "dr_grpo")
-    for masked in (False, True):
-        train(tmp_path / str(masked), tiny, adv="dr_grpo", mask_truncated=masked, steps=1)
-    assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1])
-
-
-def test_shaping_is_part_of_what_is_compared_and_not_of_the_logged_reward(tiny, tmp_path, monkeypatch):
-    """All raw rewards equal: only length teaches."""
-    seen = watch_rewards(monkeypatch, "grpo")
-    row, = train(tmp_path / "a", tiny, reward="runs:nothing", overlong=4, steps=1)
-    assert row["reward"] == 1 and row["zero_std"] < 1 and row["grad_norm"] > 0
-    assert set((seen[0][0] - 1).flatten().tolist()) <= {0, -.25, -.5, -.75, -1}
-    row, = train(tmp_path / "b", tiny, reward="runs:nothing", len_reward=2.0, steps=1)
-    ranges = {(float(r.min()), float(r.max())) for r in seen[1][0]}    # 1 + 2 · ½, the shortest; 1 if all are as long
-    assert row["reward"] == 1 and (0, 2) in ranges and ranges <= {(0, 2), (1, 1)}
 
 
 def test_options_at_0_are_bit_equal_to_their_absence(tiny, tmp_path, monkeypatch):
@@ -907,30 +876,6 @@ def test_look_ahead_lambda_0_is_bitwise_no_tripwire(tiny, tmp_path):
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
-def test_rollouts_taken_and_joined():
-    """Rows stay whole: a row of a narrow rollout is padded with the padding id, and its mask and log-probs with 0."""
-    net = GPT(GPTConfig(TOK.n_vocab, 64, 1, 2, 16), TOK)
-    torch.manual_seed(0)
-    narrow, wide = model.generate(net, [[5, 6], [7]], 3, 2), model.generate(net, [list(range(9, 30))], 20, 3)
-    for parts in ([narrow, wide], [wide, narrow]):
-        joined = Rollout.join(parts)
-        assert rows_in(joined) == [row for part in parts for row in rows_in(part)]
-        assert joined.responses() == [text for part in parts for text in part.responses()]
-        assert joined.finished.tolist() == [done for part in parts for done in part.finished.tolist()]
-        first = 0
-        for part in parts:
-            n, t = part.mask.shape
-            for name in ("mask", "logp"):
-                close(getattr(joined, name)[first:first + n, :t], getattr(part, name))
-                assert not getattr(joined, name)[first:first + n, t:].any(), f"{name} outside the row"
-            first += n
-        taken = joined.take([6, 0, 3])
-        assert rows_in(taken) == [rows_in(joined)[i] for i in (6, 0, 3)]
-        assert taken.lengths == [joined.lengths[i] for i in (6, 0, 3)]
-        close(taken.logp, joined.logp[[6, 0, 3]])
-    assert len(Rollout.join([narrow.take([]), wide]).tokens) == 3
-
-
 # ---------------------------------------------------------------- the one-token bandit (F2)
 
 @pytest.fixture(scope="module")
@@ -941,8 +886,8 @@ def bandit(tmp_path_factory):
 def play(out, bandit, **options):
     """The real loop on the bandit, to its end -> the policy."""
     init, prompts = bandit
-    game = dict(data=prompts, reward="exact:worth", max_new=1, micro_tokens=4096, prompts=2, steps=90, group=64, lr=1e-2,
-                lr_end=0.0)
+    game = dict(data=prompts, reward="exact:worth", max_new=1, micro_tokens=4096, prompts=2, steps=90, group=64,
+                lr=1e-2, lr_end=0.0)
     train(out, init, **game | options)
     return arms(out)
 

@@ -257,7 +257,8 @@ def test_loop_equals_a_slow_loop(name, pairs, tiny, tmp_path, monkeypatch, float
             assert rows_in(roll) == rows_in(again), "the policy as it is now, seeded, says something else"
             said = rows_in(roll)
             want["response_length"] = runs.mean(len(ids) - start for ids, start in said)
-            want["gold"] = runs.mean(data.gold(record, runs.text_of(one), runs.ends(one)) for record, one in zip(held, said))
+            want["gold"] = runs.mean(
+                data.gold(record, runs.text_of(one), runs.ends(one)) for record, one in zip(held, said))
         else:
             assert not any(key.startswith("val_") for key in row)
         runs.compare_rows(step, row, want)
@@ -311,7 +312,8 @@ def test_a_base_model_learns_pairs_and_no_second_model_is_allocated(loss, tmp_pa
     ("--loss dpo", "simpo"), ("--lr 0", "--lr"), ("--data toy", "--data"), ("--prompt_weight 2", "--prompt_weight"),
     ("--simpo_beta 0", "--simpo_beta"), ("--cpo_beta 0", "--cpo_beta"), ("--orpo_lam -1", "--orpo_lam"),
     ("--slic_lam -.1", "--slic_lam"), ("--epochs 0", "--epochs"), ("--pairs some", "--pairs"), ("--lamda 1", "lamda"),
-    ("something", "something"), ("--init TINY --data nowhere.jsonl", "nowhere.jsonl"), ("--init JUDGE", "language model")])
+    ("something", "something"), ("--init TINY --data nowhere.jsonl", "nowhere.jsonl"),
+    ("--init JUDGE", "language model")])
 def test_refusals(flags, word, tiny, judge, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = flags.replace("TINY", tiny).replace("JUDGE", judge).split()

@@ -1,5 +1,6 @@
-"""What all trainers promise, tested of each with the same few lines: a run that is killed at any moment ends as if it had
-not been, a seed is all the chance there is, evaluating changes nothing, no micro-batch does, and every option is used."""
+"""What all trainers promise, tested of each with the same few lines: a run that is killed at any moment ends as if it
+had not been, a seed is all the chance there is, evaluating changes nothing, no micro-batch does, and options are used.
+"""
 import os
 import signal
 import subprocess
