@@ -83,7 +83,7 @@ def f1(means=False):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_f1_a_loss_has_its_golden_number(name):
+def test_every_loss_has_a_golden_number(name):
     """One without it, and without its slow formula, cannot be added."""
     golden, options = GOLDEN[name]
     value = value_of(name, f1(), **options)
@@ -176,7 +176,7 @@ def parts_of(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_22_23_value_and_gradient_against_a_slow_formula(name):
+def test_22_23_value_and_gradient_against_a_slow_loop(name):
     """In every number that the loss reads; the data's have no gradient to get wrong, the KLs of TDPO have."""
     for seed in range(3):
         h = hyper(beta=.3 + .4 * seed, eps=.2, lam=3.0, alpha=.7, eta=1.3, lam_up=1.4, lam_down=.6)
@@ -692,7 +692,7 @@ def test_37_kto_mismatched_partners(n):
             assert ids[:2] == [p, 9] and ids[2] != 100 + 10 * p and target == [0, 0, 1, 1]
 
 
-def test_37_kto_uses_many_partners_good_and_bad_alike_and_fits_the_context():
+def test_37_kto_partners_are_good_and_bad_alike():
     """Pairs come as good, bad, good, bad; a mismatched response is as often the one as the other, to either. The order
     is that of PyTorch's generator."""
     rng, items, drawn = random.Random(0), [], []

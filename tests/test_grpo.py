@@ -212,7 +212,7 @@ def f1_loss(name, per, **options):
 
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)
-def test_f1_a_loss_has_its_golden_number(name):
+def test_every_loss_has_a_golden_number(name):
     """One without it, and without its slow formula, cannot be added."""
     for per, golden in zip(("response", "token", "constant"), GOLDEN_LOSSES[name]):
         close(f1_loss(name, per)[0], golden, atol=1e-7)
@@ -343,7 +343,7 @@ def test_f1_kl_estimators():
     exact.check_kl_values(kl_estimate, KINDS)
 
 
-def test_p15_kl_estimators_in_expectation_and_their_gradients():
+def test_p15_kl_estimators_in_expectation_by_enumeration():
     exact.check_kl_gradients(kl_estimate, KINDS)
     exact.check_kl_in_expectation(kl_estimate, KINDS)
     exact.check_kl_over_responses(kl_estimate, ("k2", "k3", "k3_is"))

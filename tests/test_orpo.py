@@ -86,7 +86,7 @@ def likelihood(chosen):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_f1_a_loss_has_its_golden_number(loss):
+def test_every_loss_has_a_golden_number(loss):
     """One without it, and without its slow formula, cannot be added. Of ORPO it is the odds ratio alone; of CPO, for
     which no peer was run, the number is the slow formula's."""
     chosen, rejected = tensors(F1[0]), tensors(F1[1])

@@ -36,7 +36,7 @@ def estimate(logp, ref_logp, ratio, kind):
     return ppo.kl_estimate(logp, ref_logp, kind)
 
 
-def test_kl_estimators():
+def test_kl_estimators_in_expectation_by_enumeration():
     """Golden numbers, gradients, expectations over a vocabulary, and over whole responses."""
     kinds = ("k1", "k2", "k3")
     exact.check_kl_values(estimate, kinds)

@@ -159,7 +159,8 @@ def test_a_mistyped_option_can_be_corrected(run, tmp_path):
 # ---------------------------------------------------------------- what changes a run, and what does not
 
 @pytest.mark.parametrize("name", RUNS)
-def test_43_evaluating_changes_nothing_and_a_seed_is_all_the_chance_there_is(name, run, tmp_path):
+def test_43_evaluation_changes_nothing(name, run, tmp_path):
+    """Of the training; another seed changes every step of it."""
     often, never, other = run(name, "1", eval_every=1), run(name, "9", eval_every=9), run(name, "other", seed=1)
     for a, b in zip(often, never):
         assert all(a[key] == b[key] for key in a.keys() & b.keys() if key != "val_loss" or b[key] is not None)

@@ -78,7 +78,8 @@ def ragged(lengths=DIGITS, loss_on="assistant", **more):
 # ---------------------------------------------------------------- the loss
 
 @pytest.mark.parametrize("options", [{}, dict(prompt_weight=.125), dict(loss_on="all")], ids=str)
-def test_7_and_52_loss_and_gradient_are_the_hand_sum_under_every_split_and_packing(float64, options):
+def test_7_and_52_every_split_and_packing_give_the_same_gradient(float64, options):
+    """And the same loss: those of a sum done by hand."""
     model, rows = tiny_model(), ragged(**options)
     want = by_hand(model, rows)
     slope = gradient(want, model)
@@ -190,7 +191,7 @@ def test_it_overfits_eight_examples_and_5_stops(tmp_path):
     assert roll.responses() == said and roll.finished.all(), "every one ends by itself"
 
 
-def test_5_the_end_token_is_raised_and_padding_is_not():
+def test_5_the_end_token_is_learnt_and_padding_is_not():
     """A row of the embedding gets its gradient through the head where it is the target."""
     model, hidden = tiny_model(), torch.randn(1, 32)
     model.forward = lambda tokens, *_: hidden.expand(*tokens.shape, 32)
