@@ -54,17 +54,32 @@ REJECTED, REJECTED_REF = [[-1, -.5, -1.5, -.5], [-.75, -1.25]], [[-.75, -.5, -1,
 F1 = dict(gap=[1.5, 1.0], p=[.75, .75], p_w=[.8, .7], p_l=[.3, .35], kl_w=[.3, .6], kl_l=[.4, .2],
           r_w=[2.0, 1.0], r_l=[.5, 0.0], v_w=[.7, -.2], v_l=[.7, -.2])
 
-GOLDEN = {  # loss: (value at F1's inputs, what differs from H); F1 has no dro, so it is worked out here:
-    # r - V - β·log-ratio is 2-.7-.05 = 1.25, 1+.2+.075 = 1.275 for the good and .5-.7+.1 = -.1, 0+.2+.025 = .225 for
-    # the bad, with V = .7 and -.2; the mean of their four squares is .8121875, and half of it the loss.
-    "dpo": (.6697083479, {}), "cdpo": (.6747083479, {}), "robust": (.6634583479, {}), "ipo": (21.25, {}),
-    "rso": (.95, {}), "gpo_exponential": (.9559895364, {}), "gpo_truncated": (.9125, {}),
-    "gpo_savage": (.2383123647, {}), "gpo_squared": (.9125, {}), "rpo_squared": (1.4625, {}),
-    "rpo_backward": (.1480393904, {}), "rpo_forward": (.1689251224, {}), "dpop": (5.9466300707, dict(beta=.3)),
-    "tdpo1": (.6618774314, {}), "tdpo2": (.6657663414, {}), "npo": (13.2512196360, {}),
-    "d2o": (.6697083479, dict(alpha=.1)), "sppo": (48006.71875, dict(eta=1e3)),
-    "sppo_hard": (499500.9375, dict(beta=1e-3)), "dno": (.6822083479, {}), "kto": (.4937551407, {}),
-    "apo_zero": (.9875074787, {}), "dro": (.40609375, {}),
+GOLDEN = {  # loss: value at F1's inputs, the options that differ from hyper()
+    "dpo": (.6697083479, {}),
+    "cdpo": (.6747083479, {}),
+    "robust": (.6634583479, {}),
+    "ipo": (21.25, {}),
+    "rso": (.95, {}),
+    "gpo_exponential": (.9559895364, {}),
+    "gpo_squared": (.9125, {}),
+    "gpo_truncated": (.9125, {}),
+    "gpo_savage": (.2383123647, {}),
+    "rpo_squared": (1.4625, {}),
+    "rpo_backward": (.1480393904, {}),
+    "rpo_forward": (.1689251224, {}),
+    "dpop": (5.9466300707, dict(beta=.3)),
+    "tdpo1": (.6618774314, {}),
+    "tdpo2": (.6657663414, {}),
+    "d2o": (.6697083479, dict(alpha=.1)),
+    "sppo": (48006.71875, dict(eta=1e3)),
+    "sppo_hard": (499500.9375, dict(beta=1e-3)),
+    "dno": (.6822083479, {}),
+    "apo_zero": (.9875074787, {}),
+    "kto": (.4937551407, {}),
+    # F1 has no dro. r - V - β·log-ratio is 2-.7-.05 = 1.25, 1+.2+.075 = 1.275 for the good and .5-.7+.1 = -.1,
+    # 0+.2+.025 = .225 for the bad, with V = .7 and -.2; half of the mean of their squares:
+    "dro": (.40609375, {}),
+    "npo": (13.2512196360, {}),
 }
 
 
@@ -393,25 +408,34 @@ def test_sequence_kl_against_a_slow_loop_over_the_vocabulary(chunk):
 # ---------------------------------------------------------------- the loop against a second loop
 
 def slow_items(cfg, rows):
-    """What the loop should make of records: dicts of a prompt's ids, good and bad responses (ids), and what is known
-    of them."""
-    unit, out = unit_of(cfg.loss), []
+    """What the loop should make of records: a prompt's ids, good and bad responses (ids), and what is known of them."""
+    out = []
     for row in rows:
         prompt, texts = TOK.prompt(row["prompt"]), row.get("responses") or [row["response"]]
         said = [TOK.response(text) for text in texts]
         if "response" in row:
-            out.append(item(prompt, said * row["label"], said * (not row["label"]), r=float(row["label"])))
+            good, bad = (said, []) if row["label"] else ([], said)
+            out.append(item(prompt, good, bad, r=float(row["label"])))
         elif cfg.loss == "d2o":
             out.append(item(prompt, said[:-1], said[-1:]))
         else:
-            for i, j in itertools.combinations(range(len(said)), 2):
-                ends_only = cfg.pairs == "ends" or unit != "pair"
-                if not ends_only or (i, j) == (0, len(said) - 1):
-                    scores = row["scores"] if "scores" in row else None
-                    gap = scores[i] - scores[j] if scores else row.get("margin")
-                    win = [row["win"][i], row["win"][j]] if "win" in row else None
-                    r = [scores[i], scores[j]] if scores else [1.0, 0.0]
-                    out += as_unit(unit, prompt, said[i], said[j], gap, win, r)
+            out += ranked_items(cfg, row, prompt, said)
+    return out
+
+
+def ranked_items(cfg, row, prompt, said):
+    """The pairs of a ranking, all or its ends; as single responses always its ends."""
+    unit, out, last = unit_of(cfg.loss), [], len(said) - 1
+    for i, j in itertools.combinations(range(len(said)), 2):
+        if (i, j) != (0, last) and (cfg.pairs == "ends" or unit != "pair"):
+            continue
+        gap, win, r = row.get("margin"), None, [1.0, 0.0]
+        if "scores" in row:
+            r = [row["scores"][i], row["scores"][j]]
+            gap = r[0] - r[1]
+        if "win" in row:
+            win = [row["win"][i], row["win"][j]]
+        out += as_unit(unit, prompt, said[i], said[j], gap, win, r)
     return out
 
 
@@ -467,7 +491,7 @@ class Slow:
 
     def measure(self, items, others):
         """-> the loss of a batch, to differentiate, and its metrics. others: KTO's mismatched rows."""
-        c, values, good, bad, likely = self.cfg, [], [], [], []
+        c, values, likely = self.cfg, [], []
         z = None
         if others:
             with torch.no_grad():

@@ -177,34 +177,6 @@ def test_rows_whose_response_the_context_cuts_are_left_out():
     assert TOK.role["system"] in ids and TOK.role["system"] not in bare_ids
 
 
-def test_the_gradient_of_a_quark_update_is_the_sum_of_its_three_terms(float64, tmp_path, monkeypatch):
-    """g = g_sft + kl_coef g_kl - ent_coef g_H, each a mean over its own tokens, under any split into micro-batches."""
-    wild(1, tmp_path / "init")
-    wild(2, tmp_path / "ref")
-    path = write(tmp_path / "d.jsonl", TOLD)                             # four to train on, one held out
-    options = dict(data=path, init=str(tmp_path / "init"), ref=str(tmp_path / "ref"), steps=1, batch=4, clip_grad=0.,
-                   prompt_weight=.1)
-    model, ref = load_model(tmp_path / "init"), load_model(tmp_path / "ref")
-    stream, _ = open_stream(path, "messages", 0, n_held=128)
-    records = stream.batch(0, 4)
-    kl, entropy, said = slow_terms(model, ref, records)
-    rows = [row for record in records for row in encode(record, TOK, 64, "assistant", .1)]
-    terms = by_hand(model, rows) / sum(sum(target) for _, target in rows), kl / said, entropy / said
-    slopes = [slope(term, model) for term in terms]
-    for i, (a, b, micro_tokens) in enumerate(((.7, .0, 64), (.0, .4, 64), (.7, .4, 1), (.7, .4, 10 ** 6))):
-        options |= dict(kl_coef=a, ent_coef=b, micro_tokens=micro_tokens, optimizer="adamw")
-        with monkeypatch.context() as patch:
-            gradients = runs.watch_gradients(patch)
-            _, metrics = fit(tmp_path, f"run {i}", **options)
-        got = torch.cat([g.reshape(-1) for g in gradients[0]])
-        g_sft, g_kl, g_entropy = slopes
-        assert torch.allclose(got, g_sft + a * g_kl - b * g_entropy, rtol=0, atol=1e-7), i
-        nll, mean_kl, mean_entropy = map(num, terms)
-        assert metrics[0]["loss"] == pytest.approx(nll, rel=1e-6)            # to compare with val_loss
-        assert metrics[0]["kl"] == pytest.approx(mean_kl, rel=1e-7)
-        assert metrics[0]["entropy"] == pytest.approx(mean_entropy, rel=1e-7)
-
-
 def test_without_its_two_terms_it_is_plain_sft(tmp_path):
     wild(1, tmp_path / "init")
     wild(2, tmp_path / "ref")

@@ -246,7 +246,8 @@ def test_43_evaluation_is_without_dropout():
     ("--batch 0", "--batch"), ("--prompt_weight 2", "--prompt_weight"), ("--think 1.5", "--think"),
     ("--restate -1", "--restate"), ("--tamper 2", "--tamper"), ("--init new --n_embd 32 --n_head 3", "n_embd"),
     ("--init new --block_size 20", "block_size"), ("--init out/nowhere", "--init new"),
-    ("--init new --data no.jsonl", "no.jsonl"), ("--init new --n_head 0", "n_head"), ("--init new --lora_r 2", "--lora_r"), ("--init new --steps 0", "--steps")])
+    ("--init new --data no.jsonl", "no.jsonl"), ("--init new --n_head 0", "n_head"),
+    ("--init new --lora_r 2", "--lora_r"), ("--init new --steps 0", "--steps")])
 def test_refusals(flags, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, error = runs.refuse(sft, flags.split(), monkeypatch, capsys)
