@@ -252,11 +252,19 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def compare_rows(step, got, want, tolerance=2e-6):
-    """Of a logged row, all that is recomputed in want."""
+def compare_rows(step, got, want, tolerance=2e-6, tied=()):
+    """A logged row with what it should be, which nothing may be missing from. tied: names of what rounding decides."""
+    recomputed = {*want, *tied, "step"} | {name for name in got if name.startswith("reward/")}      # see check_terms
+    assert got.keys() <= recomputed, f"step {step}: {got.keys() - recomputed} is logged and not recomputed"
     for name, value in want.items():
         assert got.get(name) == (None if value is None else pytest.approx(value, abs=tolerance, rel=tolerance)), (
             f"step {step}: {name} is {got.get(name)} in the run, and should be {value}")
+
+
+def check_terms(row, spec):
+    """The terms of a reward are logged too, and make up the reward."""
+    total = sum(term.weight * row[f"reward/{term.label}"] for term in data.parse_rewards(spec))
+    assert row["reward"] == pytest.approx(total, abs=1e-5), "the terms of the reward do not add up to it"
 
 
 def compare_weights(folder_weights, net, atol=5e-7):

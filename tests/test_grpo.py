@@ -626,6 +626,7 @@ def test_loop_equals_a_slow_loop(name, tmp_path, tiny, judge, prompts, monkeypat
             if not cfg.kl_coef:
                 del want["val_kl"]
         runs.compare_rows(step, row, want)
+        runs.check_terms(row, cfg.reward)
     runs.compare_weights(weights(cfg.out), slow.policy)
     check_that_it_tested_something(cfg, rows)
 

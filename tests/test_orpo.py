@@ -22,7 +22,7 @@ from orpo import LOSSES
 from policies import TOK, random_policy, save, weights
 from runs import close, preferences, rows_in, spoken, write
 
-QUICK = dict(batch=8, steps=3, lr=2e-3, max_new=6)
+QUICK = dict(batch=8, steps=3, lr=2e-3, max_new=6, micro_tokens=128)
 H = SimpleNamespace(orpo_lam=.1, simpo_beta=2.5, simpo_gamma=1.375, cpo_beta=.1, slic_delta=1.0, slic_lam=.1)
 
 

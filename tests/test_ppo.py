@@ -18,7 +18,7 @@ import model
 import ppo
 import runs
 from exact import ARMS, K3_2, PI_REF, TILT_1, TILT_2, Tabular, Tree, apart, arms, bandit_game, farthest
-from model import load_model
+from model import Setup, load_model
 from policies import TOK, patch, random_policy, save, weights
 from runs import close, dense, ends, ragged, rows_in, spoken, text_of, watch
 
@@ -456,6 +456,7 @@ def test_loop_equals_a_slow_loop(name, tmp_path, tiny, judge, prompts, texts, mo
             assert asked == held, "the evaluation is of other prompts than those held out"
             want |= runs.slow_evaluation(slow.policy, slow.ref, asked, answers, score, cfg.temperature)
         runs.compare_rows(step, row, want)
+        runs.check_terms(row, cfg.reward)
     runs.compare_weights(weights(cfg.out), slow.policy)
     for part, critic in zip(("critic", "cost_critic"), slow.critics):
         assert weights(cfg.out, part), f"no {part} was written"
@@ -474,6 +475,15 @@ def test_lr_0_every_ratio_is_1_in_all_epochs(tiny, tmp_path):
                      temperature=.6):
         assert row["ratio"] == pytest.approx(1, abs=1e-6) and row["clip_frac"] == 0 and row["approx_kl"] < 1e-9
         assert row["sampler_gap"] < 1e-6 and abs(row["kl"]) < 1e-5
+
+
+def test_the_sampler_gap_does_not_cancel(tiny):
+    """|log π of the sampler - log π of the trainer|, per token."""
+    roll = model.generate(load_model(tiny, Setup(TOK)), [[5, 6, 7]], 6, 4)
+    nothing, off = torch.zeros_like(roll.logp), torch.tensor([.1, -.1]).repeat(roll.logp.shape[1])
+    old_logp = roll.logp + off[:roll.logp.shape[1]]
+    metrics = ppo.report([{}] * 4, roll, torch.zeros(4), {}, old_logp, nothing, nothing)
+    assert float(metrics["sampler_gap"]) == pytest.approx(.1, abs=1e-6)
 
 
 # ---------------------------------------------------------------- the options

@@ -211,6 +211,7 @@ def test_loop_equals_a_slow_loop(ref, float64, tmp_path):
         nll, (kl, entropy, said) = likelihood(records), slow_terms(net, reference, records)
         (nll + .7 * kl / said - .4 * entropy / said).backward()
         want = optimizer.step(step) | dict(loss=num(nll), kl=num(kl) / said, entropy=num(entropy) / said)
+        want["tokens"] = sum(len(spoken(record)[0]) for record in records)
         want["val_loss"] = num(likelihood(held)) if step % 2 else None         # of the likelihood alone
         runs.compare_rows(step, row, want)
     runs.compare_weights(weights(folder), net)
