@@ -199,8 +199,6 @@ MATTERS = [     # an option, another value of it than the run's
     ("orpo", dict(weight_decay=.9)), ("orpo", dict(warmup=3)), ("orpo", dict(clip_grad=.01)),
     ("orpo", dict(prompt_weight=.7)),
     ("dpo", dict(optimizer="muon")), ("dpo", dict(mask_end=True)), ("dpo", dict(clip_grad=.01)),
-    ("dpo, online", dict(data="toy", families="arith")), ("dpo, online", dict(data="toy", families="safe")),
-    ("grpo, LoRA", dict(data="toy", families="arith")), ("ppo, LoRA", dict(data="toy", families="safe")),
 ]
 
 
@@ -210,6 +208,14 @@ def test_an_option_is_used(name, options, run, tmp_path):
     run(name, "a", steps=3)
     run(name, "b", steps=3, **options)
     assert outcome(tmp_path / "a")[1] != outcome(tmp_path / "b")[1], f"{options} changes no weight"
+
+
+@pytest.mark.parametrize("name", ["dpo, online", "grpo, LoRA", "ppo, LoRA"])
+def test_the_families_that_are_asked_for_are_those_of_training_and_evaluation(name, run, monkeypatch):
+    steps = runs.watch_steps(monkeypatch)
+    run(name, "a", data="toy", families="safe", steps=1)
+    for records, _ in steps[0].rollouts:
+        assert {record["family"] for record in records} == {"safe"}
 
 
 def test_muons_rate_is_used_where_muon_is_no_default(run, tmp_path):
