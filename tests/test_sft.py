@@ -142,6 +142,7 @@ LOOPS = {
     "schedule": dict(warmup=2, weight_decay=.3, clip_grad=.5, beta2=.6, steps=5, packing=0),
     "an epoch": dict(steps=0, batch=7, lr=1e-3),
     "pretraining": dict(loss_on="all", texts=True),
+    "conversations count whole in pretraining": dict(loss_on="all", data="toy", steps=2),
     "from a checkpoint": dict(init="CHECKPOINT", packing=128),
 }
 
@@ -156,12 +157,14 @@ def test_44_loop_equals_a_slow_loop(name, tiny, tmp_path, float64):
     if options.pop("texts", False):
         kind, records = "text", [dict(text=" ".join(record["messages"][-1]["content"])) for record in records]
     path = write(tmp_path / "d.jsonl", records)
-    options |= dict(init=options["init"].replace("CHECKPOINT", tiny), data=path, micro_tokens=100)
+    options = dict(data=path) | options | dict(init=options["init"].replace("CHECKPOINT", tiny), micro_tokens=100)
+    if options["data"] == "toy":
+        kind = "text"
     folder, rows = fit(tmp_path, **options)
     cfg = sft.Config(**options)
 
     prepare = lambda record: encode(record, TOK, 64, cfg.loss_on, cfg.prompt_weight)     # noqa: E731
-    stream, held = open_stream(path, kind, cfg.seed, n_held=128, prepare=prepare)
+    stream, held = open_stream(cfg.data, kind, cfg.seed, n_held=128, prepare=prepare, think=cfg.think)
     net = tiny_model(cfg.seed) if cfg.init == "new" else load_model(tiny)
     total = cfg.steps or math.ceil(48 / cfg.batch)
     optimizer = runs.SlowOptimizer(net, cfg.lr, total, cfg, betas=(.9, cfg.beta2))
