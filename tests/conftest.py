@@ -4,6 +4,7 @@ pytest alone leaves all cores but one idle. Here the files of a run are shared o
 time, and their reports come back through pipes. With one core, with -s or --pdb, under `pytest -n`, and where a process
 cannot be forked, everything runs as usual.
 """
+import json
 import multiprocessing
 import os
 from itertools import groupby
@@ -12,7 +13,44 @@ from multiprocessing.connection import wait
 import pytest
 import torch
 
+from policies import random_policy, save
+
 torch.set_num_threads(1)  # of models this small, threads only make the sums come out in another order
+
+
+@pytest.fixture
+def float64():
+    """Everything in float64: what is left of a difference is no rounding."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A random policy that ends about one response in three early, and never samples padding."""
+    return save(tmp_path_factory.mktemp("tiny"), random_policy())
+
+
+@pytest.fixture(scope="session")
+def judge(tmp_path_factory):
+    """A random reward model."""
+    return save(tmp_path_factory.mktemp("judge"), random_policy(5, n_scores=1))
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory):
+    """A file of prompts of several lengths; half of them hold an earlier turn, and so an end token. A few are tasks of
+    the toy world, whose truth is known."""
+    path, rows = tmp_path_factory.mktemp("prompts") / "prompts.jsonl", []
+    for i in range(40):
+        before = [dict(role="user", content="Hm"), dict(role="assistant", content="Yes")] * (i % 2)
+        words = ["The red cups", "Describe", "Tell me about the big old van", "a", "Go on!"][i % 5]
+        rows.append(dict(prompt=before + [dict(role="user", content=f"{i} {words}")]))
+    for i in (*range(0, 40, 3), 19):
+        rows[i] |= dict(family="write", key=f"old car {i}", thing="car", category="vehicles")
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
 
 
 def pytest_runtestloop(session):
