@@ -219,7 +219,12 @@ def groups_of(calls):
 def play(monkeypatch, plan):
     """Sampling is replaced by a plan: the answers to a prompt are plan(its text, k, whether told how to begin); None is
     one that is not finished. What was asked: (folder of the model, texts of the prompts, k, how they begin)."""
-    calls = []
+    calls, folder_of, real = [], {}, models.load_model
+
+    def load(folder, *args, **kwargs):
+        net = real(folder, *args, **kwargs)
+        folder_of[net] = str(folder)
+        return net
 
     def generate_(model, prompts, max_new, n=1, temperature=1.0, begin=()):
         rows, done, texts = [], [], [TOK.decode(ids) for ids in prompts]
@@ -230,11 +235,12 @@ def play(monkeypatch, plan):
                 ids_said = TOK.response("It goes" if answer is None else answer, answer is not None)
                 rows.append((ids + ids_said, [0] * len(ids) + [1] * len(ids_said)))
                 done.append(answer is not None)
-        calls.append((model.folder, texts, n, TOK.decode(list(begin))))
+        calls.append((folder_of[model], texts, n, TOK.decode(list(begin))))
         roll = Rollout.of(rows, TOK)
         roll.finished = torch.tensor(done)
         return roll
     patch(monkeypatch, "generate", generate_)
+    patch(monkeypatch, "load_model", load)
     return calls
 
 
