@@ -36,7 +36,7 @@ from data import (BAD, GOOD, SAYINGS, VERIFIERS, OptionError, Run, Tokenizer, Us
                   parse_rewards, read_toml, verifier)
 from model import load_tensors
 from policies import TOK, random_policy
-from test_data import FENCE, GATE, KETTLE, NAME, held_out
+from test_world import FENCE, GATE, KETTLE, NAME, held_out
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.sh"))
