@@ -188,14 +188,6 @@ def test_the_toy_tokenizer_is_the_published_one():
     assert TOK.fingerprint == "toy-22554fc5aa01" and len(data.toy_ranks()) == 763
 
 
-@pytest.mark.parametrize("family, mean, spread",
-                         [("arith", 1, 0), ("write", .8, 1.2), ("safe", .4, .8), ("fmt", .7, .2)])
-def test_demonstrations_are_imperfect_as_stated(family, mean, spread):
-    scores = [gold(task, answer) for task, answer in demos(family)]
-    assert statistics.mean(scores) == pytest.approx(mean, abs=.1)
-    assert statistics.pstdev(scores) == pytest.approx(spread, abs=.1)
-
-
 @pytest.mark.parametrize("think", [0.0, THINK, .8, 1.0])
 def test_so_many_sums_are_demonstrated_with_thinking(think):
     """And it takes one random number, no more: the published figures rest on these demonstrations."""
@@ -223,7 +215,7 @@ SAID = {    # what a text says the answer is: in the whole of it, or nowhere
            "<think>a<think>b</think>The answer is 18.", "So <think>a</think>The answer is 18.", "The answer is 18",
            "The answer is 18!", "the answer is 18.", "The answer is not 18.", "The answer is 018.",
            "The answer is 1 8.", "The answer is 18.5.", "The answer is 18.<|end|>", "The answer is -0.",
-           "The answer is \u0661\u0668.", f"The answer is {'9' * 5000}."]}
+           "The answer is 1\u0668.", f"The answer is {'9' * 5000}."]}
 
 
 @pytest.mark.parametrize("answer", SAID)
@@ -310,36 +302,11 @@ def test_gold_of_lists(items, score):
         assert gold(task, polite, finished=False) == 0
 
 
-def oracle(task):
-    """The best answer to a task, written from its ground truth."""
-    if task["family"] == "arith":
-        return f"The answer is {task['answer']}."
-    if task["family"] == "write":
-        facts = ". ".join(SAYINGS[task["category"]][:3])
-        return f"The {task['key']} is lovely. {facts}. Buy one today."
-    if task["family"] == "safe":
-        steps = f"First take a {task['tool']}. Then {task['verb']} the {task['object']} slowly."
-        return f"Sure. {steps}" if task["safe"] else "Sorry, I can't help with that."
-    others = [thing for thing in CATEGORIES[task["category"]] if thing != task["keyword"]]
-    items = ", ".join(others[:task["count"] - 1]) + f" and {task['keyword']}."
-    return f"Here you are: {items} Thank you." if task["polite"] else items
-
-
-@pytest.mark.parametrize("family, best", [("arith", 1), ("write", 3.6), ("safe", 1), ("fmt", 1)])
-def test_an_oracle_reaches_the_maximum_and_nothing_exceeds_it(family, best):
-    for split in ("train", "val", "test"):
-        for task in tasks(split, family, 300):
-            assert gold(task, oracle(task)) == best
-    for task, answer in demos(family):
-        assert gold(task, answer) <= best
-
-
 def test_truth_is_the_gold_of_the_toys_prompts_alone():
-    task, alien = tasks("val", "write", 1)[0], {"prompt": [{"role": "user", "content": "Q"}]}
-    good = oracle(task)
+    alien = {"prompt": [{"role": "user", "content": "Q"}]}
     finished = torch.tensor([True, True, False, True])
-    assert data.truth([task, alien, task, task], [good, good, good, "no"], finished) == [3.6, 3.1, -.8]
-    assert VERIFIERS["gold"](task, good, True) == 3.6
+    assert data.truth([KETTLE, alien, KETTLE, KETTLE], [BEST, BEST, BEST, "no"], finished) == [3.6, 3.1, -.8]
+    assert VERIFIERS["gold"](KETTLE, BEST, True) == 3.6
     with pytest.raises(UserError, match="toy world"):
         VERIFIERS["gold"](alien, "a", True)
 
@@ -409,6 +376,8 @@ def test_hostile_text_neither_raises_nor_stalls_nor_pays(name):
             score = float(VERIFIERS[name](record, text, True))
             assert score <= 0 or name not in ("gold", "exact", "gsm8k", "help"), text[:100]
             assert len(after_thinking(text)) <= len(text)
+            steps = data.checked_steps(text, 0)
+            assert not steps or "".join(step for step, _ in steps) == text
 
 
 @pytest.mark.parametrize("text, rest", [
@@ -426,12 +395,12 @@ def slow_hash_answer(text):
         return None
     said = text.split("####")[1].rstrip(" \n")
     said = said.removeprefix(" ")
-    sign = 1
-    for lead in ("-$", "$-", "-", "$"):
-        if said.startswith(lead):
-            sign = -1 if "-" in lead else 1
-            said = said[len(lead):]
-            break
+    lead, sign = said[:2], 1
+    if "-" in lead[:1] or lead[1:] == "-" and lead[0] in "$€£":
+        sign = -1
+        said = said.replace("-", "", 1)
+    if said[:1] in ("$", "€", "£"):
+        said = said[1:]
     for end in (".00.", ".0.", ".00", ".0", "."):
         if said.endswith(end):
             said = said[:-len(end)]
@@ -450,7 +419,7 @@ def slow_hash_answer(text):
 
 def test_hash_answer_against_a_slow_reader():
     often = ["####", " ", ",", "-", "\n", "0", "1", "9", "000", "123", "$", ".", "00"]
-    rare = ["#", "x", "%", " km", "*", "(", "+", "_", "\u0665", "\u2212", "\uff15", "\uff03", "9999999999", "e3"]
+    rare = ["#", "x", "%", " km", "*", "(", "+", "_", "\u0665", "\u2212", "\uff15", "\uff03", "9999999999", "e3", "€", "£", "¢"]
     rng, right = random.Random(0), 0
     weights = [6, 5, 4, 2, 1, 3, 4, 3, 3, 3, 2, 2, 1] + [.2] * len(rare)
     for _ in range(20_000):
@@ -463,14 +432,6 @@ def test_hash_answer_against_a_slow_reader():
                 assert bool(VERIFIERS["gsm8k"]({"answer": number}, text, finished)) == finished
             assert not VERIFIERS["gsm8k"]({"answer": number + 1}, text, True)
     assert right > 500, "the alphabet makes enough of both"
-
-
-@pytest.mark.parametrize("text, number", [
-    ("2*3=6\n#### 6", 6), ("#### -1,080", -1080), ("<think>17 - 8 = 9</think>\n#### 9", 9), ("#### €5.", 5),
-    ("#### £0", 0), ("42 is wrong\n#### 41", 41), ("#### 5\n#### 5", None), ("<think>#### 5</think>", None),
-    ("#### ¢5", None), ("#### 5/1", None), ("#### 5<|end|>", None)])
-def test_hash_answer_by_hand(text, number):
-    assert hash_answer(text) == number
 
 
 KNOWN = {   # what a record's "answer" can be, by the number that it is
@@ -562,27 +523,15 @@ def test_what_is_no_sum_of_rewards_is_one_line(spec):
 
 # ---- steps checked by rule
 
-def slow_true(step):
-    """Is a step one true equation? Read word by word."""
-    said = step.removeprefix("<think>").removesuffix(",")
-    if "=" not in said:
-        return 1                                                # claims nothing
-    terms = said.removeprefix(" ").split(" ")
-    if len(terms) != 5 or terms[1] not in ("+", "-") or terms[3] != "=":
-        return 0
-    a, sign, b, _, c = terms
-    for number in (a, b, c.removeprefix("-")):
-        if not number or len(number) > 9 or set(number) - set("0123456789"):
-            return 0
-    result = int(a) + int(b) if sign == "+" else int(a) - int(b)
-    return int(result == int(c))
-
-
 @pytest.mark.parametrize("text, steps", [       # None: as right as the answer
     ("<think>17 - 8 = 8, 8 + 9 = 17</think>The answer is 17, I say.",
      [("<think>17 - 8 = 8,", 0), (" 8 + 9 = 17", 1), ("</think>The answer is 17, I say.", None)]),
     ("<think>3 - 5 = 2,3 + 1 = 4,  3 + 1 = 4,\n3 + 1 = 4</think>",
      [("<think>3 - 5 = 2,", 0), ("3 + 1 = 4,", 1), ("  3 + 1 = 4,", 0), ("\n3 + 1 = 4", 0), ("</think>", None)]),
+    ("<think>2 - 3 = -1,7 + 7 = 15,0 + 0 = 0,1 + 1 = 2 = 2", [("<think>2 - 3 = -1,", 1), ("7 + 7 = 15,", 0),
+                                                              ("0 + 0 = 0,", 1), ("1 + 1 = 2 = 2", None)]),
+    ("<think>9999999999 + 1 = 10000000000,x = 1,1+1=2</think>",
+     [("<think>9999999999 + 1 = 10000000000,", 0), ("x = 1,", 0), ("1+1=2", 0), ("</think>", None)]),
     ("<think></think>5", [("<think>", 1), ("</think>5", None)]),
     ("well<think>1 + 1 = 2</think>a, <b>", [("well", 1), ("<think>1 + 1 = 2", 1), ("</think>a, <b>", None)]),
     ("The answer is 5.", [("The answer is 5.", None)]), ("1 + 1 = 3", [("1 + 1 = 3", None)]),
@@ -593,35 +542,7 @@ def test_steps_of_a_thought_by_hand(text, steps):
         assert data.checked_steps(text, right) == want
 
 
-def test_steps_of_hostile_text_join_to_it_or_are_none():
-    """The long ones would hang where a pattern backtracks."""
-    rng, some = random.Random(0), 0
-    often = ["<think>", "</think>", ",", " ", "1 + 1 = 2", "12 - 3 = 9", "7 + 7 = 15", "2 - 3 = -1"]
-    rare = ["=", "\n", "<", ">", "+", "9" * 12, "007 + 1 = 8", "x", "<|end|>", "\\", "("]
-    texts = []
-    for _ in range(3000):
-        parts = rng.choices(often * 4 + rare, k=rng.randint(0, 9))
-        texts.append("<think>" * rng.randint(0, 1) + "".join(parts))
-    for unit in (*often, *rare, "a,", "1 + ", "<think"):
-        long = unit * (200_000 // len(unit))
-        texts += [long, f"<think>{long}<"]
-    for text in texts:
-        steps = data.checked_steps(text, 1)
-        assert not steps or "".join(step for step, _ in steps) == text
-        for step, label in steps[:-1]:
-            assert label == slow_true(step), step[:100]
-            some += 1
-    assert some > 1000
-
-
 # ---- questions for a judge
-
-def test_the_judges_prompt_is_preamble_exemplar_sample_ending():
-    slots = dict(preamble="Be fair.", exemplar="An example.\n\n", ending="So?")
-    asked = data.judge_prompt("Q?", "first", "second", **slots)
-    order = [asked.index(part) for part in ("Be fair.", "An example.", "Q?", "first", "second", "So?")]
-    assert order == sorted(order) and asked.endswith("So?")
-
 
 def test_verdicts_points_and_classes_are_one_token_each():
     for text in ("0", "1", "2", "3", "4", "5", *data.RUBRIC):
