@@ -38,6 +38,7 @@ def said(text): return turns(user("Q"), assistant(text))
 def asked(question="Q", **more): return {"prompt": [user(question)], **more}
 def prefer(*texts, **more): return asked(responses=list(texts), **more)
 def judged(text, label): return asked(response=text, label=label)
+def untaught(text): return assistant(text) | {"weight": 0}
 
 
 def hh(*said):
@@ -50,10 +51,10 @@ def hh(*said):
 
 def write(tmp_path, rows, name="rows.jsonl"):
     """A file of bytes, or of rows, one a line: dicts, or JSON as text."""
-    path = tmp_path / name
     if not isinstance(rows, bytes):
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
         rows = "\n".join(lines).encode()
+    path = tmp_path / name
     path.write_bytes(rows)
     return path
 
@@ -62,10 +63,6 @@ def real(name):
     if not (SHARED / name).exists():
         pytest.skip(f"{SHARED / name} is not here")
     return SHARED / name
-
-
-def one_line(message):
-    return message.count("\n") == 0 and len(message) < 1500
 
 
 # ==== files and shapes
@@ -77,7 +74,7 @@ FORMATS = [     # a row, and the record that it is
      '{"from": "gpt", "value": "a"}]}', turns(system("S"), user("Q"), assistant("a"))),
     ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}, '
      '{"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "weight": 1}]}',
-     turns(user("a"), assistant("b") | {"weight": 0}, user("c"), assistant("d"))),
+     turns(user("a"), untaught("b"), user("c"), assistant("d"))),
     ('{"instruction": "Q", "input": "", "output": "a"}', said("a")),
     ('{"instruction": "Q", "output": "a"}', said("a")),
     ('{"instruction": "Q", "input": "I", "output": "c"}', turns(user("Q\n\nI"), assistant("c"))),
@@ -100,9 +97,10 @@ FORMATS = [     # a row, and the record that it is
     ('{"chosen": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "a"}], '
      '"rejected": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "b"}], "key": "k"}',
      prefer("a", "b", key="k")),
-    ({"chosen": hh("Q", "a"), "rejected": hh("Q", "b")}, prefer("a", "b")),
-    ({"chosen": hh("Q", "x", "R", " a"), "rejected": hh("Q", "x", "R", "b\nHuman: b")},
-     {"prompt": [user("Q"), assistant("x"), user("R")], "responses": [" a", "b\nHuman: b"]}),
+    (r'{"chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": "\n\nHuman: Q\n\nAssistant: b"}', prefer("a", "b")),
+    (r'{"chosen": "\n\nHuman: Q\n\nAssistant: x\n\nHuman: R\n\nAssistant:  a", '
+     r'"rejected": "\n\nHuman: Q\n\nAssistant: x\n\nHuman: R\n\nAssistant: b\nHuman: b"}',
+     prefer(" a", "b\nHuman: b", prompt=[user("Q"), assistant("x"), user("R")])),
     ('{"prompt": "Q", "responses": ["a", "c", "b"], "margin": 1, "scores": [3, 2, 1], "key": 7, "note": "kept"}',
      prefer("a", "c", "b", scores=[3, 2, 1], key=7, note="kept")),
     ('{"prompt": "Q", "responses": ["a", "b"], "margin": 0.5, "win": [1, 0], "scores": [1, 2, 3], "prob": 1}',
@@ -122,13 +120,12 @@ def test_every_format_reads_as_its_record_and_records_read_as_themselves(tmp_pat
 
 
 def test_every_shape_has_a_format_and_is_named_when_none_fits(tmp_path):
-    rows = [json.loads(row) if isinstance(row, str) else row for row, _ in FORMATS]
+    shapes = [set(json.loads(row)) for row, _ in FORMATS]
     with pytest.raises(UserError, match=r"^rows.jsonl:1: .*src.*tgt") as error:
         read_records(write(tmp_path, ['{"src": "a", "tgt": "b"}']))
     for shape in SHAPES:
-        keys = shape.split()
-        assert any(row.keys() >= set(keys) for row in rows), f"no row of FORMATS has {shape}"
-        assert "+".join(keys) in str(error.value)
+        assert any(keys >= set(shape.split()) for keys in shapes), f"no row of FORMATS has {shape}"
+        assert shape.replace(" ", "+") in str(error.value)
 
 
 KINDS = {   # one row of each kind, and all that it can be read as
@@ -182,18 +179,19 @@ def test_an_answer_of_gsm8k_that_is_no_number_stays_text(tmp_path):
 def test_real_file_counts(name, want, count, lost, capsys):
     assert len(read_records(real(name), want)) == count
     told = capsys.readouterr().err
-    assert f"{count} records" in told and lost in told and bool(lost) == (";" in told)
+    assert f"{count} records" in told and lost in told
+    assert bool(lost) == (";" in told), "nothing else is said"
 
 
 def test_real_gsm8k_answers_verify_and_stop_verifying_when_the_final_number_changes():
     path, verify = real("gsm8k/train_first4000.jsonl"), VERIFIERS["gsm8k"]
     records = read_records(path, "prompt")
-    assert (records[0]["answer"], records[345]["answer"], records[644]["answer"]) == (72, 1080, 109200000)
+    assert records[345]["answer"] == 1080 and records[644]["answer"] == 109200000
     for record, (_, row) in zip(records, read_rows(path), strict=True):
         text, answer = row["answer"], record["answer"]
         worked, final = text.split("####")
         assert verify(record, text, True) and not verify(record, worked, True)
-        for wrong in (answer + 1, -answer or 1, f"1{answer}", f"{final.strip()}.5"):
+        for wrong in (answer + 1, f"-{answer + 1}", f"1{answer}", f"{final.strip()}.5"):
             assert not verify(record, f"{worked}#### {wrong}", True)
 
 
@@ -204,15 +202,18 @@ def test_real_gsm8k_answers_verify_and_stop_verifying_when_the_final_number_chan
     ('{"prompt": "Q", "chosen": " \\n", "rejected": "a"}', "preference", "1 empty answer"),
     ('{"prompt": "Q", "responses": ["a"]}', "preference", "1 lone answer"),
     ('{"prompt": "Q", "responses": []}', "preference", "1 lone answer"),
-    ({"chosen": hh("Q", "a"), "rejected": hh("R", "b")}, "preference", "1 contradictory pair"),
-    ({"chosen": hh("Q", "a", "R"), "rejected": hh("Q", "b")}, "preference", "1 broken transcript"),
-    ({"chosen": hh("Q", "a"), "rejected": hh("Q", "b\n\nAssistant: c")}, "preference", "1 broken transcript"),
+    (r'{"chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": "\n\nHuman: R\n\nAssistant: b"}', "preference",
+     "1 contradictory pair"),
+    (r'{"chosen": "\n\nHuman: Q\n\nAssistant: a\n\nHuman: R", "rejected": "\n\nHuman: Q\n\nAssistant: b"}', "preference",
+     "1 broken transcript"),
+    (r'{"chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": "\n\nHuman: Q\n\nAssistant: b\n\nAssistant: c"}',
+     "preference", "1 broken transcript"),
     ('{"prompt": "Q", "response": " "}', "messages", "1 empty answer"),
     ('{"prompt": "Q", "responses": []}', "messages", "1 empty answer"),
     (judged("a", False), "messages", "1 thumbs-down answer"),
     (judged("", True), "thumbs", "1 empty answer"), ('{"text": "\\n"}', "text", "1 empty text"),
-    (turns(user("a"), assistant("b") | {"weight": 0}), "messages", "1 untrained conversation"),
-    (turns(user("a"), assistant("b") | {"weight": 0}) | {"label": True}, "thumbs", "1 untrained answer")])
+    (turns(user("a"), untaught("b")), "messages", "1 untrained conversation"),
+    (turns(user("a"), untaught("b")) | {"label": True}, "thumbs", "1 untrained answer")])
 def test_drops_are_counted_aloud(tmp_path, capsys, row, want, lost):
     good, _ = KINDS[want]
     assert len(read_records(write(tmp_path, [row, good]), want)) == 1
@@ -229,12 +230,14 @@ def test_of_a_ranking_what_is_left_is_kept(tmp_path, capsys):
 
 
 def test_pairs_of_a_ranking():
-    record = prefer("A", "C", "B", scores=[3, 2, 1], win=[1., .5, 0.], source="ai", key="k")
+    record = prefer(*"ACB", scores=[3, 2, 1], win=[1., .5, 0.], key="k")
     first, second, third = pairs(record)
-    assert first["responses"] == ["A", "C"] and third["responses"] == ["C", "B"]
-    assert second == prefer("A", "B", scores=[3, 1], win=[1., 0.], source="ai", key="k")
+    assert first["responses"] == ["A", "C"]
+    assert second == prefer("A", "B", scores=[3, 1], win=[1., 0.], key="k")
+    assert third["responses"] == ["C", "B"]
     assert pairs(record, "ends") == [second]
-    assert pairs(prefer("a", "b", margin=3)) == [prefer("a", "b", margin=3)]
+    two = prefer("a", "b", margin=3)
+    assert pairs(two) == [two]
 
 
 @pytest.mark.parametrize("rows, unread", [
@@ -242,12 +245,14 @@ def test_pairs_of_a_ranking():
      "id 2 rows, tools 1 row"),
     (['{"messages": [{"role": "user", "content": "Q", "name": "Al"}, {"role": "assistant", "content": "a"}]}'],
      "messages[].name 1 row"),
-    ([prefer("a", "b", note="kept", key="k")], ""), ([prefer("a", "b", source="mine")], "source 1 row"),
-    ([prefer("a", "b", scores=[1])], "scores 1 row"), ([prefer("a", "b", "c", margin=1)], "margin 1 row")])
+    (['{"prompt": "Q", "responses": ["a", "b"], "note": "kept", "key": "k"}'], ""),
+    (['{"prompt": "Q", "responses": ["a", "b"], "source": "mine", "scores": [1]}'], "scores 1 row, source 1 row"),
+    (['{"prompt": "Q", "responses": ["a", "b", "c"], "margin": 1}'], "margin 1 row")])
 def test_keys_that_are_not_read_are_named_once_with_their_counts(tmp_path, capsys, rows, unread):
     read_records(write(tmp_path, rows))
     told = capsys.readouterr().err
-    assert told.partition("; not read: ")[2].strip() == unread and told.count("\n") == 1
+    _, _, named = told.partition("; not read: ")
+    assert named.strip() == unread and told.count("\n") == 1
 
 
 # ---- rows that are refused
@@ -258,8 +263,8 @@ def test_keys_that_are_not_read_are_named_once_with_their_counts(tmp_path, capsy
     ('{"messages": ["a"]}', "messages", "dict"), (turns(user("Q")), "messages", "assistant turn"),
     (turns({"content": "x"}, assistant("a")), "messages", "str"),
     (turns({"role": ["user"], "content": "x"}, assistant("a")), "messages", "str"),
-    (turns(user("a"), assistant("b") | {"weight": .5}), "messages", "weight"),
-    (turns(user("a"), assistant("b") | {"weight": "0"}), "messages", "weight"),
+    ('{"messages": [{"role": "assistant", "content": "b", "weight": 0.5}]}', "messages", "weight"),
+    ('{"messages": [{"role": "assistant", "content": "b", "weight": "0"}]}', "messages", "weight"),
     ('{"prompt": "Q", "completion": "a", "label": 1}', "label", "bool"),
     ('{"prompt": "Q", "response": null}', "response", "str"),
     ('{"prompt": 3}', "prompt", "str or list"), ('{"prompt": []}', "prompt", "empty"),
@@ -299,33 +304,35 @@ def test_what_would_change_the_meaning_is_refused_with_the_command_that_converts
     for key in data.MEANT:
         for row in (told, pair, told | {"ratings": [1]}, said("a")):
             refused_with_a_command(tmp_path, row | {key: "S"}, key)
-        refused_with_a_command(tmp_path, turns(user("a"), assistant("b") | {key: "S"}), key)
+        turn = assistant("b") | {key: "S"}
+        refused_with_a_command(tmp_path, turns(user("a"), turn), key)
     for key in data.BESIDE:
-        for row in (prefer("a", "b"), asked(), asked(steps=["a"], labels=[1])):
+        for row in (prefer("a", "b"), asked(), asked(ratings=[1], response="a")):
             refused_with_a_command(tmp_path, row | {key: "S"}, key)
     for key in data.SPOKEN:
         refused_with_a_command(tmp_path, {"text": "a", key: "S"}, key)
     for row in (told, pair, prefer("a", "b")):
         refused_with_a_command(tmp_path, row | {"prompt": hh("Q", "")}, "prompt")
-    refused_with_a_command(tmp_path, turns(user("a"), {"role": "tool", "content": "4"}, assistant("b")), "tool")
-    refused_with_a_command(tmp_path, turns(user([{"type": "text", "text": "a"}]), assistant("b")), "messages")
+    for alien in ({"role": "tool", "content": "4"}, user([{"type": "text", "text": "a"}])):
+        refused_with_a_command(tmp_path, turns(alien, assistant("b")), "messages")
 
 
 # ---- bytes
 
-A, B = b'{"text": "a"}', b'{"text": "b"}'
+A = b'{"text": "a"}'
 
 
-@pytest.mark.parametrize("content, wheres", [
-    (A + b"\n" + B + b"\n", [":1", ":2"]), (A + b"\n" + B, [":1", ":2"]), (b" " + A + b"\n " + B, [":1", ":2"]),
-    (b"\xef\xbb\xbf" + A + b"\r\n\r\n \r\n" + B + b"\r\n", [":1", ":4"]),
-    (b"[" + A + b",\n" + B + b"]", ["[0]", "[1]"]),
-    (b"\xef\xbb\xbf\n [\r\n" + A + b" , " + B + b"\n]\n", ["[0]", "[1]"])])
-def test_containers(tmp_path, content, wheres):
+@pytest.mark.parametrize("content, first, second", [
+    (b'{"text": "a"}\n{"text": "b"}\n', ":1", ":2"), (b'{"text": "a"}\n{"text": "b"}', ":1", ":2"),
+    (b' {"text": "a"}\n {"text": "b"}', ":1", ":2"),
+    (b'\xef\xbb\xbf{"text": "a"}\r\n\r\n \r\n{"text": "b"}\r\n', ":1", ":4"),
+    (b'[{"text": "a"},\n{"text": "b"}]', "[0]", "[1]"),
+    (b'\xef\xbb\xbf\n [\r\n{"text": "a"} , {"text": "b"}\n]\n', "[0]", "[1]")])
+def test_containers(tmp_path, content, first, second):
     for name in ("x.json", "x.jsonl.gz", "x"):          # neither suffix decides
         for stored in (content, gzip.compress(content)):
-            first, second = read_rows(write(tmp_path, stored, name))
-            assert first == (name + wheres[0], {"text": "a"}) and second == (name + wheres[1], {"text": "b"})
+            rows = dict(read_rows(write(tmp_path, stored, name)))
+            assert rows == {name + first: {"text": "a"}, name + second: {"text": "b"}}
 
 
 def test_51_line_separators_inside_strings_do_not_split(tmp_path):
@@ -337,22 +344,23 @@ def test_51_line_separators_inside_strings_do_not_split(tmp_path):
 
 def test_text_files_are_one_document(tmp_path):
     text = "[a]\r\n\n{b}\u2028\x0b\n"
-    stored = {"x.txt": text.encode(), "x.md": b"\xef\xbb\xbf" + text.encode(), "x.txt.gz": gzip.compress(text.encode())}
-    for name, content in stored.items():
+    raw = text.encode()
+    for name, content in {"x.txt": raw, "x.md": b"\xef\xbb\xbf" + raw, "x.txt.gz": gzip.compress(raw)}.items():
         assert read_records(write(tmp_path, content, name)) == [{"text": text}]
 
 
 def test_an_object_over_several_lines_is_one_record(tmp_path):
-    """Alone, after another, between rows of one line, indented by blanks or tabs; an array may be written so too."""
-    rows = [said("a"), said("b"), said("c")]
-    one, two, tab = json.dumps(rows[0]), json.dumps(rows[1], indent=2), json.dumps(rows[2], indent="\t")
-    files = [(two, rows[1:2]), (two.replace("\n", "\r\n") + "\n", rows[1:2]), (f"\n{two}\n{tab}\n", rows[1:]),
-             (f"{one}\n{two}\n{tab}", rows), (json.dumps(rows, indent=4), rows)]
-    for text, records in files:
-        assert read_records(write(tmp_path, text.encode(), "rows.json")) == records
-    broken = one + "\n" + two.replace('"content": "Q"', '"content": "Q",')
+    """Alone, after another, behind a row of one line, indented by blanks or tabs; an array may be written so too."""
+    row = said("a")
+    line, blanks, tabs = json.dumps(row), json.dumps(row, indent=2), json.dumps(row, indent="\t")
+    array = json.dumps([row, row], indent=4)
+    windows = blanks.replace("\n", "\r\n")
+    files = {blanks: 1, windows + "\n": 1, f"\n{blanks}\n{tabs}\n": 2, f"{line}\n{blanks}\n{tabs}": 3, array: 2}
+    for text, n in files.items():
+        assert read_records(write(tmp_path, text.encode(), "rows.json")) == [row] * n
+    broken = blanks.replace('"content": "Q"', '"content": "Q",')
     with pytest.raises(UserError, match="^rows.json:[67]: "):   # the comma, or the brace behind it: Pythons differ
-        read_records(write(tmp_path, broken.encode(), "rows.json"))
+        read_records(write(tmp_path, [line, broken], "rows.json"))
 
 
 @pytest.mark.parametrize("bad, twin, word", [   # its valid twin; a word of the message where it is ours
@@ -366,16 +374,16 @@ def test_an_object_over_several_lines_is_one_record(tmp_path):
     (b'{"text": "\xff"}', "{\"text\": \"\u00ff\"}".encode(), "utf-8"),
     (b'{"text": "\xed\xa0\x80"}', b'{"text": "\xed\x9f\xbf"}', "utf-8"),
     (b'{"text": "a"', b'{"text": "a"}', ""), (b"{'text': 'a'}", b'{"text": "a"}', ""),
-    (b'{"text": "a",}', b'{"text": "a"}', ""), (A + b" " + B, A, ""),
+    (b'{"text": "a",}', b'{"text": "a"}', ""), (b'{"text": "a"} {"text": "b"}', A, ""),
     (b'["text"]', b'{"text": "a"}', "object, not list"), (b'null', b'{"text": "a"}', "object, not NoneType"),
-    (b'{"text": 3}', b'{"text": "3"}', "str"), (b'{"text": "a", "x": ' + b"[" * 9999 + b"]" * 9999 + b"}", A, "")])
+    (b'{"text": 3}', b'{"text": "3"}', "str"), (b'{"text": ' + b"[" * 9999 + b"]" * 9999 + b"}", A, "")])
 def test_51_malformed_rows_name_file_and_line_and_are_left_out_when_asked(tmp_path, capsys, bad, twin, word):
     def lines(row):
-        return write(tmp_path, A + b"\n\n" + row + b"\n" + A)
+        return write(tmp_path, b"\n".join([A, b"", row, A]))
 
     def array(row):
-        return write(tmp_path, b"[\n" + A + b",\n" + row + b"\n,\n" + A + b"]", "rows.json")
-    assert len(read_records(lines(twin))) == len(read_records(array(twin))) == 3
+        return write(tmp_path, b"\n".join([b"[", A, b",", row, b",", A, b"]"]), "rows.json")
+    assert len(read_records(lines(twin))) == 3 and len(read_records(array(twin))) == 3
     with pytest.raises(UserError, match=rf"^rows\.jsonl:3: [^\n]*{word}[^\n]*$"):
         read_records(lines(bad))
     with pytest.raises(UserError, match=r"^rows\.json(\[1\]|:[13456]): [^\n]*$"):
@@ -409,7 +417,8 @@ def test_damaged_gzip(tmp_path):
     rows = ['{"text": "%d"}\n' % (i * 7919 ** 3) for i in range(3000)]
     whole = gzip.compress("".join(rows).encode())
     spoilt = whole[:200] + b"\xff" * 50 + whole[250:]
-    for broken in (whole[:len(whole) // 2], spoilt, whole[:-8] + b"\0" * 8):
+    no_checksum = whole[:-8] + b"\0" * 8
+    for broken in (whole[:5000], spoilt, no_checksum):
         for skip_bad in (False, True):
             with pytest.raises(UserError, match=r"^x\.gz:\d+: "):
                 read_records(write(tmp_path, broken, "x.gz"), skip_bad=skip_bad)
@@ -418,7 +427,7 @@ def test_damaged_gzip(tmp_path):
 
 
 def test_skip_bad_in_an_array_and_where_nothing_else_is_left(tmp_path, capsys):
-    path = write(tmp_path, b"[" + A + b', 3, {"text": 4}, ' + B + b"]", "rows.json")
+    path = write(tmp_path, b'[{"text": "a"}, 3, {"text": 4}, {"text": "b"}]', "rows.json")
     assert len(read_records(path, skip_bad=True)) == 2
     assert "skipped 2 bad rows, the first rows.json[1]: " in capsys.readouterr().err
     read_records(write(tmp_path, A), skip_bad=True)
@@ -427,7 +436,7 @@ def test_skip_bad_in_an_array_and_where_nothing_else_is_left(tmp_path, capsys):
         read_records(write(tmp_path, b"garbage\n3"), skip_bad=True)
 
 
-@pytest.mark.parametrize("path", sorted(set(ROOT.glob("*.py")) | set(ROOT.glob("configs/*.py"))))
+@pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("configs/*.py")])
 def test_skip_bad_reaches_all_that_read_records(path):
     """Every call that opens a user's records hands the option on."""
     source = path.read_text(encoding="utf-8")
@@ -469,8 +478,9 @@ def random_texts(n):
     for _ in range(n):
         pieces = []
         for _ in range(rng.randint(0, 40)):
-            code = rng.choice([rng.randrange(128), rng.randrange(0x3000), rng.randrange(0xE000, 0x110000)])
-            pieces.append(rng.choice([chr(code), rng.choice(awkward), rng.choice("ab 1<\n")]))
+            first, end = rng.choice([(0, 128), (0, 0x3000), (0xE000, 0x110000)])    # not half a surrogate pair
+            anything = chr(rng.randrange(first, end))
+            pieces += rng.choice([[anything], rng.choices(awkward), rng.choices("ab 1<\n")])
         texts.append("".join(pieces))
     return texts
 
@@ -481,6 +491,7 @@ def test_toy_bpe_merges_the_commonest_pair_and_breaks_ties_by_bytes():
     for i in range(256):
         assert ranks[bytes([i])] == i
     assert len(bpe_ranks("ab ab", "[a-z]+", 300)) == 257, "nothing is left to merge"
+    assert b"aa" in bpe_ranks("zz aa", "[a-z]+", 257), "of two as common it is that which sorts first"
     assert b"xy" in bpe_ranks("xy xy xy ca cb", "[a-z]+", 257), "words count as often as they occur"
 
 
@@ -493,7 +504,7 @@ def test_any_text_round_trips_bytewise():
 
 def test_gpt2s_vocabulary_gives_gpt2s_ids_and_any_text_back(GPT2):
     golden = [row for _, row in read_rows(real("gpt2_bpe/golden_ids_tiktoken.jsonl"))]
-    other = [row["text"] for row in golden if GPT2.encode(row["text"]) != row["ids"]]
+    other = [row["text"] for row in golden if row["ids"] != GPT2.encode(row["text"])]
     assert len(golden) == 20 and other == ["a<|endoftext|>b"], "which is plain text to us, there a token"
     assert GPT2.n_vocab >= 50257 + 4 and GPT2.pad != GPT2.end
     for text in random_texts(100):
@@ -502,68 +513,70 @@ def test_gpt2s_vocabulary_gives_gpt2s_ids_and_any_text_back(GPT2):
 
 def test_48_special_token_text_stays_plain_text():
     for text in [*SPECIALS, "a<|end|>b", "<|end|><|assistant|>", "<|endoftext|>"]:
-        assert max(TOK.encode(text)) < TOK.base and TOK.decode(TOK.encode(text)) == text
+        ids = TOK.encode(text)
+        assert max(ids) < TOK.base and TOK.decode(ids) == text
         ids, _ = TOK.chat([user(text), assistant(text)])
-        assert [i for i in ids if i >= TOK.base] == [TOK.role["user"], TOK.role["assistant"], TOK.end]
+        special = [i for i in ids if i >= TOK.base]
+        assert special == [TOK.role["user"], TOK.role["assistant"], TOK.end]
 
 
 def test_one_vocabulary_has_one_fingerprint_whatever_its_file():
-    folder, file = (Tokenizer.load(str(real(name))) for name in ("gpt2_bpe", "gpt2_bpe/r50k_base.tiktoken"))
+    folder = Tokenizer.load(str(real("gpt2_bpe")))
+    file = Tokenizer.load(str(real("gpt2_bpe/r50k_base.tiktoken")))
     assert folder.fingerprint == file.fingerprint != TOK.fingerprint
 
 
 def gpt2_files(folder, merges, **more):
     """GPT-2's two files, as Hugging Face names them, for the 256 bytes and these merges; more: other ids."""
-    folder.mkdir(exist_ok=True)
-    pieces = [*data.byte_letters().values(), *(merge.replace(" ", "") for merge in merges), "<|endoftext|>"]
+    pieces = list(data.byte_letters().values())
+    pieces += [merge.replace(" ", "") for merge in merges] + ["<|endoftext|>"]
     ids = {piece: i for i, piece in enumerate(pieces)} | more
-    (folder / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    write_text(folder / "vocab.json", json.dumps(ids))
+    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
     return str(folder)
 
 
 def test_gpt2s_two_files_are_read_anew(tmp_path):
     """An end of text or an added token in vocab.json is none of the ranks; what tiktoken keeps of a path is not asked."""
     first = Tokenizer.load(gpt2_files(tmp_path, ["a b", "ab c"], extra=300))
-    assert first.base == 258 and first.end == 258 and first.encode("abcab") == [257, 256]
+    assert first.base == first.end == 258 and first.encode("abcab") == [257, 256]
     Tokenizer.load.cache_clear()
     other = Tokenizer.load(gpt2_files(tmp_path, ["x y"]))
-    assert other.base == 257 and other.encode("abxy")[2:] == [256]
+    assert len(other.encode("ab")) == 2 and other.encode("xy") == [256]
 
 
 @pytest.mark.parametrize("merge, piece, i", [
-    ("a b", "ab", 999), ("a q1", "aq1", 999), ("a b c", "abc", 999), ("a \u4e2d", "a\u4e2d", 256)])
+    ("a b", "ab", 999), ("a q1", "aq1", 999), ("a b c", "abc", 999),
+    ("a \u4e2d", "a\u4e2d", 256)])
 def test_gpt2s_two_files_have_to_agree(tmp_path, merge, piece, i):
     folder = gpt2_files(tmp_path, [merge], **{piece: i})
     with pytest.raises(UserError, match="^--tokenizer [^\n]*cannot be read[^\n]*$"):
         Tokenizer.load(folder)
 
 
-BYTES = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
-
-
-@pytest.mark.parametrize("content", [b"hello world\n", b"YQ== 1 2\n", b"\x89PNG", BYTES[9:], BYTES + b"YWI= 7\n",
-                                     BYTES + b"YWI= -5\n"])
-def test_a_vocabulary_file_of_ones_own_and_unreadable_ones(tmp_path, content):
-    path = write(tmp_path, BYTES, "bytes.tiktoken")
-    assert Tokenizer.load(str(path)).encode("é!") == list("é!".encode())
-    path = write(tmp_path, content, "vocab.tiktoken")
-    with pytest.raises(UserError, match=f"^--tokenizer {re.escape(str(path))}: [^\n]*$"):
-        Tokenizer.load(str(path))
+def test_a_vocabulary_file_of_ones_own_and_unreadable_ones(tmp_path):
+    lines = []
+    for i in range(256):
+        lines.append(base64.b64encode(bytes([i])).decode() + f" {i}")
+    assert Tokenizer.load(str(write(tmp_path, lines, "bytes.tiktoken"))).encode("é!") == list("é!".encode())
+    for i, bad in enumerate((["hello world"], ["YQ== 1 2"], lines[1:], lines + ["YWI= 7"], lines + ["YWI= -5"])):
+        path = write(tmp_path, bad, f"bad{i}.tiktoken")
+        with pytest.raises(UserError, match=f"^--tokenizer {path}: [^\n]*$"):
+            Tokenizer.load(str(path))
 
 
 def test_tokenizers_that_are_not_there_are_one_line(tmp_path, monkeypatch):
     def offline(name):
         raise ConnectionError("no route\nto host")
     monkeypatch.setattr(data.tiktoken, "get_encoding", offline)
-    for name, word in ((str(tmp_path), "No such file"), ("gpt3", "cl100k_base"), ("o200k_base", "no route")):
+    for name, word in {str(tmp_path): "No such file", "gpt3": "cl100k_base", "o200k_base": "no route"}.items():
         with pytest.raises(UserError, match=f"^--tokenizer {name}: [^\n]*{word}[^\n]*$"):
             Tokenizer.load(name)
 
 
 def test_a_long_word_gives_the_ids_that_it_always_gave(monkeypatch, GPT2):
     """Split by the same pattern where a run of letters or blanks is long: here from three on, so nearly everywhere."""
-    texts = random_texts(100) + ["abcd" * 50, "a" * 900 + " 17 - 8" + " " * 300 + "b", "12 keys, 9 pens", "中文" * 200]
+    texts = [*random_texts(100), "abcd" * 50, "a" * 900 + " 17 - 8", " " * 300 + "b", "12 keys, 9 pens", "中文" * 200]
     for tok in (TOK, GPT2):
         usual = [tok.encode(text) for text in texts]
         with monkeypatch.context() as patch:
@@ -579,8 +592,9 @@ def test_a_word_of_a_million_letters_is_encoded(letter):
 
 # ---- the chat template
 
-THREE_TURNS = [system("Be brief."), user("Hi"), assistant("Hello."), user("2 + 3?"), assistant("5 "), user("Bye"),
-               assistant(" Bye.")]
+THREE_TURNS = [
+    system("Be brief."), user("Hi"), assistant("Hello."), user("2 + 3?"),
+    assistant("5 "), user("Bye"), assistant(" Bye.")]
 
 
 def slow_chat(messages, prompt_weight=0):
@@ -588,7 +602,8 @@ def slow_chat(messages, prompt_weight=0):
     rows = []       # (token, its target)
     for turn in messages:
         ours = turn["role"] == "assistant"
-        left_out = turn.get("weight") == 0 or ours and not turn["content"].strip()
+        silent = ours and not turn["content"].strip()
+        left_out = silent or turn.get("weight") == 0
         outside = prompt_weight                                 # of the token that says who speaks
         if left_out and (ours or "weight" in turn):
             outside = 0
@@ -606,7 +621,9 @@ def chats():
     yield THREE_TURNS
     for place in range(len(THREE_TURNS)):
         for change in ({"weight": 0}, {"weight": 1}, {"content": ""}, {"content": " \n"}):
-            yield THREE_TURNS[:place] + [THREE_TURNS[place] | change] + THREE_TURNS[place + 1:]
+            messages = list(THREE_TURNS)
+            messages[place] = THREE_TURNS[place] | change
+            yield messages
 
 
 @pytest.mark.parametrize("prompt_weight", [0, .25])
@@ -617,15 +634,12 @@ def test_50_the_mask_covers_every_taught_turn_of_the_assistant_with_its_end_and_
         (row, weights), = encode({"messages": messages}, TOK, 256, prompt_weight=prompt_weight)
         assert (row, weights) == (ids, [0] + target[1:])
     assert TOK.decode(TOK.chat(THREE_TURNS)[0]) == "Be brief.HiHello.2 + 3?5 Bye Bye."
-    _, target = slow_chat([user("a") | {"weight": 0}], prompt_weight)
-    assert not any(target), "a user's turn of weight 0 counts nothing"
 
 
 def test_prompts_documents_and_responses_are_of_the_same_tokens():
     ids, _ = TOK.chat(THREE_TURNS)
     assert TOK.prompt(THREE_TURNS[:-1]) + TOK.response(" Bye.") == ids
     assert TOK.response("a", finished=False) == TOK.encode("a")
-    assert TOK.document("a b") == ([*TOK.encode("a b"), TOK.end], [0] + [1] * len(TOK.encode("a b")))
 
 
 # ==== records to rows
@@ -637,19 +651,22 @@ def test_documents_are_cut_into_windows_and_nothing_is_lost():
     for n, block in itertools.product(range(1, 20), (2, 5, 16)):
         rows = encode({"text": digits(n)}, TOK, block, "all")
         whole = TOK.encode(digits(n)) + [TOK.end]
-        kept = whole if len(whole) % block != 1 else whole[:-1]     # a lone last token has nothing before it
-        assert data.flat(ids for ids, _ in rows) == kept
+        if len(whole) % block == 1:
+            whole.pop()                                             # a lone last token has nothing before it
+        assert data.flat(ids for ids, _ in rows) == whole
         for ids, target in rows:
-            assert len(ids) <= block and target == [0] + [1] * (len(ids) - 1)
+            assert len(ids) <= block
+            assert target == [0] + [1] * (len(ids) - 1)
 
 
 def test_conversations_keep_their_beginning():
     ids, target = TOK.chat(THREE_TURNS)
+    record = {"messages": THREE_TURNS}
     for block in range(2, len(ids) + 2):
-        rows = [(ids[:block], target[:block])]
+        cut = ids[:block]
         learns = any(target[:block])
-        assert encode({"messages": THREE_TURNS}, TOK, block) == (rows if learns else [])
-        assert encode({"messages": THREE_TURNS}, TOK, block, "all") == [(ids[:block], [0] + [1] * (len(ids[:block]) - 1))]
+        assert encode(record, TOK, block) == ([(cut, target[:block])] if learns else [])
+        assert encode(record, TOK, block, "all") == [(cut, [0] + [1] * (len(cut) - 1))]
 
 
 @pytest.mark.parametrize("prompt_weight", [0, .1, 1.])
@@ -666,119 +683,115 @@ def spell(n, word): return f"{word} " * n
 
 def dialogue(rng):
     """A prompt of one to five turns of many lengths, with a system message half of the time."""
-    messages = [system(spell(rng.randint(0, 12), "sys"))] * rng.randint(0, 1)
-    for i in range(2 * rng.randint(1, 3) - 1):
-        say = assistant if i % 2 else user
-        messages.append(say(spell(rng.randint(0, 12), rng.choice("abcde"))))
-    return messages
+    speakers = [user, assistant] * rng.randint(0, 2) + [user]
+    if rng.random() < .5:
+        speakers.insert(0, system)
+    return [say(spell(rng.randint(0, 12), letter)) for say, letter in zip(speakers, "abcdef")]
 
 
-def is_a_whole_chat_of(ids, messages):
-    """Whether ids are some last turns of a chat, the first of them a user's or the system's whose beginning may be
-    gone, perhaps after the whole system message."""
+def whole_chats(messages):
+    """All that may be left of a prompt: some last turns, the first of them not the assistant's, whose beginning may be
+    gone; perhaps with the whole system message before."""
     parts = [TOK.chat([turn])[0] for turn in messages]
-    heads = [[], parts[0]] if messages[0]["role"] == "system" else [[]]
     for start, part in enumerate(parts):
         rest = data.flat(parts[start + 1:]) + [TOK.role["assistant"]]
         if messages[start]["role"] == "assistant":
             continue
-        for head in heads if start else [[]]:
-            for gone in range(len(part)):
-                if ids == head + part[:1] + part[1 + gone:] + rest:
-                    return True
-    return False
+        for gone in range(1, len(part) + 1):
+            ids = part[:1] + part[gone:] + rest
+            yield ids
+            if start and messages[0]["role"] == "system":
+                yield parts[0] + ids
 
 
 def test_8_17_and_26_all_answers_have_the_very_same_prompt_a_whole_chat_and_none_is_cut_to_nothing():
     rng, cut = random.Random(17), 0
     for _ in range(600):
-        block = rng.randint(6, 60)
-        answers = [spell(rng.randint(0, 25), letter) for letter in "pqr"[:rng.randint(1, 3)]]
-        record = {"prompt": dialogue(rng), "responses": answers}
-        rows = encode(record, TOK, block)
+        block, messages = rng.randint(6, 60), dialogue(rng)
+        answers = [spell(rng.randint(0, 25), letter) for letter in "pqr"]
+        rows = encode({"prompt": messages, "responses": answers}, TOK, block)
         start = rows[0][1].index(1)
-        prompt, whole = rows[0][0][:start], TOK.prompt(record["prompt"])
-        assert is_a_whole_chat_of(prompt, record["prompt"])
+        prompt = rows[0][0][:start]
+        assert prompt in whole_chats(messages)
         for (ids, target), text in zip(rows, answers, strict=True):
-            response = TOK.response(text)
-            learned = len(ids) - start
-            assert ids == prompt + response[:learned] and target == [0] * start + [1] * learned
-            assert len(ids) <= block and learned >= min(len(response), block // 2) > 0
-        longest = len(whole) + max(len(TOK.response(text)) for text in answers)
-        assert data.too_long(record, TOK, block) == (longest > block)
-        if longest <= block:
-            assert prompt == whole and max(len(ids) for ids, _ in rows) == longest, "nothing is cut without need"
-        elif len(record["prompt"]) == 1:
-            assert max(len(ids) for ids, _ in rows) == block, "no more is cut than has to be"
-        cut += prompt != whole
+            response, n = TOK.response(text), len(ids) - start
+            assert ids == prompt + response[:n] and len(ids) <= block
+            assert target == [0] * start + [1] * n
+            assert n >= min(len(response), block // 2), "an answer may always have half of the context"
+        whole = TOK.prompt(messages)
+        used = max(len(ids) for ids, _ in rows)
+        needed = len(whole) + max(len(TOK.response(text)) for text in answers)
+        too_long = data.too_long({"prompt": messages, "responses": answers}, TOK, block)
+        assert too_long == (needed > block)
+        if not too_long:
+            assert prompt == whole and used == needed, "nothing is cut without need"
+        elif len(messages) == 1:
+            assert used == block, "no more is cut than has to be"
+        cut += too_long
     assert 200 < cut < 590
 
 
-def test_17_a_system_message_stays_unless_it_takes_more_than_half():
-    ask = TOK.prompt([user(digits(20))])
-    (brief, _), (long, _) = TOK.chat([system("1234")]), TOK.chat([system(digits(20))])
-    assert data.cut_prompt(brief + ask, TOK, 15) == brief + ask[:1] + ask[-9:]
-    assert data.cut_prompt(long + ask, TOK, 15) == ask[:1] + ask[-14:]
-    assert data.cut_prompt(long + ask, TOK, 30) == long[:1] + long[-7:] + ask
-    assert data.cut_prompt(long + ask, TOK, 43) == long + ask
+@pytest.mark.parametrize("says, room, kept", [  # kept: of each turn the last tokens, or the whole of it
+    ("1234", 15, [4, 8]), (digits(20), 15, [None, 13]), (digits(20), 30, [7, 20]), (digits(20), 43, [20, 20])])
+def test_17_a_system_message_stays_unless_it_takes_more_than_half(says, room, kept):
+    messages = [system(says), user(digits(20))]
+    want = []
+    for turn, n in zip(messages, kept):
+        if n is not None:
+            want += [TOK.role[turn["role"]], *TOK.encode(turn["content"])[-n:]]
+    assert data.cut_prompt(TOK.prompt(messages), TOK, room) == want + [TOK.role["assistant"]]
 
 
 def test_17_an_answer_leaves_with_its_question():
     says = [user("12345"), assistant("12"), user("12345"), assistant("12"), user("12")]
-    first, answer, *later = [TOK.chat([turn])[0] for turn in says]
-    later = data.flat(later) + [TOK.role["assistant"]]
-    assert data.cut_prompt(TOK.prompt(says), TOK, 22) == first[:1] + first[3:] + answer + later
-    assert data.cut_prompt(TOK.prompt(says), TOK, 18) == later
+    whole, last_two = TOK.prompt(says), TOK.prompt(says[2:])
+    assert data.cut_prompt(whole, TOK, 22) == whole[:1] + whole[3:], "the question loses its beginning"
+    assert data.cut_prompt(whole, TOK, 18) == last_two
 
 
 # ---- items of preferences
 
-def texts_of(item):
-    """What the rows of an item learn, as text."""
-    texts = []
+def learned(item):
+    """What the rows of an item learn, as text, one word a row."""
+    words = []
     for ids, target in item["rows"]:
-        texts.append(TOK.decode([i for i, learned in zip(ids, target) if learned]))
-    return texts
+        words.append(TOK.decode(ids[target.index(1):]))
+    return " ".join(words)
 
 
-def test_items_of_a_record_by_unit():
-    ranked = prefer("a", "b", "c", scores=[3, 1, -1], win=[.9, .5, .1])
+@pytest.mark.parametrize("how, items", [    # what they learn, which are good, their scores
+    (("pair", "all"), [("a b", [1, 0], [3, 1]), ("a c", [1, 0], [3, -1]), ("b c", [1, 0], [1, -1])]),
+    (("pair", "ends"), [("a c", [1, 0], [3, -1])]),
+    (("pair", "all", True), [("a b c", [1, 1, 0], [3, 1, -1])]),
+    (("single", "all"), [("a", [1], [3]), ("c", [0], [-1])])])      # the middle would be up and down
+def test_items_of_a_ranking_by_unit(how, items):
+    record = prefer("a", "b", "c", scores=[3, 1, -1], win=[.9, .5, .1])
+    got = data.preference_items(record, TOK, 64, *how)
+    assert [(learned(item), item["up"], item["r"]) for item in got] == items
+    assert got[-1]["p_l"] == .1
 
-    def told(record, *args):
-        items = data.preference_items(record, TOK, 64, *args)
-        return [("".join(texts_of(item)), item["up"], item["r"]) for item in items]
-    both, ends = [True, False], ("ac", [True, False], [3, -1])
-    assert told(ranked) == [("ab", both, [3, 1]), ends, ("bc", both, [1, -1])]
-    assert told(ranked, "pair", "ends") == [ends]
-    assert told(ranked, "pair", "all", True) == [("abc", [True, True, False], [3, 1, -1])]
-    for which in ("all", "ends"):                       # the middle would be up and down
-        assert told(ranked, "single", which) == [("a", [True], [3]), ("c", [False], [-1])]
-    for up in both:
-        assert told(judged("a", up), "single") == [("a", [up], [float(up)])]
-    assert data.preference_items(ranked, TOK, 64, "single")[1]["p_l"] == .1
+
+def test_an_item_of_a_thumb():
+    for up in (True, False):
+        item, = data.preference_items(judged("a", up), TOK, 64, "single")
+        assert learned(item) == "a" and item["up"] == [up] and item["r"] == [up]
 
 
 def test_17_all_items_of_a_ranking_have_one_prompt():
-    record = prefer(spell(2, "yes"), spell(30, "yes"), spell(9, "yes"), prompt=[user("a" + spell(30, "word"))])
+    record = prefer(spell(2, "yes"), spell(30, "yes"), spell(9, "yes"), prompt=[user(spell(30, "word"))])
     for unit in ("pair", "single"):
-        items = data.preference_items(record, TOK, 48, unit)
-        prompts = {tuple(ids[:target.index(1)]) for ids, target in data.column(items, "rows")}
+        prompts = set()
+        for ids, target in data.column(data.preference_items(record, TOK, 48, unit), "rows"):
+            prompts.add(tuple(ids[:target.index(1)]))
         assert len(prompts) == 1
 
 
-@pytest.mark.parametrize("record, gap, p, p_w, p_l, r", [
-    ({}, None, None, None, None, [1, 0]),
-    ({"scores": [3, 1], "margin": 9}, 2, 1 / (1 + 2.718281828459045 ** -2), ..., ..., [3, 1]),   # scores tell more
-    ({"scores": [3, 1, -1]}, 4, ..., ..., ..., [3, 1, -1]),                 # the best against the worst
-    ({"margin": 1, "prob": .3}, 1, .3, .3, .7, [1, 0]),
-    ({"margin": 1, "prob": .3, "win": [.9, .2]}, 1, .3, .9, .2, [1, 0]),
-    ({"prob": 0}, None, 0, 0, 1, [1, 0]), ({"margin": 0}, 0, .5, .5, .5, [1, 0]),
-    ({"margin": -10 ** 6}, -10 ** 6, 0, 0, 1, [1, 0]), ({"margin": 10 ** 6}, 10 ** 6, 1, 1, 0, [1, 0])])
-def test_items_say_how_good_they_are(record, gap, p, p_w, p_l, r):
-    item = data.make_item(record, [([], [])] * len(r), [True] * (len(r) - 1) + [False])
-    for key, value in dict(gap=gap, p=p, p_w=p_w, p_l=p_l, r=r).items():
-        assert value in (..., None) or item[key] == pytest.approx(value), key
-        assert value is not None or item[key] is None, key
+@pytest.mark.parametrize("record, p", [({"prob": 0}, 0), ({"margin": -10 ** 6}, 0), ({"margin": 10 ** 6}, 1)])
+def test_items_say_how_good_they_are_at_the_extremes(record, p):
+    item = data.make_item(record, [1, 2], [True, False])
+    assert item["p"] == pytest.approx(p) and item["p_l"] == pytest.approx(1 - p)
+    item = data.make_item(record | {"margin": 9, "scores": [3, 1]}, [1, 2], [True, False])
+    assert item["gap"] == 2, "scores tell more than a margin"
 
 
 # ---- batches
@@ -788,8 +801,9 @@ def ragged(n, top, seed=0):
     rng, rows = random.Random(seed), []
     for _ in range(n):
         size = rng.randint(1, top)
-        ids = [rng.randrange(TOK.base) for _ in range(size)]
-        rows.append((ids, [0] + rng.choices([0, .5, 1], k=size - 1)))
+        ids = rng.choices(range(TOK.base), k=size)
+        target = rng.choices([0, .5, 1], k=size)
+        rows.append((ids, [0] + target[1:]))
     return rows
 
 
@@ -799,33 +813,34 @@ def test_micro_batches_hold_every_row_once_within_the_budget(n, budget):
     lengths = [len(ids) for ids, _ in ragged(n, 60)]
     parts = micro_batches(lengths, budget)
     assert sorted(data.flat(parts)) == list(range(n))
+    at_most = []                                        # padded tokens of each
     for part in parts:
-        longest = round_up(max(lengths[i] for i in part))
-        assert len(part) == 1 or len(part) * longest <= budget
+        longest = max(lengths[i] for i in part)
+        at_most.append(longest)
+        assert len(part) == 1 or len(part) * round_up(longest) <= budget
+    assert at_most == sorted(at_most), "rows of like length are together"
+    eights = min(8, max(1, budget // 64))
+    assert len(parts) <= n / eights + 1, "as many rows together as the budget allows"
     assert len(parts) == 1 or budget < 10 ** 6
-    assert len(parts) <= n / min(8, max(1, budget // 64)) + 1, "as many rows together as the budget allows"
-    sizes = [sorted(lengths[i] for i in part) for part in parts]
-    turned = micro_batches(lengths[::-1], budget)       # the order that rows come in decides nothing
-    assert [sorted(lengths[::-1][i] for i in part) for part in turned] == sizes
-    for one, next_one in itertools.pairwise(sizes):
-        assert one[-1] <= next_one[0], "rows of like length are together"
 
 
 @pytest.mark.parametrize("budget, most", [(1, 50), (64, 50), (300, 35), (10 ** 6, 1)])
 def test_item_batches_keep_items_whole_and_within_the_budget(budget, most):
-    items = [dict(rows=ragged(1 + i % 3, 40, i)) for i in range(50)]
+    items = [dict(number=i, rows=ragged(1 + i % 3, 40, i)) for i in range(50)]
     parts = list(data.item_batches(items, budget))
-    assert sorted(map(id, data.flat(parts))) == sorted(map(id, items)) and len(parts) <= most
+    assert sorted(data.column(parts, slice(None)), key=lambda item: item["number"]) == items
+    assert len(parts) <= most
     for part in parts:
         lengths = [len(ids) for ids, _ in data.column(part, "rows")]
-        assert len(lengths) * round_up(max(lengths)) <= budget or len(part) == 1
+        assert len(part) == 1 or len(lengths) * round_up(max(lengths)) <= budget
 
 
 def test_pad_and_collate():
     tokens, mask = collate([([5, 6, 7], [0, .5, 1]), ([8], [0])], TOK)
     assert tokens.tolist() == [[5, 6, 7] + [TOK.pad] * 13, [8] + [TOK.pad] * 15]
-    assert mask.tolist() == [[.5, 1] + [0] * 13, [0] * 15] and mask.dtype == torch.float32
-    assert pad([[1] * 17], 0).shape == (1, 32) and pad([[1]], 0, width=33).shape == (1, 48)
+    assert mask.tolist() == [[.5, 1] + [0] * 13, [0] * 15]
+    assert pad([[1] * 17], 0).shape == (1, 32), "in steps of 16"
+    assert pad([[1]], 0, width=33).shape == (1, 48)
 
 
 @pytest.mark.parametrize("width", [40, 41, 128])
@@ -837,41 +852,44 @@ def test_52_packing_keeps_every_row_once_and_apart(width):
     total = sum(len(ids) for ids, _ in rows)
     assert B % 4 == 0 and B <= 2 * total / width + 4, "first fit leaves one line less than half full"
     found = []
-    for b in range(B):
-        real_end = int((tokens[b] != TOK.pad).sum())
-        starts = [t for t in range(real_end) if pos[b, t] == 0]
-        weights = [0.] + mask[b].tolist()
+    for line, weights, places, sees in zip(tokens.tolist(), mask.tolist(), pos.tolist(), see[:, 0]):
+        real_end = T - line.count(TOK.pad)
+        starts = [t for t in range(real_end) if places[t] == 0]
+        weights = [0.] + weights
         assert not any(weights[real_end:]), "padding is not trained on"
         for start, end in itertools.pairwise([*starts, real_end]):
-            assert pos[b, start:end].tolist() == list(range(end - start))
+            assert places[start:end] == list(range(end - start))
             assert weights[start] == 0, "nothing is predicted across a boundary"
-            found.append((tokens[b, start:end].tolist(), weights[start:end]))
+            found.append((line[start:end], weights[start:end]))
             for t in range(start, end):
-                sees = see[b, 0, t].nonzero().flatten().tolist()
-                assert sees == list(range(start, t + 1)), "a token sees its own sequence up to itself"
+                seen = sees[t].nonzero().flatten().tolist()
+                assert seen == list(range(start, t + 1)), "a token sees its own sequence up to itself"
     assert see.any(-1).all(), "a query that sees nothing would be NaN"
     assert sorted(found) == sorted(rows)
 
 
 # ==== streams
 
-def test_44_every_item_comes_once_an_epoch_the_last_partial_batch_included():
-    for size, n in [(10, 4), (7, 7), (5, 8), (1, 3), (12, 5)]:
-        stream = Stream(items=list(range(size)), seed=3)
-        seen = data.flat(stream.batch(step, n) for step in range(size))     # n epochs
-        for start in range(0, len(seen), size):
-            assert sorted(seen[start:start + size]) == list(range(size))
-    stream = Stream(items=list(range(50)))
-    assert stream.batch(0, 50) != stream.batch(1, 50), "another order every epoch"
+@pytest.mark.parametrize("size, n", [(10, 4), (7, 7), (5, 8), (1, 3), (12, 5)])
+def test_44_every_item_comes_once_an_epoch_the_last_partial_batch_included(size, n):
+    items = list(range(size))
+    stream = Stream(items=items, seed=3)
+    seen = data.flat(stream.batch(step, n) for step in range(size))     # n epochs
+    epochs = [seen[start:start + size] for start in range(0, len(seen), size)]
+    for epoch in epochs:
+        assert sorted(epoch) == items
+    assert size < 5 or epochs[0] != epochs[1], "another order every epoch"
 
 
-@pytest.mark.parametrize("source", [dict(items=list(range(23))), dict(make=lambda rng: rng.random())])
+@pytest.mark.parametrize("source", [{"items": "abcdefghijklmnopqrstuvw"}, {"make": lambda rng: rng.random()}])
 def test_a_batch_depends_on_seed_and_step_alone(source):
-    forward = [Stream(**source, seed=1).batch(step, 5) for step in range(12)]
-    one = Stream(**source, seed=1)
+    forward, backward = Stream(**source, seed=1), Stream(**source, seed=1)
+    batches = [forward.batch(step, 5) for step in range(12)]
     random.seed(9)
-    assert [one.batch(step, 5) for step in reversed(range(12))] == forward[::-1]
-    assert Stream(**source, seed=2).batch(7, 5) != forward[7]
+    for step in reversed(range(12)):
+        assert backward.batch(step, 5) == batches[step]
+    other = Stream(**source, seed=2)
+    assert other.batch(7, 5) != batches[7]
 
 
 def opened(path, kind="text", **options):
@@ -880,116 +898,93 @@ def opened(path, kind="text", **options):
     return stream.items, held
 
 
-@pytest.mark.parametrize("size, n_held, held", [(45, 256, [19, 39]), (20, 256, [19]), (400, 5, [79, 159, 239, 319, 399]),
-                                                (2, 256, [1]), (20, 0, [])])
+@pytest.mark.parametrize("size, n_held, held", [
+    (45, 256, [19, 39]), (20, 256, [19]), (2, 256, [1]), (20, 0, []), (400, 5, [79, 159, 239, 319, 399])])
 def test_about_one_record_in_20_is_held_out_and_not_trained_on(tmp_path, size, n_held, held):
-    train, kept = opened(write(tmp_path, [{"text": f"{i}"} for i in range(size)]), n_held=n_held)
-    assert [int(record["text"]) for record in kept] == held
-    assert [int(record["text"]) for record in train] == [i for i in range(size) if i not in held]
+    path = write(tmp_path, [{"text": f"{i}"} for i in range(size)])
+    train, kept = ([int(record["text"]) for record in side] for side in opened(path, n_held=n_held))
+    assert kept == held and sorted(train + held) == list(range(size))
 
 
-SPREAD = random.Random(16)
-MANY = {    # how many records the subjects have, n_held, the least and the most records to hold out
-    "four of each": ([4] * 100, 256, 16, 20), "two of each, few": ([2] * 15, 256, 2, 2), "n_held": ([4] * 100, 8, 8, 8),
-    "any sizes": ([SPREAD.randint(1, 30) for _ in range(60)], 256, 30, 60),
-    "one of 99 %": ([990, 10], 256, 10, 10), "one of 1 %": ([10, 990], 256, 10, 10),
-    "two halves": ([30, 30], 256, 30, 30), "two halves, few to look at": ([30, 30], 12, 12, 12)}
 SAME = {    # what makes the n-th record one of subject i
     "a prompt": lambda i, n: {"prompt": f"Say {i}!"},
-    "case and spacing": lambda i, n: {"prompt": f"SAY  {i}!" if n % 2 else f" say {i}! "},
+    "case and spacing": lambda i, n: {"prompt": f"{'SAY ' if n % 2 else ' say'} {i}! "},
     "a key": lambda i, n: {"prompt": f"{n}", "key": f"key {i}"},
     "a number as key": lambda i, n: {"prompt": f"{n}", "key": i},
-    "a prompt or a key": lambda i, n: {"prompt": f"Say {i}!", "key": f"{i}"} if n % 3 else {"prompt": f"Say {i}!"}}
-
-
-def subjects_of_file(sizes, same):
-    """Rows of so many records for each subject, in a random order; the subject of each is its "source_of"."""
-    order = [i for i, size in enumerate(sizes) for _ in range(size)]
-    random.Random(3).shuffle(order)
-    return [same(i, n) | {"source_of": i, "place": n} for n, i in enumerate(order)]
-
-
-def held_out_by_subject(train, held):
-    """Check that no subject is on both sides, and that both are in the order of the file."""
-    assert train and held
-    assert not {r["source_of"] for r in train} & {r["source_of"] for r in held}, "a subject is on both sides"
-    for side in (train, held):
-        places = [record["place"] for record in side]
-        assert places == sorted(places)
-
-
-@pytest.mark.parametrize("name", MANY)
-def test_16_held_out_by_subject_never_by_record(tmp_path, name):
-    sizes, n_held, least, most = MANY[name]
-    path = write(tmp_path, subjects_of_file(sizes, SAME["a prompt"]))
-    train, held = opened(path, "prompt", n_held=n_held)
-    held_out_by_subject(train, held)
-    assert least <= len(held) <= most and (len(train) + len(held) == sum(sizes) or len(held) == n_held)
+    "a prompt or a key": lambda i, n: {"prompt": f"Say {i}!", "key": f"{i}" if n % 3 else ""}}
+SIZES = random.Random(16)
+MANY = [    # how many records each subject has, n_held, the least and the most records to hold out
+    ([4] * 100, 256, 16, 20), ([2] * 15, 256, 2, 2), ([4] * 100, 8, 8, 8), ([990, 10], 256, 10, 10),
+    ([10, 990], 256, 10, 10), ([30, 30], 256, 30, 30), ([30, 30], 12, 12, 12),
+    (SIZES.choices(range(1, 31), k=60), 256, 30, 60)]
 
 
 @pytest.mark.parametrize("same", SAME)
-def test_16_what_makes_records_one_subject(tmp_path, same):
-    train, held = opened(write(tmp_path, subjects_of_file([4] * 50, SAME[same])), "prompt")
-    held_out_by_subject(train, held)
-    chats = [SAME[same](i % 15, i) | {"response": "a"} for i in range(60)]
-    train, held = opened(write(tmp_path, chats), "messages")
-    sides = [{record.get("key", data.asks(record)) for record in side} for side in (train, held)]
-    assert len(held) == 4 and not sides[0] & sides[1]
+@pytest.mark.parametrize("sizes, n_held, least, most", MANY, ids=range(len(MANY)))
+def test_16_held_out_by_subject_never_by_record(tmp_path, sizes, n_held, least, most, same):
+    order = [i for i, size in enumerate(sizes) for _ in range(size)]
+    random.Random(3).shuffle(order)
+    rows = [SAME[same](i, n) | {"subject": i, "place": n} for n, i in enumerate(order)]
+    sides = opened(write(tmp_path, rows), "prompt", n_held=n_held)
+    train, held = ({record["subject"] for record in side} for side in sides)
+    assert train and held and not train & held, "a subject is on both sides"
+    assert least <= len(sides[1]) <= most
+    assert len(sides[1]) == n_held or len(sides[0]) + len(sides[1]) == len(rows), "no record is lost"
+    for side in sides:
+        places = [record["place"] for record in side]
+        assert places == sorted(places), "the order is that of the file"
 
 
 def test_16_all_pairs_of_a_ranking_are_on_one_side(tmp_path):
-    rows = [prefer(*"abcd", prompt=[user(f"{i}")]) for i in range(40)]
-    train, held = opened(write(tmp_path, rows), "preference", prepare=pairs)
-    assert len(held) == 12 and not {data.asks(pair) for pair in train} & {data.asks(pair) for pair in held}
+    path = write(tmp_path, [prefer(*"abcd", key=i, prompt=[user(f"{i}")]) for i in range(40)])
+    train, held = opened(path, "preference", prepare=pairs)
+    assert len(train) == 38 * 6
+    assert [pair["key"] for pair in held] == [19] * 6 + [39] * 6
 
 
-def test_16_where_nobody_asks_every_answer_is_a_subject(tmp_path, capsys):
-    _, held = opened(write(tmp_path, [turns(system("Tell."), assistant(str(i))) for i in range(40)]), "messages")
-    assert len(held) == 2 and "subject" not in capsys.readouterr().err
-
-
-def test_16_a_single_subject_is_said_aloud(tmp_path, capsys):
-    by_prompt = [{"prompt": "Say it", "response": str(i)} for i in range(40)]
-    by_key = [{"prompt": str(i), "response": "a", "key": "one"} for i in range(40)]
-    for rows in (by_prompt, by_key):
-        train, held = opened(write(tmp_path, rows), "messages")
-        assert len(train) == 38 and len(held) == 2 and "one subject" in capsys.readouterr().err
-    train, held = opened(write(tmp_path, by_key[:1]), "messages")
+@pytest.mark.parametrize("row, aloud", [
+    (lambda i: {"prompt": "Say it", "response": f"{i}"}, True),
+    (lambda i: {"prompt": f"{i}", "response": "a", "key": "one"}, True),
+    (lambda i: turns(system("Tell."), assistant(f"{i}")), False)])     # nobody asks: every answer is a subject
+def test_16_a_single_subject_is_said_aloud(tmp_path, capsys, row, aloud):
+    train, held = opened(write(tmp_path, [row(i) for i in range(40)]), "messages")
+    assert len(train) == 38 and len(held) == 2
+    assert ("one subject" in capsys.readouterr().err) == aloud
+    train, held = opened(write(tmp_path, [row(0)]), "messages")
     assert train == held and "one subject" in capsys.readouterr().err, "one record alone is its own judge"
 
 
 def test_16_of_one_long_document_every_20th_piece_is_held_out(tmp_path, capsys):
-    def pieces(record):
-        words = record["text"].split()
-        return [words[i:i + 10] for i in range(0, 400, 10)]
-    text = " ".join(map(str, range(400)))
-    train, held = opened(write(tmp_path, [{"text": text}]), prepare=pieces)
-    assert [piece[0] for piece in held] == ["190", "390"] and len(train) == 38
+    train, held = opened(write(tmp_path, ['{"text": "' + "a" * 40 + '"}']), prepare=lambda record: list(range(40)))
+    assert held == [19, 39] and len(train) == 38
     assert "subject" not in capsys.readouterr().err
 
 
 def test_16_a_long_chain_of_keys_and_prompts_is_one_subject_and_takes_no_time():
-    records = [asked(f"{(i + 1) // 2}", key=str(i // 2)) for i in range(20_000)]
+    records = [asked(str((i + 1) // 2), key=str(i // 2)) for i in range(20_000)]
     assert len(set(data.subjects(records))) == 1
-    assert len(set(data.subjects(records[:50] + records[100:150]))) == 2
+    del records[50:100]
+    assert len(set(data.subjects(records))) == 2
 
 
 def test_held_out_toy_records_are_of_the_val_split_and_the_same_for_every_seed():
     stream, held = open_stream("toy", "prompt", 0, "arith", n_held=50)
     _, other = open_stream("toy", "prompt", 1, "arith", n_held=50)
-    assert held == other and {split_of(record["key"]) for record in held} == {"val"}
-    assert {split_of(record["key"]) for record in stream.batch(0, 50)} == {"train"}
+    assert held == other
+    for split, records in {"train": stream.batch(0, 50), "val": held}.items():
+        assert {split_of(record["key"]) for record in records} == {split}
 
 
 def test_several_files_are_one_in_their_order(tmp_path, monkeypatch):
     """Each of its own shape; their names may be too long together for a file's; every 20th of all is held out."""
     monkeypatch.chdir(tmp_path)
-    chat = write(tmp_path, [turns(user(f"{i}"), assistant("A")) for i in range(30)], f"chat{'n' * 150}.jsonl")
-    pair = write(tmp_path, [{"prompt": f"{i}", "chosen": "A", "rejected": "B"} for i in range(30, 50)],
-                 f"pair{'n' * 150}.jsonl")
-    train, held = opened(f"{chat.name},{pair.name}", "messages")
+    one, two = f"one{'n' * 150}.jsonl", f"two{'n' * 150}.jsonl"
+    write(tmp_path, [turns(user(f"{i}"), assistant("A")) for i in range(30)], one)
+    write(tmp_path, [{"prompt": f"{i}", "chosen": "A", "rejected": "B"} for i in range(30, 50)], two)
+    train, held = opened(f"{one},{two}", "messages")
     assert held == [turns(user("19"), assistant("A")), turns(user("39"), assistant("A"))]
-    assert [int(data.asks(record)) for record in train] == [i for i in range(50) if i not in (19, 39)]
+    asks = [int(data.asks(record)) for record in train]
+    assert len(asks) == 48 and asks == sorted(asks)
 
 
 @pytest.mark.parametrize("paths, message", [
@@ -997,29 +992,19 @@ def test_several_files_are_one_in_their_order(tmp_path, monkeypatch):
     ("good.jsonl,bad.jsonl", "bad.jsonl:1: [^\n]*")])
 def test_of_several_files_the_missing_or_broken_one_is_named(tmp_path, monkeypatch, paths, message):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path, [{"text": "a"}], "good.jsonl")
+    write(tmp_path, ['{"text": "a"}'], "good.jsonl")
     write(tmp_path, ['{"text": 3}'], "bad.jsonl")
     with pytest.raises(UserError, match=f"^{message}$"):
         opened(paths)
 
 
-@pytest.mark.parametrize("kind", ["messages", "preference"])
-def test_26_records_that_are_cut_to_the_context_are_counted_aloud(tmp_path, capsys, kind):
-    """By brute force: a record is cut if one of its rows would be longer in a context without end."""
-    rng, records = random.Random(5), []
-    for _ in range(40):
-        question, *answers = [spell(rng.randint(1, 30), word) for word in ("word", "a", "b", "c")]
-        chat = turns(user(question), assistant(answers[0]))
-        records.append(chat if kind == "messages" else asked(question, responses=answers))
-    cut = 0
-    for record in records:
-        longest = max(len(ids) for ids, _ in encode(record, TOK, 10 ** 6))
-        assert data.too_long(record, TOK, longest - 1) and not data.too_long(record, TOK, longest)
-        cut += longest > 48 and encode(record, TOK, 48) != []           # not those left out
-    path = write(tmp_path, records)
-    opened(path, kind, prepare=lambda record: encode(record, TOK, 48), context=(TOK, 48))
-    assert 5 < cut < 35 and f"{cut} of 40 records are longer than the context" in capsys.readouterr().err
-    opened(path, kind, prepare=lambda record: encode(record, TOK, 10 ** 6), context=(TOK, 10 ** 6))
+@pytest.mark.parametrize("answer, kind", [({"response": "7"}, "messages"), ({"responses": ["7", "8"]}, "preference")])
+def test_26_records_that_are_cut_to_the_context_are_counted_aloud(tmp_path, capsys, answer, kind):
+    """A question of up to 24 tokens, who asks, who answers, one token and the end: of 25 records 8 have more than 20."""
+    path = write(tmp_path, [{"prompt": digits(i)} | answer for i in range(25)])
+    opened(path, kind, context=(TOK, 20))
+    assert "8 of 25 records are longer than the context of 20" in capsys.readouterr().err
+    opened(path, kind, context=(TOK, 30))
     assert "longer" not in capsys.readouterr().err
     assert not data.too_long(dict(text="long " * 100), TOK, 48), "of a document nothing is lost"
 
@@ -1029,7 +1014,7 @@ def test_18_rows_without_a_word_of_the_assistant_are_left_out_and_counted(tmp_pa
         return encode(record, TOK, 16, prompt_weight=.1)
     rows = [turns(user(digits(i)), assistant("a")) for i in range(25)]
     train, held = opened(write(tmp_path, rows), "messages", prepare=prepare)
-    assert len(train + held) == 14 and "11 of 25 records" in capsys.readouterr().err
+    assert len(train) + len(held) == 14 and "11 of 25 records" in capsys.readouterr().err
     with pytest.raises(UserError, match="no usable record"):
         opened(write(tmp_path, rows[20:]), "messages", prepare=prepare)
 
@@ -1104,13 +1089,11 @@ def refused(capsys, argv, words):
 
 @pytest.mark.parametrize("argv, words", [
     ("--stepz 3", "--stepz --steps"), ("--zzz", "--zzz --help"), ("--steps", "--steps missing"), ("stray", "stray"),
-    ("--steps --loud", "--steps missing"), ("--steps 1.5", "--steps whole"), ("--steps=", "--steps whole"),
-    ("--lr fast", "--lr fast number"), ("--lr nan", "--lr finite"), ("--lr=-inf", "--lr finite"),
+    ("--steps --loud", "--steps missing"), ("--steps=", "--steps whole"), ("--lr fast", "--lr fast number"),
     ("--lr 1e999", "--lr finite"), ("--kind three", "--kind one two"), ("--loud=maybe", "--loud true"),
     ("--loud yes", "yes"), ("-steps 3", "-steps"), ("-- 3", "--"), ("--config", "--config missing"),
     ("--config no/such.toml", "--config no/such.toml"), ("--config=", "--config"), ("--config /", "--config"),
-    ("--config " + "x" * 300, "--config"), ("--seed " + "9" * 30, "--seed"), ("--seed " + "9" * 6000, "--seed"),
-    ("--threads " + "9" * 30, "--threads"), ("--out a\0b", "--out")])
+    ("--config " + "x" * 300, "--config"), ("--seed " + "9" * 6000, "--seed"), ("--out a\0b", "--out")])
 def test_bad_flags_exit_2_with_one_line(capsys, argv, words):
     refused(capsys, argv.split(" "), words)
 
@@ -1421,7 +1404,7 @@ def test_it_shows_the_families_that_are_asked_for_with_their_gold(monkeypatch, c
 
 
 def test_it_shows_a_file_as_the_trainers_read_it(monkeypatch, capsys, tmp_path):
-    unweighted = turns(user("R"), assistant("S") | {"weight": 0}, user("T"), assistant("U"))
+    unweighted = turns(user("R"), untaught("S"), user("T"), assistant("U"))
     path = write(tmp_path, ['{"prompt": "Q", "chosen": "good", "rejected": "bad"}', unweighted, '{"src": 1}'])
     code, out, err = told(capsys, script(monkeypatch, "data.py", path, "--skip_bad"))
     assert code == 0 and "2 records" in err and "skipped 1 bad row" in err

@@ -389,49 +389,28 @@ def test_what_follows_the_thinking(text, rest):
     assert after_thinking(text) == rest
 
 
-def slow_hash_answer(text):
-    """The number behind the only "####" of a text, character by character."""
-    if text.count("#") != 4 or "####" not in text:
-        return None
-    said = text.split("####")[1].rstrip(" \n")
-    said = said.removeprefix(" ")
-    lead, sign = said[:2], 1
-    if "-" in lead[:1] or lead[1:] == "-" and lead[0] in "$€£":
-        sign = -1
-        said = said.replace("-", "", 1)
-    if said[:1] in ("$", "€", "£"):
-        said = said[1:]
-    for end in (".00.", ".0.", ".00", ".0", "."):
-        if said.endswith(end):
-            said = said[:-len(end)]
-            break
-    first, *groups = said.split(",")
-    digits = said.replace(",", "")
-    if not first or len(digits) > 15 or set(digits) - set("0123456789"):
-        return None
-    if groups and (len(first) > 3 or {len(group) for group in groups} != {3}):
-        return None
-    value = 0
-    for digit in digits:
-        value = 10 * value + "0123456789".index(digit)
-    return sign * value
+HASHED = {  # what the one "####" of a text says
+    5: ["#### 5", "#### 5 \n\n ", "#### 5.", "#### 5.0", "#### 5.00.", "####$5", "#### €5.", "#### £5", "#### 05"],
+    6: ["2*3=6\n#### 6"], 9: ["<think>17 - 8 = 9</think>\n#### 9"], 41: ["42 is wrong, 42 is wrong\n#### 41"],
+    1080: ["#### 1,080", "#### 1080"], 1200000: ["#### 1,200,000"], 10 ** 15 - 1: ["#### " + "9" * 15],
+    -1080: ["#### -1,080", "#### -$1,080.\n", "#### $-1080"],
+    None: ["", "5", "#### ", "### 5", "##### 5", "# 1\n#### 5", "#### 5\n#### 5", "<think>#### 5</think>",
+           "<think>#### 5</think>#### 5", "#### 5 or 6", "#### 1,08", "#### 10,80", "#### ,080", "#### 1000,000",
+           "#### 1 080", "#### 1_080", "#### .5", "#### 5.01", "#### 5.000", "#### 5,", "#### 5..", "####  5",
+           "#### $$5", "#### --5", "#### -$-5", "#### 5$", "#### (5)", "#### **5**", "#### 5!", "#### 5%", "#### 5 km",
+           "#### 5/1", "#### 5e3", "#### ¢5", "#### 1.080,00", "#### +5", "#### five", "#### 0x5", "#### \u22125",
+           "#### \u0665", "#### \uff15", "#### 5\u0660", "\uff03\uff03\uff03\uff03 5", "#### 5<|end|>",
+           "#### " + "9" * 16, "#### 1" + ",000" * 5]}
 
 
-def test_hash_answer_against_a_slow_reader():
-    often = ["####", " ", ",", "-", "\n", "0", "1", "9", "000", "123", "$", ".", "00"]
-    rare = ["#", "x", "%", " km", "*", "(", "+", "_", "\u0665", "\u2212", "\uff15", "\uff03", "9999999999", "e3", "€", "£", "¢"]
-    rng, right = random.Random(0), 0
-    weights = [6, 5, 4, 2, 1, 3, 4, 3, 3, 3, 2, 2, 1] + [.2] * len(rare)
-    for _ in range(20_000):
-        text = "".join(rng.choices(often + rare, weights, k=rng.randint(1, 9)))
-        number = slow_hash_answer(text)
-        assert hash_answer(text) == number, repr(text)
-        if number is not None:
-            right += 1
-            for finished in (True, False):
-                assert bool(VERIFIERS["gsm8k"]({"answer": number}, text, finished)) == finished
-            assert not VERIFIERS["gsm8k"]({"answer": number + 1}, text, True)
-    assert right > 500, "the alphabet makes enough of both"
+@pytest.mark.parametrize("number", HASHED)
+def test_hash_answer_reads_the_whole_text_or_nothing(number):
+    for text in HASHED[number]:
+        assert hash_answer(text) == number, text
+        known = number is not None
+        assert bool(VERIFIERS["gsm8k"]({"answer": number}, text, True)) == known, text
+        for record, finished in (({"answer": number}, False), ({"answer": 77}, True), ({}, True)):
+            assert not VERIFIERS["gsm8k"](record, text, finished), text
 
 
 KNOWN = {   # what a record's "answer" can be, by the number that it is
