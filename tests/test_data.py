@@ -1,4 +1,4 @@
-"""What lives on disk and as text: files and shapes of records, tokenizer, rows and batches, streams, options, run log."""
+"""What lives on disk and as text: files and shapes of records, tokenizer, rows, streams, options and the run log."""
 import base64
 import dataclasses
 import gzip
@@ -105,7 +105,7 @@ FORMATS = [     # a row, and the record that it is
      prefer("a", "c", "b", scores=[3, 2, 1], key=7, note="kept")),
     ('{"prompt": "Q", "responses": ["a", "b"], "margin": 0.5, "win": [1, 0], "scores": [1, 2, 3], "prob": 1}',
      prefer("a", "b", margin=.5, win=[1, 0], prob=1)),
-    ('{"prompt": "Q", "answer": 7, "family": "arith", "options": ["A"]}', asked(answer=7, family="arith", options=["A"])),
+    ('{"prompt": "Q", "answer": 7, "options": ["A"]}', asked(answer=7, options=["A"])),
     ('{"prompt": "Q", "text": "kept", "source": "mine", "system": ""}', asked(text="kept", source="mine")),
     ('{"prompt": "Q", "response": "a", "ratings": [4, 0.5]}', asked(response="a", ratings=[4., .5])),
     ('{"prompt": "Q", "steps": ["a ", "b"], "labels": [true, 0]}',
@@ -204,8 +204,8 @@ def test_real_gsm8k_answers_verify_and_stop_verifying_when_the_final_number_chan
     ('{"prompt": "Q", "responses": []}', "preference", "1 lone answer"),
     (r'{"chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": "\n\nHuman: R\n\nAssistant: b"}', "preference",
      "1 contradictory pair"),
-    (r'{"chosen": "\n\nHuman: Q\n\nAssistant: a\n\nHuman: R", "rejected": "\n\nHuman: Q\n\nAssistant: b"}', "preference",
-     "1 broken transcript"),
+    (r'{"chosen": "\n\nHuman: Q\n\nAssistant: a\n\nHuman: R", "rejected": "\n\nHuman: Q\n\nAssistant: b"}',
+     "preference", "1 broken transcript"),
     (r'{"chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": "\n\nHuman: Q\n\nAssistant: b\n\nAssistant: c"}',
      "preference", "1 broken transcript"),
     ('{"prompt": "Q", "response": " "}', "messages", "1 empty answer"),
@@ -537,7 +537,7 @@ def gpt2_files(folder, merges, **more):
 
 
 def test_gpt2s_two_files_are_read_anew(tmp_path):
-    """An end of text or an added token in vocab.json is none of the ranks; what tiktoken keeps of a path is not asked."""
+    """An end of text or an added token in vocab.json is none of the ranks; what tiktoken keeps of a path isn't asked."""
     first = Tokenizer.load(gpt2_files(tmp_path, ["a b", "ab c"], extra=300))
     assert first.base == first.end == 258 and first.encode("abcab") == [257, 256]
     Tokenizer.load.cache_clear()
@@ -1000,7 +1000,7 @@ def test_of_several_files_the_missing_or_broken_one_is_named(tmp_path, monkeypat
 
 @pytest.mark.parametrize("answer, kind", [({"response": "7"}, "messages"), ({"responses": ["7", "8"]}, "preference")])
 def test_26_records_that_are_cut_to_the_context_are_counted_aloud(tmp_path, capsys, answer, kind):
-    """A question of up to 24 tokens, who asks, who answers, one token and the end: of 25 records 8 have more than 20."""
+    """A question of up to 24 tokens, who asks, who answers, one token and the end: 8 of 25 records have more than 20."""
     path = write(tmp_path, [{"prompt": digits(i)} | answer for i in range(25)])
     opened(path, kind, context=(TOK, 20))
     assert "8 of 25 records are longer than the context of 20" in capsys.readouterr().err
@@ -1101,7 +1101,8 @@ def test_bad_flags_exit_2_with_one_line(capsys, argv, words):
 @pytest.mark.parametrize("text, words", [
     (b"stepz = 3", "stepz"), (b"[ours]\nstepz = 3", "stepz"), (b"steps = true", "--steps whole"),
     (b"lr = nan", "--lr finite"), (b"loud = 1", "--loud true"), (b"kind = 3", "--kind one"), (b"out = 3", "--out text"),
-    (b"steps = [1]", "--steps"), (b"steps 3", "line 1"), (b"steps = 1\nsteps = 2", "overwrite"), (b"lr = \xff", "utf-8"),
+    (b"steps = [1]", "--steps"), (b"steps 3", "line 1"), (b"steps = 1\nsteps = 2", "overwrite"),
+    (b"lr = \xff", "utf-8"),
     (b"ours = 5", "ours table"), (b"[[ours]]\nlr = 1", "ours table"), (b"steps = " + b"[" * 9000, "a.toml"),
     (b"steps = " + b"9" * 6000, "a.toml"), (b"[ours.lr]\nx = 1", "--lr number")])
 def test_bad_toml_exits_2_with_one_line_naming_the_key(tmp_path, capsys, text, words):
@@ -1284,7 +1285,8 @@ def test_41_the_seconds_of_a_resumed_run_add_up(cfg):
 
 @pytest.mark.parametrize("spoilt, rest", [      # "0\n1\n2" stands for the rows of steps 0, 1 and 2
     ("0\n1", [0, 1]), ("0\n{torn\n2", [0, 2]), ("", []), ("0\n1\n1\n2", [0, 1, 2]), ("0\n1\n" + '{"step": 2}', [0, 1]),
-    ("1\n0\n2", [0, 1, 2]), ("\udc80[[1]]\n7\n0\n1\n2", [0, 1, 2]), ('{"step": [0]}\n' + "[" * 9000 + "\n1\n2", [1, 2])])
+    ("1\n0\n2", [0, 1, 2]), ("\udc80[[1]]\n7\n0\n1\n2", [0, 1, 2]), ('{"step": [0]}\n1\n2', [1, 2]),
+    ("[" * 9000 + "\n1\n2", [1, 2])])
 def test_a_damaged_log_loses_no_row_in_silence_and_doubles_none(cfg, capsys, spoilt, rest):
     go(cfg)
     rows = Path("run/metrics.jsonl").read_text().splitlines()

@@ -1,5 +1,5 @@
-"""configs/formats.py: what the trainers do not read becomes plain rows, and those give the records that are written here
-by hand; what cannot be converted is called what it is."""
+"""configs/formats.py: what the trainers do not read becomes plain rows, and those give the records that are written
+here by hand; what cannot be converted is called what it is."""
 import bz2
 import gzip
 import io
@@ -18,7 +18,7 @@ import pytest
 
 import formats
 from data import UserError, read_records
-from test_data import ROOT, assistant, hh, prefer, real, said, system, turns, user, write
+from test_data import ROOT, asked, assistant, prefer, real, said, system, turns, untaught, user, write
 
 FAULTS = Path(ROOT.parent / "shared" / "faults")
 RATINGS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -28,102 +28,176 @@ RATINGS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 def convert(monkeypatch):
     """Run the script on a file; returns the path of the plain rows."""
     def run(path, *argv):
-        monkeypatch.setattr(sys, "argv", ["configs/formats.py", str(path), "--out", str(path) + ".out", *argv])
+        out = Path(f"{path}.out")
+        monkeypatch.setattr(sys, "argv", ["configs/formats.py", str(path), "--out", str(out), *argv])
         formats.main()
-        return Path(str(path) + ".out")
+        return out
     return run
 
 
-def rated(prompt, response, *scores, **more): return {"prompt": prompt, "response": response, **dict(zip(RATINGS,
-                                                                                                         scores)), **more}
-def scored(**scores): return {"instruction": "Q", "completions": [dict(response=t, overall_score=s) for t,
-                                                                  s in scores.items()]}
-def ranks(**ranks): return {"prompt": "Q", "answers": [dict(answer=t, rank=r) for t, r in ranks.items()]}
-def tldr(a, b, choice): return {"info": {"post": "P"}, "summaries": [{"text": a}, {"text": b}], "choice": choice}
-def reply(text, rank, *replies, role="assistant"): return dict(text=text, role=role, rank=rank, replies=list(replies))
+def rated(prompt, response, *scores):
+    """A row of HelpSteer2: a score for each attribute."""
+    return {"prompt": prompt, "response": response, **dict(zip(RATINGS, scores))}
 
 
 CASES = {   # rows that the trainers refuse, and the records that they give once they are converted
-    "dolly": ([{"instruction": "Q", "context": c, "response": "a", "category": "qa"} for c in ("C", "")],
-              [turns(user("C\n\nQ"), assistant("a")), said("a")]),
-    "orca": ([{"id": "1", "system_prompt": s, "question": "Q", "response": "a"} for s in ("S", "")],
-             [turns(system("S"), user("Q"), assistant("a")), said("a")]),
-    "a mixed file": ([said("a"), {"instruction": "Q", "output": "b", "system": "S"}, {"text": "t"}],
-                     [said("a"), turns(system("S"), user("Q"), assistant("b")), {"text": "t"}]),
-    "system": ([turns(user("Q"), assistant("c")) | {"system": "T"}, turns(system("T"), user("Q"),
-                                                                          assistant("c")) | {"system": "T"},
-                {"prompt": "Q", "answer": 7, "system": "S"},
-                {"prompt": "Q", "chosen": "a", "rejected": "b", "system": "S"},
-                {"prompt": "Q", "responses": ["a", "b"], "system": "S", "note": 1}],
-               [turns(system("T"), user("Q"), assistant("c"))] * 2
-               + [{"prompt": [system("S"), user("Q")], "answer": 7}, {"prompt": [system("S"), user("Q")],
-                                                                      "responses": ["a", "b"]},
-                  {"prompt": [system("S"), user("Q")], "responses": ["a", "b"], "note": 1}]),
-    "history": ([{"instruction": "And now?", "output": "Nine.", "history": [["How many?", "Eight."], ["So?", ""]]},
-                 {"prompt": "And now?", "response": "Nine.", "history": [user("How many?"), assistant("Eight.")],
-                  "system": "S"},
-                 {"prompt": "And now?", "history": [["How many?", "Eight."]], "answer": 9}],
-                [turns(user("How many?"), assistant("Eight."), user("So?"), assistant(""), user("And now?"),
-                       assistant("Nine.")),
-                 turns(system("S"), user("How many?"), assistant("Eight."), user("And now?"), assistant("Nine.")),
-                 {"prompt": [user("How many?"), assistant("Eight."), user("And now?")], "answer": 9}]),
-    "options": ([{"question": "Which?", "options": {"A": "apple", "B": "car"}, "answer": "A"},
-                 {"question": "Which?", "choices": ["apple", "car"], "answer": "B", "context": "Read this."},
-                 {"question": "Which?", "options": ["A) apple", "(B) car"], "answer": "B"},
-                 {"instruction": "Which?", "input": "Look.", "options": ["a", "b"], "output": "A"}],
-                [turns(user("Which?\n\nA. apple\nB. car"), assistant("A")),
-                 turns(user("Read this.\n\nWhich?\n\nA. apple\nB. car"), assistant("B")),
-                 turns(user("Which?\n\nA) apple\n(B) car"), assistant("B")),
-                 turns(user("Which?\n\nLook.\n\nA. a\nB. b"), assistant("A"))]),
-    "thinking": ([turns(user("a"), {**assistant("b"), "reasoning_content": "because"}),
-                  turns(user("a"), {**assistant("<think>x</think>b"), "reasoning": "x"}),
-                  turns(user("a"), {**assistant(""), "thinking": "x"}, user("c"), assistant("d")),
-                  {"prompt": "a", "response": "b", "reasoning": "since"}],
-                 [turns(user("a"), assistant("<think>because</think>b")), turns(user("a"),
-                                                                                assistant("<think>x</think>b")),
-                  turns(user("a"), assistant(""), user("c"), assistant("d")),
-                  turns(user("a"), assistant("<think>since</think>b"))]),
-    "parts": ([turns(user([{"type": "text", "text": "a"}, {"text": "b"}]),
-                     assistant([{"type": "thinking", "thinking": "hm"}, {"type": "output_text", "text": "c"}]))],
-              [turns(user("ab"), assistant("<think>hm</think>c"))]),
-    "roles": ([{"conversations": [{"from": "developer", "value": "S"}, {"from": "prompter", "value": "a"},
-                                  {"from": "bot", "value": "b"}]},
-               turns(user("a"), {"role": "model", "content": "b", "weight": 0}, user("c"),
-                     assistant("d")) | {"label": True}],
-              [turns(system("S"), user("a"), assistant("b")),
-               {"prompt": turns(user("a"), assistant("b") | {"weight": 0}, user("c"))["messages"],
-                "response": "d", "label": True}]),
-    "nectar": ([ranks(b=2., a=1., c=3.), ranks(a=1, b=2)], [prefer(*"abc"), prefer("a", "b", margin=1)]),
-    "ultrafeedback": ([scored(b=5, a=7.5, c=1) | {"source": "sharegpt", "key": 3}, scored(b=5, a=9, c=5) | {"margin": 9}],
-                      [prefer(*"abc", key=3), prefer("a", "b", margin=4)]),
-    "binarized": ([{"prompt": "Q", "messages": [user("Q"), assistant("a")], "chosen": [user("Q"), assistant("a")],
-                    "rejected": [user("Q"), assistant("b")],
-                    "score_chosen": s, "score_rejected": 5.} for s in (8.5, 6)],
-                  [prefer("a", "b", margin=3.5), prefer("a", "b", margin=1.)]),
-    "tldr": ([tldr("b", "a", 1)], [{"prompt": [user("P\n\nTL;DR:")], "responses": ["a", "b"]}]),
-    "helpsteer2": ([rated("Q", "b", 2, 2, 2, 2, 2), rated("Q", "a", 4, 0, 0, 0, 0), rated("Q", "c", 1, 4, 4, 4, 4),
-                    rated("R", "b", 3, 1, 1, 1, 1), rated("R", "a", 3, 1, 1, 1, 2),     # a tie that the sum breaks
-                    rated("Q", "d", 1, 0, 0, 0, 0), rated("Q", "e", 2, 0, 0, 0, 0)],    # only neighbours meet
-                   [prefer(*"abc"), {"prompt": [user("R")], "responses": ["a", "b"], "margin": 0},
-                    prefer("e", "d", margin=1)]),
-    "transcripts": ([{"prompt": hh("Q", ""), "response": "a"}, {"prompt": hh("Q"),
-                                                                "responses": ["a", "\n\nAssistant: b"]},
-                     {"prompt": hh("Q", "x", "R") + "\n\nAssistant:", "chosen": " a", "rejected": "b", "prob": .5},
-                     {"prompt": hh("Q", "")}],
-                    [said("a"), prefer("a", "b"), {"prompt": [user("Q"), assistant("x"), user("R")],
-                                                   "responses": ["a", "b"], "prob": .5},
-                     {"prompt": [user("Q")]}]),
-    "ratings, steps": ([{"prompt": "Q", "response": "a", "ratings": [1, 2], "system": "S"},
-                        {"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0], "system": "S"}],
-                       [{"prompt": [system("S"), user("Q")], "response": "a", "ratings": [1., 2.]},
-                        {"prompt": [system("S"), user("Q")], "response": "ab", "steps": ["a", "b"], "labels": [1, 0]}]),
-    "trees": ([reply("What?", None, reply("b", 1, reply("And?", None, reply("x", 0), reply("y", 1), role="prompter")),
-                     reply("a", 0), role="prompter"),
-               {"message_tree_id": "1", "prompt": reply("Q", None, reply("b", 1), reply("a", 0), role="prompter")}],
-              [{"prompt": [user("What?")], "responses": ["a", "b"]},
-               {"prompt": [user("What?"), assistant("b"), user("And?")], "responses": ["x", "y"]}, prefer("a", "b")]),
-    "wrapped": ([{"data": [{"prompt": "Q", "response": "a"}, {"prompt": "Q", "response": "b", "system": "S"}]}],
-                [said("a"), turns(system("S"), user("Q"), assistant("b"))]),
+    "dolly": ([
+        '{"instruction": "Q", "context": "C", "response": "a", "category": "qa"}',
+        '{"instruction": "Q", "context": "", "response": "a", "category": "qa"}'
+    ], [
+        turns(user("C\n\nQ"), assistant("a")),
+        said("a")
+    ]),
+    "orca": ([
+        '{"id": "1", "system_prompt": "S", "question": "Q", "response": "a"}'
+    ], [turns(system("S"), user("Q"), assistant("a"))]),
+    "a mixed file": ([
+        '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "a"}]}',
+        '{"instruction": "Q", "output": "b", "system": "S"}',
+        '{"text": "t"}'
+    ], [
+        said("a"),
+        turns(system("S"), user("Q"), assistant("b")),
+        {"text": "t"}
+    ]),
+    "system": ([
+        '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "c"}], "system": "T"}',
+        '{"messages": [{"role": "system", "content": "T"}, {"role": "user", "content": "Q"}, {"role": "assistant", '
+        '"content": "c"}], "system": "T"}',
+        '{"prompt": "Q", "answer": 7, "system": "S"}',
+        '{"prompt": "Q", "chosen": "a", "rejected": "b", "system": "S"}',
+        '{"prompt": "Q", "responses": ["a", "b"], "system": "S", "note": 1}'
+    ], [
+        turns(system("T"), user("Q"), assistant("c")),
+        turns(system("T"), user("Q"), assistant("c")),
+        {"prompt": [system("S"), user("Q")], "answer": 7},
+        {"prompt": [system("S"), user("Q")], "responses": ["a", "b"]},
+        {"prompt": [system("S"), user("Q")], "responses": ["a", "b"], "note": 1}
+    ]),
+    "history": ([
+        '{"instruction": "And now?", "output": "Nine.", "history": [["How many?", "Eight."], ["So?", ""]]}',
+        '{"prompt": "And now?", "response": "Nine.", "history": [{"role": "user", "content": "How many?"}, {"role": '
+        '"assistant", "content": "Eight."}], "system": "S"}',
+        '{"prompt": "And now?", "history": [["How many?", "Eight."]], "answer": 9}'
+    ], [
+        turns(user("How many?"), assistant("Eight."), user("So?"), assistant(""), user("And now?"), assistant("Nine.")),
+        turns(system("S"), user("How many?"), assistant("Eight."), user("And now?"), assistant("Nine.")),
+        {"prompt": [user("How many?"), assistant("Eight."), user("And now?")], "answer": 9}
+    ]),
+    "options": ([
+        '{"question": "Which?", "options": {"A": "apple", "B": "car"}, "answer": "A"}',
+        '{"question": "Which?", "choices": ["apple", "car"], "answer": "B", "context": "Read this."}',
+        '{"question": "Which?", "options": ["A) apple", "(B) car"], "answer": "B"}',
+        '{"instruction": "Which?", "input": "Look.", "options": ["a", "b"], "output": "A"}'
+    ], [
+        turns(user("Which?\n\nA. apple\nB. car"), assistant("A")),
+        turns(user("Read this.\n\nWhich?\n\nA. apple\nB. car"), assistant("B")),
+        turns(user("Which?\n\nA) apple\n(B) car"), assistant("B")),
+        turns(user("Which?\n\nLook.\n\nA. a\nB. b"), assistant("A"))
+    ]),
+    "thinking": ([
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": '
+        '"because"}]}',
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>x</think>b", '
+        '"reasoning": "x"}]}',
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "thinking": "x"}, '
+        '{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}',
+        '{"prompt": "a", "response": "b", "reasoning": "since"}'
+    ], [
+        turns(user("a"), assistant("<think>because</think>b")),
+        turns(user("a"), assistant("<think>x</think>b")),
+        turns(user("a"), assistant(""), user("c"), assistant("d")),
+        turns(user("a"), assistant("<think>since</think>b"))
+    ]),
+    "parts": ([
+        '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"text": "b"}]}, {"role": '
+        '"assistant", "content": [{"type": "thinking", "thinking": "hm"}, {"type": "output_text", "text": "c"}]}]}'
+    ], [turns(user("ab"), assistant("<think>hm</think>c"))]),
+    "roles": ([
+        '{"conversations": [{"from": "developer", "value": "S"}, {"from": "prompter", "value": "a"}, {"from": "bot", '
+        '"value": "b"}]}',
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "model", "content": "b", "weight": 0}, {"role": '
+        '"user", "content": "c"}, {"role": "assistant", "content": "d"}], "label": true}'
+    ], [
+        turns(system("S"), user("a"), assistant("b")),
+        {"prompt": [user("a"), untaught("b"), user("c")], "response": "d", "label": True}
+    ]),
+    "nectar": ([
+        '{"prompt": "Q", "answers": [{"answer": "b", "rank": 2.0}, {"answer": "a", "rank": 1.0}, {"answer": "c", '
+        '"rank": 3.0}]}',
+        '{"prompt": "Q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}]}'
+    ], [
+        prefer(*"abc"),
+        prefer("a", "b", margin=1)
+    ]),
+    "ultrafeedback": ([
+        '{"instruction": "Q", "completions": [{"response": "b", "overall_score": 5}, {"response": "a", '
+        '"overall_score": 7.5}, {"response": "c", "overall_score": 1}], "source": "sharegpt", "key": 3}',
+        '{"instruction": "Q", "completions": [{"response": "b", "overall_score": 5}, {"response": "a", '
+        '"overall_score": 9}, {"response": "c", "overall_score": 5}], "margin": 9}'
+    ], [
+        prefer(*"abc", key=3),
+        prefer("a", "b", margin=4)
+    ]),
+    "binarized": ([
+        '{"prompt": "Q", "messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "a"}], '
+        '"chosen": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "a"}], '
+        '"rejected": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "b"}], '
+        '"score_chosen": 8.5, "score_rejected": 5.0}'
+    ], [prefer("a", "b", margin=3.5)]),
+    "tldr": (['{"info": {"post": "P"}, "summaries": [{"text": "b"}, {"text": "a"}], "choice": 1}'],
+             [prefer("a", "b", prompt=[user("P\n\nTL;DR:")])]),
+    "helpsteer2": ([
+        rated("Q", "b", 2, 2, 2, 2, 2),
+        rated("Q", "a", 4, 0, 0, 0, 0),
+        rated("Q", "c", 1, 4, 4, 4, 4),
+        rated("R", "b", 3, 1, 1, 1, 1),
+        rated("R", "a", 3, 1, 1, 1, 2),     # a tie that the sum breaks
+        rated("Q", "d", 1, 0, 0, 0, 0),     # only neighbours meet
+        rated("Q", "e", 2, 0, 0, 0, 0)
+    ], [
+        prefer(*"abc"),
+        {"prompt": [user("R")], "responses": ["a", "b"], "margin": 0},
+        prefer("e", "d", margin=1)
+    ]),
+    "transcripts": ([
+        r'{"prompt": "\n\nHuman: Q\n\nAssistant: ", "response": "a"}',
+        r'{"prompt": "\n\nHuman: Q", "responses": ["a", "\n\nAssistant: b"]}',
+        r'{"prompt": "\n\nHuman: Q\n\nAssistant: x\n\nHuman: R\n\nAssistant:", "chosen": " a", "rejected": "b", '
+        '"prob": 0.5}',
+        r'{"prompt": "\n\nHuman: Q\n\nAssistant: "}'
+    ], [
+        said("a"),
+        prefer("a", "b"),
+        {"prompt": [user("Q"), assistant("x"), user("R")], "responses": ["a", "b"], "prob": 0.5},
+        asked()
+    ]),
+    "ratings, steps": ([
+        '{"prompt": "Q", "response": "a", "ratings": [1, 2], "system": "S"}',
+        '{"prompt": "Q", "steps": ["a", "b"], "labels": [1, 0], "system": "S"}'
+    ], [
+        {"prompt": [system("S"), user("Q")], "response": "a", "ratings": [1.0, 2.0]},
+        {"prompt": [system("S"), user("Q")], "response": "ab", "steps": ["a", "b"], "labels": [1, 0]}
+    ]),
+    "trees": ([
+        '{"text": "What?", "role": "prompter", "rank": null, "replies": [{"text": "b", "role": "assistant", "rank": '
+        '1, "replies": [{"text": "And?", "role": "prompter", "rank": null, "replies": [{"text": "x", "role": '
+        '"assistant", "rank": 0, "replies": []}, {"text": "y", "role": "assistant", "rank": 1, "replies": []}]}]}, '
+        '{"text": "a", "role": "assistant", "rank": 0, "replies": []}]}',
+        '{"message_tree_id": "1", "prompt": {"text": "Q", "role": "prompter", "rank": null, "replies": [{"text": '
+        '"b", "role": "assistant", "rank": 1, "replies": []}, {"text": "a", "role": "assistant", "rank": 0, '
+        '"replies": []}]}}'
+    ], [
+        prefer("a", "b", prompt=[user("What?")]),
+        {"prompt": [user("What?"), assistant("b"), user("And?")], "responses": ["x", "y"]},
+        prefer("a", "b")
+    ]),
+    "wrapped": ([
+        '{"data": [{"prompt": "Q", "response": "a"}, {"prompt": "Q", "response": "b", "system": "S"}]}'
+    ], [
+        said("a"),
+        turns(system("S"), user("Q"), assistant("b"))
+    ]),
 }
 
 
@@ -137,87 +211,93 @@ def test_what_the_trainers_refuse_becomes_what_they_read(tmp_path, convert, name
 
 
 def test_every_shape_has_a_case():
-    rows = [row for rows, _ in CASES.values() for row in rows]
-    mine = set(formats.SHAPES) - {"conversations", "prompt completion", "chosen rejected",
-                                  "chosen rejected instruction"}
-    assert all(any(row.keys() >= set(shape.split()) for row in rows) for shape in mine)
+    as_ever = {"conversations", "prompt completion", "chosen rejected", "chosen rejected instruction"}
+    every = []
+    for rows, _ in CASES.values():
+        every += [set(json.loads(row)) if isinstance(row, str) else set(row) for row in rows]
+    for shape in formats.SHAPES.keys() - as_ever:
+        assert any(keys >= set(shape.split()) for keys in every), f"no case has {shape}"
 
 
-@pytest.mark.parametrize("rows, want, records", [
-    ([rated("Q", "b", 2, 2, 2, 2, 2), rated("Q", "a", 4, 0, 1, 2, 3)], "messages", [said("a")]),
-    ([rated("Q", "b", 2, 2, 2, 2, 2), rated("Q", "a", 2, 2, 2, 2, 2)], "messages", [said("b")]),     # a tie
+@pytest.mark.parametrize("rows, want, record", [
+    ([rated("Q", "b", 2, 2, 2, 2, 2), rated("Q", "a", 4, 0, 1, 2, 3)], "messages", said("a")),
+    ([rated("Q", "b", 2, 2, 2, 2, 2), rated("Q", "a", 2, 2, 2, 2, 2)], "messages", said("b")),     # a tie
     ([rated("Q", "", 4, 2, 2, 2, 2), rated("Q", "a", 3, 2, 2, 2, 2), rated("Q", "b", 1, 2, 2, 2, 2)], None,
-     [prefer("a", "b", margin=2)]),
-    ([scored(a=1)], "prompt", [{"prompt": [user("Q")]}]),
-    ([{"question": "Q", "answer": "2*3=<<2*3=6>>6\n#### 6", "options": ["6", "7"], "reasoning": "#### 5"}], "prompt",
-     [{"prompt": [user("Q\n\nA. 6\nB. 7")], "answer": 6}]),
-    ([{"question": "Q", "answer": "x", "reasoning": "so"}], "prompt", [{"prompt": [user("Q")], "answer": "x"}]),
-    ([{"question": "Q", "answer": "x", "reasoning": "so", "label": True}], "thumbs",
-     [{"prompt": [user("Q")], "response": "<think>so</think>x", "label": True}])])
-def test_converted_rows_can_be_read_as_whatever_their_meaning_allows(tmp_path, convert, rows, want, records):
-    assert read_records(convert(write(tmp_path, rows)), want) == records
+     prefer("a", "b", margin=2)),
+    (['{"instruction": "Q", "completions": [{"response": "a", "overall_score": 1}]}'], "prompt", asked()),
+    ([r'{"question": "Q", "answer": "2*3=<<2*3=6>>6\n#### 6", "options": ["6", "7"], "reasoning": "#### 5"}'], "prompt",
+     asked("Q\n\nA. 6\nB. 7", answer=6)),
+    (['{"question": "Q", "answer": "x", "reasoning": "so"}'], "prompt", asked(answer="x")),
+    (['{"question": "Q", "answer": "x", "reasoning": "so", "label": true}'], "thumbs",
+     asked(response="<think>so</think>x", label=True))])
+def test_converted_rows_can_be_read_as_whatever_their_meaning_allows(tmp_path, convert, rows, want, record):
+    assert read_records(convert(write(tmp_path, rows)), want) == [record]
 
 
 def test_ratings_are_kept_where_asked_for(tmp_path, convert):
     """By name and not by place, one row for each answer; the trainer that wants them names the option."""
-    raw = [rated("Q", "b", 2, 2, 2, 2, 2), rated("Q", "a", 4, 0, 1, 2, 3), rated("R", "x", 1, 2, 3, 4, 0)]
-    path = write(tmp_path, [dict(reversed(row.items())) for row in raw])
+    row = rated("Q", "a", 4, 0, 1, 2, 3)
+    path = write(tmp_path, [row, dict(reversed(row.items()))])
     with pytest.raises(UserError, match="python configs/formats.py .* --ratings"):
         read_records(path, "ratings")
-    assert read_records(convert(path, "--ratings"), "ratings") == [
-        {"prompt": [user(row["prompt"])], "response": row["response"],
-         "ratings": [row[key] for key in RATINGS]} for row in raw]
+    record = asked(response="a", ratings=[4, 0, 1, 2, 3])
+    assert read_records(convert(path, "--ratings"), "ratings") == [record, record]
 
 
 def test_real_helpsteer2(convert, tmp_path):
     path = write(tmp_path, real("helpsteer2/helpsteer2_validation_first8.jsonl").read_bytes())
-    assert [record["margin"] for record in read_records(convert(path))] == [2, 3, 2]
-    raw, got = [json.loads(line) for line in path.read_bytes().splitlines()], read_records(convert(path, "--ratings"),
-                                                                                           "ratings")
-    assert [(r["response"], r["ratings"]) for r in got] == [(r["response"], [r[name] for name in RATINGS]) for r in raw]
+    margins = [record["margin"] for record in read_records(convert(path))]
+    assert margins == [2, 3, 2]
+    records = read_records(convert(path, "--ratings"), "ratings")
+    for line, record in zip(path.read_bytes().splitlines(), records, strict=True):
+        row = json.loads(line)
+        assert record["response"] == row["response"]
+        assert record["ratings"] == [row[name] for name in RATINGS]
 
 
 def test_the_two_forms_of_hh_give_the_same_text(tmp_path, convert):
     """A dialogue cut before, in, or behind the "Assistant:" that begins its answer, or not at all."""
-    ask, cue, says = "\n\nHuman: a\n\nAssistant: x\n\nHuman: b", "\n\nAssistant:", ("c", " d", "", "e\n", "Human: f")
-    whole, cut, good = [], [], {"prompt": "Z", "chosen": "z", "rejected": "y"}
-    for yes, no in itertools.permutations(says, 2):
-        whole.append({"chosen": f"{ask}{cue} {yes}", "rejected": f"{ask}{cue} {no}"})
-        for asked, before in [(ask, f"{cue} "), (f"{ask}{cue}", " "), (f"{ask}{cue} ", "")]:
-            cut.append([{"prompt": asked, "chosen": before + yes, "rejected": before + no},
-                        {"prompt": asked, "responses": [before + yes, before + no]}])
-    expected = read_records(write(tmp_path, [good] + whole))[1:]
-    assert len(expected) == 12                                      # of 20, eight have an empty answer
-    for forms in (cut[0::3], cut[1::3], cut[2::3]):
-        for rows in zip(*forms):
-            assert read_records(convert(write(tmp_path, [good, *rows])))[1:] == expected
+    ask, cue, good = "\n\nHuman: a\n\nAssistant: x\n\nHuman: b", "\n\nAssistant:", '{"text": "first"}'
+    for yes, no in itertools.permutations(("c", " d", "e\n", "Human: f"), 2):
+        whole = {"chosen": f"{ask}{cue} {yes}", "rejected": f"{ask}{cue} {no}"}
+        _, expected = read_records(write(tmp_path, [good, whole]))
+        for prompt, before in ((ask, f"{cue} "), (f"{ask}{cue}", " "), (f"{ask}{cue} ", "")):
+            answers = [before + yes, before + no]
+            rows = [good, {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]},
+                    {"prompt": prompt, "responses": answers}]
+            assert read_records(convert(write(tmp_path, rows)))[1:] == [expected, expected]
 
 
-def test_rank():
-    """C21: ratings 5 and 2 are a margin of 3, and of a tie only the first is kept."""
-    assert formats.rank(["b", "a"], [2, 5]) == {"responses": ["a", "b"], "margin": 3}
-    assert formats.rank(["a", "b", "c"], [5, 5, 2]) == {"responses": ["a", "c"], "margin": 3}
-    assert formats.rank(["a", "b"], [(3, 1), (3, 2)]) == {"responses": ["b", "a"], "margin": 0}
-    assert formats.rank(["a", "b"], [1, 1]) == {"responses": ["a"]} and formats.rank([], []) == {"responses": []}
-    assert formats.rank(["a", "a", "b"], [1, 2, 3]) == {"responses": ["b", "a"], "margin": 1}
+@pytest.mark.parametrize("texts, scores, ranked", [
+    ("ba", [2, 5], {"responses": ["a", "b"], "margin": 3}),                 # C21: ratings 5 and 2 are a margin of 3
+    ("abc", [5, 5, 2], {"responses": ["a", "c"], "margin": 3}),             # of a tie only the first is kept
+    ("ab", [(3, 1), (3, 2)], {"responses": ["b", "a"], "margin": 0}),
+    ("ab", [1, 1], {"responses": ["a"]}), ("", [], {"responses": []}),
+    ("aab", [1, 2, 3], {"responses": ["b", "a"], "margin": 1})])
+def test_rank(texts, scores, ranked):
+    assert formats.rank(list(texts), scores) == ranked
 
 
 # ---- what is dropped, not read, or refused
 
 @pytest.mark.parametrize("row, words", [
-    (scored(a=1, b=1), "dropped 1 tied rating"), (rated("Q", "a", 1, 1, 1, 1, 1), "2 records"),
-    ({"prompt": "Q", "chosen": "a", "rejected": "b", "score_chosen": 5, "score_rejected": 5}, "dropped 1 tied rating"),
-    ({"prompt": "Q", "chosen": "a", "rejected": "b", "score_chosen": 4, "score_rejected": 5},
+    ('{"prompt": "Q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 1}]}', "dropped 1 tied rating"),
+    (rated("Q", "a", 1, 1, 1, 1, 1), "2 records"),
+    ('{"prompt": "Q", "chosen": "a", "rejected": "b", "score_chosen": 5, "score_rejected": 5}', "1 tied rating"),
+    ('{"prompt": "Q", "chosen": "a", "rejected": "b", "score_chosen": 4, "score_rejected": 5}',
      "1 records; dropped 1 contradictory"),
-    ({"prompt": hh("Q", ""), "chosen": " c\n\nHuman: d", "rejected": " e"}, "1 records; dropped 1 broken transcript"),
-    ({"prompt": hh("Q", ""), "response": " c\n\nHuman: d\n\nAssistant: e"}, "1 records; dropped 1 broken transcript"),
-    (reply("Q", None, reply("a", None), role="user"), "1 records; dropped 1 tree without a ranking"),
-    ({"instruction": "Q", "completions": [dict(response="a", overall_score=1, model="m")], "id": 1},
+    (r'{"prompt": "\n\nHuman: Q\n\nAssistant: ", "chosen": " c\n\nHuman: d", "rejected": " e"}',
+     "1 records; dropped 1 broken transcript"),
+    (r'{"prompt": "\n\nHuman: Q\n\nAssistant: ", "response": " c\n\nHuman: d\n\nAssistant: e"}',
+     "1 records; dropped 1 broken transcript"),
+    ('{"text": "Q", "role": "user", "replies": [{"text": "a", "role": "assistant", "rank": null}]}',
+     "1 records; dropped 1 tree without a ranking"),
+    ('{"instruction": "Q", "completions": [{"response": "a", "overall_score": 1, "model": "m"}], "id": 1}',
      "not read: completions[].model 1 row, id 1 row"),
-    ({"question": "Q", "answer": "a", "options": "A or B", "history": "none"},
+    ('{"question": "Q", "answer": "a", "options": "A or B", "history": "none"}',
      "not read: history 1 row, options 1 row")])
 def test_what_is_left_out_is_said(tmp_path, capsys, convert, row, words):
-    convert(write(tmp_path, [{"text": "a", "id": 3}, row]))
+    convert(write(tmp_path, ['{"text": "a", "id": 3}', row]))
     assert words in capsys.readouterr().err.splitlines()[0]
 
 
@@ -230,31 +310,44 @@ def zipped(name, content=b"{}"):
 
 CHAT = json.dumps(said("a")).encode()
 ROWS = [     # a row, and a word of why it is refused
-    (turns(user("a"), {"role": "tool", "content": "4"}, assistant("b")), "tool"),
-    (turns(user("a"), {**assistant(""), "tool_calls": [{"id": "1"}]}, user("c"), assistant("d")), "tool_calls"),
-    (turns(user("a"), {**assistant(None), "function_call": {"name": "f"}}, user("c"), assistant("d")), "function_call"),
-    (turns(user([{"type": "image_url", "image_url": {"url": "x"}}]), assistant("b")), "image_url"),
-    (turns({"role": "bot", "content": "b", "weight": .5}), "weight"), (turns(user("a"), {"role": "model"}), "content"),
-    ({"instruction": "a", "output": "b", "history": [["a"]]}, "history"),
-    ({"instruction": "a", "output": "b", "history": [["a", None]]}, "history"),
-    ({"message_id": "2", "parent_id": "1", "text": "What?", "lang": "en"}, "parent_id"),
-    ({"text": "A passage.", "question": "Which?"}, "question"), ({"src": "a", "tgt": "b"}, "known: messages"),
-    ({"version": 1, "data": [{"prompt": "Q"}]}, "data"), ({"data": [3]}, "data"),
-    ({"prompt": "Q", "response": "a", "system": 3}, "system"),
-    ({"prompt": "Q", "response": "a", "label": "good", "system": "S"}, "label"),
-    (ranks(a=1) | {"answers": ["a"]}, "answers"), (ranks(a=True), "rank"), (scored(a="5"), "overall_score"),
-    (tldr("a", "b", 2), "choice"), (tldr("a", "b", True), "choice"), (tldr("a", "b", 1) | {"info": {"post": None}},
-                                                                      "post"),
-    (tldr("a", "b", 1) | {"summaries": [{"text": "a"}]}, "summaries"), (rated("Q", "a", 1, 1, 1, 1, None), "verbosity"),
-    ({"prompt": "Q", "chosen": "a", "rejected": "b", "score_chosen": 2, "score_rejected": "1"}, "score_rejected"),
-    ({"chosen": [user("Q")], "rejected": [user("Q")], "system": "S"}, "chosen"),
-    ({"prompt": [assistant("a")], "system": "S"}, "prompt"), ({"prompt": "Q", "response": 3}, "response"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "4"}, {"role": "assistant", '
+     '"content": "b"}]}', "tool"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{"id": '
+     '"1"}]}, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}', "tool_calls"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null, "function_call": '
+     '{"name": "f"}}, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}', "function_call"),
+    ('{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, {"role": '
+     '"assistant", "content": "b"}]}', "image_url"),
+    ('{"messages": [{"role": "bot", "content": "b", "weight": 0.5}]}', "weight"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "model"}]}', "content"),
+    ('{"instruction": "a", "output": "b", "history": [["a"]]}', "history"),
+    ('{"instruction": "a", "output": "b", "history": [["a", null]]}', "history"),
+    ('{"message_id": "2", "parent_id": "1", "text": "What?", "lang": "en"}', "parent_id"),
+    ('{"text": "A passage.", "question": "Which?"}', "question"),
+    ('{"src": "a", "tgt": "b"}', "known: messages"),
+    ('{"version": 1, "data": [{"prompt": "Q"}]}', "data"),
+    ('{"data": [3]}', "data"),
+    ('{"prompt": "Q", "response": "a", "system": 3}', "system"),
+    ('{"prompt": "Q", "response": "a", "label": "good", "system": "S"}', "label"),
+    ('{"prompt": "Q", "answers": ["a"]}', "answers"),
+    ('{"prompt": "Q", "answers": [{"answer": "a", "rank": true}]}', "rank"),
+    ('{"instruction": "Q", "completions": [{"response": "a", "overall_score": "5"}]}', "overall_score"),
+    ('{"info": {"post": "P"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 2}', "choice"),
+    ('{"info": {"post": "P"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": true}', "choice"),
+    ('{"info": {"post": null}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}', "post"),
+    ('{"info": {"post": "P"}, "summaries": [{"text": "a"}], "choice": 1}', "summaries"),
+    ('{"prompt": "Q", "response": "a", "helpfulness": 1, "correctness": 1, "coherence": 1, "complexity": 1, '
+     '"verbosity": null}', "verbosity"),
+    ('{"prompt": "Q", "chosen": "a", "rejected": "b", "score_chosen": 2, "score_rejected": "1"}', "score_rejected"),
+    ('{"chosen": [], "rejected": [{"role": "user", "content": "Q"}], "system": "S"}', "chosen"),
+    ('{"prompt": [{"role": "assistant", "content": "a"}], "system": "S"}', "prompt"),
+    ('{"prompt": "Q", "response": 3}', "response"),
 ]
 
 
 @pytest.mark.parametrize("row, word", ROWS, ids=range(len(ROWS)))
 def test_a_row_that_has_no_plain_form_is_refused_and_no_file_is_written(tmp_path, convert, row, word):
-    path = write(tmp_path, [{"text": "a"}, row, row])
+    path = write(tmp_path, ['{"text": "a"}', row, row])
     with pytest.raises(UserError, match=rf'^rows.jsonl:2[^\n]* [^\n]*{word}[^\n]*$'):
         convert(path)
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
@@ -346,26 +439,18 @@ def test_the_file_to_be_read_is_never_overwritten_and_an_older_one_only_by_a_who
     assert out.read_bytes() == older and len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("name, records", {
-    "csv.csv": [turns(user("a"), assistant("b"))], "history.jsonl": 1, "leading_space.jsonl": [{"prompt": [user("a")],
-                                                                                                "responses": ["b", "c"]}],
-    "question_options.jsonl": [turns(user("Which is a fruit?\n\nA. apple\nB. car"), assistant("A"))],
-    "reasoning_content.jsonl": [turns(user("a"), assistant("<think>because</think>b"))],
-    "lfs_pointer.jsonl": "git lfs pull",
-    "message_tree.jsonl": [{"prompt": [user("What is up?")], "responses": ["Nothing.", "The sky."]}],
-    "tool_calls_empty_turn.jsonl": "tool_calls", "one_object_pretty.json": [turns(user("Hi"), assistant("Hello"))],
-    "weight0.jsonl": [turns(user("a"), assistant("b") | {"weight": 0}, user("c"), assistant("d"))]}.items())
-def test_known_faults(tmp_path, convert, name, records):
+@pytest.mark.parametrize("name, n", {
+    "csv.csv": 1, "history.jsonl": 1, "leading_space.jsonl": 1, "question_options.jsonl": 1, "reasoning_content.jsonl": 1,
+    "message_tree.jsonl": 1, "lfs_pointer.jsonl": "git lfs pull", "tool_calls_empty_turn.jsonl": "tool_calls"}.items())
+def test_known_faults(tmp_path, convert, name, n):
     """Files that other people's programs stumbled over: refused with the command, and then converted or explained."""
     if not (FAULTS / name).exists():
         pytest.skip(f"{FAULTS / name} is not here")
     path = write(tmp_path, (FAULTS / name).read_bytes(), name)
-    if name not in ("weight0.jsonl", "one_object_pretty.json"):
-        with pytest.raises(UserError, match="python configs/formats.py"):
-            read_records(path)
-    if isinstance(records, str):
-        with pytest.raises(UserError, match=records):
-            convert(path)
+    with pytest.raises(UserError, match="python configs/formats.py"):
+        read_records(path)
+    if n == 1:
+        assert len(read_records(convert(path))) == 1
     else:
-        got = read_records(convert(path))
-        assert got == records or records == len(got)
+        with pytest.raises(UserError, match=n):
+            convert(path)
