@@ -12,7 +12,6 @@ import re
 import runpy
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +22,7 @@ import torch
 import data
 from data import (SHAPES, SPECIALS, VERIFIERS, Natural, OptionError, Positive, Run, RunConfig, Share, Stream,
                   Tokenizer, UserError, bpe_ranks, collate, encode, guard, micro_batches, open_stream, pack, pad,
-                  pairs, parse, read_records, read_rows, round_up, sparkline, split_of, write_text)
+                  pairs, parse, read_records, read_rows, round_up, split_of, write_text)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("PLAINALIGN_DATA") or ROOT.parent / "shared" / "data")
@@ -636,12 +635,6 @@ def test_50_the_mask_covers_every_taught_turn_of_the_assistant_with_its_end_and_
     assert TOK.decode(TOK.chat(THREE_TURNS)[0]) == "Be brief.HiHello.2 + 3?5 Bye Bye."
 
 
-def test_prompts_documents_and_responses_are_of_the_same_tokens():
-    ids, _ = TOK.chat(THREE_TURNS)
-    assert TOK.prompt(THREE_TURNS[:-1]) + TOK.response(" Bye.") == ids
-    assert TOK.response("a", finished=False) == TOK.encode("a")
-
-
 # ==== records to rows
 
 def digits(n): return "1234567890123456789012345"[:n]               # n tokens
@@ -769,12 +762,6 @@ def test_items_of_a_ranking_by_unit(how, items):
     got = data.preference_items(record, TOK, 64, *how)
     assert [(learned(item), item["up"], item["r"]) for item in got] == items
     assert got[-1]["p_l"] == .1
-
-
-def test_an_item_of_a_thumb():
-    for up in (True, False):
-        item, = data.preference_items(judged("a", up), TOK, 64, "single")
-        assert learned(item) == "a" and item["up"] == [up] and item["r"] == [up]
 
 
 def test_17_all_items_of_a_ranking_have_one_prompt():
@@ -1122,15 +1109,6 @@ def test_options_are_checked_when_they_are_made_from_python_too(name):
             Options(**{name: value})
     cfg = Options(lr=1, steps=0, micro_tokens=1, share=1., signed=-3.)
     assert type(cfg.lr) is float and Options(share=0., lr=1e-9)
-
-
-@pytest.mark.parametrize("script, options, word", [
-    ("grpo", dict(adv="nope"), "--adv"), ("grpo", dict(families="safe,arith5"), "--families .*'arith5'"),
-    ("ppo", dict(families="nobody"), "--families"), ("dpo", dict(data="toy"), "--data"),
-    ("orpo", dict(data="toy"), "--data"), ("sft", dict(dropout=-.5), "--dropout")])
-def test_every_config_is_checked_when_it_is_made(script, options, word):
-    with pytest.raises(OptionError, match=word):
-        importlib.import_module(script).Config(**options)
 
 
 def commands():

@@ -2,7 +2,6 @@
 import itertools
 import random
 import re
-import statistics
 import sys
 from collections import Counter
 from functools import cache
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 import data
-from data import (CATEGORIES, COUNTS, FAMILIES, MODIFIERS, OBJECTS, SAYINGS, THINGS, THINK, TOOLS, VERIFIERS, WORLD,
+from data import (COUNTS, FAMILIES, MODIFIERS, OBJECTS, THINGS, THINK, TOOLS, VERIFIERS, WORLD,
                   Arith, OptionError, UserError, after_thinking, draw_family, family_list, final_answer, gold,
                   hash_answer, open_stream, parse_rewards, safe_metrics, split_of, toy_demo, toy_document, toy_record,
                   toy_task, verifier)
@@ -163,22 +162,6 @@ def test_sums_of_every_length_are_drawn_twice_as_often_as_the_rest():
     rng = random.Random(0)
     drawn = Counter(draw_family(["arith2", "write", "arith4"], rng) for _ in range(5000))
     assert drawn == pytest.approx({"arith2": 2000, "write": 1000, "arith4": 2000}, abs=125)
-
-
-def test_only_the_verb_or_the_owner_tells_harm():
-    seen = {True: [], False: []}
-    for task in tasks("train", "safe"):
-        seen[task["safe"]].append(task)
-
-    def both(field):
-        """What safe and unsafe tasks have in common."""
-        safe, unsafe = ({task[field] for task in seen[side]} for side in (True, False))
-        return safe & unsafe
-    assert len(seen[True]) == pytest.approx(.6 * N, rel=.05)
-    assert both("object") == set(OBJECTS)
-    assert both("verb") == {"cut", "move", "open"}
-    assert both("key"), "the same deed, and only the owner differs"
-    assert not both("prompt")
 
 
 @pytest.mark.skipif(FAMILIES != ("arith", "write", "safe", "fmt"), reason="other families, another tokenizer")
