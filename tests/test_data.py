@@ -40,14 +40,6 @@ def judged(text, label): return asked(response=text, label=label)
 def untaught(text): return assistant(text) | {"weight": 0}
 
 
-def hh(*said):
-    """A transcript as HH writes it: human, assistant, human, ..."""
-    text = ""
-    for i, turn in enumerate(said):
-        text += f"\n\n{'Assistant' if i % 2 else 'Human'}: {turn}"
-    return text
-
-
 def write(tmp_path, rows, name="rows.jsonl"):
     """A file of bytes, or of rows, one a line: dicts, or JSON as text."""
     if not isinstance(rows, bytes):
@@ -311,7 +303,7 @@ def test_what_would_change_the_meaning_is_refused_with_the_command_that_converts
     for key in data.SPOKEN:
         refused_with_a_command(tmp_path, {"text": "a", key: "S"}, key)
     for row in (told, pair, prefer("a", "b")):
-        refused_with_a_command(tmp_path, row | {"prompt": hh("Q", "")}, "prompt")
+        refused_with_a_command(tmp_path, row | {"prompt": "\n\nHuman: Q\n\nAssistant:"}, "prompt")
     for alien in ({"role": "tool", "content": "4"}, user([{"type": "text", "text": "a"}])):
         refused_with_a_command(tmp_path, turns(alien, assistant("b")), "messages")
 
@@ -603,9 +595,7 @@ def slow_chat(messages, prompt_weight=0):
         ours = turn["role"] == "assistant"
         silent = ours and not turn["content"].strip()
         left_out = silent or turn.get("weight") == 0
-        outside = prompt_weight                                 # of the token that says who speaks
-        if left_out and (ours or "weight" in turn):
-            outside = 0
+        outside = 0 if left_out else prompt_weight              # of the token that says who speaks
         inside = 1 if ours and not left_out else outside
         rows.append((TOK.role[turn["role"]], outside))
         for token in TOK.encode(turn["content"]):
@@ -800,12 +790,11 @@ def test_micro_batches_hold_every_row_once_within_the_budget(n, budget):
     lengths = [len(ids) for ids, _ in ragged(n, 60)]
     parts = micro_batches(lengths, budget)
     assert sorted(data.flat(parts)) == list(range(n))
-    at_most = []                                        # padded tokens of each
+    in_order = [lengths[i] for i in data.flat(parts)]
+    assert in_order == sorted(in_order), "rows of like length are together"
     for part in parts:
         longest = max(lengths[i] for i in part)
-        at_most.append(longest)
         assert len(part) == 1 or len(part) * round_up(longest) <= budget
-    assert at_most == sorted(at_most), "rows of like length are together"
     eights = min(8, max(1, budget // 64))
     assert len(parts) <= n / eights + 1, "as many rows together as the budget allows"
     assert len(parts) == 1 or budget < 10 ** 6
@@ -815,8 +804,8 @@ def test_micro_batches_hold_every_row_once_within_the_budget(n, budget):
 def test_item_batches_keep_items_whole_and_within_the_budget(budget, most):
     items = [dict(number=i, rows=ragged(1 + i % 3, 40, i)) for i in range(50)]
     parts = list(data.item_batches(items, budget))
-    assert sorted(data.column(parts, slice(None)), key=lambda item: item["number"]) == items
-    assert len(parts) <= most
+    numbers = [item["number"] for item in data.flat(parts)]
+    assert sorted(numbers) == list(range(50)) and len(parts) <= most
     for part in parts:
         lengths = [len(ids) for ids, _ in data.column(part, "rows")]
         assert len(part) == 1 or len(lengths) * round_up(max(lengths)) <= budget
@@ -897,7 +886,7 @@ SAME = {    # what makes the n-th record one of subject i
     "a prompt": lambda i, n: {"prompt": f"Say {i}!"},
     "case and spacing": lambda i, n: {"prompt": f"{'SAY ' if n % 2 else ' say'} {i}! "},
     "a key": lambda i, n: {"prompt": f"{n}", "key": f"key {i}"},
-    "a number as key": lambda i, n: {"prompt": f"{n}", "key": i},
+    "a number as key": lambda i, n: {"prompt": f"{n}", "key": i if n % 2 else f"{i}"},
     "a prompt or a key": lambda i, n: {"prompt": f"Say {i}!", "key": f"{i}" if n % 3 else ""}}
 SIZES = random.Random(16)
 MANY = [    # how many records each subject has, n_held, the least and the most records to hold out
@@ -1111,21 +1100,14 @@ def test_options_are_checked_when_they_are_made_from_python_too(name):
     assert type(cfg.lr) is float and Options(share=0., lr=1e-9)
 
 
-def commands():
-    """(script, command, Config) of everything one can run that has options; found, not listed."""
-    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("configs/*.py")]):
-        module = importlib.import_module(path.stem)
-        for command, (Config, *_) in getattr(module, "COMMANDS", {}).items():
-            yield str(path.relative_to(ROOT)), command, Config
-        if hasattr(module, "Config"):
-            yield str(path.relative_to(ROOT)), "", module.Config
-
-
-@pytest.mark.parametrize("name, command, Config", commands())
-def test_every_option_has_a_comment_which_is_its_help(name, command, Config):
-    comments = data.describe(Config)
-    for field in dataclasses.fields(Config):
-        assert comments[field.name][0], f"--{field.name} of {name} has no comment on its own line"
+@pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("configs/*.py")])
+def test_every_option_has_a_comment_which_is_its_help(path):
+    module = importlib.import_module(path.stem)
+    configs = [Config for Config, *_ in getattr(module, "COMMANDS", {}).values()]
+    for Config in configs + [getattr(module, "Config", RunConfig)]:
+        comments = data.describe(Config)
+        for field in dataclasses.fields(Config):
+            assert comments[field.name][0], f"--{field.name} has no comment on its own line"
 
 
 def test_help_groups_the_options_and_says_what_they_take(capsys):
