@@ -936,7 +936,7 @@ def test_16_of_one_long_document_every_20th_piece_is_held_out(tmp_path, capsys):
     assert "subject" not in capsys.readouterr().err
 
 
-def test_16_a_long_chain_of_keys_and_prompts_is_one_subject_and_takes_no_time():
+def test_16_a_long_chain_of_keys_and_prompts_is_one_subject():
     records = [asked(str((i + 1) // 2), key=str(i // 2)) for i in range(20_000)]
     assert len(set(data.subjects(records))) == 1
     del records[50:100]
