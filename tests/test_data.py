@@ -763,7 +763,7 @@ def test_17_all_items_of_a_ranking_have_one_prompt():
         assert len(prompts) == 1
 
 
-@pytest.mark.parametrize("record, p", [({"prob": 0}, 0), ({"margin": -10 ** 6}, 0), ({"margin": 10 ** 6}, 1)])
+@pytest.mark.parametrize("record, p", [({"prob": 0, "margin": 1}, 0), ({"margin": -10 ** 6}, 0), ({"margin": 10 ** 6}, 1)])
 def test_items_say_how_good_they_are_at_the_extremes(record, p):
     item = data.make_item(record, [1, 2], [True, False])
     assert item["p"] == pytest.approx(p) and item["p_l"] == pytest.approx(1 - p)

@@ -494,7 +494,7 @@ def test_what_is_no_sum_of_rewards_is_one_line(spec):
                                                               ("0 + 0 = 0,", 1), ("1 + 1 = 2 = 2", None)]),
     ("<think>9999999999 + 1 = 10000000000,x = 1,1+1=2</think>",
      [("<think>9999999999 + 1 = 10000000000,", 0), ("x = 1,", 0), ("1+1=2", 0), ("</think>", None)]),
-    ("<think></think>5", [("<think>", 1), ("</think>5", None)]),
+    ("<think></think>5\n= 6", [("<think>", 1), ("</think>5\n= 6", None)]),
     ("well<think>1 + 1 = 2</think>a, <b>", [("well", 1), ("<think>1 + 1 = 2", 1), ("</think>a, <b>", None)]),
     ("The answer is 5.", [("The answer is 5.", None)]), ("1 + 1 = 3", [("1 + 1 = 3", None)]),
     ("<think>1 < 2</think>x", []), ("<think>1 + 1 = 2,, 2 + 2 = 4</think>", [])])
