@@ -54,7 +54,7 @@ class Config(TrainConfig):
     group: Annotated[int, Range(2)] = 8  # responses to each, compared with each other
     max_new: Count = 80         # longest response, tokens
     temperature: Temperature = 1.0  # of sampling; every log-probability is at this temperature too
-    resample: Natural = 0       # at most so many draws more, while fewer than `prompts` groups have unequal rewards (DAPO)
+    resample: Natural = 0       # at most so many draws more, while fewer than `prompts` groups differ in reward (DAPO)
     # which prompts
     pool: Natural = 0           # train on a fixed set of this many prompts; 0: no fixed set
     curriculum: Share = 0.0     # share of the steps over which the pool opens, from its easiest quarter to all of it
@@ -270,7 +270,7 @@ def win_rates(p):
 
 def draw_prompts(solved, share, n, rng):
     """n different indices among the first `share` of a pool, with chances ∝ 1 - solved[i]. The n smallest of
-    exponential numbers with these chances as their rates are such a draw. 1e-3: what is solved comes back now and then."""
+    exponential numbers with these chances as their rates are such a draw. 1e-3: what is solved comes back at times."""
     n_open = max(n, math.ceil(share * len(solved)))
     arrival = []
     for i in range(n_open):
