@@ -372,7 +372,7 @@ def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, chunk=No
     tokens (B, T), mask (B, T-1) -> logp (B, T-1), at least fp32; with entropy=True also the entropy of each of those
     next-token distributions, in nats. Both are at the sampling temperature: a policy that was sampled at temperature τ
     *is* softmax(logits / τ), and PPO's ratio π / π_old is right only if both are divided by τ. pos and see are those of
-    packed rows, see data.pack. The head runs only where the mask is 1, on `chunk` positions at a time (as many as make
+    packed rows, see sft.pack. The head runs only where the mask is 1, on `chunk` positions at a time (as many as make
     2^24 logits), see at_positions: no (B, T, V) tensor ever exists.
     """
     def head(hidden, target):                                                            # (N, C), (N,)
