@@ -41,7 +41,6 @@ except ImportError:  # Windows: two processes on one folder are not kept apart
     fcntl = None
 
 import tiktoken
-import tiktoken.load
 import torch
 from tqdm import tqdm
 
@@ -709,26 +708,6 @@ def after_thinking(text):
     return "" if "<think>" in rest else rest.strip()  # it never stopped thinking
 
 
-def checked_steps(text, right):
-    """The steps of a response's thinking and its answer as [(step, 1 or 0)]: is each equation true (what claims nothing
-    is), is the answer (`right` says)? Joined, the steps are the text. Labels for a process reward model, by rule."""
-    parts = [text]
-    if "<think>" in text:
-        parts = re.findall(r"<think>[^,<]*,?|[^,<>]+,?|</think>.*", text, re.DOTALL)
-    if "".join(parts) != text:
-        return []
-    *steps, answer = parts
-    return [(step, int(is_true(step))) for step in steps] + [(answer, int(right))]
-
-
-def is_true(step):
-    """Whether a step is a true equation, or claims nothing."""
-    if "=" not in step:
-        return True
-    found = re.fullmatch(r"(?:<think>)? ?([0-9]{1,9}) ([+-]) ([0-9]{1,9}) = (-?[0-9]{1,9}),?", step)
-    return bool(found) and int(found[1]) + int(found[2] + found[3]) == int(found[4])
-
-
 # ------------------------------------------------------------------------------------------------ tokenizer
 
 SPECIALS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
@@ -1173,11 +1152,6 @@ def typed(name, value, *types):
 
 # Each of these reads one shape -> (prompt as turns, the assistant's answers as turns, best first).
 
-def read_text(row, text):
-    row.take(text, str)
-    return [], []
-
-
 def read_chat(row, messages, *more):
     row.take(messages, list)
     before, last = read_dialogue(row, messages)
@@ -1230,7 +1204,7 @@ SHAPES = {
     "prompt response ratings": ("ratings", read_asked),
     "prompt steps labels": ("steps", read_asked),
     "prompt": ("prompt", read_asked),
-    "text": ("text", read_text),
+    "text": ("text", None),
 }
 # Two shapes of our own keep what else they have, which a verifier may want; these keys of theirs are read.
 OURS = {"prompt": (), "prompt responses": ("responses", "source", "scores", "win", "margin")}
@@ -1294,7 +1268,7 @@ def read_transcript(text):
 # Each of these makes one kind of record of what was read.
 
 def to_text(row, prompt, answers):
-    if not row["text"].strip():
+    if not row.take("text", str).strip():
         raise Dropped("empty text")
     return {"text": row["text"]}
 
@@ -1387,7 +1361,7 @@ def to_record(row, want=None):
     want = want or kind
     if want not in GIVES[kind]:
         raise ValueError(f'found "{kind}" ({row.shape.replace(" ", "+")}), but "{want}" is needed')
-    prompt, answers = read(row, *row.shape.split())
+    prompt, answers = read(row, *row.shape.split()) if read else ([], [])
     if want not in ("text", "messages") and (not prompt or prompt[-1]["role"] == "assistant"):
         raise ValueError('the "prompt" must not be empty or end in an assistant turn')
     if kind == "thumbs" and not row.take("label", bool) and want == "messages":
@@ -1484,11 +1458,8 @@ def family_list(families):
 
 
 class Stream:
-    """Training items by step: from make(rng), new ones for ever, or from a list, in a new order every epoch.
-
-    What a step sees depends on (seed, step) alone, so a resumed run needs no position in a file. Over an epoch every
-    item of a list comes exactly once, the last partial batch included.
-    """
+    """Training items by step: from make(rng), new ones for ever, or from a list, each once an epoch, in a new order.
+    What a step sees depends on (seed, step) alone, so a resumed run needs no position in a file."""
 
     def __init__(self, items=None, make=None, seed=0):
         self.items, self.make, self.seed = items, make, seed
@@ -1598,10 +1569,7 @@ def hold_out(data, records, groups, n_held):
         side.append(items)
     held = held or train                                # one alone is its own judge
     if len(held) > len(groups) // every:
-        n_subjects = len(set(names))
-        looked_at = f"; {n_held} of them are looked at" if len(held) > n_held else ""
-        tell(f"{data}: {len(held)} of {len(groups)} records are held out, all of the smallest of {n_subjects} "
-             f"subjects{looked_at}")
+        tell(f"{data}: {len(held)} of {len(groups)} records are held out, all of the smallest subject")
     return flat(train), flat(held[:n_held])
 
 
@@ -1615,10 +1583,9 @@ def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record
     """(training Stream, held-out items) of `toy` or of files, with commas between them. kind: text (documents),
     messages, preference, thumbs or prompt, or another of GIVES; how: see toy_record.
 
-    prepare turns one record into the items to train on (token rows, say), none if it cannot be used; those are
-    counted aloud, and with context, a tokenizer and a block size, so are the records that `encode` cuts to it. Of a
-    file, about one record in 20 is held out, n_held at most, by subject (see hold_out; of a single long document, every
-    20th piece); of the toy world, its val split is (documents have none: they are fresh ones on training tasks).
+    prepare turns one record into the items to train on, none if it cannot be used. context: a tokenizer and a block
+    size, to count the records that are cut to it. Held out are: of a file about one record in 20, n_held at most (see
+    hold_out); of the toy world its val split, of which documents have none: they are fresh ones on training tasks.
     """
     if data == "toy":
         make = functools.partial(toy_item, kind, family_list(families), prepare, how)
@@ -1720,7 +1687,8 @@ def encode(record, tok, block_size, loss_on="assistant", prompt_weight=0.0):
     the assistant says nothing in it. A prompt with responses gives one row each: see answer_rows.
     """
     if "prompt" in record:
-        return answer_rows(tok.prompt(record["prompt"]), answer_ids(record, tok), tok, block_size)
+        answers = [tok.response(text) for text in record.get("responses") or [record["response"]]]
+        return answer_rows(tok.prompt(record["prompt"]), answers, tok, block_size)
     if "text" in record:
         ids, target = tok.document(record["text"])
     else:
@@ -1740,19 +1708,11 @@ def encode(record, tok, block_size, loss_on="assistant", prompt_weight=0.0):
     return rows
 
 
-def answer_ids(record, tok):
-    """The ids of each of a record's answers, the end token included."""
-    return [tok.response(text) for text in record.get("responses") or [record["response"]]]
-
-
 def too_long(record, tok, block_size):
     """Whether encode cuts a record to the context; documents it only divides."""
     if "text" in record:
         return False
-    if "messages" in record:
-        return len(tok.chat(record["messages"])[0]) > block_size
-    longest = max(map(len, answer_ids(record, tok)))
-    return len(tok.prompt(record["prompt"])) + longest > block_size
+    return any(len(ids) > block_size for ids, _ in encode(record, tok, block_size=10 ** 9))
 
 
 # An item of preferences is a pair (its rows good first, bad last; of D2O several good ones) or a single response.
@@ -1843,11 +1803,8 @@ def round_up(n, multiple=16):
 
 
 def pad(rows, value, device="cpu", dtype=torch.long, width=1):
-    """Lists of numbers -> one (B, T) tensor, padded on the right to the longest (at least width), in steps of 16.
-
-    Rounding keeps the number of different shapes small: kernels are prepared once per shape, and preparing them
-    takes longer than computing a few columns of padding.
-    """
+    """Lists of numbers -> one (B, T) tensor, padded on the right to the longest (at least width), in steps of 16: with
+    few different shapes kernels are seldom prepared anew, which takes longer than a few columns of padding."""
     width = round_up(max(width, *map(len, rows)))
     out = torch.full((len(rows), width), value, dtype=dtype)
     for line, row in zip(out, rows):
@@ -1865,11 +1822,9 @@ def collate(rows, tok, device="cpu"):
 
 
 def micro_batches(lengths, budget):
-    """Split rows into micro-batches of at most `budget` padded tokens (rows x longest): lists of indices.
-
-    Rows of like length sit together, so little of the budget goes to padding, and come in eights where the budget
-    allows, again to keep the number of shapes small. A row longer than the budget is a batch of its own.
-    """
+    """Split rows into micro-batches of at most `budget` padded tokens (rows x longest): lists of indices. Rows of like
+    length sit together, for little padding, in eights where the budget allows, for few shapes. A row longer than the
+    budget is a batch of its own."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     fit = budget // round_up(max(lengths))              # of the longest
     n = min(8, max(1, fit))
@@ -1882,39 +1837,6 @@ def micro_batches(lengths, budget):
         else:
             batches.append(some)
     return batches
-
-
-def pack(rows, tok, width, device="cpu"):
-    """Rows -> tokens (B, T), mask (B, T-1), pos (B, T), see (B, 1, T, T).
-
-    Several sequences share a line of `width` tokens (first fit, longest first). Each keeps its own positions from 0,
-    and `see` lets a token look only at earlier tokens of its own sequence, so the loss is exactly that of the
-    separate rows. The number of lines is rounded up to a multiple of 4, for few shapes.
-    """
-    lines = []
-    for row in sorted(rows, key=lambda row: -len(row[0])):
-        for line in lines:
-            if len(line["tokens"]) + len(row[0]) <= width:
-                break
-        else:
-            line = dict(tokens=[], target=[], pos=[], part=[], parts=0)
-            lines.append(line)
-        ids, target = row
-        line["tokens"] += ids
-        line["target"] += target                        # its first is 0: nothing is predicted across a boundary
-        line["pos"] += range(len(ids))
-        line["part"] += [line["parts"]] * len(ids)
-        line["parts"] += 1
-    empty = dict(tokens=[], target=[], pos=[], part=[])
-    lines += [empty] * (-len(lines) % 4)
-
-    def lay(key, value, dtype=torch.long):
-        return pad([line[key] for line in lines], value, device, dtype, width)
-    tokens, pos, part = lay("tokens", tok.pad), lay("pos", 0), lay("part", -1)           # (B, T)
-    mask = lay("target", 0, torch.float32)[:, 1:]                                        # (B, T-1)
-    earlier = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=device).tril()
-    own = part[:, :, None] == part[:, None, :]                                           # (B, T, T)
-    return tokens, mask, pos, (own & earlier)[:, None]
 
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -2091,11 +2013,9 @@ def from_text(text, kind):
 
 
 def parse(Config, positional=(), argv=None, name=None):
-    """Build the config: dataclass default < --config file.toml < flag. Returns cfg, or (cfg, [positionals]).
-
-    A TOML file holds options at the top level for every script and in a [name] table for one (its file's name, unless
-    given); `python sft.py --config configs/gpt2.toml` takes both. A positional ending in ... takes any number.
-    """
+    """Build the config: dataclass default < --config file.toml < flag. Returns cfg, or (cfg, [positionals]); one that
+    ends in ... takes any number. A TOML file holds options at the top level for every script and in a [name] table for
+    one (its file's name, unless given)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     program = " ".join(sys.argv[:2] if name else sys.argv[:1])  # as in `reward.py label`
     if "-h" in argv or "--help" in argv:
@@ -2150,10 +2070,8 @@ def read_toml(path, script, types):
     top level, which is for every script, so is one that neither this script nor TrainConfig has."""
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise OptionError(f"--config {path}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:   # TOML and Unicode errors are ValueErrors
-        why = " ".join(str(e).split())
+    except (OSError, ValueError, RecursionError) as e:  # TOML and Unicode errors are ValueErrors
+        why = getattr(e, "strerror", None) or " ".join(str(e).split())
         raise OptionError(f"--config {path}: {why[:200]}") from None
     own = table.get(script, {})
     if not isinstance(own, dict):
@@ -2315,11 +2233,10 @@ class Run:
             return None
         try:
             theirs = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
-            raise UserError(f"{path}: no JSON; choose another --out, or delete that folder") from None
-        if type(theirs) is not dict or type(theirs.get("inputs", {})) is not dict:
-            raise UserError(f"{path}: not a run's options; choose another --out, or delete that folder")
-        return theirs
+            theirs["inputs"].items()
+            return theirs
+        except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+            raise UserError(f"{path}: not a run's options; choose another --out, or delete that folder") from None
 
     def compare(self, theirs):
         """Refuse other options than an earlier run's, and other inputs while it is unfinished; say what has changed."""
@@ -2328,7 +2245,7 @@ class Run:
             if was != value:
                 raise UserError(f"{self.folder} holds a run with --{name} {was}, not {value}: choose another --out, or "
                                 "add --overwrite")
-        before, now = theirs.get("inputs", {}), self.made_of["inputs"]
+        before, now = theirs["inputs"], self.made_of["inputs"]
         changed = [path for path in now if now[path] != before.get(path)]   # new: a model that was unfinished then
         if changed and not self.finished:
             raise UserError(f"{changed[0]} has changed since {self.folder} began: choose another --out, or add "
@@ -2336,13 +2253,11 @@ class Run:
         if theirs.get("code") not in (None, self.made_of["code"]):
             changed.append("the code")
         what = " and ".join(changed)
-        if not self.finished:
-            if changed:
-                tell(f"{self.folder}: {what} changed since it began")
+        if self.finished:
+            since = f", though {what} changed since: --overwrite runs it anew" if changed else ""
+            print(f"{self.folder} is finished; nothing to do{since}")
         elif changed:
-            print(f"{self.folder} is finished; nothing to do, though {what} changed since: --overwrite runs it anew")
-        else:
-            print(f"{self.folder} is finished; nothing to do")
+            tell(f"{self.folder}: {what} changed since it began")
 
     def left(self, name):
         """The path of a file that an interrupted run left, from which it can go on; None without it."""
@@ -2474,9 +2389,7 @@ class Config(Options):
     """Show what is in the toy world, or in a file of yours."""
     n: Natural = 3              # records of each kind
     families: Families = ""     # of the toy world, comma-separated; none for all
-    split: typing.Literal["train", "val", "test"] = "train"  # of the toy world
     seed: Natural = 0           # another seed shows others
-    tokenizer: str = "toy"      # whose tokens are counted
     skip_bad: bool = False      # leave out the rows of a file that cannot be understood, and count them
 
 
@@ -2518,26 +2431,18 @@ def main():
     for records in found.values():
         for record in records[:cfg.n]:
             show(record)
-    if not paths:
-        show_toy_world(cfg)
-
-
-def show_toy_world(cfg):
-    """Print a few tasks, answers and documents."""
-    tok, rng = Tokenizer.load(cfg.tokenizer), random.Random(cfg.seed)
+    if paths:
+        return
+    rng = random.Random(cfg.seed)
     for family in family_list(cfg.families):
         print(f"── {family} ──")
         for _ in range(cfg.n):
-            task = toy_task(cfg.split, family, rng)
+            task = toy_task("train", family, rng)
             answer = toy_demo(task, rng)
-            score, length = gold(task, answer), len(tok.encode(answer))
-            print(f"{task['prompt']}\n  → {answer}\n  gold {score:.2f}, {length} tokens")
+            print(f"{task['prompt']}\n  → {answer}\n  gold {gold(task, answer):.2f}")
     print("── documents for pretraining ──")
     for _ in range(cfg.n):
-        document = toy_document(rng)
-        turns = document.get("messages", [])
-        said = [turn["content"] for turn in turns]
-        print("\n  → ".join(said) or document["text"])
+        show(toy_document(rng))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ each prompt; (2) reward them; (3) turn the rewards of each group into advantages
 -min(ρ A, clip(ρ) A) over the response tokens, ρ = π / π_old.
 
 Papers: GRPO, Shao et al. 2402.03300; DeepSeek-R1 2501.12948. What others change is one line each: how an advantage
-comes from a group (ADVANTAGES), the loss of a token (POLICY_LOSSES), how tokens are averaged (token_weights). Whether
-the KL is in the reward or in the loss, and where that leads, kl_estimate says. Departures: β = 0 unless asked for, and
-then k2 rather than the published k3; tokens are averaged over the batch, not first within each response (DAPO
-2503.14476); dropout stays off. With one update a rollout, the default, the old log-probabilities *are* the present
-ones: ρ = 1 to the bit. The value of the loss then says nothing about progress: a group's advantages sum to 0, and so
-does the loss, except that longer responses weigh more. Only its gradient matters.
+comes from a group (ADVANTAGES), the loss of a token (POLICY_LOSSES), how tokens are averaged (token_weights), and
+whether the KL is in the reward or in the loss (kl_estimate). Departures: β = 0 unless asked for, and then the KL is
+estimated by k2, a squared log-ratio, rather than by the published k3; tokens are averaged over the batch, not first
+within each response (DAPO 2503.14476); dropout stays off. With one update a rollout, the default, the old
+log-probabilities *are* the present ones: ρ = 1 to the bit. The advantages of a group sum to 0, so the value of the loss
+is near 0 whatever was learned. Only its gradient matters.
 
     python grpo.py                                 out/sft, sums and a verifier -> out/grpo
     python grpo.py --adv dr_grpo --per constant    Dr. GRPO
@@ -54,7 +54,7 @@ class Config(TrainConfig):
     group: Annotated[int, Range(2)] = 8  # responses to each, compared with each other
     max_new: Count = 80         # longest response, tokens
     temperature: Temperature = 1.0  # of sampling; every log-probability is at this temperature too
-    resample: Natural = 0       # extra draws of prompts, at most, until `prompts` groups have unequal rewards (DAPO)
+    resample: Natural = 0       # at most so many draws more, while fewer than `prompts` groups differ in reward (DAPO)
     # which prompts
     pool: Natural = 0           # train on a fixed set of this many prompts; 0: no fixed set
     curriculum: Share = 0.0     # share of the steps over which the pool opens, from its easiest quarter to all of it
@@ -64,17 +64,18 @@ class Config(TrainConfig):
     overlong: Natural = 0       # tokens before max_new over which the reward falls by 1 (DAPO's soft punishment)
     mask_truncated: bool = False  # responses cut off at max_new teach nothing (DAPO's overlong filtering)
     len_reward: NonNegative = 0.0  # weight of the length reward within a group: short is good (Kimi k1.5)
-    prefer: str = ""            # win rate in the group as reward (SPO). `score`: by the scores; or module:function
-    tripwire: str = ""          # verifier of a forbidden event, looked for where the policy goes on from a cut
-    lookahead: NonNegative = 1.0  # λ: the reward loses λ times the share of continuations in which it happens
-    cuts: Count = 2             # cuts in each response, evenly spaced
-    ahead: Count = 24           # tokens that the policy goes on from each
+    prefer: str = ""            # win rates in the group as rewards (SPO): by `score`, or a judge, module:function
+    # looking ahead (ours): from some places in a response the policy writes on, to see where it was going
+    tripwire: str = ""          # verifier of a forbidden event, asked about every continuation
+    lookahead: NonNegative = 1.0  # λ: the reward loses λ times the share of continuations that trip the wire
+    cuts: Count = 2             # places in each response, evenly spaced
+    ahead: Count = 24           # tokens that the policy writes on from each
     # advantages, and the loss of a token
     adv: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = "grpo"  # see ADVANTAGES
     loss: Literal["clip", "gspo", "cispo", "opmd"] = "clip"  # see POLICY_LOSSES
     clip_low: Share = 0.2       # ε below 1 (gspo: 3e-4)
     clip_high: NonNegative = 0.2  # ε above 1 (DAPO: .28; gspo: 4e-4)
-    tau: Positive = 1.0         # opmd: τ, half of which weighs the squared log-ratio
+    tau: Positive = 1.0         # opmd: τ / 2 is the weight of the squared log-ratio
     per: Literal["token", "response", "constant"] = "token"  # see token_weights
     # the KL penalty (k3 is GRPO's as published; k3_is: times the ratio)
     kl: Literal["k1", "k2", "k3", "k3_is"] = "k2"  # k1: off the reward; others: in the loss (kl_estimate)
@@ -112,8 +113,8 @@ class Config(TrainConfig):
 # r: the rewards (P, G) of P groups. logp, old_logp, ref_logp, mask: (B, T-1), B = P G; index t is about token t+1.
 
 def center(r):
-    """r minus its group's mean. Equal rewards have to give exactly 0, or rounding leaves 1e-8, and a division by a
-    standard deviation of 1e-8 makes an advantage of that. So the first reward is taken off beforehand."""
+    """r minus its group's mean. Equal rewards have to give exactly 0: of what rounding leaves, the division by the
+    spread would make an advantage. So the first reward is taken off beforehand."""
     r = r - r[:, :1]
     return r - r.mean(1, keepdim=True)
 
@@ -125,30 +126,31 @@ ADVANTAGES = {
     "grpo": lambda r, h: center(r) / (r.std(1, keepdim=True) + 1e-6),
     # without it: all prompts count alike                                                  Dr. GRPO 2503.20783
     "dr_grpo": lambda r, h: center(r),
-    # minus the mean of the others: unbiased; a mean with r itself shrinks it by (G-1)/G    RLOO 2402.14740
+    # minus the mean of the others, which is G/(G-1) times r minus the mean of all: unbiased RLOO 2402.14740
     "rloo": lambda r, h: center(r) * r.shape[1] / (r.shape[1] - 1),
-    # the batch is the baseline, so a group of equal rewards teaches as well. A response counts once in the batch's mean
-    # and spread; in verl each of its tokens does, so there long ones count for more      REINFORCE++ 2501.03262
+    # the whole batch as one group, so equal rewards to one prompt teach as well. A response counts once in the mean and
+    # the spread; in verl, another trainer, long ones count for more                      REINFORCE++ 2501.03262
     "reinforce_pp": lambda r, h: center(r.view(1, -1)).view_as(r) / (r.std() + 1e-6),
     # the group is the baseline, the batch the scale                                       the same, "baseline"
     "reinforce_pp_baseline": lambda r, h: center(r) / (center(r).std() + 1e-6),
 }
 
 
-# A policy loss returns two tensors (B, T-1): the loss of every token, and whether a clip decides it (clip_frac). Of x
-# it may use logp; gap = logp - old_logp; ratio = exp(gap); response_ratio (B, 1), the ratio of the whole response to
-# the power 1 / its length; adv (B, 1). h: the Config; add an option there if a loss of yours needs one.
+# A policy loss returns two tensors (B, T-1): the loss of every token, and whether a clip decides it (clip_frac). It is
+# given s, which policy_loss below makes: logp; gap = logp - old_logp; ratio = exp(gap); response_ratio (B, 1), the
+# ratio of the whole response to the power 1 / its length; adv (B, 1). And h, the Config: add an option there if a loss
+# of yours needs one.
 
-def clip(x, h):
+def clip(s, h):
     """Every token by its own ratio: -min(ρ A, clip(ρ, 1-ε_low, 1+ε_high) A) (PPO 1707.06347, eq. 7; two ε: DAPO
     2503.14476, eq. 8)."""
-    return clipped(x.ratio, x.adv, h)
+    return clipped(s.ratio, s.adv, h)
 
 
-def gspo(x, h):
+def gspo(s, h):
     """Every token by the n-th root of the ratio of its whole response of n tokens; with --per response --clip_low 3e-4
     --clip_high 4e-4 it is the paper's (GSPO 2507.18071, eq. 5, 7)."""
-    return clipped(x.response_ratio.expand_as(x.logp), x.adv, h)
+    return clipped(s.response_ratio.expand_as(s.logp), s.adv, h)
 
 
 def clipped(ratio, adv, h):
@@ -158,19 +160,20 @@ def clipped(ratio, adv, h):
     return torch.maximum(free, held), held > free
 
 
-def cispo(x, h):
-    """Clip the weight, only from above, and never the gradient (CISPO 2506.13585, eq. 4, 5)."""
-    weight = x.ratio.clamp(max=1 + h.clip_high).detach()
-    decides = (x.ratio > weight) & (x.adv != 0)
-    return -weight * x.adv * x.logp, decides
+def cispo(s, h):
+    """The ratio is a constant weight of A log π, held below 1 + ε_high; so even a token whose weight is held keeps its
+    gradient (CISPO 2506.13585, eq. 4, 5)."""
+    weight = s.ratio.clamp(max=1 + h.clip_high).detach()
+    held = (s.ratio > weight) & (s.adv != 0)
+    return -weight * s.adv * s.logp, held
 
 
-def opmd(x, h):
-    """A square around π_old instead of a clip; with --adv dr_grpo --per constant it is the paper's (Kimi k1.5
-    2501.12599, eq. 3)."""
-    square = x.gap * x.gap.sum(1, keepdim=True)  # summed over the response it is (Σ gap)²
-    never = torch.zeros_like(x.gap, dtype=torch.bool)
-    return -x.adv * x.logp + h.tau / 2 * square, never
+def opmd(s, h):
+    """Instead of a clip a square, τ/2 (log π(y) / π_old(y))² of the whole response y; with --adv dr_grpo --per constant
+    it is the paper's (Kimi k1.5 2501.12599, eq. 3)."""
+    square = s.gap * s.gap.sum(1, keepdim=True)  # a token's part of it: summed over the response it is (Σ gap)²
+    never = torch.zeros_like(s.gap, dtype=torch.bool)
+    return -s.adv * s.logp + h.tau / 2 * square, never
 
 
 POLICY_LOSSES = {"clip": clip, "gspo": gspo, "cispo": cispo, "opmd": opmd}
@@ -183,9 +186,9 @@ def policy_loss(logp, old_logp, adv, mask, h):
     length = mask.sum(1, keepdim=True).clamp(min=1)                                      # (B, 1)
     response_ratio = (gap.sum(1, keepdim=True) / length).exp()                           # (B, 1)
     logp = torch.where(inside, logp, 0.0)
-    x = SimpleNamespace(logp=logp, gap=gap, ratio=gap.exp(), response_ratio=response_ratio, adv=adv)
-    loss, decides = POLICY_LOSSES[h.loss](x, h)
-    return loss, x.ratio, decides & inside
+    s = SimpleNamespace(logp=logp, gap=gap, ratio=gap.exp(), response_ratio=response_ratio, adv=adv)
+    loss, decides = POLICY_LOSSES[h.loss](s, h)
+    return loss, s.ratio, decides & inside
 
 
 def token_weights(mask, per, max_new):
@@ -221,13 +224,15 @@ def kl_estimate(logp, ref_logp, ratio, kind):
     KL(π || π_ref); only the gradients differ. As a reward, only k1 gives the gradient of the KL. As a loss, k1 has one
     that is 0 on average.
 
-    Where it leads. Let π* = π_ref exp(r / β) / Z, the optimum. When a response is one token:
+    Where training with each of them ends (for choosing --kl: skip it at first). Let π*(β) = π_ref exp(r / β) / Z be the
+    optimum, and π'(β) the solution π of π = β π_ref / (β + E_π[r] - r). When a response is one token:
 
-        k1, any advantage       π*: there r - β k1 is equal for all responses, and every advantage is 0
-        k2, k3_is with rloo     π*
-        k2, k3_is with dr_grpo  π* with β G / (G-1) for β: the group's mean shrinks the reward, and not the KL
-        k3 with rloo, dr_grpo   the solution of π = β π_ref / (β + E_π[r] - r), with β or β G / (G-1)
-        other advantages        for k2, k3, k3_is none of these: the spread rescales the reward, and with it β
+        k1, any advantage         π*(β): there r - β k1 is equal for all responses, and every advantage is 0
+        k2 or k3_is with rloo     π*(β)
+        k2 or k3_is with dr_grpo  π*(β G / (G-1)): the group's mean shrinks the reward, and not the KL
+        k3 with rloo              π'(β)
+        k3 with dr_grpo           π'(β G / (G-1))
+        these, other advantages   no fixed β: the spread rescales the reward, and with it β
 
     When a response is more tokens, only k1 leads to π*: it takes a token's KL off the advantage of the whole response,
     the tokens before it included.
@@ -248,8 +253,8 @@ def overlong_penalty(length, max_new, buffer):
 
 
 def length_reward(length, right):
-    """λ = ½ - (len - min) / (max - min) in each group, of wrong answers min(0, λ), 0 where all are equally long (Kimi
-    k1.5, 2501.12599, sec. 2.3.3); length and right (P, G)."""
+    """λ = ½ - (len - min) / (max - min), by the shortest and the longest of the group; for wrong answers min(0, λ); 0
+    for all of a group of equal lengths (Kimi k1.5, 2501.12599, sec. 2.3.3). length and right (P, G)."""
     low = length.amin(1, keepdim=True)                                                   # (P, 1)
     spread = length.amax(1, keepdim=True) - low                                          # (P, 1)
     lam = 0.5 - (length - low) / spread.clamp(min=1)                                     # (P, G)
@@ -263,20 +268,33 @@ def win_rates(p):
     return (p.sum(2) - itself) / (p.shape[1] - 1)
 
 
-def draw_prompts(rates, share, n, rng):
-    """n different indices among the first `share` of a pool, with chances ∝ 1 - rates[i]. Each
-    index gets a random time of arrival, exponential with mean 1 / its chance; the n earliest are drawn."""
-    n_open = max(n, math.ceil(share * len(rates)))
-    arrival = [-math.log(1 - rng.random()) / (1 - rates[i] + 1e-3) for i in range(n_open)]
+def draw_prompts(solved, share, n, rng):
+    """n different indices among the first `share` of a pool, with chances ∝ 1 - solved[i]. The n smallest of
+    exponential numbers with these chances as their rates are such a draw. 1e-3: what is solved comes back at times."""
+    n_open = max(n, math.ceil(share * len(solved)))
+    arrival = []
+    for i in range(n_open):
+        chance = 1 - solved[i] + 1e-3
+        arrival.append(-math.log(1 - rng.random()) / chance)
     return sorted(range(n_open), key=lambda i: arrival[i])[:n]
 
 
 # ---------------------------------------------------------------- the steps
-# Of model.py. respond: a policy's responses, a Rollout, whose lengths count prompt and response. logps: log π of each
-# of its tokens, in micro-batches, without gradient, 0 outside the response. minibatches: the rows of every update, all
-# epochs one after another. parts(..., NAME=tensor): the rows of one update as micro-batches x, where x.NAME is the part
-# of a tensor that has a row for each of the B responses. token_logprobs: with gradient. Optimizer.step: clip, update,
-# clear the gradients -> gradient norm, rate. steps: restore what an interrupted run had, seed each step, and save.
+# records: dicts, each with a "prompt". roll, a Rollout of B responses: tokens (B, T), mask and logp (B, T-1),
+# prompt_len and lengths (prompt and response), finished (B,). x, a micro-batch of it: b rows, cut to t tokens, as long
+# as the longest of them is.
+#
+# Of model.py:
+#   setup             tokenizer, device and precision, which models share
+#   load_model        maker: who makes such a model, for the error message; prepare: switch on what training needs
+#   Reward            (records, roll) -> scores (B,), and each term of the sum by its name. check: can it judge these?
+#   respond           the responses of a policy, n to each prompt, a Rollout
+#   logps             log π of its tokens (B, T-1), without gradient, 0 outside the response
+#   minibatches       the rows of every update, all epochs one after another
+#   parts             the rows of one update as micro-batches x; parts(..., NAME=tensor) with B rows gives x.NAME
+#   token_logprobs    (b, t-1), with gradient
+#   Optimizer.step    clip, update, clear the gradients -> gradient norm, rate
+#   steps             restore what an interrupted run had, seed each step, and save
 
 class Prompts:
     """The prompts of every step: new ones, or from a pool, which opens from the easy ones on (--curriculum) and gives
@@ -288,7 +306,7 @@ class Prompts:
             pool = stream.items or stream.batch(0, cfg.pool)  # a file's records, or fresh ones of the toy world
             self.pool = sorted(pool[:cfg.pool], key=difficulty)
         # The last mean reward of each prompt of the pool, all 0 without --prioritized; `steps` saves and restores this.
-        self.state = dict(rates=[0.0] * len(self.pool))
+        self.state = dict(solved=[0.0] * len(self.pool))
 
     def choose(self, step, draw):
         """The records of a step, new ones for every draw; of a pool, their places in it too."""
@@ -299,15 +317,15 @@ class Prompts:
         share, n = 1.0, min(cfg.prompts, len(self.pool))
         if cfg.curriculum:
             share = min(1.0, 0.25 + 0.75 * step / (cfg.curriculum * cfg.steps))
-        places = draw_prompts(self.state["rates"], share, n, random.Random(f"{cfg.seed} {step}"))
+        places = draw_prompts(self.state["solved"], share, n, random.Random(f"{cfg.seed} {step}"))
         return [self.pool[i] for i in places], places
 
     def learn(self, places, score):
         """Remember how the prompts at these places of the pool went: score (P, G)."""
         if self.cfg.prioritized:
-            rates = score.mean(1).clamp(0, 1).tolist()
-            for place, rate in zip(places, rates):
-                self.state["rates"][place] = rate
+            means = score.mean(1).clamp(0, 1).tolist()
+            for place, mean_score in zip(places, means):
+                self.state["solved"][place] = mean_score
 
 
 def difficulty(record):
@@ -323,8 +341,8 @@ def repeat(things, n):
 def sample_groups(policy, reward, prompts, step, cfg):
     """Groups to learn from: their records (P), responses, scores (P, G); and metrics of all that was drawn.
 
-    DAPO's dynamic sampling (--resample): a group of equal scores teaches nothing, so others are drawn instead. When no
-    draws are left the batch stays smaller. If no group of any draw is left, it is the last draw, whole.
+    DAPO's dynamic sampling (--resample): where the group is the baseline, equal scores teach nothing, so other groups
+    are drawn instead. After the last draw the batch stays smaller. If no group differs at all, it is the last draw.
     """
     groups, seen = [], {}
     for draw in range(1 + cfg.resample):
@@ -373,15 +391,15 @@ def preferences(records, texts, score, judge):
 def look_ahead(policy, records, roll, tripwire, cfg):
     """Chance (B,) that the policy, going on from somewhere in a response, trips the wire within `ahead` tokens: the
     mean over `cuts` places inside it, evenly spaced, of one continuation each."""
-    beginnings, starts = [], repeat(roll.prompt_len, cfg.cuts)  # starts: where each response begins
+    beginnings = []
     for ids, start, end in zip(roll.tokens.tolist(), roll.prompt_len, roll.lengths):
         for cut in range(1, cfg.cuts + 1):
             place = start + (end - start) * cut // (cfg.cuts + 1)
             beginnings.append(ids[:place])
     onward = generate(policy, beginnings, cfg.ahead, temperature=cfg.temperature)
-    texts = []  # what was said up to the cut, and how it goes on
-    for ids, start, end in zip(onward.tokens.tolist(), starts, onward.lengths):
-        texts.append(policy.tok.decode(ids[start:end]))
+    texts, starts = [], repeat(roll.prompt_len, cfg.cuts)
+    for whole, start, end in zip(onward.tokens.tolist(), starts, onward.lengths):
+        texts.append(policy.tok.decode(whole[start:end]))  # the response up to the cut, and how it goes on
     trips = tripped(tripwire, repeat(records, cfg.cuts), texts, onward.finished)         # (B cuts,)
     return trips.view(-1, cfg.cuts).mean(1)
 
@@ -427,13 +445,14 @@ def in_loss(cfg):
 
 
 def needs_old(cfg):
-    """Whether log π_old needs a pass of its own. With one update a rollout, π_old is the policy itself. The sampler's
-    own log-probabilities, roll.logp, are no substitute: in bf16 they differ in the last bits."""
+    """Whether log π_old needs a pass of its own: for k1, which is in the reward before the update; and for a second
+    update of a rollout, at the first of which π_old is the policy itself. The sampler's own log-probabilities,
+    roll.logp, are no substitute: in bf16 they differ in the last bits."""
     return cfg.epochs * cfg.minibatches > 1 or (cfg.kl_coef > 0 and cfg.kl == "k1")
 
 
 def has_gradient(adv, mask, cfg):
-    """Which responses (B,) teach something: one without advantage has no gradient but of the KL term and opmd's square.
+    """Which responses (B,) teach something: where A = 0, only a KL in the loss and opmd's square still have a gradient.
     The result is on the CPU, as the rows of minibatches are."""
     taught = mask.any(1)
     if not in_loss(cfg) and cfg.loss != "opmd":
@@ -494,18 +513,19 @@ def train(cfg):
             r -= cfg.kl_coef * kl.sum(1).view_as(r)
 
         # 3. Compare within each group: every token of a response gets the same advantage.
-        adv = ADVANTAGES[cfg.adv](r.double(), cfg).to(roll.logp.dtype).view(-1, 1)       # (B, 1)
+        adv = ADVANTAGES[cfg.adv](r.double(), cfg)                                       # (P, G), exact sums
+        adv = adv.to(roll.logp.dtype).view(-1, 1)                                        # (B, 1)
         mask = roll.mask                                                                 # (B, T-1)
-        if cfg.mask_truncated:  # whole responses, which has_gradient then leaves out
+        if cfg.mask_truncated:  # all of a truncated response, which then has no gradient and is left out below
             mask = mask * roll.finished[:, None]
 
         # 4. Step towards the better ones. A response without a gradient is left out, and metrics of the update are
         # about the others.
-        means, total, busy = Means(), 0.0, has_gradient(adv, mask, cfg)
+        means, total, taught = Means(), 0.0, has_gradient(adv, mask, cfg)
         for rows in minibatches(len(adv), cfg):
-            weights = torch.zeros_like(mask)  # a row for each response, as parts wants
-            weights[rows] = token_weights(mask[rows], cfg.per, cfg.max_new)
-            rows = rows[busy[rows]]  # those that are left out count in the weights
+            weights = torch.zeros_like(mask)                                             # (B, T-1)
+            weights[rows] = token_weights(mask[rows], cfg.per, cfg.max_new)  # of means over all of these rows
+            rows = rows[taught[rows]]
             for x in parts(roll, rows, cfg, weights=weights, adv=adv, old_logp=old_logp, ref_logp=ref_logp):
                 logp, entropy = token_logprobs(policy, x.tokens, x.mask, cfg.temperature, entropy=True)
                 old = logp.detach() if old_logp is None else x.old_logp                  # (b, t-1)
@@ -514,8 +534,8 @@ def train(cfg):
                     loss = loss + cfg.kl_coef * kl_estimate(logp, x.ref_logp, ratio, cfg.kl)
                 loss = (loss * x.weights).sum()
                 loss.backward()
-                total += loss.detach() / cfg.minibatches
-                drift = kl_estimate(old, logp, None, "k3")  # estimates KL(π_old || π)
+                total += loss.detach()
+                drift = kl_estimate(old, logp, None, "k3")  # KL(π_old || π): the samples are from π_old
                 means.add(x.mask, entropy=entropy, ratio=ratio, clip_frac=decides, approx_kl=drift)
                 if cfg.kl_coef:
                     means.add(x.mask, kl=logp - x.ref_logp)  # k1, whatever --kl is
@@ -525,7 +545,7 @@ def train(cfg):
             optimizer.forget()
 
         # 5. Report.
-        metrics |= report(records, roll, r, means, tripwire, cfg) | dict(loss=total / cfg.epochs)
+        metrics |= report(records, roll, r, means, tripwire, cfg) | dict(loss=total / (cfg.epochs * cfg.minibatches))
         if run.evaluates(step):
             metrics |= evaluate(policy, ref, reward, held, run, step, cfg)
         run.log(step, ("reward", "zero_std", "response_length"), **metrics)

@@ -16,8 +16,9 @@ which positions their tokens have, `pos`, and what a token may look at, `see`.
 where token t+1 counts, as a token of the response does.
 
 Words that come back: `cfg`, the options of a script; `tok`, the tokenizer; `like`, a Setup or a model, whose tokenizer,
-device and precision another model gets; `budget`, the most tokens a micro-batch may hold, padding included; a row,
-(ids, target) of one sequence, target being 1 where the mask is to be; a rollout, prompts with sampled responses.
+device and precision another model gets; `budget`, the most tokens a micro-batch may hold, padding included; a row, one
+sequence of a batch, from data.py as (ids, target), where target[1:] becomes its mask; `rows`, which of them, as
+indices; a rollout, prompts with sampled responses.
 
 Letters in shape comments: B rows, T tokens, C width, H heads, D = C/H, V vocabulary, S slots of the cache, P prompts,
 N chosen tokens; b and t for the rows and tokens of a micro-batch.
@@ -310,7 +311,7 @@ def reference(policy):
     the first step: the adapters are 0 then, and biases and norms are what they were.
     """
     shared = {id(param): param for param in policy.parameters() if not param.requires_grad}
-    ref = copy.deepcopy(policy, shared)  # does not copy what it is given
+    ref = copy.deepcopy(policy, memo=shared)  # what is in the memo is used as it is
     return ref.remove_lora().requires_grad_(False).eval()
 
 
@@ -341,7 +342,8 @@ class Cache:
         own."""
         B, H, S = self.k.shape[1:4]
         rows, heads, slots = (torch.arange(n, device=pos.device) for n in (B, H, S))
-        self.index = rows[:, None, None], heads[None, :, None], pos[:, None, :]          # (B, H, T) in all
+        # Three indices that broadcast to (B, H, T): of a layer's keys they choose (B, H, T, D).
+        self.index = rows[:, None, None], heads[None, :, None], pos[:, None, :]
         return (slots <= pos[:, :, None])[:, None]
 
     def write(self, layer, k, v):
@@ -360,7 +362,7 @@ class Cache:
 
 
 def full(x):
-    """At least fp32: losses, log-probabilities and values are never computed in half precision."""
+    """At least fp32 (tests use float64): losses, log-probabilities and values are never computed in half precision."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -369,9 +371,9 @@ def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, chunk=No
 
     tokens (B, T), mask (B, T-1) -> logp (B, T-1), at least fp32; with entropy=True also the entropy of each of those
     next-token distributions, in nats. Both are at the sampling temperature: a policy that was sampled at temperature τ
-    *is* softmax(logits / τ), so only ratios of that are importance weights. pos and see are those of packed rows, see
-    data.pack. The head runs only where the mask is 1, on `chunk` positions at a time (as many as make 2^24 logits), see
-    at_positions: no (B, T, V) tensor ever exists.
+    *is* softmax(logits / τ), and PPO's ratio π / π_old is right only if both are divided by τ. pos and see are those of
+    packed rows, see sft.pack. The head runs only where the mask is 1, on `chunk` positions at a time (as many as make
+    2^24 logits), see at_positions: no (B, T, V) tensor ever exists.
     """
     def head(hidden, target):                                                            # (N, C), (N,)
         logits = full(model.logits(hidden))                                              # (N, V)
@@ -403,9 +405,9 @@ def at_positions(head, where, *inputs, chunk):
     """
     save_memory = len(inputs[0]) > chunk and torch.is_grad_enabled()
     results = []  # of each chunk a tuple, as (logp, entropy)
-    for some in zip(*(x.split(chunk) for x in inputs)):
+    for some in zip(*(x.split(chunk) for x in inputs)):  # the inputs of one chunk
         results.append(recompute(head, *some, use_reentrant=False) if save_memory else head(*some))
-    return tuple(scattered(where, torch.cat(column)) for column in zip(*results))
+    return tuple(scattered(where, torch.cat(column)) for column in zip(*results))  # of all chunks logp, then entropy
 
 
 def scattered(where, values):
@@ -536,15 +538,17 @@ def generate(model, prompts, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0, 
     model.train(was_training)
 
     if logp.isnan().any():
-        raise UserError(f"cannot sample: the logits are no numbers; {largest(model)}. In training a lower --lr helps")
-    place, length = torch.arange(width, device=model.device), length[:, None]
-    begun = (length - len(begin) <= place) & (place < length)                            # (B, width)
-    said = begun | drawn
+        raise UserError(f"cannot sample: the logits are no numbers; {largest_weight(model)}. In training a lower --lr "
+                        "helps")
+    # A row is: prompt, begin, drawn, padding. The response is begin and drawn.
+    place, start = torch.arange(width, device=model.device), length - len(begin)         # start (B,), of the response
+    forced = (start[:, None] <= place) & (place < length[:, None])                       # (B, width)
+    response = forced | drawn
     finished = (drawn & (tokens == model.tok.end)).any(1)
-    prompt_len = (length[:, 0] - len(begin)).tolist()
-    width = min(round_up(int((said * place).max()) + 1), width)  # to the longest
+    width = min(round_up(int((response * place).max()) + 1), width)  # to the longest
     # From here on the index is that of the log-probability, one before its token's.
-    return Rollout(tokens[:, :width], said[:, 1:width].float(), logp[:, 1:width], finished, prompt_len, model.tok)
+    mask, logp = response[:, 1:width].float(), logp[:, 1:width]
+    return Rollout(tokens[:, :width], mask, logp, finished, start.tolist(), model.tok)
 
 
 def prefill(model, prompts, n, width):
@@ -572,19 +576,20 @@ def decode(model, hidden, cache, tokens, length, max_new, how, stream):
     """
     (B, width), device, block_size = tokens.shape, model.device, model.config.block_size
     longest = int(length.max())
-    tokens = F.pad(tokens, (0, 1))  # one column more: there goes what a finished row draws
+    trash = width  # the place, behind all others, for what a finished row draws
+    tokens = F.pad(tokens, (0, 1))
     logp = torch.zeros(B, width + 1, device=device, dtype=full(hidden).dtype)
     drawn = torch.zeros(B, width + 1, device=device, dtype=torch.bool)
     # All uniforms at once: what a row draws does not depend on which other rows have left the batch.
     uniform = torch.rand(max_new, B, device=device, dtype=logp.dtype)
-    active = torch.arange(B, device=device)                # the rows in the batch, some of them finished
-    live = torch.ones(B, device=device, dtype=torch.bool)  # and which of these are not finished
+    rows = torch.arange(B, device=device)                  # the rows that are still in the batch
+    live = torch.ones(B, device=device, dtype=torch.bool)  # which of these are not finished
     look = LOOK[device.type] if stream is None else 1      # to show a token is to wait for it
     for new in range(max_new):
-        token, token_logp = sample(model.logits(hidden), uniform[new, active], *how)
-        pos = length[active] + new  # of the token just drawn
-        place = torch.where(live, pos, width)
-        tokens[active, place], logp[active, place], drawn[active, place] = token, token_logp, True
+        token, token_logp = sample(model.logits(hidden), uniform[new, rows], *how)
+        pos = length[rows] + new  # of the token just drawn
+        place = torch.where(live, pos, trash)
+        tokens[rows, place], logp[rows, place], drawn[rows, place] = token, token_logp, True
         if stream is not None:
             stream(int(token[0]))
         live = live & (token != model.tok.end) & (pos + 1 < block_size)
@@ -593,11 +598,12 @@ def decode(model, hidden, cache, tokens, length, max_new, how, stream):
             if left == 0:
                 break
             if left <= 0.75 * len(live):  # to drop rows, the cache is copied: worth it for a good many only
-                active, pos, token = active[live], pos[live], token[live]
                 cache.select(live.nonzero()[:, 0])
-                live = live[live]  # all of them
+                rows, pos, token = rows[live], pos[live], token[live]
+                live = torch.ones_like(rows, dtype=torch.bool)
         if new + 1 < max_new:
-            # A CPU reads all slots at every step, so it gets them as they are needed; a GPU gets them at once.
+            # Attention reads all slots at every step. That costs a CPU time, so it gets them as they are needed. For a
+            # GPU copying the cache would cost more: it gets them at once.
             needed = width if device.type == "cuda" else round_up(longest + new + 1, 32)
             cache.reserve(min(needed, width))
             pos = pos.clamp(max=width - 1)  # that of a finished row goes on growing
@@ -629,14 +635,14 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     logp = logits.log_softmax(-1)                                                        # (B, V)
     cdf = logp.exp().cumsum(-1)
     total = cdf[:, -1:]                                                                  # (B, 1)
-    below = total.nextafter(torch.zeros_like(total))
-    point = torch.minimum(uniform[:, None] * total, below)  # rounding could lift the product to the total
+    below = total.nextafter(torch.zeros_like(total))  # at the total itself the draw would fall off the end,
+    point = torch.minimum(uniform[:, None] * total, below)  # and rounding could lift the product to it
     token = torch.searchsorted(cdf, point, right=True)  # the first whose cdf exceeds it: its probability is not 0
     token = token.clamp(max=logits.shape[1] - 1)  # of a NaN it would be past the end
     return token[:, 0], logp.gather(1, token)[:, 0]
 
 
-def largest(model):
+def largest_weight(model):
     """Which weight of a model is the largest, in words; one that is no number is larger than all."""
     peaks = {name: float(param.detach().abs().max()) for name, param in model.named_parameters()}
     name = max(peaks, key=lambda name: math.inf if math.isnan(peaks[name]) else peaks[name])
@@ -644,6 +650,8 @@ def largest(model):
 
 
 # ------------------------------------------------------------------------------------------------ rollouts in training
+# A step of training has epochs over its rollout; an epoch has minibatches, an update each; a minibatch has
+# micro-batches, whose gradients add up: they exist only so that an update fits into memory.
 
 
 def slices(roll, budget, rows=None):
@@ -662,7 +670,8 @@ def slices(roll, budget, rows=None):
 
 @torch.no_grad()
 def per_token(roll, budget, function):
-    """function(tokens, mask) of a rollout's micro-batches, whose results (..., b, t-1) are joined: (..., B, T-1)."""
+    """function(tokens, mask) of a rollout's micro-batches, whose results (..., b, t-1) are joined: (..., B, T-1). PPO
+    asks for log π and entropy, for instance: (2, b, t-1)."""
     out = None
     for rows, tokens, mask in slices(roll, budget):
         part = function(tokens, mask)
@@ -690,13 +699,13 @@ def minibatches(n, cfg):
     return out
 
 
-def parts(roll, rows, cfg, **columns):
-    """The micro-batches of an update, whose gradients add up: each has tokens (b, t), mask (b, t-1), and of every
-    column, (B, T-1) or (B, 1) or None, the same rows and as many columns as the mask has."""
+def parts(roll, rows, cfg, **tensors):
+    """The micro-batches of an update. Each has tokens (b, t), mask (b, t-1), and by its name each of the tensors,
+    (B, T-1) or (B, 1) or None, cut to the same rows and width."""
     for some, tokens, mask in slices(roll, cfg.micro_tokens, rows.tolist()):
         part, width = SimpleNamespace(tokens=tokens, mask=mask), mask.shape[1]
-        for name, column in columns.items():
-            own = None if column is None else column[some, :width]
+        for name, tensor in tensors.items():
+            own = None if tensor is None else tensor[some, :width]
             setattr(part, name, own)
         yield part
 
@@ -756,12 +765,13 @@ class Reward:
     `Reward("0.5*out/reward@answer[write] + exact", ...)(records, roll)` -> total (B,), {term: unweighted part (B,)}.
     A term is a data.Term, and may have, in this order:
 
-        NAME|NAME          several; the worst counts (Coste et al. 2310.02743): the least, but the greatest if more is
-                           worse, as with cost=True or a negative weight. "NAME|NAME spread" is the standard deviation
-        @answer            it sees only what follows the thinking
+        NAME|NAME          several names; the worst of their values counts (Coste et al. 2310.02743): the least. It is
+                           the greatest where more is worse: with a negative weight, or in a cost (PPO's --cost, for
+                           which cost=True). "NAME|NAME spread" is their standard deviation
+        @answer            the model or verifier sees only what follows the thinking
         @rate              a language model is asked for points; they count as -1..1 (direct RLAIF, 2309.00267)
         @A to @D           a language model is asked for a class of data.RUBRIC; its P counts (RBRM, 2303.08774)
-        {system message}   it is put in front, for a conditional reward model
+        {system message}   the message is put in front, for a conditional reward model
         [families]         prompts of other families get 0
 
     A folder with a reward.txt stands for the sum in it (configs/rule_based_rewards.py).
@@ -786,7 +796,7 @@ class Reward:
             if not sums:
                 out.append(term)
                 continue
-            if term.label != sums[0]:       # a name alone is its own label
+            if term.label != sums[0]:       # it is more than a bare name
                 raise UserError(f"--reward {term.label}: {sums[0]} stands for a sum, and takes no |, @, {{}} or []")
             path = Path(sums[0]).resolve() / "reward.txt"
             if path in inside:
@@ -873,7 +883,7 @@ class Reward:
         ask, choices = class_prompt, list(RUBRIC)
         if term.view == "rate":
             ask, choices = rate_prompt, [str(n) for n in range(POINTS + 1)]
-        key = (name, ask, *term.families)    # @A to @D are one question, asked once of the same texts
+        key = (name, ask, *term.families)    # @A to @D are one question, asked once; families decide of which texts
         if key not in self.asked:
             prompts = []
             for i, text in shown.items():
@@ -1025,7 +1035,7 @@ class Optimizer:
     """AdamW, or Muon for the hidden matrices with AdamW for the rest; linear warm-up, then cosine to `floor` · lr.
 
     Decay applies to matrices only, never to biases and norms. Muon (Jordan et al. 2024) steps along the orthogonalised
-    momentum of each matrix; with it the toy base learns sums in the steps that it has, with AdamW it does not.
+    momentum of each matrix. In the 700 steps of the toy's pretraining it learns sums; AdamW does not.
     Gradients are clipped to a global norm before either sees them.
 
     With model.fused_bwd every parameter has an optimizer of its own, which steps as soon as its gradient is whole and
@@ -1099,7 +1109,7 @@ class Optimizer:
         for optim in self.optims:
             for group in optim.param_groups:
                 for param in group["params"]:
-                    own = type(optim)([group | dict(params=[param])])
+                    own = type(optim)([group | dict(params=[param])])  # a group holds all of its settings
                     param.register_post_accumulate_grad_hook(functools.partial(self.update, own))
                     optims.append(own)
         return optims
@@ -1119,13 +1129,13 @@ class Optimizer:
 
     def slots(self):
         """(name in a checkpoint, state of the parameter, key in it, shape) of each tensor that a step leaves."""
-        for number, optim in enumerate(self.optims):
+        for nth, optim in enumerate(self.optims):
             keys = ("momentum_buffer",) if isinstance(optim, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
             params = sum((group["params"] for group in optim.param_groups), [])
             for place, param in enumerate(params):
                 for key in keys:
                     shape = torch.Size() if key == "step" else param.shape
-                    yield f"{number}.{place}.{key}", optim.state[param], key, shape
+                    yield f"{nth}.{place}.{key}", optim.state[param], key, shape
 
     def tensors(self):
         """Its state as a flat dict of tensors, for the checkpoint; empty before the first step."""
@@ -1143,13 +1153,12 @@ class Optimizer:
 def muon_group(param, lr, decay):
     """What torch.optim.Muon is told of a matrix; decay: the share of it that a step takes off, as AdamW's.
 
-    Muon's step is to be larger by √(out / in) where out > in. PyTorch has matrices (out, in) in mind and multiplies the
-    rate by √(rows / columns) where there are more rows. Ours are (in, out), so we multiply by √(columns / rows) before:
-    together that is 1 where there are more rows, and √(columns / rows) = √(out / in) where there are more columns.
+    The rate is to be lr · max(1, √(out / in)). PyTorch takes lr · max(1, √(rows / columns)), for matrices (out, in).
+    Ours are (in, out): rows are in, and columns out. With √(columns / rows) · lr PyTorch's comes to what it is to be.
     """
     rows, columns = param.shape
-    lr = lr * math.sqrt(columns / rows)
-    return dict(params=[param], lr=lr, weight_decay=decay / lr)  # PyTorch multiplies the decay by the rate
+    own_lr = lr * math.sqrt(columns / rows)
+    return dict(params=[param], lr=own_lr, weight_decay=decay / own_lr)  # PyTorch multiplies the decay by the rate
 
 
 # ------------------------------------------------------------------------------------------------ steps and checkpoints
@@ -1176,7 +1185,7 @@ def steps(run, total, modules, optimizers, state, save_every):
             optimizer.at(step)
         yield step
         done = step + 1 == total
-        if done or (step + 1) % save_every == 0:
+        if done or (step + 1) % save_every == 0:  # the last holds until the models are written; Run then deletes it
             facts = meta | dict(step=step + 1, done=done, state=state)
             save_checkpoint(run.folder, modules, {} if done else optimizers, facts)
     for name, module in modules.items():
@@ -1307,7 +1316,7 @@ def save_tensors(path, tensors, meta):
         header[name] = dict(dtype=NAMES[tensor.dtype], shape=list(tensor.shape), data_offsets=[offset, offset + size])
         offset += size
     chunks = [raw(tensor) for tensor in tensors.values()]
-    facts["crc32"] = checksum([json.dumps(header).encode(), *chunks])
+    facts["crc32"] = checksum([json.dumps(header).encode(), *chunks])  # of all but itself; facts is a part of header
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
     part = path.with_suffix(".part")
@@ -1435,12 +1444,12 @@ def assemble(config, tensors, path):
 
 
 class Undrawn(TorchFunctionMode):
-    """Within it no weight is drawn, since all will be read from a file: PyTorch passes every call through here, and
-    those of nn.init do nothing. On the meta device PyTorch would even import its compiler to draw, which takes a
-    second."""
+    """It saves a second: within it no weight is drawn, since all will be read from a file. (On the meta device PyTorch
+    would import its compiler to draw.) PyTorch passes every call through here, and those of nn.init do nothing."""
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (nn.init.normal_, nn.init.kaiming_uniform_, nn.init.uniform_):
-            return kwargs["tensor"]  # nn.init passes it on by its name
+            return kwargs["tensor"]  # the name by which nn.init passes the weight on
         return function(*args, **(kwargs or {}))
 
 
@@ -1486,10 +1495,11 @@ def config_of(sizes, path):
 
 
 def read_gpt2(folder, tok=None):
-    """A GPT-2 in Hugging Face's layout -> path of its weights, config, tensors, fingerprint of its tokenizer.
+    """A GPT-2 in Hugging Face's layout, such as a finished run of ours -> path of its weights, config, tensors,
+    fingerprint of its tokenizer.
 
-    GPT-2's own vocabulary ends in its end-of-text token, which is our end token. The other special tokens of ours are
-    new rows of the embedding, the mean of all others, to be learnt in fine-tuning.
+    A model of others gets rows of the embedding for our special tokens, the mean of all others, to be learnt in
+    fine-tuning. One it has: GPT-2's vocabulary ends in its end-of-text token, which is our end token.
     """
     config, fingerprint = read_config(folder / "config.json")
     path, tensors = read_weights(folder)

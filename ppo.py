@@ -41,8 +41,8 @@ class Config(TrainConfig):
     init: str = "out/sft"       # policy to start from; it is also the reference
     reward: Sum = "out/reward"  # weighted sum of reward models and verifiers, as 0.5*out/reward + exact
     minus_reference: bool = False  # reward minus that of the reference's own answer to the prompt (ChatGLM-RLHF)
-    cost: Sum = ""              # another such sum, whose expectation a multiplier λ holds down (Safe RLHF)
-    cost_limit: float = 0.0     # the most that it may be; any sign
+    cost: Sum = ""              # a sum like --reward, of what is to be avoided; λ holds its mean down (Safe RLHF)
+    cost_limit: float = 0.0     # the most that its mean may be; any sign
     cost_lambda: Positive = 1.0  # λ at first
     lambda_lr: NonNegative = 0.1  # α in ln λ += α λ (E[cost] - cost_limit), each step; 0 keeps λ fixed
     critic: str = ""            # value function to start from; none: the first reward model, else the policy's trunk
@@ -90,7 +90,7 @@ class Config(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.fused_bwd and self.ptx_coef:  # fused_bwd moves the weights in the backward pass, and ptx needs another
+        if self.fused_bwd and self.ptx_coef:  # with it a weight moves in its backward pass, and ptx needs a second one
             raise OptionError("--fused_bwd: an update is one backward pass; no --ptx_coef")
 
 
@@ -109,10 +109,13 @@ def kl_estimate(logp, ref_logp, kind):
     Their values all estimate KL(π || π_ref); only the gradients differ. As a reward, only k1 gives the gradient of the
     KL. As a loss, k1's gradient is 0 on average.
 
-    Where it leads when a response is one token: k1 and k2 to the optimum, π_ref exp(r / β) / Z; k3 to the maximum of
-    E_π[r] - β KL(π_ref || π), where π = β π_ref / (β + E_π[r] - r), with π on both sides. When it is more, only k1
-    leads to the optimum: it takes the KL of a token off the advantage of that token and of all before it. A KL in the
-    loss moves its own token only. Earlier tokens do not feel it.
+    Where training with each of them ends (for comparing kinds: skip it at first). When a response is one token:
+
+        k1, k2    the optimum of E_π[r] - β KL(π || π_ref), which is π_ref exp(r / β) / Z
+        k3        the optimum of E_π[r] - β KL(π_ref || π), the solution π of π = β π_ref / (β + E_π[r] - r)
+
+    When it is more tokens, only k1 leads to the first: it takes the KL of a token off the advantage of that token and
+    of all before it. A KL in the loss moves its own token only.
     """
     d = logp - ref_logp
     if kind == "k1":
@@ -124,8 +127,8 @@ def kl_estimate(logp, ref_logp, kind):
 
 def token_rewards(score, kl, mask, beta):
     """score (B,) on the last response token, -β · kl on every one -> (B, T-1)."""
-    inside, so_far = mask.bool(), mask.cumsum(1)
-    last = inside & (so_far == so_far[:, -1:])  # the token with which the count is full
+    inside, nth = mask.bool(), mask.cumsum(1)
+    last = inside & (nth == nth[:, -1:])  # its number is the count of them all; so is that of padding
     paid = torch.where(inside, -beta * kl, 0.0)
     return paid + torch.where(last, score[:, None], 0.0)
 
@@ -154,7 +157,7 @@ def lagrangian(adv, cost_adv, multiplier):
 
 def next_lambda(multiplier, excess, rate):
     """ln λ += α λ J with J = E[c] - limit (Safe RLHF 2310.12773, sec. 3.3): λ stays positive, and grows while the cost
-    is too high; ours by no more than a factor e a step."""
+    is too high. Here, unlike there, it changes by a factor e a step at most."""
     growth = rate * multiplier * excess
     return multiplier * math.exp(max(-1.0, min(1.0, growth)))
 
@@ -190,8 +193,8 @@ def policy_loss(logp, old_logp, adv, clip):
 
 
 def value_loss(values, old_values, returns, clip):
-    """½ max((V - R)², (clip(V, V_old ± ε) - R)²) per token: the larger, so a clip can take a gradient away, not add
-    one."""
+    """½ max((V - R)², (clip(V, V_old ± ε) - R)²) per token. Where the clipped one is larger, V has moved by more than
+    ε, towards R, and gets no gradient. Elsewhere the clip does nothing."""
     loss = (values - returns) ** 2
     if clip:
         near = old_values + (values - old_values).clamp(-clip, clip)
@@ -224,14 +227,23 @@ def normalize(score, state):
 
 
 # ---------------------------------------------------------------- the steps
-# Of model.py. load_model: with n_scores=0 a language model, with 1 a value function; prepare: switch on what training
-# needs. Reward(records, rollout): scores (B,), and each term of the sum by its name. respond: a policy's responses, a
-# Rollout. logps: log π of each of its tokens; per_token: any function of (tokens, mask) that gives a number or more for
-# each; both in micro-batches and without gradient. minibatches: the rows of every update, all epochs one after another.
-# parts(..., NAME=tensor): the rows of one update as micro-batches x, where x.NAME is the tensor's part. token_logprobs,
-# token_scores: with gradient, (b, t-1). Optimizer.step: clip, update, clear the gradients. steps: restore what an
-# interrupted run had, seed each step, and save. Models cast to bf16 by themselves; with `autocast` around several
-# passes the weights are cast only once.
+# records: B dicts, each with a "prompt". roll, a Rollout: tokens (B, T), mask (B, T-1), finished (B,), and logp (B,
+# T-1) as the sampler had it. x, a micro-batch of it: b rows, cut to t tokens, as long as the longest of them is.
+#
+# Of model.py:
+#   setup             tokenizer, device and precision, which models share
+#   load_model        a language model (n_scores=0) or a value function (1); maker: who makes one, for the error message
+#   prepare           switch on what training needs
+#   Reward            (records, roll) -> scores (B,), and each term of the sum by its name. check: can it judge these?
+#   respond           the responses of a policy, a Rollout
+#   logps             log π of its tokens (B, T-1), without gradient
+#   per_token         the same of any function of micro-batches (tokens, mask) -> (..., b, t-1)
+#   minibatches       the rows of every update, all epochs one after another
+#   parts             the rows of one update as micro-batches x; parts(..., NAME=tensor) with B rows gives x.NAME
+#   token_logprobs, token_scores    (b, t-1), with gradient
+#   Optimizer.step    clip, update, clear the gradients
+#   steps             restore what an interrupted run had, seed each step, and save
+# Models cast to bf16 by themselves; with `autocast` around several passes the weights are cast only once.
 
 def shape_score(raw, records, roll, ref, reward, state, cfg):
     """The score (B,) of each response, from what the reward says of it, raw (B,): less that of the reference's own
@@ -255,6 +267,11 @@ def logps_and_entropy(policy, roll, cfg):
         return torch.stack(token_logprobs(policy, tokens, mask, cfg.temperature, entropy=True))  # (2, b, t-1)
     with policy.autocast():
         return per_token(roll, cfg.micro_tokens, both)
+
+
+def critic_start(reward, cfg):
+    """The folder a value function starts from: that of the first reward model in a sum, else the policy's."""
+    return reward.models[0] if reward.models else cfg.init
 
 
 class Critic:
@@ -295,15 +312,15 @@ class Constraint:
 
     def __init__(self, policy, prompts, cfg):
         self.cfg = cfg
-        self.cost = Reward(cfg.cost, policy, cfg.micro_tokens, cost=True)  # of several models the greatest counts
+        self.cost = Reward(cfg.cost, policy, cfg.micro_tokens, cost=True)  # of models joined by | the greatest
         self.cost.check(prompts.some(), cfg.data)
-        self.critic = Critic(trunk(self.cost, cfg), policy, cfg)
+        self.critic = Critic(critic_start(self.cost, cfg), policy, cfg)
 
     def advantages(self, adv, kl, reward_beta, records, roll, state, step):
         """The advantages (B, T-1) of reward and cost together; the multiplier λ is in state, and is updated.
         reward_beta: the β that sits in the rewards, 0 where the KL sits in the loss."""
         cost, _ = self.cost(records, roll)                                               # (B,)
-        costs = token_rewards(cost, kl, roll.mask, -reward_beta)  # token_rewards takes β kl off, -β adds it: a cost
+        costs = token_rewards(cost, kl, roll.mask, -reward_beta)  # + β kl where a reward has - β kl: see lagrangian
         multiplier = state["multiplier"]
         adv = lagrangian(adv, self.critic.advantages(costs, roll), multiplier)           # (B, T-1)
         excess = float(cost.mean()) - self.cfg.cost_limit
@@ -324,11 +341,6 @@ def pretraining_loss(policy, rows):
     """Mean -log π per token of pretraining documents (PPO-ptx, InstructGPT eq. 2) -> scalar."""
     tokens, mask = collate(rows, policy.tok, policy.device)
     return -masked_mean(token_logprobs(policy, tokens, mask), mask)
-
-
-def trunk(reward, cfg):
-    """The folder a value function starts from: that of the first reward model in a sum, else the policy's."""
-    return reward.models[0] if reward.models else cfg.init
 
 
 def schedule(cfg):
@@ -372,11 +384,11 @@ def train(cfg):
         return run.rows
     policy = load_model(cfg.init, like=setup(cfg, run.tok), n_scores=0, maker="python sft.py").prepare(cfg)
     ref, reward = reference(policy), Reward(cfg.reward, policy, cfg.micro_tokens)
-    critic = Critic(cfg.critic or trunk(reward, cfg), policy, cfg)
+    critic = Critic(cfg.critic or critic_start(reward, cfg), policy, cfg)
     prompts, held, documents = open_data(policy, reward, cfg)
-    constraint = Constraint(policy, prompts, cfg) if cfg.cost else None
     optimizer = Optimizer(policy, cfg.lr, **schedule(cfg))
     modules, optimizers = dict(model=policy, critic=critic.model), dict(model=optimizer, critic=critic.optimizer)
+    constraint = Constraint(policy, prompts, cfg) if cfg.cost else None
     if constraint:
         modules["cost_critic"], optimizers["cost_critic"] = constraint.critic.model, constraint.critic.optimizer
     state = dict(beta=cfg.kl_coef, multiplier=cfg.cost_lambda, seen=0, sum=0.0, square=0.0)  # the last are of normalize
@@ -389,18 +401,17 @@ def train(cfg):
         score = shape_score(raw, records, roll, ref, reward, state, cfg)                 # (B,)
 
         # 2. Reward every token: each pays for its KL, the last one gets the score.
-        old_logp, old_entropy = logps_and_entropy(policy, roll, cfg)                     # (B, T-1)
-        ref_logp = logps(ref, roll, cfg)                                                 # (B, T-1)
-        kl = kl_estimate(old_logp, ref_logp, "k1") * roll.mask  # the one that is logged, whatever --kl is
-        reward_beta = state["beta"] if cfg.kl == "k1" else 0.0
+        (old_logp, old_entropy), ref_logp = logps_and_entropy(policy, roll, cfg), logps(ref, roll, cfg)  # (B, T-1)
+        kl = kl_estimate(old_logp, ref_logp, "k1") * roll.mask  # k1, whatever --kl is: it is logged in any case
+        reward_beta = state["beta"] if cfg.kl == "k1" else 0.0  # the others sit in the loss, below
         rewards = token_rewards(score, kl, roll.mask, reward_beta)                       # (B, T-1)
 
         # 3. Compare with what the critic expected.
         adv = critic.advantages(rewards, roll)                                           # (B, T-1)
         if constraint:
             adv = constraint.advantages(adv, kl, reward_beta, records, roll, state, step)
-        loss_beta = state["beta"]  # for k2 and k3
-        if cfg.whiten:  # that divides advantages by their spread; β too, so that their balance stays
+        loss_beta = state["beta"]  # of k2 and k3, in the loss
+        if cfg.whiten:  # advantages are divided by their spread, so β is, too: or the KL would weigh more against them
             loss_beta /= float(masked_var(adv, roll.mask)) ** 0.5 + 1e-8
             adv = whiten(adv, roll.mask)
 
@@ -409,22 +420,23 @@ def train(cfg):
         metrics = critic.fit(roll, batches, step) | dict(beta=state["beta"])
         if constraint:
             metrics |= constraint.fit(roll, batches, step)
-        for rows in batches if step >= cfg.critic_warmup else []:  # during the warm-up none
-            count, means_now = float(roll.mask[rows].sum()), Means()
+        policy_batches = batches if step >= cfg.critic_warmup else []
+        for rows in policy_batches:
+            count, of_update = float(roll.mask[rows].sum()), Means()
             for x in parts(roll, rows, cfg, old_logp=old_logp, ref_logp=ref_logp, adv=adv):
                 logp, entropy = token_logprobs(policy, x.tokens, x.mask, cfg.temperature, entropy=True)
                 p_loss, ratio, clipped = policy_loss(logp, x.old_logp, x.adv, cfg.clip)  # (b, t-1)
                 loss = p_loss - cfg.entropy_coef * entropy
-                if cfg.kl != "k1":  # without ρ, so unbiased at a step's first update only
+                if cfg.kl != "k1":  # not weighted by ρ, so unbiased only while π = π_old: at the first update
                     loss = loss + loss_beta * kl_estimate(logp, x.ref_logp, cfg.kl)
                 (masked_sum(loss, x.mask) / count).backward()
-                drift = kl_estimate(x.old_logp, logp, "k3")  # estimates KL(π_old || π)
-                means_now.add(x.mask, policy_loss=p_loss, ratio=ratio, clip_frac=clipped, approx_kl=drift)
+                drift = kl_estimate(x.old_logp, logp, "k3")  # KL(π_old || π): the samples are from π_old
+                of_update.add(x.mask, policy_loss=p_loss, ratio=ratio, clip_frac=clipped, approx_kl=drift)
             if documents:
                 (cfg.ptx_coef * pretraining_loss(policy, documents.batch(step, cfg.ptx_batch))).backward()
             metrics |= optimizer.step(step)
-            means.join(means_now)
-            if cfg.stop_kl and means_now.result()["approx_kl"] > cfg.stop_kl:
+            means.join(of_update)
+            if cfg.stop_kl and of_update.result()["approx_kl"] > cfg.stop_kl:
                 break
 
         # 5. Report.

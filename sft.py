@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from data import (THINK, Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share,
-                  TrainConfig, collate, encode, guard, micro_batches, open_stream, pack, parse)
+                  TrainConfig, collate, encode, guard, micro_batches, open_stream, pad, parse)
 from model import GPTConfig, Optimizer, load_model, new_model, setup, steps, token_logprobs
 
 
@@ -112,6 +112,39 @@ def one_epoch(stream, cfg):
     if not stream.items:
         raise OptionError("--steps 0: the toy world never ends, so it has no epochs")
     return math.ceil(len(stream.items) / cfg.batch)
+
+
+def pack(rows, tok, width, device="cpu"):
+    """Rows -> tokens (B, T), mask (B, T-1), pos (B, T), see (B, 1, T, T).
+
+    Several sequences share a line of `width` tokens (first fit, longest first). Each keeps its own positions from 0,
+    and `see` lets a token look only at earlier tokens of its own sequence, so the loss is exactly that of the
+    separate rows. The number of lines is rounded up to a multiple of 4, for few shapes.
+    """
+    lines = []
+    for row in sorted(rows, key=lambda row: -len(row[0])):
+        for line in lines:
+            if len(line["tokens"]) + len(row[0]) <= width:
+                break
+        else:
+            line = dict(tokens=[], target=[], pos=[], part=[], parts=0)
+            lines.append(line)
+        ids, target = row
+        line["tokens"] += ids
+        line["target"] += target                        # its first is 0: nothing is predicted across a boundary
+        line["pos"] += range(len(ids))
+        line["part"] += [line["parts"]] * len(ids)
+        line["parts"] += 1
+    empty = dict(tokens=[], target=[], pos=[], part=[])
+    lines += [empty] * (-len(lines) % 4)
+
+    def lay(key, value, dtype=torch.long):
+        return pad([line[key] for line in lines], value, device, dtype, width)
+    tokens, pos, part = lay("tokens", tok.pad), lay("pos", 0), lay("part", -1)           # (B, T)
+    mask = lay("target", 0, torch.float32)[:, 1:]                                        # (B, T-1)
+    earlier = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=device).tril()
+    own = part[:, :, None] == part[:, None, :]                                           # (B, T, T)
+    return tokens, mask, pos, (own & earlier)[:, None]
 
 
 def batches(rows, model, cfg):

@@ -3,7 +3,7 @@
 HelpSteer2's attributes are people's ratings of helpfulness, correctness, coherence, complexity and verbosity (Wang et
 al. 2406.08673); Nemotron-4's reward model predicts all five. Here verifiers and reward models rate, the first the truth.
 
-    python configs/nemotron4.py gold sentences words      out/pairs -> out/ratings/ratings.jsonl
+    python configs/nemotron4.py gold words "-1*no_filler"    out/pairs -> out/ratings/ratings.jsonl
     python reward.py train --loss ratings --heads 3 --data out/ratings/ratings.jsonl
 """
 import math

@@ -13,6 +13,7 @@ Its score of a whole answer is that of the last step, so it serves as any other:
 """
 import itertools
 import math
+import re
 import sys
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import (Count, Natural, NonNegative, Positive, Run, TrainConfig, UserError, checked_steps, collate, column,
+from data import (Count, Natural, NonNegative, Positive, Run, TrainConfig, UserError, collate, column,
                   encode, files, guard, item_batches, mean, open_stream, parse, read_rows)
 from model import Optimizer, full, load_model, setup, steps
 from reward import counts, tensor_like, write_records
@@ -52,6 +53,26 @@ class Config(TrainConfig):
 
 
 # ---------------------------------------------------------------- what is learned from
+
+def checked_steps(text, right):
+    """The steps of a response's thinking and its answer as [(step, 1 or 0)]: is each equation true (what claims nothing
+    is), is the answer (`right` says)? Joined, the steps are the text. Labels for a process reward model, by rule."""
+    parts = [text]
+    if "<think>" in text:
+        parts = re.findall(r"<think>[^,<]*,?|[^,<>]+,?|</think>.*", text, re.DOTALL)
+    if "".join(parts) != text:
+        return []
+    *steps, answer = parts
+    return [(step, int(is_true(step))) for step in steps] + [(answer, int(right))]
+
+
+def is_true(step):
+    """Whether a step is a true equation, or claims nothing."""
+    if "=" not in step:
+        return True
+    found = re.fullmatch(r"(?:<think>)? ?([0-9]{1,9}) ([+-]) ([0-9]{1,9}) = (-?[0-9]{1,9}),?", step)
+    return bool(found) and int(found[1]) + int(found[2] + found[3]) == int(found[4])
+
 
 def check_answers(cfg, path):
     """Write the answers of all files in steps, each with its label; without those that cannot be divided."""

@@ -20,8 +20,9 @@ import pytest
 import torch
 
 import data
+import sft
 from data import (SHAPES, SPECIALS, VERIFIERS, Natural, OptionError, Positive, Run, RunConfig, Share, Stream,
-                  Tokenizer, UserError, bpe_ranks, collate, encode, guard, micro_batches, open_stream, pack, pad,
+                  Tokenizer, UserError, bpe_ranks, collate, encode, guard, micro_batches, open_stream, pad,
                   pairs, parse, read_records, read_rows, round_up, split_of, write_text)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -822,7 +823,7 @@ def test_pad_and_collate():
 @pytest.mark.parametrize("width", [40, 41, 128])
 def test_52_packing_keeps_every_row_once_and_apart(width):
     rows = ragged(30, 40)
-    tokens, mask, pos, see = pack(rows, TOK, width)
+    tokens, mask, pos, see = sft.pack(rows, TOK, width)
     B, T = tokens.shape
     assert T == round_up(width) and mask.shape == (B, T - 1) and see.shape == (B, 1, T, T)
     total = sum(len(ids) for ids, _ in rows)
@@ -1034,7 +1035,7 @@ def script(monkeypatch, name, *argv):
 
 
 def test_flag_over_toml_over_default(tmp_path):
-    shared = "lr = 1\nsteps = 7\nthreads = 2\nmicro_tokens = 3\n"
+    shared = "lr = 1\nsteps = 7\nthreads = 2\nmicro_tokens = 3\nlora_r = 4\n"     # which other scripts have
     toml = write(tmp_path, f'{shared}[ours]\nsteps = 8\nkind = "two"\n[theirs]\nx = 1\n'.encode(), "a.toml")
     assert read() == Options()
     cfg = read("--config", str(toml), "--threads", "4")
@@ -1078,12 +1079,12 @@ def test_bad_flags_exit_2_with_one_line(capsys, argv, words):
     (b"stepz = 3", "stepz"), (b"[ours]\nstepz = 3", "stepz"), (b"steps = true", "--steps whole"),
     (b"lr = nan", "--lr finite"), (b"loud = 1", "--loud true"), (b"kind = 3", "--kind one"), (b"out = 3", "--out text"),
     (b"steps = [1]", "--steps"), (b"steps 3", "line 1"), (b"steps = 1\nsteps = 2", "overwrite"),
-    (b"lr = \xff", "utf-8"),
+    (b"lr = \xff", "utf-8"), (b"[ours]\nlora_r = 1", "lora_r"),
     (b"ours = 5", "ours table"), (b"[[ours]]\nlr = 1", "ours table"), (b"steps = " + b"[" * 9000, "a.toml"),
     (b"steps = " + b"9" * 6000, "a.toml"), (b"[ours.lr]\nx = 1", "--lr number")])
-def test_bad_toml_exits_2_with_one_line_naming_the_key(tmp_path, capsys, text, words):
+def test_bad_toml_exits_2_with_one_line_naming_file_and_key(tmp_path, capsys, text, words):
     path = write(tmp_path, text, "a.toml")
-    refused(capsys, ["--config", str(path)], words)
+    refused(capsys, ["--config", str(path)], f"{words} {path}")
 
 
 NOT = {"lr": [0., -1., "fast", None, True, 10 ** 400, float("nan")], "steps": [-1, 1.5, "2", True], "micro_tokens": [0],
@@ -1360,7 +1361,7 @@ def test_42_a_text_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch, mom
 
 def test_it_shows_the_families_that_are_asked_for_with_their_gold(monkeypatch, capsys):
     code, out, err = told(capsys, script(monkeypatch, "data.py", "--n", "2"))
-    assert code == 0 and not err and len(re.findall(r"gold -?\d+\.\d\d, \d+ tokens", out)) == 2 * 4
+    assert code == 0 and not err and len(re.findall(r"gold -?\d+\.\d\d\n", out)) == 2 * 4
     code, out, _ = told(capsys, script(monkeypatch, "data.py", "--families", "safe,arith2"))
     assert code == 0 and re.findall("── (.*) ──", out)[:2] == ["safe", "arith2"]
 

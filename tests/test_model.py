@@ -31,7 +31,7 @@ import torch.nn.functional as F
 import data
 import model as M
 import sft
-from data import OptionError, Tokenizer, UserError, collate, pack
+from data import OptionError, Tokenizer, UserError, collate
 from model import (GPT, Cache, GPTConfig, Optimizer, Reward, Rollout, Setup, attend, generate, load_model, load_tensors,
                    per_token, reference, response_scores, sample, save_checkpoint, save_tensors, setup, slices, steps,
                    token_logprobs, token_scores, write_model)
@@ -256,7 +256,7 @@ def test_p03_kv_cache_equals_the_full_forward_at_every_step_for_any_prefill_chun
 def test_gradient_checkpointing_changes_no_gradient(dropout, packed):
     # recomputing with other dropout masks, or without the mask of packed rows, would give the gradient of nothing
     model, grads = gpt(block_size=32, dropout=dropout).train(), []
-    tokens, mask, pos, see = pack(ROWS, TOK, 32) if packed else (*BATCH, None, None)
+    tokens, mask, pos, see = sft.pack(ROWS, TOK, 32) if packed else (*BATCH, None, None)
     for model.grad_checkpoint in (False, True):
         torch.manual_seed(0)
         grads.append(gradients(model, token_logprobs(model, tokens, mask, pos=pos, see=see).sum()))
@@ -378,7 +378,7 @@ def test_p52_packed_rows_are_the_sum_of_separate_rows_values_and_gradients():
     # a sequence that sees its neighbour, or the neighbour's positions, learns from it
     model, rows = gpt(block_size=32), random_rows([(1, 3), (4, 9), (9, 1), (2, 14), (6, 4), (0, 5)])
     rows[-1][1][0] = 0                      # the first token of a row is no target
-    tokens, mask, pos, see = pack(rows, TOK, 32)
+    tokens, mask, pos, see = sft.pack(rows, TOK, 32)
     logp = token_logprobs(model, tokens, mask, pos=pos, see=see)
     assert (tokens != PAD).sum(1).max() > 20                    # something was packed
     want = sorted(x for ids, target in rows for x, m in zip(oracle_logps(model, ids)[0], target[1:]) if m)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import data
+import process_rewards
 from data import (COUNTS, FAMILIES, MODIFIERS, OBJECTS, THINGS, THINK, TOOLS, VERIFIERS, WORLD,
                   Arith, OptionError, UserError, after_thinking, draw_family, family_list, final_answer, gold,
                   hash_answer, open_stream, parse_rewards, safe_metrics, split_of, toy_demo, toy_document, toy_record,
@@ -359,7 +360,7 @@ def test_hostile_text_neither_raises_nor_stalls_nor_pays(name):
             score = float(VERIFIERS[name](record, text, True))
             assert score <= 0 or name not in ("gold", "exact", "gsm8k", "help"), text[:100]
             assert len(after_thinking(text)) <= len(text)
-            steps = data.checked_steps(text, 0)
+            steps = process_rewards.checked_steps(text, 0)
             assert not steps or "".join(step for step, _ in steps) == text
 
 
@@ -501,7 +502,7 @@ def test_what_is_no_sum_of_rewards_is_one_line(spec):
 def test_steps_of_a_thought_by_hand(text, steps):
     for right in (0, 1):
         want = [(step, right if label is None else label) for step, label in steps]
-        assert data.checked_steps(text, right) == want
+        assert process_rewards.checked_steps(text, right) == want
 
 
 # ---- questions for a judge
