@@ -247,6 +247,12 @@ def test_keys_that_are_not_read_are_named_once_with_their_counts(tmp_path, capsy
     assert named.strip() == unread and told.count("\n") == 1
 
 
+def test_hundreds_of_keys_are_not_all_named(tmp_path, capsys):
+    row = {f"key{i}": 1 for i in range(500)}
+    read_records(write(tmp_path, [row | {"text": "a"}]))
+    assert len(capsys.readouterr().err) < 1000
+
+
 # ---- rows that are refused
 
 @pytest.mark.parametrize("row, key, word", [
