@@ -535,7 +535,7 @@ def gpt2_files(folder, merges, **more):
 
 
 def test_gpt2s_two_files_are_read_anew(tmp_path):
-    """An end of text or an added token in vocab.json is none of the ranks; what tiktoken keeps of a path isn't asked."""
+    """An end of text or an added token in vocab.json is none of the ranks; what tiktoken keeps is not asked."""
     first = Tokenizer.load(gpt2_files(tmp_path, ["a b", "ab c"], extra=300))
     assert first.base == first.end == 258 and first.encode("abcab") == [257, 256]
     Tokenizer.load.cache_clear()
@@ -770,7 +770,8 @@ def test_17_all_items_of_a_ranking_have_one_prompt():
         assert len(prompts) == 1
 
 
-@pytest.mark.parametrize("record, p", [({"prob": 0, "margin": 1}, 0), ({"margin": -10 ** 6}, 0), ({"margin": 10 ** 6}, 1)])
+@pytest.mark.parametrize("record, p", [
+    ({"prob": 0, "margin": 1}, 0), ({"margin": -10 ** 6}, 0), ({"margin": 10 ** 6}, 1)])
 def test_items_say_how_good_they_are_at_the_extremes(record, p):
     item = data.make_item(record, [1, 2], [True, False])
     assert item["p"] == pytest.approx(p) and item["p_l"] == pytest.approx(1 - p)
@@ -983,7 +984,7 @@ def test_of_several_files_the_missing_or_broken_one_is_named(tmp_path, monkeypat
 
 @pytest.mark.parametrize("answer, kind", [({"response": "7"}, "messages"), ({"responses": ["7", "8"]}, "preference")])
 def test_26_records_that_are_cut_to_the_context_are_counted_aloud(tmp_path, capsys, answer, kind):
-    """A question of up to 24 tokens, who asks, who answers, one token and the end: 8 of 25 records have more than 20."""
+    """A question of up to 24 tokens, who asks and who answers, a token, the end: 8 of 25 records have more than 20."""
     path = write(tmp_path, [{"prompt": digits(i)} | answer for i in range(25)])
     opened(path, kind, context=(TOK, 20))
     assert "8 of 25 records are longer than the context of 20" in capsys.readouterr().err
