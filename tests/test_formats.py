@@ -441,7 +441,8 @@ def test_the_file_to_be_read_is_never_overwritten_and_an_older_one_only_by_a_who
 
 @pytest.mark.parametrize("name, n", {
     "csv.csv": 1, "history.jsonl": 1, "leading_space.jsonl": 1, "question_options.jsonl": 1,
-    "reasoning_content.jsonl": 1, "message_tree.jsonl": 1, "lfs_pointer.jsonl": "git lfs pull", "tool_calls_empty_turn.jsonl": "tool_calls"}.items())
+    "reasoning_content.jsonl": 1, "message_tree.jsonl": 1, "lfs_pointer.jsonl": "git lfs pull",
+    "tool_calls_empty_turn.jsonl": "tool_calls"}.items())
 def test_known_faults(tmp_path, convert, name, n):
     """Files that other people's programs stumbled over: refused with the command, and then converted or explained."""
     if not (FAULTS / name).exists():
