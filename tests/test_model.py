@@ -60,7 +60,8 @@ TOK = Eleven()
 
 def gpt(seed=0, dtype=torch.float64, std=.3, tok=TOK, **size):
     """A tiny GPT in eval mode whose every parameter is N(0, std), biases and norms included."""
-    config = GPTConfig(**dict(vocab_size=V, block_size=16, n_layer=2, n_head=2, n_embd=16) | size)
+    usual = dict(vocab_size=V, block_size=16, n_layer=2, n_head=2, n_embd=16)
+    config = GPTConfig(**usual | size)
     model = GPT(config, tok).to(dtype).eval()
     rng = torch.Generator().manual_seed(seed)
     for p in model.parameters():
@@ -91,22 +92,22 @@ def gpt2(model, ids):
     def head(q, k, v):
         out = np.zeros_like(v)
         for i in range(len(q)):                             # a query looks at itself and at what came before
-            score = k[:i + 1] @ q[i] / math.sqrt(C / n_head)
+            seen = slice(i + 1)
+            score = k[seen] @ q[i] / math.sqrt(C / n_head)
             p = np.exp(score - score.max())
-            out[i] = p / p.sum() @ v[:i + 1]
+            out[i] = p / p.sum() @ v[seen]
         return out
 
     x = w["transformer.wte.weight"][ids] + w["transformer.wpe.weight"][:len(ids)]
     for layer in range(model.config.n_layer):
         at = f"transformer.h.{layer}."
         qkv = linear(norm(x, at + "ln_1"), at + "attn.c_attn")
-        q, k, v = np.split(qkv, 3, axis=1)
-        heads = []
-        for own in np.split(np.arange(C), n_head):          # a head's columns
-            heads.append(head(q[:, own], k[:, own], v[:, own]))
+        q, k, v = qkv.reshape(len(ids), 3, n_head, -1).transpose(1, 2, 0, 3)
+        heads = list(map(head, q, k, v))
         x = x + linear(np.concatenate(heads, axis=1), at + "attn.c_proj")
         u = linear(norm(x, at + "ln_2"), at + "mlp.c_fc")
-        gelu = .5 * u * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + .044715 * u ** 3)))
+        bend = math.sqrt(2 / math.pi) * (u + .044715 * u ** 3)
+        gelu = .5 * u * (1 + np.tanh(bend))
         x = x + linear(gelu, at + "mlp.c_proj")
     x = norm(x, "transformer.ln_f")
     return x, x @ w["transformer.wte.weight"][:model.config.vocab_size].T
@@ -138,16 +139,24 @@ def slow_logps(model, ids, temperature=1.0):
     return runs.spoken(alone(model), ids, 1, temperature)
 
 
+def row(prompt, response):
+    """(ids, target), with the target on the response."""
+    target = [0] * len(prompt) + [1] * len(response)
+    return prompt + response, target
+
+
+def random_ids(n, rng):
+    return [rng.randrange(1, V) for _ in range(n)]
+
+
 def random_rows(lengths, seed=0):
-    """[(ids, target)]: random ids of these (prompt, response) lengths, with the target on the response."""
-    rng, rows = random.Random(seed), []
-    for prompt, response in lengths:
-        ids = [rng.randrange(1, V) for _ in range(prompt + response)]
-        rows.append((ids, [0] * prompt + [1] * response))
-    return rows
+    """Rows of these (prompt, response) lengths."""
+    rng = random.Random(seed)
+    return [row(random_ids(prompt, rng), random_ids(response, rng)) for prompt, response in lengths]
 
 
-ROWS = random_rows([(1, 3), (4, 9), (9, 1), (2, 14), (6, 4)])
+LENGTHS = (1, 3), (4, 9), (9, 1), (2, 14), (6, 4)
+ROWS = random_rows(LENGTHS)
 BATCH = collate(ROWS, TOK)  # tokens (5, 16), mask (5, 15)
 
 
@@ -201,7 +210,8 @@ def test_attend_equals_torchs_kernel(T, masked, dtype, tol):
     # the plain operators of the CPU branch must be the same function, forward and backward
     torch.manual_seed(0)
     S = 9 if masked else T
-    ours = [torch.randn(2, 2, n, 8, dtype=dtype, requires_grad=True) for n in (T, S, S)]
+    shapes = (2, 2, T, 8), (2, 2, S, 8), (2, 2, S, 8)           # of q, k, v
+    ours = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
     theirs = [x.detach().double().requires_grad_() for x in ours]
     see, visible = None, torch.ones(T, S, dtype=torch.bool).tril()
     if masked:
@@ -228,14 +238,16 @@ def test_p02_padding_changes_no_logit_of_a_real_token():
             close(padded[0, :len(ids)], slow_logits(model, ids))
 
 
-@pytest.mark.parametrize("chunks", [[9], [1] * 9, [4, 5], [1, 7, 1], [8, 1]], ids=str)
+@pytest.mark.parametrize("chunks", [[9], [1] * 9, [4, 5], [1, 7, 1]], ids=str)
 def test_p03_kv_cache_equals_the_full_forward_at_every_step_for_any_prefill_chunking(chunks):
     # an uncausal prefill, or a query that sees only key 0, leaves the training loss untouched and ruins sampling
     model, lengths = gpt(), [2, 9, 5]
-    rows = [ids for ids, _ in random_rows([(14, 0)] * 3)]
+    rng = random.Random(0)
+    rows = [random_ids(14, rng) for _ in lengths]
     cache = Cache(model, 3, 9)
     cache.k, cache.v = cache.k + 1e9, cache.v + 1e9         # a slot not yet written must stay hidden
-    prompt = torch.tensor([ids[:n] + [PAD] * (9 - n) for ids, n in zip(rows, lengths)])
+    prompts = [ids[:n] for ids, n in zip(rows, lengths)]
+    prompt = data.pad(prompts, PAD, width=9)[:, :9]
     hidden, at = [], 0
     for size in chunks:
         part = prompt[:, at:at + size]
@@ -249,7 +261,8 @@ def test_p03_kv_cache_equals_the_full_forward_at_every_step_for_any_prefill_chun
         tokens = torch.tensor(rows).gather(1, pos)
         hidden = model(tokens, pos, cache=cache)
         for ids, n, state in zip(rows, lengths, hidden):
-            close(state[0], slow_states(model, ids[:n + i + 1])[-1])
+            want = slow_states(model, ids[:n + i + 1])
+            close(state[0], want[-1])
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -266,6 +279,20 @@ def test_gradient_checkpointing_changes_no_gradient():
 # ------------------------------------------------------------------------------------------------ log-probabilities
 
 
+def padded(values, target):
+    """A row of BATCH as it should be: these numbers (n-1,) where the target is 1, and 0 elsewhere."""
+    inside = torch.tensor(target[1:])
+    return F.pad(values * inside, (0, 15 - len(inside)))
+
+
+def by_formula(logits, tokens, mask):
+    """The same by the plain formula, of all logits (B, T-1, V)."""
+    every = logits.log_softmax(-1)
+    logp = every.gather(-1, tokens[:, 1:, None])[..., 0]
+    entropy = -(every.exp() * every).sum(-1)
+    return logp * mask, entropy * mask
+
+
 @pytest.mark.parametrize("temperature", [1.0, .6, 2.0])
 def test_p10_token_logprobs_and_entropy_equal_a_slow_loop_at_any_temperature(temperature):
     # a log-prob at another temperature than the sampler's makes every importance ratio wrong
@@ -273,9 +300,7 @@ def test_p10_token_logprobs_and_entropy_equal_a_slow_loop_at_any_temperature(tem
     both = token_logprobs(model, tokens, mask, temperature, entropy=True)
     for b, (ids, target) in enumerate(ROWS):
         for got, values in zip(both, slow_logps(model, ids, temperature)):
-            want = torch.zeros(15, dtype=torch.float64)
-            want[:len(ids) - 1] = values * torch.tensor(target[1:])
-            close(got[b], want)
+            close(got[b], padded(values, target))
 
 
 @pytest.mark.parametrize("chunk", [1, 3, None])
@@ -285,9 +310,8 @@ def test_gradients_of_logp_and_entropy_equal_autograd_of_the_plain_formula_chunk
     rng = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 5, 15, dtype=torch.float64, generator=rng)
     logp, entropy = token_logprobs(model, tokens, mask, .6, entropy=True, chunk=chunk)
-    every = (model.logits(model(tokens[:, :-1])) / .6).log_softmax(-1)
-    slow_logp = every.gather(-1, tokens[:, 1:, None])[..., 0] * mask
-    slow_entropy = -(every.exp() * every).sum(-1) * mask
+    logits = model.logits(model(tokens[:, :-1]))
+    slow_logp, slow_entropy = by_formula(logits / .6, tokens, mask)
     want = gradients(model, (a * slow_logp + b * slow_entropy).sum())
     close(gradients(model, (a * logp + b * entropy).sum()), want)
 
@@ -316,11 +340,10 @@ def test_p40_log_softmax_is_fp32_under_bf16_autocast():
     logits = model.logits(model(tokens[:, :-1]))
     assert logits.dtype == torch.bfloat16
     assert token_scores(model, tokens, mask).dtype == torch.float32
-    every = (logits.double() / .7).log_softmax(-1)
-    logp, entropy = token_logprobs(model, tokens, mask, .7, entropy=True)
-    assert logp.dtype == entropy.dtype == torch.float32
-    close(logp, every.gather(-1, tokens[:, 1:, None])[..., 0] * mask, 2e-6)
-    close(entropy, -(every.exp() * every).sum(-1) * mask, 5e-6)
+    both = token_logprobs(model, tokens, mask, .7, entropy=True)
+    for got, want in zip(both, by_formula(logits.double() / .7, tokens, mask)):
+        assert got.dtype == torch.float32
+        close(got, want, 5e-6)
 
 
 @pytest.mark.parametrize("chunk, grad, times", [(7, True, 2), (7, False, 1), (100, True, 1)])
@@ -349,11 +372,12 @@ def test_the_head_runs_on_response_positions_only_in_chunks_and_again_in_the_bac
 def test_p27_response_score_reads_the_last_response_token_whatever_the_padding_and_batch(extra):
     # scoring the first end token, or a pad, trains a reward model on nothing
     model = gpt(n_scores=3, block_size=32)
-    rows = [([3, END, 4, 5, 6, END], [0, 0, 0, 1, 1, 1]),       # end token inside the prompt
-            ([END, END, 7, 8, 9], [0, 0, 0, 1, 1]),             # and no end token in the response
-            ([1, END], [0, 1]), *ROWS]
+    rows = [*ROWS, row([1], [END])]
+    rows.append(row([3, END, 4], [5, 6, END]))                  # end token inside the prompt
+    rows.append(row([END, END, 7], [8, 9]))                     # and no end token in the response
     tokens, mask = collate(rows, TOK)
-    got = response_scores(model, F.pad(tokens, (0, extra), value=7), F.pad(mask, (0, extra)))
+    tokens, mask = F.pad(tokens, (0, extra), value=7), F.pad(mask, (0, extra))
+    got = response_scores(model, tokens, mask)
     for (ids, _), scores in zip(rows, got, strict=True):
         close(scores, slow_scores(model, ids)[-1])
 
@@ -364,9 +388,8 @@ def test_p33_token_scores_are_v_of_the_state_before_each_token_and_of_shape_b_t(
     values = token_scores(model, tokens, mask)
     assert values.shape == mask.shape
     for b, (ids, target) in enumerate(ROWS):
-        want = torch.zeros(15, dtype=torch.float64)
-        want[:len(ids) - 1] = slow_scores(model, ids)[:-1, 0] * torch.tensor(target[1:])
-        close(values[b], want)
+        want = slow_scores(model, ids)[:-1, 0]
+        close(values[b], padded(want, target))
 
 
 # ------------------------------------------------------------------------------------------------ one draw
@@ -391,15 +414,21 @@ def kept(logits, temperature=1.0, top_k=0, top_p=1.0):
     return p
 
 
-@pytest.mark.parametrize("cut", [
-    dict(), dict(temperature=0), dict(temperature=.5), dict(temperature=1.7), dict(top_k=4), dict(top_k=1),
-    dict(top_k=50), dict(top_p=.7), dict(top_p=1e-6), dict(top_p=0.0), dict(temperature=.6, top_k=6, top_p=.8)], ids=str)
+CUTS = [    # temperature, top_k, top_p
+    (1, 0, 1), (0, 0, 1), (.5, 0, 1),
+    (1.7, 0, 1), (1, 4, 1), (1, 1, 1),
+    (1, 50, 1), (1, 0, .7), (1, 0, 1e-6),
+    (1, 0, 0), (.6, 6, .8)]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_p11_the_measure_of_u_that_maps_to_a_token_is_its_probability_and_the_kept_set_sums_to_1(cut):
     # exact, by a grid over u: truncation whose log-probs are not renormalised is off-policy by log S
-    logits, n = torch.tensor([.3, -1, 2, 1.9, -4, 0, .7, 1, -.2, -2, -9], dtype=torch.float64), 20_000
+    rng, n = torch.Generator().manual_seed(0), 20_000
+    logits = 3 * torch.randn(V, dtype=torch.float64, generator=rng)
     u = (torch.arange(n, dtype=torch.float64) + .5) / n
-    token, logp = sample(logits.expand(n, V), u, **cut)
-    p = kept(logits, **cut)
+    token, logp = sample(logits.expand(n, V), u, *cut)
+    p = kept(logits, *cut)
     close(torch.bincount(token, minlength=V) / n, p, 1.01 / n)
     close(logp.exp(), p[token])
     assert p[token].min() > 0
@@ -425,25 +454,27 @@ def test_p53_a_token_of_probability_0_is_never_drawn_at_the_extremes_of_u(dtype)
     logits[0, 3] = 0                                        # only one is left
     for extreme in (0.0, info.tiny, 1 - info.eps / 2, 1.0):
         u = torch.full((64,), extreme, dtype=dtype)
-        for cut in (dict(), dict(top_k=5), dict(top_p=.9), dict(temperature=.1)):
-            token, logp = sample(logits, u, **cut)
+        for temperature, top_k, top_p in (1, 0, 1), (1, 5, 1), (1, 0, .9), (.1, 0, 1):
+            token, logp = sample(logits, u, temperature, top_k, top_p)
             assert token[0] == 3 and logp.isfinite().all()
-            p = (logits / cut.get("temperature", 1)).softmax(-1)
+            p = (logits / temperature).softmax(-1)
             assert (p[range(64), token] > 0).all(), f"u = {extreme}: a token of probability 0"
 
 
-@pytest.mark.parametrize("kind", [dict(), dict(temperature=0), dict(top_k=2, top_p=.9)], ids=str)
-def test_a_draw_from_no_distribution_is_a_token_of_log_probability_nan(kind):
+@pytest.mark.parametrize("cut", [(1, 0, 1), (0, 0, 1), (1, 2, .9)], ids=str)
+def test_a_draw_from_no_distribution_is_a_token_of_log_probability_nan(cut):
     logits = torch.randn(5, V)
-    logits[1, 4], logits[3, 0], logits[4] = torch.nan, torch.inf, -torch.inf
-    token, logp = sample(logits, torch.rand(5), **kind)
+    logits[1, 4] = torch.nan
+    logits[3, 0] = torch.inf
+    logits[4] = -torch.inf
+    token, logp = sample(logits, torch.rand(5), *cut)
     assert ((token >= 0) & (token < V)).all()
     assert logp.isnan().tolist() == [False, True, False, True, True]
 
 
 # ------------------------------------------------------------------------------------------------ rollouts
 
-RAGGED = [ids for ids, _ in random_rows([(n, 0) for n in range(1, 16)], seed=3)]
+RAGGED = [random_ids(n, random.Random(n)) for n in range(1, 16)]
 ENDLESS = SimpleNamespace(pad=PAD, end=-1)  # no token ends a response
 
 
@@ -466,13 +497,14 @@ def check_same(a, b):
         assert torch.equal(getattr(a, name), getattr(b, name)), f"another {name}"
 
 
-def check_logps(model, roll, tol=1e-10, given=0, **cut):
+def check_logps(model, roll, tol=1e-10, given=0, cut=()):
     """What the sampler stored is what an independent forward of each row alone gives, and 0 elsewhere; given: tokens
     that each response was made to begin with."""
-    for ids, logp, start, n in zip(roll.tokens.tolist(), roll.logp, roll.prompt_len, roll.lengths):
-        want, logits = torch.zeros(len(logp), dtype=torch.float64), slow_logits(model, ids[:n])
-        for t in range(start + given, n):
-            p = kept(logits[t - 1], **cut)
+    for (ids, _), logp, start in zip(roll.rows(), roll.logp, roll.prompt_len):
+        logits = slow_logits(model, ids)
+        want = torch.zeros(len(logp), dtype=torch.float64)
+        for t in range(start + given, len(ids)):
+            p = kept(logits[t - 1], *cut)
             want[t - 1] = p[ids[t]].log()
         close(logp, want, tol)
 
@@ -487,10 +519,8 @@ def layout(prompt, response, width=16):
 
 def scripted(prompts, answers, **size):
     """A model that is certain to go on from each of these prompts as told."""
-    model, rows = gpt(**size), []
-    for prompt, said in zip(prompts, answers):
-        rows.append((prompt + said, [0] * len(prompt) + [1] * len(said)))
-    tokens, mask = collate(rows, TOK)
+    model = gpt(**size)
+    tokens, mask = collate(list(map(row, prompts, answers)), TOK)
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=300, line_search_fn="strong_wolfe")
 
     def closure():
@@ -504,18 +534,17 @@ def scripted(prompts, answers, **size):
     return model
 
 
-@pytest.mark.parametrize("cut", [
-    dict(), dict(temperature=.5), dict(temperature=1.5), dict(temperature=0), dict(temperature=.9, top_k=5, top_p=.8)],
-    ids=str)
+@pytest.mark.parametrize("cut", [(1, 0, 1), (.5, 0, 1), (0, 0, 1), (.9, 5, .8)], ids=str)
 def test_p03_p09_stored_log_probs_equal_an_independent_forward_for_ragged_prompts(cut, drop):
     # the tensor handed to the trainer is the one that was sampled; a cache bug or re-encoding breaks the equality
     model = gpt(std=.2)
-    roll = rollout(model, RAGGED, n=2, **cut)
-    check_logps(model, roll, **cut)
-    prompts = [prompt for prompt in RAGGED for _ in range(2)]           # prompt by prompt
-    for tokens, start, prompt in zip(roll.tokens.tolist(), roll.prompt_len, prompts, strict=True):
-        assert start == len(prompt) and tokens[:start] == prompt
-    if not cut:
+    temperature, top_k, top_p = cut
+    roll = rollout(model, RAGGED, n=2, temperature=temperature, top_k=top_k, top_p=top_p)
+    check_logps(model, roll, cut=cut)
+    for i, (ids, _) in enumerate(roll.rows()):
+        start = roll.prompt_len[i]
+        assert ids[:start] == RAGGED[i // 2], "not prompt by prompt"
+    if cut == CUTS[0]:
         assert roll.finished.any() and not roll.finished.all()
         close(token_logprobs(model, roll.tokens, roll.mask), roll.logp)     # as the trainer computes them
 
@@ -547,10 +576,16 @@ def test_dropping_finished_rows_and_sharing_the_prefill_change_no_token(monkeypa
         assert torch.equal(roll.finished, other.finished)
 
 
-PLAN = [1, 2, 3, 4, 5, 6, 7, 8, END, 1, 2, 3, 4, 5, 6, 7]       # what the token at each place is to be
+PLAN = [*range(1, 9), END, *range(1, 8)]    # what the token at each place is to be
 CASES = [   # a prompt, how many tokens follow with max_new 5 in a context of 16, and whether the last is the end
-    ([1, 9, 9], 5, False), ([2, 9, 9, 9], 5, True), ([3, 9, 9, 9, 9], 4, True), ([4] + [9] * 7, 1, True),
-    ([5] + [9] * 8, 5, False), ([END, END], 5, False), ([END, 9, 9, END], 5, True), ([6] + [9] * 12, 3, False),
+    ([1, 9, 9], 5, False),
+    ([2, 9, 9, 9], 5, True),
+    ([3, 9, 9, 9, 9], 4, True),
+    ([4] + [9] * 7, 1, True),
+    ([5] + [9] * 8, 5, False),
+    ([END, END], 5, False),
+    ([END, 9, 9, END], 5, True),
+    ([6] + [9] * 12, 3, False),
     ([7] + [9] * 14, 1, False)]
 
 
@@ -562,8 +597,9 @@ def test_p18_p34_finished_and_truncated_rows_and_nothing_after_the_end(drop):
     for i, (prompt, n, ends) in enumerate(CASES):
         response = PLAN[len(prompt):len(prompt) + n]
         tokens, mask = layout(prompt, response)
-        assert roll.tokens[i].tolist() == tokens and roll.mask[i].tolist() == mask
-        assert roll.finished[i] == ends and roll.lengths[i] == len(prompt) + n
+        assert roll.tokens[i].tolist() == tokens
+        assert roll.mask[i].tolist() == mask
+        assert roll.finished[i] == ends
         assert list(roll.responses()[i]) == response[:n - ends], "a text is without the end token"
 
 
@@ -586,13 +622,14 @@ def test_p40_a_bf16_rollout_stores_fp32_log_probs():
     assert gap.max() < .1 and gap.mean() < .01
 
 
-@pytest.mark.parametrize("cut", [dict(), dict(top_k=60), dict(top_p=.999), dict(temperature=0)], ids=str)
-def test_p47_padded_vocabulary_rows_have_no_mass_and_are_never_sampled(cut):
+@pytest.mark.parametrize("temperature, top_k", [(1, 0), (0, 0), (1, 60)])
+def test_p47_padded_vocabulary_rows_have_no_mass_and_are_never_sampled(temperature, top_k):
     # the table has 64 rows for 11 ids; an id beyond them is a KeyError in the tokenizer
     model = gpt()
     hidden = model(torch.tensor([[3, 1, 4]]))
-    model.transformer.wte.weight.data[V:] = 100 * hidden[0, -1].sign().detach()     # as likely as can be
-    roll = rollout(model, RAGGED, **cut)
+    likely = 100 * hidden[0, -1].sign().detach()            # as likely as can be
+    model.transformer.wte.weight.data[V:] = likely
+    roll = rollout(model, RAGGED, temperature=temperature, top_k=top_k)
     assert roll.tokens.max() < V
     assert model.logits(hidden).shape[-1] == V
 
@@ -603,12 +640,16 @@ def test_p49_a_prompt_may_leave_room_for_one_token():
     roll = rollout(model, [[3] * 15, [1, 2]], 50)
     assert roll.lengths[0] == 16 and roll.tokens.shape == (2, 16)
     check_logps(model, roll)
-    assert rollout(model, [[3] * 12], begin=[1, 2, 3]).mask.sum() == 4      # 3 given, and room for one
+    roll = rollout(model, [[3] * 12], begin=[1, 2, 3])
+    assert roll.mask.sum() == 4                             # 3 given, and room for one
 
 
 @pytest.mark.parametrize("match, prompts, options", [
-    ("16.* of 16", [[3] * 16, [1]], {}), ("empty", [[1], []], {}), ("less than one", [[1]], dict(max_new=0)),
-    ("16.* of 16", [[1], [1] * 12], dict(begin=[1, 2, 3, 4])), ("--temperature", [[1]], dict(temperature=1e-9))])
+    ("16.* of 16", [[3] * 16, [1]], {}),
+    ("16.* of 16", [[1], [1] * 12], dict(begin=[1, 2, 3, 4])),
+    ("empty", [[1], []], {}),
+    ("less than one", [[1]], dict(max_new=0)),
+    ("--temperature", [[1]], dict(temperature=1e-9))])
 def test_what_cannot_be_sampled_is_refused(match, prompts, options):
     refused(match, rollout, gpt(), prompts, **options)
 
@@ -631,14 +672,15 @@ def test_p09_responses_made_to_begin_alike_store_log_probs_of_the_drawn_part_onl
     longer = rollout(model, [prompt + begin for prompt in prompts], 8, n=n)     # as if asked that much more,
     assert torch.equal(roll.tokens, longer.tokens) and torch.equal(roll.logp, longer.logp)
     assert roll.lengths == longer.lengths and torch.equal(roll.finished, longer.finished)
-    for prompt, start, mask in zip([p for p in prompts for _ in range(n)], roll.prompt_len, roll.mask):
-        assert start == len(prompt) and mask[start - 1:].sum() == mask.sum()    # but it is part of the response
-        assert mask[start - 1:start - 1 + len(begin)].all()
+    for i, (ids, target) in enumerate(roll.rows()):                         # but it is a part of the response
+        prompt = prompts[i // n]
+        assert target == row(prompt, ids[len(prompt):])[1]
+        assert roll.mask[i, :len(ids) - 1].tolist() == target[1:]
 
 
 def test_the_stream_gets_each_id_up_to_the_end_token_however_seldom_the_sampler_looks(drop):
     # a GPU is asked every eighth step only: up to seven ids drawn after the end were shown
-    model, got = scripted([[1, 2]], [[4, 5, END, 6, 7, 6, 7, 6, 7, 6, 7, 6, 7, 6]]), []
+    model, got = scripted([[1, 2]], [[4, 5, END] + [6, 7] * 5]), []
     roll = rollout(model, [[1, 2]], max_new=13, temperature=0, stream=got.append)
     assert got == [4, 5, END] and roll.lengths == [5]
 
@@ -646,27 +688,29 @@ def test_the_stream_gets_each_id_up_to_the_end_token_however_seldom_the_sampler_
 def contents(roll):
     """All that is to be known of each row of a rollout."""
     out = []
-    facts = zip(roll.rows(), roll.responses(), roll.finished.tolist(), roll.prompt_len, roll.logp.tolist())
-    for (ids, target), text, finished, start, logp in facts:
-        out.append((ids, target, text, finished, start, logp[:len(ids) - 1]))
-        assert not any(logp[len(ids) - 1:])
+    for i, (ids, target) in enumerate(roll.rows()):
+        width = len(ids) - 1
+        assert not roll.logp[i, width:].any() and not roll.mask[i, width:].any()
+        assert set(roll.tokens[i, width + 1:].tolist()) <= {PAD}
+        logp = roll.logp[i, :width].tolist()
+        out.append((ids, target, logp, roll.responses()[i], bool(roll.finished[i])))
     return out
 
 
 def test_rollouts_taken_joined_and_made_of_rows_keep_every_row_as_it_was():
     narrow = rollout(gpt(std=.2), RAGGED[:3], 5, n=2)
-    wide = rollout(gpt(std=.2, block_size=48), [[1] * 30, [2] * 3], 9)
+    roomy = gpt(std=.2, block_size=48)
+    wide = rollout(roomy, [[1] * 30, [2] * 3], 9)
     some = narrow.take([4, 0, 4])
     six = contents(narrow)
     assert contents(some) == [six[4], six[0], six[4]]
     joined = Rollout.join([some, wide, narrow.take([]), narrow])
     assert contents(joined) == contents(some) + contents(wide) + six
-    for tokens, (ids, target, *_, start, _) in zip(joined.tokens.tolist(), contents(joined)):
-        want, _ = layout(ids[:start], ids[start:], len(tokens))
-        assert tokens == want and target == [0] * start + [1] * (len(ids) - start)
+    for (ids, target), start in zip(joined.rows(), joined.prompt_len):
+        assert target == row(ids[:start], ids[start:])[1]
     again = Rollout.of(joined.rows(), TOK)
-    assert again.rows() == joined.rows() and again.prompt_len == joined.prompt_len
-    assert again.finished.all() and not again.logp.any() and again.mask.dtype == joined.mask.dtype
+    assert again.rows() == joined.rows() and again.mask.dtype == joined.mask.dtype
+    assert again.finished.all() and not again.logp.any()
 
 
 # ------------------------------------------------------------------------------------------------ rewards
