@@ -690,10 +690,12 @@ def contents(roll):
     out = []
     for i, (ids, target) in enumerate(roll.rows()):
         width = len(ids) - 1
-        assert not roll.logp[i, width:].any() and not roll.mask[i, width:].any()
-        assert set(roll.tokens[i, width + 1:].tolist()) <= {PAD}
+        assert not roll.logp[i, width:].any()
+        assert not roll.mask[i, width:].any()
+        assert not (roll.tokens[i, width + 1:] - PAD).any()
         logp = roll.logp[i, :width].tolist()
-        out.append((ids, target, logp, roll.responses()[i], bool(roll.finished[i])))
+        text, finished = roll.responses()[i], roll.finished[i].item()
+        out.append((ids, target, logp, text, finished))
     return out
 
 
@@ -718,12 +720,13 @@ def test_rollouts_taken_joined_and_made_of_rows_keep_every_row_as_it_was():
 WORDS = Tokenizer.load("toy")
 BRIEF = [WORDS.role["system"], *WORDS.encode("Be brief.")]
 RUBRIC = "A: It says no to harm.\nB: It says no without need.\nC: It helps with harm.\nD: It helps.\n"
-BEFORE = [dict(role="system", content="S"), dict(role="user", content="Hi"), dict(role="assistant", content="Ho")]
+EARLIER = dict(role="system", content="S"), dict(role="user", content="Hi"), dict(role="assistant", content="Ho")
 
 
-def asked(text, **more):
+def asked(text, before=(), **more):
     """The record of a prompt."""
-    return dict(prompt=[dict(role="user", content=text)]) | more
+    question = dict(role="user", content=text)
+    return dict(prompt=[*before, question]) | more
 
 
 def turn(text):
@@ -731,8 +734,9 @@ def turn(text):
     return [WORDS.role["user"], *WORDS.encode(text), WORDS.role["assistant"]]
 
 
-RECORDS = [asked("What is 2 + 3?", family="arith"), asked("Why?", family="write"), asked("Tell me.", family="safe"),
-           asked("Name two pots.", family="write"), asked("Who?", family="safe"), dict(prompt=BEFORE + asked("Why?")["prompt"])]
+RECORDS = [
+    asked("What is 2 + 3?", family="arith"), asked("Why?", family="write"), asked("Tell me.", family="safe"),
+    asked("Name two pots.", family="write"), asked("Who?", family="safe"), asked("Why?", before=EARLIER)]
 SAID = ["<think>2 + 3 = 5</think>The answer is 5.", "It is fun.", "<think>a</think>x<think>b</think>\n It is fine. ",
         "<think>so</think>", "<think>on and on", b"\x80\xffe"]
 SHOWN = ["The answer is 5.", "It is fun.", "It is fine.", "", "", "\ufffd\ufffde"]     # what follows the thinking
@@ -745,7 +749,7 @@ def answered(records, answers, finished=True):
         prompt = WORDS.prompt(record["prompt"])
         response = list(said) if isinstance(said, bytes) else WORDS.encode(said)    # an id below 256 is a byte
         response += [WORDS.end] * finished
-        rows.append((prompt + response, [0] * len(prompt) + [1] * len(response)))
+        rows.append(row(prompt, response))
     roll = Rollout.of(rows, WORDS)
     roll.finished[:] = finished
     return roll
@@ -761,26 +765,28 @@ def total_of(spec, **options):
 
 def tell(record, text, finished):
     """A verifier whose number depends on all that it is given."""
-    return len(text) / 100 + len(record["prompt"][-1]["content"]) + 100 * finished
+    question = record["prompt"][-1]["content"]
+    return len(text) / 100 + len(question) + 100 * finished
 
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """{word: folder}: two reward models, two language models, and what holds no model."""
-    places = {word: str(tmp_path / word) for word in ("RM", "RM2", "LM", "LM2", "NONE", "EMPTY", "SUM", "LOOP")}
+    places = {word: tmp_path / word for word in ("RM", "RM2", "LM", "LM2", "NONE", "EMPTY", "SUM", "LOOP")}
     for seed, word in enumerate(("RM", "RM2", "LM", "LM2")):
-        model = gpt(seed, torch.float32, .5, WORDS, vocab_size=WORDS.n_vocab, block_size=128, n_scores=int("R" in word))
+        size = dict(vocab_size=WORDS.n_vocab, block_size=128, n_scores=int("R" in word))
+        model = gpt(seed, torch.float32, .5, WORDS, **size)
         save_checkpoint(places[word], dict(model=model), {}, dict(tokenizer=WORDS.fingerprint))
     for word in ("EMPTY", "SUM", "LOOP"):
-        Path(places[word]).mkdir()
+        places[word].mkdir()
     monkeypatch.setitem(M.VERIFIERS, "tell", tell)
-    return places
+    return {word: str(place) for word, place in places.items()}
 
 
 def slow_choice(model, text, choices):
     """P of each of a few one-token texts as the answer to a question, among them alone."""
     logits = slow_logits(model, turn(text))[-1]
-    return logits[[WORDS.encode(choice)[0] for choice in choices]].softmax(-1).tolist()
+    return logits[WORDS.encode(choices)].softmax(-1).tolist()
 
 
 def slow_terms(rm, lm, finished):
@@ -816,15 +822,16 @@ def test_every_term_of_a_reward_against_a_loop(budget, finished, folders, monkey
             term = term.replace(word, folders[word])
         want[term] = values
         families = ("write",) if len(want) % 4 == 1 else ("arith", "safe")     # of judges' classes both
-        some = [value * (record.get("family") in families) for value, record in zip(values, RECORDS)]
-        want[f"{term}[{','.join(families)}]"] = some
+        concerned = [record.get("family") in families for record in RECORDS]
+        want[f"{term}[{','.join(families)}]"] = np.multiply(values, concerned).tolist()
     spec, total = [], torch.zeros(6)
     for place, (term, values) in enumerate(want.items()):
         weight = place / 8 - .75
         spec.append(f"{weight}*{term}")
         total += weight * torch.tensor(values)
     loads = runs.watch(monkeypatch, M, "load_model")["load_model"]
-    got, parts = reward_of(" + ".join(spec), budget)(RECORDS, answered(RECORDS, SAID, finished))
+    reward = reward_of(" + ".join(spec), budget)
+    got, parts = reward(RECORDS, answered(RECORDS, SAID, finished))
     assert list(parts) == list(want)
     for term, values in want.items():
         close(parts[term], values, 1e-4)
@@ -844,14 +851,15 @@ def test_no_term_is_asked_of_prompts_of_other_families(folders, monkeypatch):
 @pytest.mark.parametrize("names, tail", [
     ("a|b|c", ""), ("{RM}|a", ""), ("{LM}|{LM2}", "@rate"), ("{RM}|{RM2}", "@answer{{Be brief.}}[write,safe]")])
 def test_of_several_the_worst_counts_and_their_spread_is_a_part(names, tail, folders, monkeypatch):
-    for place, name in enumerate("abc"):
-        numbers = {"What is 2 + 3?": place, "Why?": -place, "Tell me.": (place - 1) ** 2}
-        monkeypatch.setitem(M.VERIFIERS, name, lambda record, *_, of=numbers: of.get(record["prompt"][-1]["content"], 0))
+    monkeypatch.setitem(M.VERIFIERS, "a", lambda record, text, finished: len(text))
+    monkeypatch.setitem(M.VERIFIERS, "b", lambda record, text, finished: 30 - len(text))
+    monkeypatch.setitem(M.VERIFIERS, "c", lambda record, text, finished: 12)
     joined, tail = names.format(**folders), tail.format()
     apart = torch.stack([total_of(name + tail) for name in joined.split("|")])
-    for weight, cost, worst in ((2, False, torch.amin), (-2, False, torch.amax), (2, True, torch.amax),
-                                (-2, True, torch.amin)):
-        total, parts = reward_of(f"{weight}*{joined}{tail}", 64, cost)(RECORDS, answered(RECORDS, SAID))
+    least, greatest = torch.amin, torch.amax
+    for weight, cost, worst in ((2, False, least), (-2, False, greatest), (2, True, greatest), (-2, True, least)):
+        reward = reward_of(f"{weight}*{joined}{tail}", 64, cost)
+        total, parts = reward(RECORDS, answered(RECORDS, SAID))
         assert list(parts) == [joined + tail, f"{joined}{tail} spread"]
         close(parts[joined + tail], worst(apart, 0), 1e-5)
         close(parts[f"{joined}{tail} spread"], apart.std(0), 1e-5)
@@ -864,11 +872,10 @@ def test_a_folder_with_a_reward_txt_stands_for_the_sum_in_it(folders):
     inner.write_text("0.5*words + {RM}{{S + x}}\n".format(**folders))
     outer.write_text("2*{SUM} + -1*{LM}@A[write] + {SUM}".format(**folders))
     terms = Reward.expand("-3*{EMPTY} + words".format(**folders))
-    flat = [(-3, "words"), (-6, "{RM}{{S + x}}"), (3, "{LM}@A[write]"), (-1.5, "words"), (-3, "{RM}{{S + x}}"),
-            (1, "words")]
-    flat = [(weight, label.format(**folders)) for weight, label in flat]
-    assert [(term.weight, term.label) for term in terms] == flat
-    close(total_of("-3*{EMPTY} + words".format(**folders)), total_of(" + ".join(f"{w}*{label}" for w, label in flat)))
+    flat = "-3.0*words + -6.0*{RM}{{S + x}} + 3.0*{LM}@A[write] + -1.5*words + -3.0*{RM}{{S + x}} + 1.0*words"
+    flat = flat.format(**folders)
+    assert " + ".join(f"{float(term.weight)}*{term.label}" for term in terms) == flat
+    close(total_of("-3*{EMPTY} + words".format(**folders)), total_of(flat))
 
 
 @pytest.mark.parametrize("text", [b"{LOOP}", b"words + 2*{SUM}", b"{LOOP}/../LOOP", b"\xff\xfe", b"exact +"])
@@ -894,19 +901,22 @@ def test_impossible_terms_are_one_line(spec, match, folders):
 def test_17_beyond_the_context_a_reward_model_keeps_its_system_message_and_the_role(tail, folders):
     """Cut is the beginning of the question, as in training; the answer is whole."""
     record = asked("a " * 128)
-    prompt, answer = WORDS.prompt(record["prompt"]), WORDS.encode("It is fun.") + [WORDS.end]
+    prompt = WORDS.prompt(record["prompt"])
+    answer = WORDS.encode("It is fun.") + [WORDS.end]
     before = BRIEF if "Be brief." in tail else []
     left = 128 - len(before) - 1 - len(answer)
     ids = before + prompt[:1] + prompt[-left:] + answer
     want = slow_scores(load_model(folders["RM"], Setup(WORDS)), ids)[-1]
-    got, _ = reward_of(folders["RM"] + tail)([record], answered([record], ["It is fun."]))
+    roll = answered([record], ["It is fun."])
+    got, _ = reward_of(folders["RM"] + tail)([record], roll)
     close(got, want, 1e-4)
 
 
 def test_p49_an_answer_that_fills_the_context_still_has_a_reward(folders):
     # cut off, it is followed by an end token nobody drew; and bytes that are no text come back as three each
     record = asked("Hi")
-    roll = answered([record], [b"\x80" * (128 - len(turn("Hi")))], finished=False)
+    filling = b"\x80" * (128 - len(turn("Hi")))
+    roll = answered([record], [filling], finished=False)
     for tail in ("", "@answer", "{Be brief.}"):
         total, _ = reward_of(folders["RM"] + tail)([record], roll)
         assert total.isfinite().all()
@@ -934,7 +944,7 @@ def test_choice_logprobs_equal_a_loop_over_single_prompts_whatever_the_batch(bud
     got = M.choice_logprobs(model, prompts, ["A", "B", "7"], budget)
     for row, ids in zip(got, prompts, strict=True):
         ids = ids[:1] + ids[1:][-127:]              # beyond the context, the end of a question is kept, and whose it is
-        logits = slow_logits(model, ids)[-1, [WORDS.encode(choice)[0] for choice in "AB7"]]
+        logits = slow_logits(model, ids)[-1, WORDS.encode("AB7")]
         close(row, logits.log_softmax(-1), 1e-4)
     refused("one token", M.choice_logprobs, model, prompts, ["10", "1"], budget)
     refused("one token", M.choice_logprobs, model, prompts, ["1", ""], budget)
@@ -968,13 +978,15 @@ def test_p44_the_schedule_is_linear_warm_up_then_cosine_to_the_floor(warmup, flo
         if step >= warmup:
             turned = math.pi * min(1, (step - warmup) / (50 - warmup))
             share = floor + (1 - floor) * (1 + math.cos(turned)) / 2
-        assert [group["lr"] for group in opt.groups()] == pytest.approx([share * peak for peak in peaks])
+        for group, peak in zip(opt.groups(), peaks):
+            assert group["lr"] == pytest.approx(share * peak)
 
 
 @pytest.mark.parametrize("clip", [0, .5, 1e9])
 def test_adamw_with_clipping_to_a_global_norm_and_decay_of_matrices_equals_a_slow_loop(clip):
     # decayed norms and biases shrink towards 0
-    model, slow, rng = gpt(n_scores=1), gpt(n_scores=1), torch.Generator().manual_seed(0)
+    model, slow = gpt(n_scores=1), gpt(n_scores=1)
+    rng = torch.Generator().manual_seed(0)
     opt = Optimizer(model, .01, 100, weight_decay=.5, clip=clip)
     other = runs.SlowOptimizer(slow, .01, 100, SimpleNamespace(warmup=0, clip_grad=clip, weight_decay=.5))
     for step in range(4):
@@ -992,10 +1004,11 @@ def test_muon_orthogonalises_the_step_of_hidden_matrices_and_adamw_takes_the_res
     model, lr, muon_lr, decay = gpt(n_scores=1, n_embd=32), .01, .02, 2.0
     opt = Optimizer(model, lr, 100, "muon", muon_lr, decay, clip=0)
     random_gradients(model, torch.Generator().manual_seed(0))
-    before = {name: (p.detach().clone(), p.grad.clone()) for name, p in model.named_parameters()}
+    before = copy.deepcopy(model)
+    gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
     opt.step(0)
     for name, p in model.named_parameters():
-        old, grad = before[name]
+        old, grad = before.get_parameter(name).detach(), gradient[name]
         shrunk = old * (1 - lr * decay) if p.ndim == 2 else old      # decay is the same for both
         step = shrunk - p.detach()
         if ".h." not in name or p.ndim < 2:
@@ -1003,10 +1016,11 @@ def test_muon_orthogonalises_the_step_of_hidden_matrices_and_adamw_takes_the_res
             continue
         u, s, vt = torch.linalg.svd(grad, full_matrices=False)
         n_in, n_out = p.shape
-        turned = u.T @ step @ vt.T / (muon_lr * max(1, n_out / n_in) ** .5)          # diagonal, about 1
-        on_it = turned.diag()
-        assert (turned - on_it.diag()).abs().max() < .05, f"{name}: the step is not along the gradient's directions"
-        assert (on_it[s > .1 * s[0]] > .4).all() and (on_it < 1.4).all(), f"{name}: the step has another length"
+        rate = muon_lr * max(1, n_out / n_in) ** .5
+        turned = u.T @ step @ vt.T / rate                       # diagonal, about 1
+        along = turned.diag()
+        assert (turned - along.diag()).abs().max() < .05, f"{name}: the step is not along the gradient's directions"
+        assert along.max() < 1.4 and along[s > .1 * s[0]].min() > .4, f"{name}: the step has another length"
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -1040,8 +1054,9 @@ def test_p19_a_reference_shares_no_memory_and_training_does_not_move_it():
     # an aliased reference makes the KL 0 for ever
     model = gpt(dropout=.5).train()
     ref = reference(model)
-    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in ref.parameters()}
-    assert not ref.training and not any(p.requires_grad for p in ref.parameters())
+    for p, q in zip(model.parameters(), ref.parameters()):
+        assert p.data_ptr() != q.data_ptr() and not q.requires_grad
+    assert not ref.training
     before = bits(ref)
     assert before == bits(model)                            # p21: of the same precision, or its KL is 1e-7 at step 0
     train_a_little(model, Optimizer(model, 1e-2, 10), 10)
@@ -1099,8 +1114,8 @@ def test_p19_lora_reference_is_the_base_to_the_bit_and_shares_all_that_is_frozen
     ref = reference(model)
     frozen = {p.data_ptr() for p in model.parameters() if not p.requires_grad}
     for name, p in ref.named_parameters():
-        copied = p.data_ptr() not in frozen
-        assert copied == (is_vector(name) and vector_lr > 0), f"{name} is {'copied' if copied else 'shared'}"
+        trained = is_vector(name) and vector_lr > 0
+        assert (p.data_ptr() in frozen) != trained, name
     assert not ref.loras() and not any(p.requires_grad for p in ref.parameters())
     train_a_little(model, Optimizer(model, .05, 10), 3)
     assert torch.equal(logps(ref), logps(plain))
@@ -1181,40 +1196,33 @@ def change_file(path, change):
     save_tensors(path, tensors, meta)
 
 
-def drop_tensor(tensors, key):
-    del tensors[key]
+def tamper(tensors, key, change):
+    tensor = tensors.pop(key)
+    if change == "rename":
+        tensors[key + "x"] = tensor
+    if change == "reshape":
+        tensors[key] = tensor.new_zeros(*tensor.shape, 2)
+    if change == "add":
+        tensors |= {key: tensor, key + "x": tensor}
 
 
-def rename_tensor(tensors, key):
-    tensors[key + "x"] = tensors.pop(key)
-
-
-def add_tensor(tensors, key):
-    tensors[key + "x"] = tensors[key]
-
-
-def reshape_tensor(tensors, key):
-    tensors[key] = tensors[key].new_zeros(*tensors[key].shape, 2)
-
-
-@pytest.mark.parametrize("change", [drop_tensor, rename_tensor, reshape_tensor, add_tensor])
+@pytest.mark.parametrize("change", ["drop", "rename", "reshape", "add"])
 @pytest.mark.parametrize("key", [
     "optimizer of model/0.0.exp_avg", "optimizer of model/0.3.step", "optimizer of model/1.2.momentum_buffer",
     "model/transformer.wte.weight", "model/transformer.h.0.attn.c_attn.bias", "model/score.weight"])
 def test_p46_a_dropped_renamed_reshaped_or_surplus_tensor_is_named(key, change, saved):
     # lenient loading keeps a random head; silently fresh moments are an incomplete resume (p41)
-    change_file(saved / "checkpoint.safetensors", lambda tensors, meta: change(tensors, key))
+    change_file(saved / "checkpoint.safetensors", lambda tensors, meta: tamper(tensors, key, change))
     part, name = key.split("/")
     refused(re.escape(name), resume, saved)
     if part == "model":
         refused(re.escape(name), load, saved)
 
 
-@pytest.mark.parametrize("facts", [dict(step=None), dict(step=-1), dict(step="2"), dict(step=2.0), dict(state=None),
-                                   dict(state=[])], ids=str)
-def test_p46_a_resumed_run_is_told_its_step_and_its_state(facts, saved):
+@pytest.mark.parametrize("key, value", [("step", None), ("step", -1), ("step", "2"), ("step", 2.0), ("state", [])])
+def test_p46_a_resumed_run_is_told_its_step_and_its_state(key, value, saved):
     assert resume(saved)[:2] == (1, dict(kl=.5))
-    change_file(saved / "checkpoint.safetensors", lambda tensors, meta: meta.update(facts))
+    change_file(saved / "checkpoint.safetensors", lambda tensors, meta: meta.update({key: value}))
     refused("at which step", resume, saved)
 
 
@@ -1226,11 +1234,13 @@ def test_a_run_says_where_it_goes_on_on_another_machine(saved, capsys):
 
 
 def test_every_seed_and_every_step_draws_its_own_numbers():
-    draws = []
-    for seed, step in ((7, 0), (7, 0), (7, 1), (8, 0), (2 ** 63 - 1, 0), (2 ** 63 - 1, 10 ** 6), (2 ** 62, 0)):
-        M.seed_step(seed, step)
-        draws.append(torch.rand(1).item())
-    assert draws[0] == draws[1] and len(set(draws)) == 6
+    draws = {}
+    for seed in (7, 8, 2 ** 62, 2 ** 63 - 1, 7):
+        for step in (0, 1, 10 ** 6):
+            M.seed_step(seed, step)
+            drawn = torch.rand(1).item()
+            assert draws.setdefault((seed, step), drawn) == drawn
+    assert len(set(draws.values())) == 12
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -1297,23 +1307,21 @@ def test_p42_a_write_that_fails_half_way_leaves_the_old_checkpoint(saved):
     assert not list(saved.glob("*.part"))
 
 
-def test_p42_the_new_file_is_complete_and_on_the_disk_before_it_takes_the_name(saved, monkeypatch):
+def test_p42_the_new_file_is_whole_and_on_the_disk_before_it_takes_the_name(saved, monkeypatch):
     # a rename that overtakes the data leaves an empty file after a power cut
-    calls, sync, replace = [], os.fsync, os.replace
+    path, sizes = saved / "checkpoint.safetensors", []
+    old = path.read_bytes()
 
-    def fsync_seen(fd):
-        calls.append(("fsync", os.fstat(fd).st_size))
-        sync(fd)
+    def full(fd):
+        sizes.append(os.fstat(fd).st_size)
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    def replace_seen(old, new):
-        calls.append(("replace", os.stat(old).st_size))
-        replace(old, new)
-
-    monkeypatch.setattr(os, "fsync", fsync_seen)
-    monkeypatch.setattr(os, "replace", replace_seen)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        refused("disk is full", save_checkpoint, saved, dict(model=gpt()), {}, {})
+    assert path.read_bytes() == old
     save_checkpoint(saved, dict(model=gpt()), {}, {})
-    size = (saved / "checkpoint.safetensors").stat().st_size
-    assert calls == [("fsync", size), ("replace", size)]
+    assert sizes == [path.stat().st_size], "synced before it was whole"
 
 
 # ------------------------------------------------------------------------------------------------ safetensors files
@@ -1341,13 +1349,15 @@ def signed(header, data):
 
 
 def test_tensors_of_every_type_and_shape_come_back_bit_for_bit(tmp_path):
-    tensors = {str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in M.DTYPES.values()}
-    tensors |= {"empty": torch.zeros(0, 4), "scalar": torch.tensor(3.5), "turned": torch.randn(4, 3).T, "é/✓": torch.ones(1)}
-    save_tensors(tmp_path / "x.safetensors", tensors, {"a": [1, {"b": None}], "ü": "✓"})
+    tensors = {"empty": torch.zeros(0, 4), "scalar": torch.tensor(3.5), "é/✓": torch.randn(4, 3).T}
+    for dtype in M.DTYPES.values():
+        tensors[str(dtype)] = torch.arange(6).reshape(2, 3).to(dtype)
+    facts = {"a": [1, {"b": None}], "ü": "✓"}
+    save_tensors(tmp_path / "x.safetensors", tensors, facts)
     got, meta = load_tensors(tmp_path / "x.safetensors")
-    assert meta == {"a": [1, {"b": None}], "ü": "✓"}
-    assert runs.same(got, tensors)
-    assert all(got[name].dtype == tensor.dtype for name, tensor in tensors.items())
+    assert meta == facts and runs.same(got, tensors)
+    for name, tensor in tensors.items():
+        assert got[name].dtype == tensor.dtype
 
 
 def test_the_file_is_safetensors_by_its_specification(saved):
@@ -1358,8 +1368,8 @@ def test_the_file_is_safetensors_by_its_specification(saved):
     for name, info in header.items():
         start, stop = info["data_offsets"]
         assert (start, stop) == (at, at + 4 * math.prod(info["shape"]))     # without a gap
-        values = np.frombuffer(content[start:stop], "<f4").reshape(info["shape"])
-        assert np.array_equal(values, tensors[name])
+        values = np.frombuffer(content[start:stop], "<f4")
+        assert values.tolist() == tensors[name].flatten().tolist()
         at = stop
     assert at == len(content) and (len(raw) - at) % 8 == 0
 
@@ -1412,12 +1422,13 @@ def test_p46_a_damaged_checkpoint_is_refused_or_as_it_was(where, saved):
     path, rng, harmless = saved / "checkpoint.safetensors", random.Random(3), 0
     raw, (whole, facts) = path.read_bytes(), load_tensors(path)
     begin = 8 + struct.unpack("<Q", raw[:8])[0]     # of the data
-    first, last = dict(length=(0, 8), header=(8, begin), data=(begin, len(raw)))[where]
+    spans = dict(length=(0, 8), header=(8, begin), data=(begin, len(raw)))
+    first, last = spans[where]
     for trial in range(120):
         at = rng.randrange(first, last)
         flipped = bytes([raw[at] ^ 1 << rng.randrange(8)])
         other = bytes([rng.choice(b'0123456789-[]{},:"\\ ')])
-        repeated = raw[at:at + rng.randrange(2, 40)] + raw[at:at + 1]
+        repeated = raw[at:at + 1] * rng.randrange(2, 40)
         damage = (flipped, other, b"", repeated)[trial % 4]
         path.write_bytes(raw[:at] + damage + raw[at + 1:])
         with contextlib.suppress(UserError):
@@ -1529,10 +1540,9 @@ def safetensors(tensors):
     """The bytes of a safetensors file of others: no checksum."""
     header, body = {"__metadata__": {"format": "pt"}}, b""
     for name, tensor in tensors.items():
-        content, at = tensor.contiguous().numpy().tobytes(), len(body)
-        kind = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16"}[tensor.dtype]
-        header[name] = dict(dtype=kind, shape=list(tensor.shape), data_offsets=[at, at + len(content)])
-        body += content
+        begin, kind = len(body), {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16"}[tensor.dtype]
+        body += tensor.contiguous().numpy().tobytes()
+        header[name] = dict(dtype=kind, shape=list(tensor.shape), data_offsets=[begin, len(body)])
     return with_header(header, body)
 
 
@@ -1580,8 +1590,8 @@ def test_gpt2_of_hugging_face_gives_the_logits_of_transformers(kind, tmp_path):
         assert logits[t, v].item() == pytest.approx(want, abs=2e-6)         # loaded as float32
 
 
-@pytest.mark.parametrize("more", [{}, M.GPT2 | dict(n_inner=32, n_ctx=16), dict(plainalign=dict()),
-                                  dict(plainalign="someone else's")], ids=str)
+@pytest.mark.parametrize("more", [
+    {}, M.GPT2 | dict(n_inner=32, n_ctx=16), dict(plainalign={}), dict(plainalign="someone else's")], ids=str)
 def test_gpt2_in_half_precision_grows_by_our_special_tokens_and_keeps_its_ids(more, tmp_path):
     """Id 256, its end of text, is our end token; the others are the mean row; rows that only pad the matrix are 0."""
     tensors = {name: tensor.half() for name, tensor in golden_weights().items()}
@@ -1589,9 +1599,11 @@ def test_gpt2_in_half_precision_grows_by_our_special_tokens_and_keeps_its_ids(mo
     hf(tmp_path, tensors={"x": torch.ones(1)}, kind="bin")                  # of both kinds safetensors counts
     model = load_model(hf(tmp_path, tensors=tensors, **more), Setup(BYTES))
     wte = model.transformer.wte.weight.detach()
-    assert BYTES.end == 256 and model.config.vocab_size == BYTES.n_vocab == 261 and wte.shape == (320, 8)
-    assert torch.equal(wte[:257], there.float()) and not wte[261:].any()
-    close(wte[257:261], there.float().mean(0).expand(4, 8), 1e-7)
+    there = there.float()
+    assert BYTES.end == 256 and model.config.vocab_size == 261 and wte.shape == (320, 8)
+    assert torch.equal(wte[:257], there)
+    close(wte[257:261], there.mean(0).expand(4, 8), 1e-7)
+    assert not wte[261:].any()
     fc = "transformer.h.1.mlp.c_fc.weight"
     assert torch.equal(model.get_parameter(fc), tensors[fc].float())
     assert model.config.dropout == 0 or "plainalign" in more, "dropout is an option of training"
@@ -1619,22 +1631,18 @@ def test_gpt2_what_we_write_has_hugging_faces_names_and_shapes_and_loads_as_the_
     tensors, _ = load_tensors(tmp_path / "model.safetensors")
     assert {name: tensor.shape for name, tensor in tensors.items()} == want
     header, _ = header_of((tmp_path / "model.safetensors").read_bytes())
-    assert header["__metadata__"]["format"] == "pt"
+    assert header["__metadata__"]["format"] == "pt"         # transformers asks for it
+    facts = json.loads((tmp_path / "config.json").read_text())
+    assert len(facts.pop("id2label", {})) == n_scores
+    architecture = "GPT2ForSequenceClassification" if n_scores else "GPT2LMHeadModel"
+    assert facts == M.GPT2 | SIZE | dict(
+        architectures=[architecture], vocab_size=261, resid_pdrop=.25, embd_pdrop=.25, attn_pdrop=0.0, dtype="float32",
+        bos_token_id=256, eos_token_id=256, pad_token_id=257, plainalign=dict(tokenizer=BYTES.fingerprint))
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    assert tokenizer == BYTES.huggingface()["tokenizer.json"]
     back = load_model(tmp_path, Setup(BYTES))
     assert back.config == model.config and not back.training
     assert bits(back) == bits(model.merge_lora())
-
-
-@pytest.mark.parametrize("n_scores, architecture", [(0, "GPT2LMHeadModel"), (3, "GPT2ForSequenceClassification")])
-def test_gpt2_what_we_write_tells_transformers_what_it_is(n_scores, architecture, tmp_path):
-    write_model(tmp_path, ours(n_scores=n_scores, dropout=.1))
-    facts = json.loads((tmp_path / "config.json").read_text())
-    assert len(facts.pop("id2label", {})) == n_scores
-    assert facts == M.GPT2 | SIZE | dict(
-        architectures=[architecture], vocab_size=261, resid_pdrop=.1, embd_pdrop=.1, attn_pdrop=0.0, dtype="float32",
-        bos_token_id=256, eos_token_id=256, pad_token_id=257, plainalign=dict(tokenizer=BYTES.fingerprint))
-    text = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
-    assert json.loads(text) == BYTES.huggingface()["tokenizer.json"]
 
 
 @pytest.mark.parametrize("n_scores", [0, 2])
@@ -1646,7 +1654,8 @@ def test_gpt2_what_we_write_is_what_transformers_loads(n_scores, tmp_path):
     theirs, info = auto.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     hidden = model(ids)
-    close(theirs(ids).logits, model.scores(hidden)[:, -1] if n_scores else model.logits(hidden), 1e-5)
+    want = model.scores(hidden)[:, -1] if n_scores else model.logits(hidden)
+    close(theirs(ids).logits, want, 1e-5)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path).eos_token_id == BYTES.end
 
 
@@ -1743,7 +1752,7 @@ def test_setup_chooses_the_precision_of_the_matmuls(dtype, want, saved, capsys):
 @pytest.mark.parametrize("gpus, name, want", [
     (0, "auto", "cpu"), (0, "cpu", "cpu"), (2, "auto", "cuda"), (2, "cuda:1", "cuda:1"),
     (0, "cuda", UserError), (2, "cuda:2", UserError), (2, "foo", OptionError), (2, "", OptionError),
-    (2, "cuda:x", OptionError), (2, "cuda:-1", OptionError), (2, "cuda:" + "9" * 20, OptionError), (2, "cpu:7", OptionError)])
+    (2, "cuda:x", OptionError), (2, "cuda:-1", OptionError), (2, "cuda:99999999", OptionError), (2, "cpu:7", OptionError)])
 def test_a_device_is_found_or_one_clear_line(gpus, name, want, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     if isinstance(want, str):
@@ -1780,9 +1789,8 @@ def test_auto_is_fp32_on_a_gpu_that_only_emulates_bf16(emulated, monkeypatch):
 def test_chat_answers_every_piped_line_with_whole_characters(tmp_path, monkeypatch, capsys):
     # printed byte by byte, é is two question marks
     said, prompt = "é€😀 ok", turn("hi")
-    model = scripted([prompt], [WORDS.encode(said) + [WORDS.end]], vocab_size=WORDS.n_vocab, n_embd=32, n_layer=1,
-                     block_size=64)
-    model.tok = WORDS
+    answer = WORDS.encode(said) + [WORDS.end]
+    model = scripted([prompt], [answer], tok=WORDS, vocab_size=WORDS.n_vocab, n_embd=32, n_layer=1, block_size=64)
     write_model(tmp_path, model.float())
     monkeypatch.setattr(sys, "argv", ["model.py", str(tmp_path), "--device", "cpu"])
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\nhi\n"))
