@@ -461,17 +461,6 @@ def test_p53_a_token_of_probability_0_is_never_drawn_at_the_extremes_of_u(dtype)
             assert (p[range(64), token] > 0).all(), f"u = {extreme}: a token of probability 0"
 
 
-@pytest.mark.parametrize("cut", [(1, 0, 1), (0, 0, 1), (1, 2, .9)], ids=str)
-def test_a_draw_from_no_distribution_is_a_token_of_log_probability_nan(cut):
-    logits = torch.randn(5, V)
-    logits[1, 4] = torch.nan
-    logits[3, 0] = torch.inf
-    logits[4] = -torch.inf
-    token, logp = sample(logits, torch.rand(5), *cut)
-    assert ((token >= 0) & (token < V)).all()
-    assert logp.isnan().tolist() == [False, True, False, True, True]
-
-
 # ------------------------------------------------------------------------------------------------ rollouts
 
 RAGGED = [random_ids(n, random.Random(n)) for n in range(1, 16)]
@@ -507,14 +496,6 @@ def check_logps(model, roll, tol=1e-10, given=0, cut=()):
             p = kept(logits[t - 1], *cut)
             want[t - 1] = p[ids[t]].log()
         close(logp, want, tol)
-
-
-def layout(prompt, response, width=16):
-    """A row's tokens and mask as they should be."""
-    n = len(prompt) + len(response)
-    tokens = prompt + response + [PAD] * (width - n)
-    mask = [float(len(prompt) <= t < n) for t in range(1, width)]
-    return tokens, mask
 
 
 def scripted(prompts, answers, **size):
@@ -595,10 +576,10 @@ def test_p18_p34_finished_and_truncated_rows_and_nothing_after_the_end(drop):
     model = scripted(prompts, [PLAN[len(prompt):] for prompt in prompts])
     roll = rollout(model, prompts, 5)
     for i, (prompt, n, ends) in enumerate(CASES):
-        response = PLAN[len(prompt):len(prompt) + n]
-        tokens, mask = layout(prompt, response)
-        assert roll.tokens[i].tolist() == tokens
-        assert roll.mask[i].tolist() == mask
+        response, padding = PLAN[len(prompt):len(prompt) + n], 16 - len(prompt) - n
+        ids, target = row(prompt, response)
+        assert roll.tokens[i].tolist() == ids + [PAD] * padding
+        assert roll.mask[i].tolist() == target[1:] + [0] * padding
         assert roll.finished[i] == ends
         assert list(roll.responses()[i]) == response[:n - ends], "a text is without the end token"
 
@@ -654,14 +635,15 @@ def test_what_cannot_be_sampled_is_refused(match, prompts, options):
     refused(match, rollout, gpt(), prompts, **options)
 
 
-@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("temperature, top_k, top_p", [(1, 0, 1), (0, 0, 1), (1, 2, .9)])
 @pytest.mark.parametrize("name, value", [("transformer.h.1.mlp.c_fc.weight", torch.nan),
                                          ("transformer.ln_f.bias", torch.inf), ("transformer.wte.weight", 1.7e308)])
-def test_logits_that_are_no_numbers_stop_the_sampler_and_name_the_weight(name, value, temperature):
+def test_logits_that_are_no_numbers_stop_the_sampler_and_name_the_weight(name, value, temperature, top_k, top_p):
     # "index 768 is out of bounds"
     model = gpt(std=1e5)
     model.get_parameter(name).data[..., 3] = value
-    refused(re.escape(name), rollout, model, [[1, 2], [3]], temperature=temperature)
+    how = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    refused(re.escape(name), rollout, model, [[1, 2], [3]], **how)
 
 
 @pytest.mark.parametrize("begin, n", [([5], 1), ([7, 3, 9], 3)])
@@ -798,8 +780,8 @@ def slow_terms(rm, lm, finished):
         ids = answered([record], [said], finished).rows()[0][0]         # the very ids that were sampled
         view = WORDS.prompt(record["prompt"]) + WORDS.encode(shown) + [WORDS.end]
         reads = {"RM": ids, "RM{Be brief.}": BRIEF + ids, "RM@answer": view, "RM@answer{Be brief.}": BRIEF + view}
-        for term, row in reads.items():
-            out[term].append(slow_scores(rm, row)[-1, 0].item())
+        for term, ids in reads.items():
+            out[term].append(slow_scores(rm, ids)[-1, 0].item())
         p = slow_choice(lm, f"Prompt: {question}\nAnswer: {text}\nHow good is it, from 0 to 5?", "012345")
         points = sum(n * chance for n, chance in enumerate(p))
         out["LM@rate"].append(points / 5 * 2 - 1)
@@ -942,10 +924,10 @@ def test_choice_logprobs_equal_a_loop_over_single_prompts_whatever_the_batch(bud
     for n in (0, 45, 1, 126, 46, 127, 3, 300):
         prompts.append(turn("xy" * n))
     got = M.choice_logprobs(model, prompts, ["A", "B", "7"], budget)
-    for row, ids in zip(got, prompts, strict=True):
+    for logp, ids in zip(got, prompts, strict=True):
         ids = ids[:1] + ids[1:][-127:]              # beyond the context, the end of a question is kept, and whose it is
         logits = slow_logits(model, ids)[-1, WORDS.encode("AB7")]
-        close(row, logits.log_softmax(-1), 1e-4)
+        close(logp, logits.log_softmax(-1), 1e-4)
     refused("one token", M.choice_logprobs, model, prompts, ["10", "1"], budget)
     refused("one token", M.choice_logprobs, model, prompts, ["1", ""], budget)
 
@@ -1127,13 +1109,13 @@ def test_p19_lora_reference_is_the_base_to_the_bit_and_shares_all_that_is_frozen
 def test_lora_trains_adapters_a_score_head_and_with_a_rate_of_their_own_biases_and_norms(kind, vector_lr):
     model = adapted(.01, vector_lr, n_scores=1)
     before = copy.deepcopy(model.state_dict())
-    opt = Optimizer(model, .02, 10, kind, muon_lr=.02, weight_decay=0)
+    opt = Optimizer(model, .02, 10, kind, muon_lr=.02, weight_decay=0, warmup=2)       # half of each rate at step 0
     (response_scores(model, *BATCH) * 100).sum().backward()
     opt.step(0)
     for name, tensor in model.state_dict().items():
         moved = (tensor - before[name]).abs().max().item()
         if is_vector(name):
-            assert moved == pytest.approx(vector_lr, rel=.05), name
+            assert moved == pytest.approx(vector_lr / 2, rel=.05), name
         else:
             assert (moved > 0) == ("lora_" in name or name == "score.weight"), name
 
@@ -1144,14 +1126,8 @@ def test_lora_options_reach_the_adapter_its_optimizer_and_its_seed():
         return gpt(dtype=torch.float32).prepare(sft.Config(lora_r=2, lora_alpha=6.0, **options))
 
     model = prepared(lora_bias=.02)
-    opt = Optimizer(model, .001, 10, warmup=4)
-    for step in (0, 3, 9):                                  # the schedule is both rates'
-        opt.at(step)
-        matrices, vectors = opt.groups()
-        assert vectors["lr"] == pytest.approx(.02 * opt.scale(step))
-        assert matrices["lr"] == pytest.approx(.001 * opt.scale(step))
     layer = model.loras()[0]
-    assert layer.lora_A.shape == (16, 2) and layer.scale == 3
+    assert layer.lora_A.shape == (16, 2) and layer.scale == 3 and model.vector_lr == .02
     first, again, other = (bits(prepared(seed=seed)) for seed in (0, 0, 1))
     assert first == again != other
 
@@ -1645,20 +1621,6 @@ def test_gpt2_what_we_write_has_hugging_faces_names_and_shapes_and_loads_as_the_
     assert bits(back) == bits(model.merge_lora())
 
 
-@pytest.mark.parametrize("n_scores", [0, 2])
-def test_gpt2_what_we_write_is_what_transformers_loads(n_scores, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    model, ids = ours(n_scores=n_scores), torch.tensor([[5, 250, 17, 99]])
-    write_model(tmp_path, model)
-    auto = transformers.AutoModelForSequenceClassification if n_scores else transformers.AutoModelForCausalLM
-    theirs, info = auto.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    hidden = model(ids)
-    want = model.scores(hidden)[:, -1] if n_scores else model.logits(hidden)
-    close(theirs(ids).logits, want, 1e-5)
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path).eos_token_id == BYTES.end
-
-
 @pytest.mark.parametrize("key, value, match", [
     *((key, "other", key) for key in M.GPT2), ("n_inner", 7, "n_inner"), ("n_head", None, "n_head"),
     ("n_head", "2", "n_head"), ("vocab_size", 257.0, "vocab_size"), ("vocab_size", 300, "wte.weight"),
@@ -1718,8 +1680,6 @@ def test_p46_weights_that_are_missing_and_another_vocabulary_are_named(tmp_path)
     refused("257 tokens, and --tokenizer has 763, which", load_model, hf(tmp_path / "hf"), Setup(WORDS))
     (tmp_path / "hf" / "model.safetensors").unlink()
     refused("neither model.safetensors nor pytorch_model.bin", load_model, tmp_path / "hf")
-    write_model(tmp_path / "ours", ours())
-    refused("trained with another tokenizer", load_model, tmp_path / "ours", Setup(WORDS))    # its config.json says it
     (tmp_path / "config.json").mkdir()
     refused("config.json: Is a directory", load_model, tmp_path)
 
@@ -1752,7 +1712,7 @@ def test_setup_chooses_the_precision_of_the_matmuls(dtype, want, saved, capsys):
 @pytest.mark.parametrize("gpus, name, want", [
     (0, "auto", "cpu"), (0, "cpu", "cpu"), (2, "auto", "cuda"), (2, "cuda:1", "cuda:1"),
     (0, "cuda", UserError), (2, "cuda:2", UserError), (2, "foo", OptionError), (2, "", OptionError),
-    (2, "cuda:x", OptionError), (2, "cuda:-1", OptionError), (2, "cuda:99999999", OptionError), (2, "cpu:7", OptionError)])
+    (2, "cuda:x", OptionError), (2, "cuda:-1", OptionError), (2, "cuda:99999", OptionError), (2, "cpu:7", OptionError)])
 def test_a_device_is_found_or_one_clear_line(gpus, name, want, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     if isinstance(want, str):
