@@ -1364,7 +1364,7 @@ def test_p46_what_is_no_checkpoint_is_refused(content, saved):
 MALFORMED = [   # where in the header, which key, and another value
     ("header", "__metadata__", []), ("header", "__metadata__", {}), ("header", "model/score.weight", None),
     ("facts", "plainalign", "{"), ("facts", "plainalign", "[1]"), ("facts", "plainalign", 5),
-    ("first", "data_offsets", [2048, 0]), ("first", "data_offsets", [-2048, 0]),
+    ("first", "data_offsets", [2048, 0]), ("first", "data_offsets", [-2048, 0]), ("first", "data_offsets", [64, 2112]),
     ("first", "data_offsets", [10 ** 9, 10 ** 9 + 2048]), ("first", "data_offsets", [0.0, 2048.0]),
     ("first", "data_offsets", ["0", "2048"]), ("first", "data_offsets", None),
     ("first", "dtype", "F8"), ("first", "dtype", "F64"), ("first", "dtype", "BOOL"), ("first", "dtype", []),
@@ -1661,6 +1661,7 @@ INDEX = "model.safetensors.index.json"
     ("safe", "no JSON", "config.json", b'{"model_type":' + b"[" * 200_000), ("safe", "no JSON", "config.json", b"\xff"),
     ("safe", "earlier version", "config.json", b'{"lr": 0.001}'),
     ("safe", "not a checkpoint", "model.safetensors", b""),
+    ("safe", "longer", "model.safetensors", safetensors(golden_weights()) + b" "),
     ("bin", "not readable", "pytorch_model.bin", b"a page of HTML"),
     ("bin", "not readable", "pytorch_model.bin", pickled(golden_weights())[:-90]),
     ("bin", "not readable", "pytorch_model.bin", pickled([torch.ones(1)])),
@@ -1669,7 +1670,7 @@ INDEX = "model.safetensors.index.json"
     ("safe shards", "missing", INDEX, index_of(x="0-model.safetensors")), ("safe shards", "missing", INDEX, index_of()),
     ("safe shards", "gone: no such file", INDEX, index_of(x="gone")),
     ("safe shards", "3: no such file", INDEX, index_of(x=3)),
-    ("safe shards", "no file of this folder", INDEX, index_of(x="../other/model.safetensors"))], ids=range(15))
+    ("safe shards", "no file of this folder", INDEX, index_of(x="../other/model.safetensors"))], ids=range(16))
 def test_p46_a_gpt2_of_other_files_is_refused(kind, match, file, content, tmp_path):
     hf(tmp_path, kind)
     (tmp_path / file).write_bytes(content)
