@@ -1383,7 +1383,7 @@ def test_the_first_steps_of_a_fit_against_a_loop(margin, tmp_path):
     del rows[19::20]                                                     # held out
     w = [0.0, 0.0, 0.0]
     for row in log:
-        loss, total, grad, right = 0.0, 0.0, [0.0, 0.0, 0.0], []
+        loss, total, grad, right, even = 0.0, 0.0, [0.0, 0.0, 0.0], [], []
         for said in map(texts_of, rows):
             weight = 1 / len(two_of(said))
             for a, b in two_of([text.split() for text in said]):
@@ -1392,10 +1392,11 @@ def test_the_first_steps_of_a_fit_against_a_loop(margin, tmp_path):
                 loss += weight * max(0, margin - lead)
                 total += weight
                 right.append(lead > 1e-6)
+                even.append(lead > -1e-6)
                 if margin > lead:
                     grad = [g - weight * x for g, x in zip(grad, phi)]
         assert row["loss"] == pytest.approx(loss / total, abs=1e-5)
-        assert row["accuracy"] == pytest.approx(mean(right), abs=1e-6)
+        assert mean(right) - 1e-6 <= row["accuracy"] <= mean(even) + 1e-6            # rounding may decide a tie
         w = [x - .031 * math.copysign(1, g) for x, g in zip(w, grad)]
 
 
