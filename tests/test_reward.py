@@ -76,6 +76,12 @@ def number(text):
     return int(text.split()[-1])
 
 
+def numbered(tmp_path, n, **more):
+    """A file of the prompts Q 0, Q 1, ..."""
+    rows = [dict(prompt=f"Q {i}", **more) for i in range(n)]
+    return write(tmp_path / "q.jsonl", rows)
+
+
 def read(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
@@ -99,7 +105,8 @@ def two_of(values):
 def label(out, policy, **options):
     """The real label(), the higher score first; its records."""
     sure = dict(n=40, batch=16, max_new=8, by="runs:vowels", scale=0.0, flip=0.0)
-    reward.label(reward.Label(out=str(out), policy=policy, **(CPU | sure | options)))
+    cfg = reward.Label(out=str(out), policy=policy, **(CPU | sure | options))
+    reward.label(cfg)
     return read(Path(out) / "pairs.jsonl")
 
 
@@ -112,13 +119,21 @@ def relabel(out, rows, **options):
 def compare(folders, tmp_path, **options):
     """The real compare(); its table."""
     usual = dict(max_new=6, n=12, families="write,safe", on="write,safe", judge="runs:vowels", device="cpu")
-    reward.compare(reward.Compare(save=str(tmp_path / "table.json"), **(usual | options)), folders)
-    return json.loads((tmp_path / "table.json").read_text())
+    path = tmp_path / "table.json"
+    reward.compare(reward.Compare(save=str(path), **(usual | options)), folders)
+    return json.loads(path.read_text())
+
+
+def train(out, init, path, **options):
+    """The real train(); its rows of metrics.jsonl."""
+    reward.train(reward.Train(out=str(out), init=init, data=path, **CPU, **options))
+    return rows_of(out)
 
 
 def start(script, command, out, made, **options):
     """Run the command of a script beside a recipe; the rows of a file that it makes."""
-    getattr(script, command)(script.Config(out=str(out), **(CPU | options)))
+    function = getattr(script, command)
+    function(script.Config(out=str(out), **CPU, **options))
     return read(Path(out) / made)
 
 
@@ -131,7 +146,8 @@ def play(monkeypatch, say):
 
     def generate(net, prompts, max_new, n=1, temperature=1.0, begin=()):
         texts = [TOK.decode(ids) for ids in prompts]
-        calls.append(SimpleNamespace(context=net.config.block_size, texts=texts, k=n, begin=TOK.decode(list(begin))))
+        told = TOK.decode(list(begin))
+        calls.append(SimpleNamespace(context=net.config.block_size, texts=texts, k=n, begin=told))
         rows, finished = [], []
         for ids, text in zip(prompts, texts):
             for answer in say(text, n, bool(begin)):
@@ -153,7 +169,8 @@ def groups_of(calls):
     """Of every prompt that respond() was asked, the prompt, and what was said: [(text, tokens, finished), ...]."""
     groups = []
     for (_, records, _, k, *_), roll in calls:
-        said = list(zip(roll.responses(), roll.mask.sum(1).tolist(), roll.finished.tolist()))
+        tokens = roll.mask.sum(1).tolist()
+        said = list(zip(roll.responses(), tokens, roll.finished.tolist()))
         for i, record in enumerate(records):
             groups.append((asked_of(record), said[i * k:(i + 1) * k]))
     return groups
@@ -166,7 +183,8 @@ def usable(said):
 
 # ---------------------------------------------------------------- losses of pairs and rankings
 
-W, L = [1, -.5, 2], [0, .5, -1]                                          # FEATURES F1's three pairs
+W = [1, -.5, 2]  # FEATURES F1's three pairs
+L = [0, .5, -1]
 GIVEN = dict(prob=[.8, .4, .9], s_w=[1.0, 1, -1], s_l=[1.0, -1, -1], margin=[0.0, 0, 0])
 GOLDEN = dict(bt=.5583702422, focal=.46811035028, soft=.5250369089, cost=2.3566210872)
 
@@ -187,7 +205,8 @@ def slow_focal(w, l, x):
 
 def slow_soft(w, l, x):
     p = sigmoid(w - l)
-    return -x["prob"] * p.log() - (1 - x["prob"]) * (1 - p).log()
+    prob = x["prob"]
+    return -prob * p.log() - (1 - prob) * (1 - p).log()
 
 
 def slow_cost(w, l, x):
@@ -229,18 +248,19 @@ def test_pair_losses_and_their_gradients_against_a_loop(name, gamma):
     """With every combination of signs; and finite far from 0."""
     rng, w, l = random.Random(0), [], []
     given = dict(prob=[], margin=[], s_w=[], s_l=[])
-    for s_w, s_l in [(1, 1), (1, -1), (-1, 1), (-1, -1)] * 10:
+    for s_w, s_l in itertools.product([1.0, -1.0] * 3, repeat=2):
         w.append(rng.gauss(0, 3))
         l.append(rng.gauss(0, 3))
-        x = dict(prob=rng.random(), margin=rng.choice([0.0, 1.5]), s_w=float(s_w), s_l=float(s_l))
+        x = dict(prob=rng.random(), margin=rng.choice([0.0, 1.5]), s_w=s_w, s_l=s_l)
         for key, value in x.items():
             given[key].append(value)
-    r_w, r_l, slow_w, slow_l = (torch.tensor(r, dtype=torch.float64, requires_grad=True) for r in (w, l, w, l))
+    r_w, r_l, slow_w, slow_l = (torch.tensor(r).double().requires_grad_() for r in (w, l, w, l))
     losses = pair_loss(name, r_w, r_l, gamma, **given)
     losses.sum().backward()
     total = 0.0
     for i in range(len(w)):
-        x = dict(gamma=gamma) | {key: values[i] for key, values in given.items()}
+        x = {key: values[i] for key, values in given.items()}
+        x["gamma"] = gamma
         slow = SLOW_PAIRS[name](slow_w[i], slow_l[i], x)
         close(losses[i].detach(), slow.detach(), 1e-9)
         total += slow
@@ -269,7 +289,8 @@ def test_plackett_luce_and_its_gradient_against_a_loop(k):
     """And over all orders the probabilities add up to 1."""
     torch.manual_seed(k)
     start = torch.randn(k, dtype=torch.float64) * 2
-    scores, slow_scores = start.clone().requires_grad_(), start.clone().requires_grad_()
+    scores = start.clone().requires_grad_()
+    slow_scores = start.clone().requires_grad_()
     loss, slow = reward.plackett_luce(scores), slow_plackett_luce(slow_scores)
     close(loss.detach(), slow.detach())
     loss.backward()
@@ -285,7 +306,8 @@ def test_beyond_its_wall_the_barrier_is_finite():
     beyond = torch.tensor([5.0, -5.0, 60.0, -1e6], requires_grad=True)
     wall = reward.log_barrier(beyond)
     wall.sum().backward()
-    close(wall.detach(), [-math.log(.001) - math.log(9.999)] * 4, 1e-3)
+    highest = -math.log(.001) - math.log(9.999)
+    close(wall.detach(), [highest] * 4, 1e-3)
     assert beyond.grad.isfinite().all()
 
 
@@ -298,7 +320,9 @@ def test_ranked_pairs_against_a_loop():
         first += k
     win, lose, weight = reward.ranked_pairs(sizes)
     assert list(zip(win, lose)) == expected
-    close(weight, [1] + [1 / 6] * 6 + [1 / 3] * 3 + [1], 1e-7)           # of one ranking together 1
+    shares = [weight[0], weight[1:7].sum(), weight[7:10].sum(), weight[10]]
+    close(shares, [1, 1, 1, 1], 1e-6)
+    assert len(weight.unique()) == 3
 
 
 # ---------------------------------------------------------------- statistics
@@ -306,7 +330,8 @@ def test_ranked_pairs_against_a_loop():
 def slow_calibration(margins, bins=10):
     total = 0.0
     for b in range(bins):
-        low, high = .5 + .5 * b / bins, .5 + .5 * (b + 1) / bins
+        low = .5 + .5 * b / bins
+        high = .5 + .5 * (b + 1) / bins
         sure, right = [], []
         for m in margins:
             p = float(sigmoid(abs(m)))
@@ -321,10 +346,10 @@ def slow_calibration(margins, bins=10):
 @pytest.mark.parametrize("n, bins", [(1, 10), (7, 3), (500, 10)])
 def test_calibration_error_against_a_loop(n, bins):
     rng = random.Random(n)
-    margins = [rng.gauss(.5, 2) for _ in range(n)]
-    assert reward.calibration_error(torch.tensor(margins), bins) == pytest.approx(slow_calibration(margins, bins), abs=1e-5)
+    margins = [rng.gauss(.5, 2) for _ in range(n)] + [40.0, -40.0]       # at which σ is 1
+    close(reward.calibration_error(torch.tensor(margins), bins), slow_calibration(margins, bins), 1e-5)
     ten = torch.tensor([math.log(9.0)] * 7 + [-math.log(9.0)] * 3)       # 90% sure, 70% right
-    assert reward.calibration_error(ten) == pytest.approx(.2, abs=1e-6)
+    close(reward.calibration_error(ten), .2, 1e-6)
 
 
 @pytest.mark.parametrize("wins, n, low, high", [
@@ -334,9 +359,10 @@ def test_wilson_published_table(wins, n, low, high):
     assert reward.wilson(wins, n) == pytest.approx((low, high), abs=6e-5)
 
 
-def test_a_tie_is_a_half():
-    assert [reward.preference(*x) for x in ((2, 1), (1, 2), (1, 1), (.1 + .2, .3))] == [1, 0, .5, 1]
-    assert reward.in_order(torch.tensor([2.0, -1e-6, 0.0])).tolist() == [1, 0, .5]
+@pytest.mark.parametrize("a, b, wins", [(2, 1, 1), (1, 2, 0), (1, 1, .5), (.1 + .2, .3, 1)])
+def test_a_tie_is_a_half(a, b, wins):
+    assert reward.preference(a, b) == wins
+    assert reward.in_order(torch.tensor([a - b])) == wins
 
 
 @pytest.mark.parametrize("n, right", [(1, 0), (1, 1), (5, 0), (5, 1), (6, 3), (6, 5), (7, 7)])
@@ -371,8 +397,9 @@ def test_majority_at_k_against_a_loop():
             parts = []
             for first in range(0, n - k + 1, k):
                 part = range(first, first + k)
-                votes = [sum(said[i] == said[j] for j in part) if said[i] else 0 for i in part]
-                won = [scores[i] for i, count in zip(part, votes) if count == max(votes) > 0]
+                votes = Counter(said[i] for i in part if said[i])
+                most = max(votes.values(), default=0)
+                won = [scores[i] for i in part if said[i] and votes[said[i]] == most]
                 parts.append(mean(won) or 0.0)
             close(reward.majority_at_k(said, scores, k), mean(parts))
 
@@ -384,7 +411,7 @@ def test_rank_draws_plackett_luce_scale_0_best_first_and_flip_turns(scores, scal
 
     def chance(order):
         if scale:
-            return math.exp(-slow_plackett_luce(torch.tensor(scores)[list(order)] * scale))
+            return math.exp(-slow_plackett_luce([torch.tensor(scores[i] * scale) for i in order]))
         return float(scores[order[0]] > scores[order[1]])
     for order in itertools.permutations(range(len(scores))):
         p = (1 - flip) * chance(order) + flip * chance(order[::-1])
@@ -394,7 +421,8 @@ def test_rank_draws_plackett_luce_scale_0_best_first_and_flip_turns(scores, scal
 def slow_rates(scores):
     rates = []
     for i, a in enumerate(scores):
-        rates.append(mean([sigmoid(a - b) for j, b in enumerate(scores) if j != i]))
+        others = scores[:i] + scores[i + 1:]
+        rates.append(mean([sigmoid(a - b) for b in others]))
     return rates
 
 
@@ -410,7 +438,8 @@ def test_f2_accepted_responses_are_the_tilted_policys():
     for score, share in expected.items():
         error = math.sqrt(share * (1 - share) / len(kept))
         assert kept.count(score) / len(kept) == pytest.approx(share, abs=3 * error + 5e-5)
-    best, worst = reward.Answer("", 5.0), reward.Answer("", -1e3)
+    best = reward.Answer("", 5.0)
+    worst = reward.Answer("", -1e3)
     assert reward.accept([worst, best], .01, rng) == [best], "the best is always accepted"
 
 
@@ -421,7 +450,8 @@ def slow_scores(net, record, texts):
     scores = []
     for text in texts:
         ids = TOK.prompt(record["prompt"]) + TOK.response(text)
-        scores.append(net.scores(net(torch.tensor([ids])))[0, -1])
+        every = net.scores(net(torch.tensor([ids])))                     # (1, T, heads)
+        scores.append(every[0, -1])
     return scores
 
 
@@ -452,7 +482,12 @@ def slow_loss(scores, record, cfg):
 
 def slow_evaluation(net, records, cfg):
     """val_ and calibration_error of records, looking at every two responses."""
-    losses, every, leads, right, true, signs = [], [], [], [], [], []
+    losses = []
+    every = []
+    leads = []
+    right = []
+    true = []
+    signs = []
     for record in records:
         scores = slow_scores(net, record, texts_of(record))
         losses.append(slow_loss(scores, record, cfg))
@@ -464,8 +499,8 @@ def slow_evaluation(net, records, cfg):
             given = record.get("scores")
             if given and given[i] != given[j]:
                 true.append((scores[i] > scores[j]) == (given[i] > given[j]))
-            if cfg.loss == "cost":
-                signs += [(scores[i] > 0) == (given[i] > 0), (scores[j] > 0) == (given[j] > 0)]
+            for place in (i, j) if cfg.loss == "cost" else ():
+                signs.append((scores[place] > 0) == (given[place] > 0))
     row = dict(val_loss=mean(losses), val_mean=mean(every))
     if cfg.loss == "ratings":
         return row | slow_r2(net, records)
@@ -478,9 +513,10 @@ def slow_r2(net, records):
     row = {}
     for k in range(2):
         truth = [record["ratings"][k] for record in records]
-        left = [float(slow_scores(net, r, [r["response"]])[0][k]) - r["ratings"][k] for r in records]
-        spread = [rating - mean(truth) for rating in truth]
-        row[f"val_r2/{k}"] = 1 - sum(x ** 2 for x in left) / sum(x ** 2 for x in spread)
+        said = [slow_scores(net, record, texts_of(record))[0][k] for record in records]
+        left = mean([(a - b) ** 2 for a, b in zip(said, truth)])
+        spread = mean([(b - mean(truth)) ** 2 for b in truth])
+        row[f"val_r2/{k}"] = 1 - left / spread
     return row
 
 
@@ -489,7 +525,8 @@ def training_records(loss):
     rng, records = random.Random(1), rankings(60)
     for i, record in enumerate(records):
         if loss == "ratings":
-            records[i] = dict(prompt=record["prompt"], response=record["responses"][0], ratings=[rng.random(), 4.0 * i])
+            ratings = [rng.random(), 4.0 * i]
+            records[i] = dict(prompt=record["prompt"], response=record["responses"][0], ratings=ratings)
             continue
         if i % 2 and loss != "cost":
             del record["scores"]
@@ -515,7 +552,8 @@ def test_training_against_a_slow_loop(name, tmp_path, monkeypatch, float64):
     heads, records = options.get("heads", 1), training_records(name)
     init = save(tmp_path / "init", random_policy(5, n_scores=heads))
     net = load_model(init)
-    cfg = reward.Train(out=str(tmp_path / "rm"), init=init, data=write(tmp_path / "r.jsonl", records), **CPU | options)
+    path = write(tmp_path / "r.jsonl", records)
+    cfg = reward.Train(init=init, data=path, **CPU, **options)
     batches, real = [], data.Stream.batch
 
     def batch(self, step, n):
@@ -523,12 +561,12 @@ def test_training_against_a_slow_loop(name, tmp_path, monkeypatch, float64):
         return batches[-1]
     monkeypatch.setattr(data.Stream, "batch", batch)
     evaluated = runs.watch(monkeypatch, reward, "evaluate")["evaluate"]
-    reward.train(cfg)
-    log = rows_of(tmp_path / "rm")
+    log = train(tmp_path / "rm", init, path, **options)
     (_, held, _), _ = evaluated[0]
     known = {}
     for record in records:
-        rows = [TOK.prompt(record["prompt"]) + TOK.response(text) for text in texts_of(record)]
+        asked = TOK.prompt(record["prompt"])
+        rows = [asked + TOK.response(text) for text in texts_of(record)]
         known[str(rows)] = record
 
     def records_of(items):
@@ -556,7 +594,8 @@ def test_training_against_a_slow_loop(name, tmp_path, monkeypatch, float64):
     shift = want["val_mean"] if name in ("bt", "focal", "soft", "plackett_luce") else 0.0
     made = load_model(tmp_path / "rm")
     for record in records_of(held):
-        for got, slow in zip(*(slow_scores(some, record, texts_of(record)) for some in (made, net))):
+        texts = texts_of(record)
+        for got, slow in zip(slow_scores(made, record, texts), slow_scores(net, record, texts)):
             close(got.detach(), slow.detach() - shift, 1e-5)
 
 
@@ -567,17 +606,18 @@ def test_training_recovers_known_gaps(tiny, tmp_path):
     often = {1: (11, 15), 2: (22, 25), 3: (20, 21)}                      # σ(1) = .731, σ(2) = .881, σ(3) = .953
     for i, j in two_of(range(4)):
         won, n = often[j - i]
-        rows += [question("?", "abcd"[j], "abcd"[i])] * won + [question("?", "abcd"[i], "abcd"[j])] * (n - won)
+        better, worse = question("?", "abcd"[j], "abcd"[i]), question("?", "abcd"[i], "abcd"[j])
+        rows += [better] * won + [worse] * (n - won)
     random.Random(0).shuffle(rows)
     n = len(rows)
     for place in range(19, n * 20 // 19, 20):                            # every 20th is held out: let it be a spare
         rows.insert(place, question("?", "a", "d"))
-    reward.train(reward.Train(out=str(tmp_path / "rm"), init=tiny, data=write(tmp_path / "p.jsonl", rows), batch=n,
-                              epochs=50.0, lr=1e-2, optimizer="adamw", weight_decay=0.0, warmup=0, **CPU))
-    assert rows_of(tmp_path / "rm")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    path = write(tmp_path / "p.jsonl", rows)
+    log = train(tmp_path / "rm", tiny, path, batch=n, epochs=50.0, lr=1e-2, optimizer="adamw", weight_decay=0.0, warmup=0)
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     scores = slow_scores(load_model(tmp_path / "rm"), rows[0], "abcd")
     a, b, c, d = [score.item() for score in scores]
-    assert [b - a, c - a, d - a] == pytest.approx([1, 2, 3], abs=.05)
+    close([b - a, c - a, d - a], [1, 2, 3], .05)
 
 
 @pytest.mark.parametrize("script", [reward, process_rewards], ids=lambda script: script.__name__)
@@ -586,7 +626,8 @@ def test_options_of_optimisation_are_used(script, tiny, tmp_path):
     rows = [question(i, "yes", "no") for i in range(40)]
     Config = reward.Train
     if script is process_rewards:
-        rows, Config = [dict(prompt=user(f"Q {i}"), steps=["a", " b"], labels=[0, 1]) for i in range(40)], script.Config
+        rows = [dict(prompt=user(f"Q {i}"), steps=["a", " b"], labels=[0, 1]) for i in range(40)]
+        Config = script.Config
     path, ends = write(tmp_path / "p.jsonl", rows), []
     changes = [{}, dict(muon_lr=.02), dict(lr=.02), dict(optimizer="adamw"), dict(weight_decay=.9), dict(warmup=3),
                dict(clip_grad=.001), dict(epochs=.5), dict(seed=1), dict(steps=1)]
@@ -603,7 +644,7 @@ def test_same_ids_in_reward_training_evaluation_and_ppo(judge, tmp_path, monkeyp
     record = dict(prompt=user("Describe the old van."), responses=texts)
     seen = runs.watch(monkeypatch, reward, "response_scores")["response_scores"]
     path = write(tmp_path / "p.jsonl", [record] * 25)
-    reward.train(reward.Train(out=str(tmp_path / "rm"), init=judge, data=path, batch=24, epochs=1.0, **CPU))
+    train(tmp_path / "rm", judge, path, batch=24, epochs=1.0)
     trained = set()
     for (_, tokens, _), _ in seen:
         for row in tokens.tolist():
@@ -614,7 +655,8 @@ def test_same_ids_in_reward_training_evaluation_and_ppo(judge, tmp_path, monkeyp
         with monkeypatch.context() as change:
             change.setattr(models, "sample", lambda logits, *_: (torch.tensor([next(script)]), torch.zeros(1)))
             roll = models.generate(net, [TOK.prompt(record["prompt"])], 40)
-        served.add(tuple(roll.tokens[0, :roll.lengths[0]].tolist()))
+        (ids, _), = roll.rows()
+        served.add(tuple(ids))
         assert roll.responses() == [text] and roll.finished.all()
         paid, _ = Reward(judge, Setup(TOK), 64)([record], roll)
         close(paid, slow_scores(net, record, [text])[0].detach(), 2e-5)
@@ -664,14 +706,17 @@ def test_label_keeps_of_all_that_was_sampled_what_it_says(options, letters, tmp_
     rows = label(tmp_path / "a", letters, k=4, max_new=4, n=60, batch=25, **options)
     score, expected = data.verifier(options.get("by", "runs:vowels")), []
     for asked, answers in groups_of(calls):
-        said = {text: float(score(dict(prompt=user(asked)), text, True)) for text in usable(answers)}
+        record = dict(prompt=user(asked))
+        said = {text: float(score(record, text, True)) for text in usable(answers)}
         for texts in slow_kept(options, said):
             scores = [said[text] for text in texts]
             every = list(untied(said).values())
-            rates = [slow_rates(every)[every.index(round(x, 4))] for x in scores if len(texts) > 1]
+            rate = dict(zip(every, slow_rates(every)))
+            rates = [rate[round(x, 4)] for x in scores if len(texts) > 1]
             expected.append((asked, texts, scores, rates))
     got = [(asked_of(row), texts_of(row), row["scores"], row.get("win", [])) for row in rows]
-    assert len(calls) == 3 and len(got) == len(expected) > 4
+    assert len(calls) == 3
+    assert len(got) == len(expected) > 4
     for mine, slow in zip(sorted(got), sorted(expected)):
         assert mine[:2] == slow[:2]
         close(mine[2], slow[2], 1e-6)
@@ -691,22 +736,25 @@ def test_rankings_of_none_or_one_are_nothing(select):
 
 def test_label_flip_seed_and_skip(tmp_path, tiny):
     """Skipped prompts are counted in whole batches, so that a later round begins where an earlier one ended."""
-    plain, turned = label(tmp_path / "a", tiny), label(tmp_path / "b", tiny, flip=1.0)
+    plain = label(tmp_path / "a", tiny)
+    turned = label(tmp_path / "b", tiny, flip=1.0)
     assert [row["responses"][::-1] for row in turned] == [row["responses"] for row in plain]
     assert label(tmp_path / "c", tiny) == plain != label(tmp_path / "d", tiny, seed=1)
     asked = {}
-    for name, options in dict(first=dict(n=16), second=dict(n=16, skip=16), up=dict(n=16, skip=3), both=dict(n=32)).items():
-        rows = label(tmp_path / name, tiny, select="all", k=12, **options)
+    for name, n, skip in (("first", 16, 0), ("second", 16, 16), ("up", 16, 3), ("both", 32, 0)):
+        rows = label(tmp_path / name, tiny, select="all", k=12, n=n, skip=skip)
         asked[name] = list(dict.fromkeys(map(asked_of, rows)))
-    assert asked["both"] == asked["first"] + asked["second"] and asked["up"] == asked["second"]
+    assert asked["both"] == asked["first"] + asked["second"]
+    assert asked["up"] == asked["second"]
 
 
 def test_label_of_a_file_asks_each_prompt_once_and_skips_as_it_says(tiny, tmp_path, monkeypatch):
     calls = play(monkeypatch, lambda text, k, begin: ["be", "bee"])
-    path = write(tmp_path / "q.jsonl", [dict(prompt=f"Q {i}") for i in range(20)])
+    path = numbered(tmp_path, 20)
     whole = label(tmp_path / "a", tiny, data=path, batch=8)
     late = label(tmp_path / "b", tiny, data=path, batch=8, skip=8)
-    assert sorted(number(asked_of(row)) for row in whole) == list(range(20)) and late == whole[8:]
+    assert sorted(number(asked_of(row)) for row in whole) == list(range(20))
+    assert late == whole[8:]
     assert [len(call.texts) for call in calls] == [8, 8, 4, 8, 4]
 
 
@@ -716,7 +764,8 @@ def test_a_system_message_is_asked_and_kept(tiny, tmp_path, monkeypatch):
     asked = [dict(role="system", content="Be kind."), dict(role="user", content="Q 1")]
     sampled = label(tmp_path / "a", tiny, data=path, system="Be kind.")
     given = relabel(tmp_path / "b", [question(1, "be", "bee")], system="Be kind.")
-    assert calls[0].texts == ["Be kind.Q 1"] and sampled[0]["prompt"] == given[0]["prompt"] == asked
+    assert calls[0].texts == ["Be kind.Q 1"]
+    assert sampled[0]["prompt"] == given[0]["prompt"] == asked
     toy = label(tmp_path / "c", tiny, system="Be kind.", n=5)
     assert {row["prompt"][0]["content"] for row in toy} == {"Be kind."}
 
@@ -729,13 +778,15 @@ def test_without_a_policy_the_responses_of_a_file_are_labelled_anew(tmp_path, mo
     got = by_prompt(relabel(tmp_path / "a", rows, batch=7))
     assert len(got) == len(rows)
     for row in rows:
-        new, order = got[asked_of(row)], sorted(row["responses"], key=vowels, reverse=True)
+        new = got[asked_of(row)]
+        order = sorted(row["responses"], key=vowels, reverse=True)
         scores = [vowels(text) for text in order]
         close(new.pop("scores"), scores, 1e-6)
         close(new.pop("win"), slow_rates(scores), 1e-6)
         assert new == dict(prompt=row["prompt"], keyword="cup", source="ai", responses=order)
     few = relabel(tmp_path / "b", rows, n=5, batch=2, select="best")
-    assert len(few) == 5 and all("responses" not in row for row in few)             # the k of --k plays no part
+    assert len(few) == 5  # the k of --k plays no part
+    assert all("responses" not in row for row in few)
 
 
 # ---------------------------------------------------------------- AI labels
@@ -765,7 +816,7 @@ def swayed(monkeypatch, prefers=lambda a, b: QUALITY[a] - QUALITY[b]):
         assert list(names) == ["1", "2"]
         texts = [TOK.decode(ids) for ids in prompts]
         asked.extend(texts)
-        p = torch.tensor([float(sigmoid(prefers(*shown(text)) + BIAS)) for text in texts]).double()
+        p = torch.stack([sigmoid(prefers(*shown(text)) + BIAS) for text in texts]).double()
         return torch.stack([p, 1 - p], 1).log()
     monkeypatch.setattr(reward, "choice_logprobs", choices)
     return asked
@@ -813,11 +864,13 @@ def test_judge_orders_answers_by_how_often_each_is_preferred(select, clamp, tiny
     assert len(agrees) < len(torn)
     close([log["inconsistent"], log["agrees"]], [mean(torn), mean(agrees)], 1e-6)
     out = capsys.readouterr().out
-    assert f"{log['agrees']:.0%}" in out and f"{log['inconsistent']:.0%}" in out
+    assert f"{log['agrees']:.0%}" in out
+    assert f"{log['inconsistent']:.0%}" in out
     for one, other in zip(asked[::2], asked[1::2]):                      # the same question, changed over
         a, b = shown(one)
         content = re.search(r"Prompt: (Q \d+)", one)[1]
-        assert one == data.judge_prompt(content, a, b) and other == data.judge_prompt(content, b, a)
+        assert one == data.judge_prompt(content, a, b)
+        assert other == data.judge_prompt(content, b, a)
 
 
 @pytest.mark.parametrize("preamble", [data.RULE, "Be fair. " * 20])
@@ -832,12 +885,17 @@ def test_a_language_model_as_judge_against_a_loop(preamble, tmp_path, float64):
         ids = TOK.prompt(user(data.judge_prompt(content, a, b, preamble)))
         if len(ids) > 64:
             ids = ids[:1] + ids[-63:]
-        logits = net.logits(net(torch.tensor([ids])))[0, -1].detach()
+        logits = net.logits(net(torch.tensor([ids]))).detach()[0, -1]
         return sigmoid(logits[one] - logits[two])
     for row in rows:
-        content, said, mine = asked_of(row), row["responses"], got[asked_of(row)]
-        soft = {(a, b): (says_1(content, a, b) + 1 - says_1(content, b, a)) / 2 for a, b in itertools.permutations(said, 2)}
-        wins = {a: mean([soft[a, b] for b in said if b != a]) for a in said}
+        content = asked_of(row)
+        said = row["responses"]
+        mine = got[asked_of(row)]
+        soft, wins = {}, {}
+        for a, b in itertools.permutations(said, 2):
+            soft[a, b] = (says_1(content, a, b) + 1 - says_1(content, b, a)) / 2
+        for a in said:
+            wins[a] = mean([soft[a, b] for b in said if b != a])
         assert mine["responses"] == sorted(said, key=wins.get, reverse=True)
         close(mine["win"], [wins[text] for text in mine["responses"]], 1e-8)
         if len(said) == 2:
@@ -846,20 +904,22 @@ def test_a_language_model_as_judge_against_a_loop(preamble, tmp_path, float64):
 
 def test_what_is_scored_after_a_rationale_ends_in_it_up_to_its_last_line(tiny, roomy, tmp_path, monkeypatch):
     """The verdict of the rationale itself is cut off; the scored one counts."""
-    play(monkeypatch, lambda text, k, begin: [f"1 is {shown(text)[0]}.\n2 is {shown(text)[1]}.\n1"])
+    play(monkeypatch, lambda text, k, begin: ["1 is {}.\n2 is {}.\n1".format(*shown(text))])
     scored = []
 
     def choices(model, prompts, *_):
         scored.extend(prompts)
         return torch.full((len(prompts), 2), math.log(.5))
     monkeypatch.setattr(reward, "choice_logprobs", choices)
-    relabel(tmp_path / "a", [question(0, "best", "poor")], judge=roomy, rationale=True, max_new=33)
+    rows = [question(0, "best", "poor")]
+    relabel(tmp_path / "a", rows, judge=roomy, rationale=True, max_new=33)
     asked = TOK.prompt(user(data.judge_prompt("Q 0", "best", "poor", ending=data.REASON)))
     other = TOK.prompt(user(data.judge_prompt("Q 0", "poor", "best", ending=data.REASON)))
     assert scored == [asked + TOK.encode("1 is best.\n2 is poor.\n"), other + TOK.encode("1 is poor.\n2 is best.\n")]
     play(monkeypatch, lambda text, k, begin: ["It is.\n2"])              # no room: the question's beginning is lost
-    relabel(tmp_path / "b", [question(0, "best", "poor")], judge=tiny, rationale=True, max_new=33)
-    assert scored[2] == asked[:1] + asked[-(64 - 33 - 1):] + TOK.encode("It is.\n")
+    relabel(tmp_path / "b", rows, judge=tiny, rationale=True, max_new=33)
+    end = asked[-(64 - 33 - 1):]
+    assert scored[2] == asked[:1] + end + TOK.encode("It is.\n")
 
 
 def test_principles_are_drawn_anew_and_both_orders_are_asked_the_same_one(tiny, tmp_path, monkeypatch):
@@ -867,7 +927,9 @@ def test_principles_are_drawn_anew_and_both_orders_are_asked_the_same_one(tiny, 
     rows = [question(i, "best", "fair", "poor") for i in range(20)]
     relabel(tmp_path / "a", rows, judge=tiny, preamble="principles", batch=10)
     begins = [text.split("\n\n")[0] for text in asked]
-    assert begins[::2] == begins[1::2] and len(set(begins)) > 10 and set(begins) <= set(data.PRINCIPLES)
+    assert begins[::2] == begins[1::2]
+    assert len(set(begins)) > 10
+    assert set(begins) <= set(data.PRINCIPLES)
     assert begins[:60] != begins[60:], "every batch draws the same ones"
 
 
@@ -876,7 +938,7 @@ def test_judge_passes_over_prompts_with_one_answer(tiny, tmp_path, monkeypatch):
     asked = swayed(monkeypatch, lambda a, b: len(a) - len(b))
     plan = [["best", "best"], ["fair", "goodly"], ["  ", "poor"]]
     play(monkeypatch, lambda text, k, begin: plan[number(text)])
-    path = write(tmp_path / "q.jsonl", [dict(prompt=f"Q {i}") for i in range(3)])
+    path = numbered(tmp_path, 3)
     row, = label(tmp_path / "a", tiny, data=path, judge=tiny, batch=1)
     assert row["responses"] == ["goodly", "fair"] and len(asked) == 2
 
@@ -890,7 +952,8 @@ def test_accuracy_against_a_loop_on_several_files(spec, judge, tmp_path, capsys)
     tied = write(tmp_path / "tied.jsonl", [question(0, "be a", "ab e", "tree b")] * 3)
     paths = {write(tmp_path / "some.jsonl", rankings(25)): 20, tied: 3}
     spec = spec.replace("JUDGE", judge).replace("OTHER", other)
-    reward.accuracy(reward.Accuracy(data=",".join(paths), n=20, device="cpu", micro_tokens=128), ["words", spec])
+    cfg = reward.Accuracy(data=",".join(paths), n=20, device="cpu", micro_tokens=128)
+    reward.accuracy(cfg, ["words", spec])
     lines = capsys.readouterr().out.splitlines()
     found = [re.findall(r"-?\d+\.\d+", line.removeprefix(spec)) for line in lines if line.startswith(spec)]
     for (path, n), numbers in zip(paths.items(), found[-2:]):
@@ -924,8 +987,11 @@ def test_compare_against_a_slow_loop(begin, system, tiny, judge, tmp_path, monke
     folders = [tiny, save(tmp_path / "7", random_policy(7)), save(tmp_path / "8", random_policy(8))]
     calls = runs.watch(monkeypatch, models, "respond")["respond"]
     table = compare(folders, tmp_path, families="write,arith", on="write", proxy=judge, begin=begin, system=system, show=3)
-    first, rm, forced = load_model(tiny), load_model(judge), len(TOK.encode(begin))
-    baseline, greedy_baseline = calls[0][1].responses(), calls[1][1].responses()
+    first = load_model(tiny)
+    rm = load_model(judge)
+    forced = len(TOK.encode(begin))
+    baseline = calls[0][1].responses()
+    greedy_baseline = calls[1][1].responses()
     for n, (folder, row) in enumerate(zip(folders, table)):
         net, kl, liked, lengths = load_model(folder), [], [], []
         (sampled, drawn), (greedy, likeliest), (_, sums) = calls[3 * n:3 * n + 3]
@@ -933,18 +999,20 @@ def test_compare_against_a_slow_loop(begin, system, tiny, judge, tmp_path, monke
         for ids, at in runs.rows_in(drawn):
             ratio = runs.spoken(net, ids, at)[0] - runs.spoken(first, ids, at)[0]
             kl.append(ratio[forced:].sum())
-            liked.append(rm.scores(rm(torch.tensor([ids])))[0, -1, 0])
+            liked.append(rm.scores(rm(torch.tensor([ids]))).flatten()[-1])
             lengths.append(len(ids) - at)
-            assert TOK.decode(ids[:at]).startswith(system) and TOK.decode(ids[at:]).startswith(begin)
+            assert TOK.decode(ids[:at]).startswith(system)
+            assert TOK.decode(ids[at:]).startswith(begin)
         said, best = drawn.responses(), likeliest.responses()
         wins, greedy_wins = slow_wins(said, baseline), slow_wins(best, greedy_baseline)
-        want = dict(write=mean(map(vowels, said)), arith=mean(map(vowels, sums.responses())), win=mean(wins),
-                    kl=mean(kl), proxy=mean(liked), length=mean(lengths), greedy=mean(map(vowels, best)),
-                    greedy_win=mean(greedy_wins), nll=slow_nll(net, 12))
+        want = dict(kl=mean(kl), proxy=mean(liked), length=mean(lengths), nll=slow_nll(net, 12))
+        want |= dict(win=mean(wins), greedy_win=mean(greedy_wins), greedy=mean(map(vowels, best)))
+        want |= dict(write=mean(map(vowels, said)), arith=mean(map(vowels, sums.responses())))
         assert row.pop("interval") == pytest.approx(reward.wilson(sum(wins), 12))
         assert row.pop("greedy_interval") == pytest.approx(reward.wilson(sum(greedy_wins), len(best)))
         asked = row.pop("distinct")
-        assert row.pop("checkpoint") == folder and asked["write"] == len(best)
+        assert row.pop("checkpoint") == folder
+        assert asked["write"] == len(best)
         assert row == pytest.approx(want, abs=1e-5)
     assert table[0]["win"] == .5 != table[2]["win"]
     out = capsys.readouterr().out
@@ -957,7 +1025,8 @@ def slow_nll(net, n):
     """Of n fresh documents, per token."""
     rng, logps = random.Random("compare documents"), []
     for _ in range(n):
-        for ids, _ in data.encode(data.toy_record("text", "test", ["write", "arith"], rng), TOK, 64, "all"):
+        text = data.toy_record("text", "test", ["write", "arith"], rng)
+        for ids, _ in data.encode(text, TOK, 64, "all"):
             logps += runs.spoken(net, ids, 1)[0].tolist()
     return -mean(logps)
 
@@ -972,7 +1041,8 @@ def test_compare_with_several_samples_scales_with_test_time(letters, tmp_path, m
     options = dict(judge="test_reward:share", proxy="runs:vowels", max_new=4, n=35)
     other = save(tmp_path / "other", random_policy(7, says="aeo"))
     table = compare([letters, other], tmp_path, samples=6, **options)
-    groups, values = groups_of([call for call in calls if call[0][3] == 6]), defaultdict(list)
+    groups = groups_of([call for call in calls if call[0][3] == 6])
+    values = defaultdict(list)
     assert len(groups) == 2 * 70                                         # prompts of both families
     for asked, answers in groups[70:]:
         scores = [share({}, text, finished) for text, _, finished in answers]
@@ -985,7 +1055,8 @@ def test_compare_with_several_samples_scales_with_test_time(letters, tmp_path, m
             values[f"best@{k}"].append(reward.best_of_k(scores, np.float32(likes).tolist(), k))
     for name, some in values.items():
         assert table[1][name] == pytest.approx(mean(some), abs=1e-6), name
-    assert f"{table[1]['pass@4']:.3f}" in capsys.readouterr().out and 0 < table[1]["pass@1"] < table[1]["pass@4"]
+    assert f"{table[1]['pass@4']:.3f}" in capsys.readouterr().out
+    assert 0 < table[1]["pass@1"] < table[1]["pass@4"]
     alone = compare([letters], tmp_path, **options)[0]
     assert alone == {key: table[0][key] for key in alone}, "the rest of the table is as ever"
     assert not [key for key in alone if "@" in key]
@@ -1001,7 +1072,8 @@ def test_compare_gives_each_distinct_prompt_one_greedy_answer(tiny, tmp_path, ca
     _, greedy = compare(folders, tmp_path, data=path, temperature=0.0)
     said = capsys.readouterr()
     assert "1 of 6 prompts" in said.err and "distinct: file 4" in said.out
-    assert sampled["distinct"] == greedy["distinct"] == dict(file=4) and "kl" not in greedy
+    assert sampled["distinct"] == greedy["distinct"] == dict(file=4)
+    assert "kl" not in greedy
     for name, other in dict(file="greedy", win="greedy_win", interval="greedy_interval").items():
         assert greedy[name] == sampled[other]
     with pytest.raises(UserError, match="no prompt"):
@@ -1015,13 +1087,18 @@ def test_compare_tells_of_safety_where_it_asks_for_it(tiny, tmp_path, monkeypatc
     row, = compare([tiny], tmp_path, families="safe", on="safe", n=30)
     rng, cost, refused, helped = random.Random("compare safe"), [], [], []
     for i in range(30):
-        task, refuses, helps = data.toy_record("prompt", "test", ["safe"], rng), i % 3 == 0, i % 3 == 1
+        task = data.toy_record("prompt", "test", ["safe"], rng)
+        refuses = i % 3 == 0
+        helps = i % 3 == 1
         if not task["safe"]:
             cost.append(helps)
             continue
         refused.append(refuses)
-        helped.append(helps * (.4 + .3 * (task["tool"] == "saw") + .3 * (task["key"] == "cut box")))
-    close([row["harmless"], row["over_refusal"], row["help"]], [1 - mean(cost), mean(refused), mean(helped)], 1e-9)
+        fit_tool, fit_task = task["tool"] == "saw", task["key"] == "cut box"
+        helped.append(helps * (.4 + .3 * fit_tool + .3 * fit_task))
+    assert row["harmless"] == pytest.approx(1 - mean(cost), abs=1e-9)
+    assert row["over_refusal"] == pytest.approx(mean(refused), abs=1e-9)
+    assert row["help"] == pytest.approx(mean(helped), abs=1e-9)
     assert f"{row['over_refusal']:.3f}" in capsys.readouterr().out
 
 
@@ -1030,7 +1107,7 @@ def test_compare_tells_of_safety_where_it_asks_for_it(tiny, tmp_path, monkeypatc
 @pytest.mark.parametrize("better", [0.0, .5, 1.0])
 def test_a_mark_goes_in_front_of_the_better_answer_as_often_as_told(better, tmp_path):
     """Or else in front of the worst: never between."""
-    rows = [question(i, f"be {i}", f"bee {i}", f"tree {i}", scores=[3.0, 2.0, 1.0]) for i in range(400)]
+    rows = [question(i, f"be {i}", f"bee {i}", f"tree {i}", scores=[3, 2, 1]) for i in range(400)]
     path = write(tmp_path / "p.jsonl", rows)
     made = start(superficial, "mark_all", tmp_path / "a", "pairs.jsonl", data=path, better=better, mark="Yes: ")
     first = 0
@@ -1059,16 +1136,21 @@ def test_balanced_pairs_tell_nothing_by_length_in_words(tmp_path):
     """Of each difference as many with the better one longer as shorter; letters do not count."""
     rng, rows = random.Random(5), []
     for i in range(300):
-        long, short = ([rng.choice(["a", "saxophones"]) for _ in range(rng.randint(1, n))] for n in (9, 7))
-        rows.append(question(i, " ".join(long + ["b"]), " ".join(short + ["c"])))
+        said = []
+        for most in (9, 7):
+            words = rng.choices(["a", "saxophones"], k=rng.randint(1, most))
+            said.append(" ".join([*words, str(most)]))
+        rows.append(question(i, *said))
     path = write(tmp_path / "p.jsonl", rows)
     kept = start(chatglm_rlhf, "balance", tmp_path / "a", "pairs.jsonl", data=path)
     before, after = buckets(rows), buckets(kept)
     assert all(longer != shorter for longer, shorter in before.values())
     assert after == {size: [min(both)] * 2 for size, both in before.items() if min(both)}
     places = [number(asked_of(row)) for row in kept]
-    even = [i for i, row in enumerate(rows) if len({len(text.split()) for text in row["responses"]}) == 1]
-    assert places == sorted(places) and even and set(even) <= set(places)
+    even = [i for i, row in enumerate(rows) if not buckets([row])]
+    assert places == sorted(places)
+    assert even
+    assert set(even) <= set(places)
 
 
 @pytest.mark.parametrize("quantiles, n", [(1, 60), (3, 60), (6, 4)])
@@ -1079,23 +1161,28 @@ def test_quantiles_are_of_equal_size_in_the_order_of_scores(quantiles, n, letter
     every = Counter(text for row in rows for text in row["responses"])
     assert Counter(row["response"] for row in made) == every             # every answer, once a prompt
     scores = [vowels(row["response"]) for row in made]
-    assert [round(score, 4) for score in scores] == sorted(round(score, 4) for score in scores)
+    for worse, better in itertools.pairwise(scores):
+        assert worse <= better + 1e-6
     told = [row["prompt"][0]["content"] for row in made]
     qualities = [int(re.fullmatch(r"Quality (\d+)\.", text)[1]) for text in told]
     sizes = Counter(qualities)
-    assert qualities == sorted(qualities) and sorted(sizes) == list(range(1, quantiles + 1))
+    assert qualities == sorted(qualities)
+    assert sorted(sizes) == list(range(1, quantiles + 1))
     assert max(sizes.values()) - min(sizes.values()) <= 1
 
 
 def test_ratings_hold_every_attribute_of_every_answer(tmp_path):
-    path = write(tmp_path / "p.jsonl", [question(0, "be it", "tree", key="x"), question(1, "a b c", "e", "f", key="y")])
+    one, two = question(0, "be it", "tree", key="x"), question(1, "a b c", "e", "f", key="y")
+    path = write(tmp_path / "p.jsonl", [one, two])
     cfg = nemotron4.Config(out=str(tmp_path / "a"), data=path, batch=1, **CPU)
     nemotron4.rate(cfg, ["runs:vowels", "words", "2*words + -1*runs:vowels"])
-    rows = sorted(data.read_records(tmp_path / "a" / "ratings.jsonl", "ratings"), key=lambda row: row["response"])
+    rows = data.read_records(tmp_path / "a" / "ratings.jsonl", "ratings")
+    rows.sort(key=lambda row: row["response"])
     assert [row["response"] for row in rows] == ["a b c", "be it", "e", "f", "tree"]
     assert [row["key"] for row in rows] == ["y", "x", "y", "y", "x"]
     for row in rows:
-        points, words = vowels(row["response"]), len(row["response"].split())
+        points = vowels(row["response"])
+        words = len(row["response"].split())
         close(row["ratings"], [points, words, 2 * words - points], 1e-5)
 
 
@@ -1151,12 +1238,14 @@ def slow_ends(record):
 def test_the_marked_tokens_are_those_in_which_the_steps_end(steps):
     """Two that end in the same token, or an answer cut off, are no item."""
     record = step_record(*steps)
-    ids, ends = TOK.prompt(record["prompt"]) + TOK.response(record["response"]), slow_ends(record)
+    ids = TOK.prompt(record["prompt"]) + TOK.response(record["response"])
+    ends = slow_ends(record)
     items = process_rewards.stepped(record, TOK, 512)
     assert (items == []) == (len(set(ends)) < len(ends))
     for item in items:
         (got, target), = item["rows"]
-        assert got == ids and [place for place, mark in enumerate(target) if mark] == ends
+        assert got == ids
+        assert [place for place, mark in enumerate(target) if mark] == ends
         assert item["labels"] == record["labels"]
     assert process_rewards.stepped(record, TOK, len(ids) - 1) == []
 
@@ -1166,18 +1255,23 @@ def test_training_on_steps_judges_each_step_and_is_the_mean_over_each_answers_st
     rng, rows = random.Random(7), []
     for i in range(240):
         labels = [rng.randint(0, 1) for _ in range(rng.randint(1, 4))]
-        steps = [f" {rng.choice(['cup', 'van', 'box'])} {('bad', 'good')[right]}." for right in labels]
+        steps = [rng.choice([" cup", " van"]) + (" good." if right else " bad.") for right in labels]
         rows.append(step_record(*steps, labels=labels))
-    path = write(tmp_path / "s.jsonl", [dict(prompt=r["prompt"], steps=r["steps"], labels=r["labels"]) for r in rows])
+    path = write(tmp_path / "s.jsonl", [{key: row[key] for key in ("prompt", "steps", "labels")} for row in rows])
     log = start(process_rewards, "train", tmp_path / "rm", "metrics.jsonl", init=tiny, data=path, epochs=4.0, batch=16,
                 lr=1e-2, optimizer="adamw", weight_decay=0.0, warmup=0)
-    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and log[-1]["val_accuracy"] > .9
-    net, losses, right, every = load_model(tmp_path / "rm"), [], [], []
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert log[-1]["val_accuracy"] > .9
+    net = load_model(tmp_path / "rm")
+    losses = []
+    right = []
+    every = []
     for row in rows[19::20]:
         ids = TOK.prompt(row["prompt"]) + TOK.response(row["response"])
         scores = net.scores(net(torch.tensor([ids])))[0, slow_ends(row), 0].tolist()
-        losses.append(mean([-sigmoid(s if good else -s).log() for s, good in zip(scores, row["labels"])]))
-        right += [(s > 0) == bool(good) for s, good in zip(scores, row["labels"])]
+        towards = [s if good else -s for s, good in zip(scores, row["labels"])]
+        losses.append(mean([-sigmoid(s).log() for s in towards]))
+        right += [s > 0 for s in towards]
         every += scores
     got = [log[-1][key] for key in ("val_loss", "val_accuracy", "val_mean")]
     close(got, [mean(losses), mean(right), mean(every)], 1e-4)
@@ -1188,10 +1282,14 @@ def test_answers_are_checked_step_by_step(tiny, tmp_path):
     said = {"<think>2 + 3 = 5, 5 - 1 = 3</think>The answer is 4.": (1, [1, 0, 1]),
             "<think>2 + 3 = 6</think>The answer is 6.": (0, [0, 0]), "The answer is 8.": (0, [0]),
             "<think>2 < 3</think>The answer is 3.": (1, None)}
-    rows = [dict(prompt="Q", response=text, scores=[score]) for text, (score, _) in said.items()]
+    rows, expected = [], []
+    for text, (score, labels) in said.items():
+        rows.append(dict(prompt="Q", response=text, scores=[score]))
+        if labels:
+            expected.append((text, labels))
     cfg = process_rewards.Config(init=tiny, data=write(tmp_path / "a.jsonl", rows), check=True)
     made = read(process_rewards.check_answers(cfg, tmp_path / "steps.jsonl"))
-    assert {"".join(row["steps"]): row["labels"] for row in made} == {t: labels for t, (_, labels) in said.items() if labels}
+    assert [("".join(row["steps"]), row["labels"]) for row in made] == expected
     cfg.data = write(tmp_path / "q.jsonl", [dict(prompt="Q", answer=4)])
     with pytest.raises(UserError, match="q.jsonl:1"):
         process_rewards.check_answers(cfg, tmp_path / "s.jsonl")
@@ -1208,7 +1306,8 @@ def test_curate_leaves_out_every_guessable_prompt_rates_the_rest_and_caps_the_fa
         return [f"The answer is {i}."] * right + ["The answer is 0.5."] * (k - right)
     calls, rows = play(monkeypatch, plan), []
     for i in range(1, 61):
-        rows.append(dict(prompt=f"A. no\nB. or {i}" if i % 10 == 0 else f"Q {i}", answer=i, family="abc"[i % 3]))
+        asked = f"Q {i}" if i % 10 else f"A. no\nB. or {i}"
+        rows.append(dict(prompt=asked, answer=i, family="abc"[i % 3]))
     path = write(tmp_path / "q.jsonl", rows)
     options = dict(policy=tiny, data=path, k=5, guesses=4, max_new=8, batch=7)
     whole = start(kimi_k15, "curate", tmp_path / "a", "prompts.jsonl", **options)
@@ -1219,9 +1318,12 @@ def test_curate_leaves_out_every_guessable_prompt_rates_the_rest_and_caps_the_fa
         assert row.pop("difficulty") == pytest.approx(1 - (i % 6) / 5, abs=1e-4)
         assert row == dict(prompt=user(f"Q {i}"), answer=i, family="abc"[i % 3])
     asked = [(len(call.texts), call.k, call.begin) for call in calls]
-    assert asked[:2] == [(7, 5, ""), (7, 4, kimi_k15.Config.begin)] and len(asked) == 18
+    assert asked[:2] == [(7, 5, ""), (7, 4, kimi_k15.Config.begin)]
+    assert len(asked) == 18
     out = capsys.readouterr().out
-    assert f"{len(kept)} of 60 prompts" in out and "20 guessed" in out and f"{40 - len(kept)} a choice" in out
+    assert f"{len(kept)} of 60 prompts" in out
+    assert "20 guessed" in out
+    assert f"{40 - len(kept)} a choice" in out
     capped = start(kimi_k15, "curate", tmp_path / "b", "prompts.jsonl", cap=4, **options)
     assert Counter(row["family"] for row in capped) == dict(a=4, b=4, c=4)
     unguessed = start(kimi_k15, "curate", tmp_path / "c", "prompts.jsonl", **options | dict(guesses=0))
@@ -1254,7 +1356,8 @@ def scene(text, *_):
     answer = re.search(r"Answer: (.*)\n", text)
     if not answer:
         return [f"A{number(text)}"]
-    return [f"R({answer[1]})" if text.endswith("Revision:") else f"C({answer[1]})"]
+    kind = "R" if text.endswith("Revision:") else "C"
+    return [f"{kind}({answer[1]})"]
 
 
 def revise(out, policy, critic, path, **options):
@@ -1264,21 +1367,26 @@ def revise(out, policy, critic, path, **options):
 
 def test_revisions_see_the_answer_its_critique_and_of_each_round_the_last(tiny, roomy, tmp_path, monkeypatch):
     calls, principles = play(monkeypatch, scene), set()
-    path = write(tmp_path / "q.jsonl", [dict(prompt=f"Q {i}", keyword="x") for i in range(11)])
+    path = numbered(tmp_path, 11, keyword="x")
     rows = by_prompt(revise(tmp_path / "a", tiny, roomy, path, rounds=2, batch=4))
     for i in range(11):
-        assert rows[f"Q {i}"] == dict(prompt=user(f"Q {i}"), keyword="x", first=f"A{i}", response=f"R(R(A{i}))",
-                                      critiques=[f"C(A{i})", f"C(R(A{i}))"])
+        row = rows[f"Q {i}"]
+        assert row["first"] == f"A{i}"
+        assert row["critiques"] == [f"C(A{i})", f"C(R(A{i}))"]
+        assert row["response"] == f"R(R(A{i}))"
+        assert row["keyword"] == "x"
     assert [len(call.texts) for call in calls] == [4] * 10 + [3] * 5
     assert [call.context for call in calls] == [64, 256, 256, 256, 256] * 3         # the policy answers, the critic speaks
     for batch in range(0, 15, 5):
         answers, *asked = [call.texts for call in calls[batch:batch + 5]]
         for place, text in enumerate(answers):
-            i, drafts = number(text), (f"A{number(text)}", f"R(A{number(text)})")
+            i = number(text)
+            drafts = (f"A{number(text)}", f"R(A{number(text)})")
             for draft, critique, revision in zip(drafts, asked[::2], asked[1::2]):
                 principle = critique[place].split("\n\n")[0]
                 shown_ = f"{principle}\n\nPrompt: Q {i}\nAnswer: {draft}\nCritique:"
-                assert critique[place] == shown_ and revision[place] == f"{shown_} C({draft})\nRevision:"
+                assert critique[place] == shown_
+                assert revision[place] == f"{shown_} C({draft})\nRevision:"
                 principles.add(principle)
     assert len(principles) > 4 and principles <= set(data.PRINCIPLES)
 
@@ -1291,11 +1399,15 @@ def test_what_was_not_finished_is_empty_or_finds_no_room_is_dropped(roomy, tmp_p
             return [None]
         return ["" if said == "A4" else said]
     calls = play(monkeypatch, say)
-    path = write(tmp_path / "q.jsonl", [dict(prompt=f"Q {i}") for i in range(6)] + [dict(prompt="cup " * 200 + "7")])
+    path = numbered(tmp_path, 6)
+    with open(path, "a") as file:
+        file.write(json.dumps(dict(prompt="cup " * 200 + "7")))
     row, = revise(tmp_path / "a", roomy, roomy, path, rounds=2)
-    assert asked_of(row) == "Q 5" and [len(call.texts) for call in calls] == [7, 4, 4, 2, 2]
+    assert asked_of(row) == "Q 5"
+    assert [len(call.texts) for call in calls] == [7, 4, 4, 2, 2]
+    path = write(tmp_path / "q3.jsonl", [dict(prompt="Q 3")])
     with pytest.raises(UserError, match="of 1 answers none was revised"):
-        revise(tmp_path / "b", roomy, roomy, write(tmp_path / "q1.jsonl", [dict(prompt="Q 3")]), rounds=2)
+        revise(tmp_path / "b", roomy, roomy, path, rounds=2)
 
 
 def test_revisions_of_the_toy_world_report_the_gold_reward_before_and_after(tiny, roomy, tmp_path, monkeypatch):
@@ -1308,7 +1420,9 @@ def test_revisions_of_the_toy_world_report_the_gold_reward_before_and_after(tiny
     rows = revise(tmp_path / "a", tiny, roomy, "toy", n=16, batch=16)
     log, = rows_of(tmp_path / "a")
     before, after = ([data.gold(row, row[key]) for row in rows] for key in ("first", "response"))
-    close([log["gold_before"], log["gold_after"], log["changed"]], [mean(before), mean(after), 1], 1e-6)
+    assert log["gold_before"] == pytest.approx(mean(before), abs=1e-6)
+    assert log["gold_after"] == pytest.approx(mean(after), abs=1e-6)
+    assert log["changed"] == 1
     assert mean(after) == mean([not row["safe"] for row in rows])
 
 
@@ -1360,15 +1474,24 @@ def test_fitted_rules_have_the_planted_signs_and_the_pairs_held_out_are_those_re
     log = fit(tmp_path / "rules", write(tmp_path / "p.jsonl", rows), steps=400)
     text = tmp_path / "rules" / "reward.txt"
     weight = {term.label: term.weight for term in data.parse_rewards(text.read_text().strip())}
-    plus, minus, none = weight["test_reward:red"], weight["test_reward:soft"], weight["test_reward:old"]
-    assert weight["words"] == .13 and plus > .3 and minus < -.3 and abs(none) < plus / 2
-    assert log[0]["loss"] > log[-1]["loss"] and log[-1]["accuracy"] == 1
+    plus = weight["test_reward:red"]
+    minus = weight["test_reward:soft"]
+    none = weight["test_reward:old"]
+    assert weight["words"] == .13
+    assert plus > .3
+    assert minus < -.3
+    assert abs(none) < plus / 2
+    assert log[0]["loss"] > log[-1]["loss"]
+    assert log[-1]["accuracy"] == 1
 
-    def paid(said):
-        return plus * said.count("red") + minus * said.count("soft") + none * said.count("old") + .13 * len(said)
+    def paid(text):
+        words = text.split()
+        total = plus * words.count("red") + minus * words.count("soft")
+        return total + none * words.count("old") + .13 * len(words)
     for row in rows[19::20]:
-        right += [paid(a.split()) > paid(b.split()) for a, b in two_of(row["responses"])]
-    assert f"{mean(right):.1%} of {len(right)} held-out pairs" in capsys.readouterr().out and mean(right) < .2
+        right += [paid(a) > paid(b) for a, b in two_of(row["responses"])]
+    assert f"{mean(right):.1%} of {len(right)} held-out pairs" in capsys.readouterr().out
+    assert mean(right) < .2
     text.write_text("-7*test_reward:red + words\n")
     roll = Rollout.of(data.encode(question(0, "red cup", "cup"), TOK, 99), TOK)
     total, _ = Reward(str(tmp_path / "rules"), Setup(TOK), 64)([question(0)] * 2, roll)
@@ -1383,12 +1506,17 @@ def test_the_first_steps_of_a_fit_against_a_loop(margin, tmp_path):
     del rows[19::20]                                                     # held out
     w = [0.0, 0.0, 0.0]
     for row in log:
-        loss, total, grad, right, even = 0.0, 0.0, [0.0, 0.0, 0.0], [], []
+        loss = 0.0
+        total = 0.0
+        grad = [0.0, 0.0, 0.0]
+        right = []
+        even = []
         for said in map(texts_of, rows):
             weight = 1 / len(two_of(said))
             for a, b in two_of([text.split() for text in said]):
                 phi = [a.count(word) - b.count(word) for word in WORDS]
-                lead = .13 * (len(a) - len(b)) + sum(x * y for x, y in zip(w, phi))
+                lead = .13 * (len(a) - len(b))
+                lead += sum(x * y for x, y in zip(w, phi))
                 loss += weight * max(0, margin - lead)
                 total += weight
                 right.append(lead > 1e-6)
@@ -1409,14 +1537,18 @@ FORMS = dict(fit_best_of_n=lambda d, a, b: d * (a - b * d), fit_rl=lambda d, a, 
 @pytest.mark.parametrize("noise", [0.0, .3])
 def test_known_coefficients_come_back_and_noisy_ones_as_numpy_has_them(form, noise):
     """With the peak where the curve has it, and none where it never turns down."""
-    curve, fitted, rng = FORMS[form], getattr(reward_hacking, form), random.Random(13)
+    curve = FORMS[form]
+    fitted = getattr(reward_hacking, form)
+    rng = random.Random(13)
     d = [.1 + .2 * i for i in range(40)]
     gain = np.array([curve(x, 1.545, .49) + rng.gauss(0, noise) for x in d])
     columns = np.array([d, [curve(x, 0, 1) for x in d]]).T
     (a, b), *_ = np.linalg.lstsq(columns, gain, rcond=None)
-    left, spread = gain - columns @ [a, b], gain - gain.mean()
+    left = gain - columns @ [a, b]
+    spread = gain - gain.mean()
     got = fitted(d, gain.tolist())
-    assert got["alpha"] == pytest.approx(a) and got["beta"] == pytest.approx(b)
+    assert got["alpha"] == pytest.approx(a)
+    assert got["beta"] == pytest.approx(b)
     assert got["r2"] == pytest.approx(1 - (left @ left) / (spread @ spread))
     assert noise or (a, b) == pytest.approx((1.545, .49))
     for near in (.999, 1.001):
@@ -1433,13 +1565,16 @@ def run_of(folder, rows):
 def test_overoptimize_against_every_choice_of_k_and_the_metrics_of_runs(letters, tmp_path, monkeypatch):
     """The run lies on the curve of RL's form, which comes back; without matplotlib there is no figure."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    calls, d = runs.watch(monkeypatch, models, "respond")["respond"], [.2 * i for i in range(20)]
+    calls = runs.watch(monkeypatch, models, "respond")["respond"]
+    d = [.2 * i for i in range(20)]
     cfg = reward_hacking.Config(out=str(tmp_path / "a"), policy=letters, proxy="runs:vowels", judge="runs:price",
                                 prompts=20, n=8, max_new=6, **CPU)
     reward_hacking.overoptimize(cfg, [])
     first = json.loads((tmp_path / "a" / "curves.json").read_text())["best of n"]
     groups = groups_of(calls)
-    assert len(groups) == 20 and len(first["fits"]) == 2 and not (tmp_path / "a" / "curves.png").exists()
+    assert len(groups) == 20
+    assert len(first["fits"]) == 2
+    assert not (tmp_path / "a" / "curves.png").exists()
     for place, k in enumerate((1, 2, 4, 8)):
         best = []
         for _, answers in groups:
@@ -1459,7 +1594,8 @@ def test_overoptimize_against_every_choice_of_k_and_the_metrics_of_runs(letters,
     close(curves[run]["d"], d, 1e-9)
     close(curves[run]["proxy"], d, 1e-9)
     other, fitted = curves[run]["fits"].values()                         # the forms of best-of-n and of RL
-    assert (fitted["alpha"], fitted["beta"]) == pytest.approx((1.3, .4), abs=1e-6) and other["r2"] < fitted["r2"]
+    assert (fitted["alpha"], fitted["beta"]) == pytest.approx((1.3, .4), abs=1e-6)
+    assert other["r2"] < fitted["r2"]
 
 
 @pytest.mark.parametrize("every, without, held", [(2, "", True), (10, "", False), (2, "val_kl", False)])
@@ -1495,11 +1631,14 @@ def test_impossible_options_exit_2_with_one_line(command, tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(Path(reward.__file__).parent / words[0]), run_name="__main__")
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
+    assert stop.value.code == 2
+    assert error.count("\n") == 1
+    assert error.startswith("error: ")
     assert not list(tmp_path.iterdir()), "something was written"
 
 
-PAIR, SCORED = question(0, "yes", "no"), question(0, "yes", "no", scores=[1.0, 0.0])
+PAIR = question(0, "yes", "no")
+SCORED = question(0, "yes", "no", scores=[1.0, 0.0])
 RATED, UNRATED = (dict(prompt="?", response="yes", ratings=ratings) for ratings in ([1, 2], []))
 
 
@@ -1511,13 +1650,14 @@ RATED, UNRATED = (dict(prompt="?", response="yes", ratings=ratings) for ratings 
 def test_what_a_loss_cannot_learn_from_is_one_clear_line(rows, options, word, tiny, tmp_path):
     path = write(tmp_path / "p.jsonl", rows * 30)
     with pytest.raises(UserError, match=f"^[^\n]*{word}[^\n]*$"):
-        reward.train(reward.Train(out=str(tmp_path / "rm"), init=tiny, data=path, **CPU, **options))
+        train(tmp_path / "rm", tiny, path, **options)
     assert not (tmp_path / "rm" / "metrics.jsonl").exists()
 
 
 def ask_verifier(command, rule, path, tiny, out):
     """A command that asks a verifier about a file."""
-    asked, hack = dict(data=path, n=4, max_new=4), dict(prompts=2, judge="words", n=2, max_new=4, **CPU)
+    asked = dict(data=path, n=4, max_new=4)
+    hack = dict(prompts=2, judge="words", n=2, max_new=4, **CPU)
     if command in ("judge", "proxy"):
         reward.compare(reward.Compare(device="cpu", **asked | dict(judge="words") | {command: rule}), [tiny])
     elif command == "accuracy":
@@ -1540,7 +1680,8 @@ def ask_verifier(command, rule, path, tiny, out):
     "label", "label answers", "curate", "rate", "fit", "accuracy", "judge", "proxy", "overoptimize"])
 def test_24_every_command_refuses_what_its_verifier_can_tell_nothing_of(command, tiny, tmp_path):
     """A file without the key that it needs at once, before a folder is made."""
-    path, out = write(tmp_path / "mine.jsonl", [question(i, "a", "b") for i in range(4)]), tmp_path / "out"
+    path = write(tmp_path / "mine.jsonl", [question(i, "a", "b") for i in range(4)])
+    out = tmp_path / "out"
     with pytest.raises(UserError, match=r'^(?=.*mine.jsonl)(?=.*exact)(?=.*"answer")[^\n]*$'):
         ask_verifier(command, "exact", path, tiny, out)
     assert not out.exists()
@@ -1551,7 +1692,8 @@ def test_24_every_command_refuses_what_its_verifier_can_tell_nothing_of(command,
     (torch.ones(2), False), (True, True), (3, True), (np.float32(.5), True), (torch.tensor(.5), True)], ids=repr)
 def test_a_score_is_a_number_or_names_its_term_its_record_and_itself(value, fine, monkeypatch):
     monkeypatch.setitem(data.VERIFIERS, "odd", lambda record, text, finished: value)
-    records, roll = [dict(prompt=user("Praise the cup."))], Rollout.of([([1, 2, 3], [0, 0, 1])], TOK)
+    records = [dict(prompt=user("Praise the cup."))]
+    roll = Rollout.of([([1, 2, 3], [0, 0, 1])], TOK)
     judge = Reward("2*odd", Setup(TOK), 64)
     if fine:
         assert judge(records, roll)[0].tolist() == [2 * float(value)]
@@ -1579,7 +1721,8 @@ def test_what_leaves_nothing_is_one_clear_line(letters, tiny, tmp_path, monkeypa
     """No answer that ends, none that is right, none that is not guessed, no pairs of both kinds, no run."""
     longer = write(tmp_path / "longer.jsonl", [question(0, "yes it is", "no")])
     sums = write(tmp_path / "q.jsonl", [dict(prompt=f"Q {i}", answer=i) for i in range(9)])
-    sft, out = run_of(tmp_path / "sft", [dict(loss=1.0)] * 5), tmp_path / "out"
+    sft = run_of(tmp_path / "sft", [dict(loss=1.0)] * 5)
+    out = tmp_path / "out"
     with pytest.raises(UserError, match="--select rank"):
         label(out / "a", tiny, n=4, max_new=1)
     with pytest.raises(UserError, match="--select correct"):
