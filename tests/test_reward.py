@@ -331,7 +331,7 @@ def slow_calibration(margins, bins=10):
     total = 0.0
     for b in range(bins):
         low = .5 + .5 * b / bins
-        high = .5 + .5 * (b + 1) / bins
+        high = low + .5 / bins
         sure, right = [], []
         for m in margins:
             p = float(sigmoid(abs(m)))
@@ -353,7 +353,8 @@ def test_calibration_error_against_a_loop(n, bins):
 
 
 @pytest.mark.parametrize("wins, n, low, high", [
-    (81, 263, .2553, .3662), (15, 148, .0624, .1605), (0, 20, .0, .1611), (1, 29, .0061, .1718)])
+    (81, 263, .2553, .3662), (15, 148, .0624, .1605),
+    (0, 20, .0, .1611), (1, 29, .0061, .1718)])
 def test_wilson_published_table(wins, n, low, high):
     """Newcombe, Statistics in Medicine 17 (1998), Table I, method 3."""
     assert reward.wilson(wins, n) == pytest.approx((low, high), abs=6e-5)
@@ -528,7 +529,9 @@ def training_records(loss):
             ratings = [rng.random(), 4.0 * i]
             records[i] = dict(prompt=record["prompt"], response=record["responses"][0], ratings=ratings)
             continue
-        if i % 2 and loss != "cost":
+        if loss == "cost":
+            record["scores"][i % 2] = 0.0                                # not harmful
+        elif i % 2:
             del record["scores"]
         if i % 4:
             record["prob"] = round(rng.random(), 2)
@@ -606,7 +609,8 @@ def test_training_recovers_known_gaps(tiny, tmp_path):
     often = {1: (11, 15), 2: (22, 25), 3: (20, 21)}                      # σ(1) = .731, σ(2) = .881, σ(3) = .953
     for i, j in two_of(range(4)):
         won, n = often[j - i]
-        better, worse = question("?", "abcd"[j], "abcd"[i]), question("?", "abcd"[i], "abcd"[j])
+        better = question("?", "abcd"[j], "abcd"[i])
+        worse = question("?", "abcd"[i], "abcd"[j])
         rows += [better] * won + [worse] * (n - won)
     random.Random(0).shuffle(rows)
     n = len(rows)
@@ -628,14 +632,15 @@ def test_options_of_optimisation_are_used(script, tiny, tmp_path):
     if script is process_rewards:
         rows = [dict(prompt=user(f"Q {i}"), steps=["a", " b"], labels=[0, 1]) for i in range(40)]
         Config = script.Config
-    path, ends = write(tmp_path / "p.jsonl", rows), []
-    changes = [{}, dict(muon_lr=.02), dict(lr=.02), dict(optimizer="adamw"), dict(weight_decay=.9), dict(warmup=3),
-               dict(clip_grad=.001), dict(epochs=.5), dict(seed=1), dict(steps=1)]
-    for change in changes:
-        out = tmp_path / str(len(ends))
-        script.train(Config(out=str(out), init=tiny, data=path, batch=8, **CPU | dict(warmup=1, epochs=1.0) | change))
-        ends.append((out / "model.safetensors").read_bytes())
-    assert len(set(ends)) == len(changes), "an option changes no weight"
+    path, ends = write(tmp_path / "p.jsonl", rows), {}
+    others = dict(muon_lr=.02, lr=.02, optimizer="adamw", weight_decay=.9, warmup=3, clip_grad=.001, epochs=.5, seed=1,
+                  steps=1)
+    for name, value in [("batch", 8), *others.items()]:
+        options = CPU | dict(batch=8, warmup=1, epochs=1.0) | {name: value}
+        script.train(Config(out=str(tmp_path / name), init=tiny, data=path, **options))
+        weights = (tmp_path / name / "model.safetensors").read_bytes()
+        assert weights not in ends, f"{name} changes no weight"
+        ends[weights] = name
 
 
 def test_same_ids_in_reward_training_evaluation_and_ppo(judge, tmp_path, monkeypatch):
@@ -734,6 +739,14 @@ def test_rankings_of_none_or_one_are_nothing(select):
         assert reward.kept(group, reward.Label(select=select), drawn) == []
 
 
+def test_answers_of_one_score_are_nothing_where_scores_alone_decide(tmp_path):
+    tied = [question(0, "be a", "ab e")]
+    row, = relabel(tmp_path / "a", tied, scale=1.0)
+    assert sorted(row["responses"]) == ["ab e", "be a"]
+    with pytest.raises(UserError, match="none got answers"):
+        relabel(tmp_path / "b", tied)
+
+
 def test_label_flip_seed_and_skip(tmp_path, tiny):
     """Skipped prompts are counted in whole batches, so that a later round begins where an earlier one ended."""
     plain = label(tmp_path / "a", tiny)
@@ -751,6 +764,8 @@ def test_label_flip_seed_and_skip(tmp_path, tiny):
 def test_label_of_a_file_asks_each_prompt_once_and_skips_as_it_says(tiny, tmp_path, monkeypatch):
     calls = play(monkeypatch, lambda text, k, begin: ["be", "bee"])
     path = numbered(tmp_path, 20)
+    with open(path, "a") as file:
+        file.write(json.dumps(dict(prompt="cup " * 70)))                 # no room for an answer
     whole = label(tmp_path / "a", tiny, data=path, batch=8)
     late = label(tmp_path / "b", tiny, data=path, batch=8, skip=8)
     assert sorted(number(asked_of(row)) for row in whole) == list(range(20))
@@ -862,10 +877,11 @@ def test_judge_orders_answers_by_how_often_each_is_preferred(select, clamp, tiny
                 agrees.append(.5 if clamp == .5 else (QUALITY[a] > QUALITY[b]) == (gap > 0))
     log, = rows_of(tmp_path / "a")
     assert len(agrees) < len(torn)
-    close([log["inconsistent"], log["agrees"]], [mean(torn), mean(agrees)], 1e-6)
+    assert log["inconsistent"] == pytest.approx(mean(torn), abs=1e-6)
+    assert log["agrees"] == pytest.approx(mean(agrees), abs=1e-6)
     out = capsys.readouterr().out
-    assert f"{log['agrees']:.0%}" in out
-    assert f"{log['inconsistent']:.0%}" in out
+    for name in ("agrees", "inconsistent"):
+        assert f"{log[name]:.0%}" in out
     for one, other in zip(asked[::2], asked[1::2]):                      # the same question, changed over
         a, b = shown(one)
         content = re.search(r"Prompt: (Q \d+)", one)[1]
@@ -1094,7 +1110,8 @@ def test_compare_tells_of_safety_where_it_asks_for_it(tiny, tmp_path, monkeypatc
             cost.append(helps)
             continue
         refused.append(refuses)
-        fit_tool, fit_task = task["tool"] == "saw", task["key"] == "cut box"
+        fit_tool = task["tool"] == "saw"
+        fit_task = task["key"] == "cut box"
         helped.append(helps * (.4 + .3 * fit_tool + .3 * fit_task))
     assert row["harmless"] == pytest.approx(1 - mean(cost), abs=1e-9)
     assert row["over_refusal"] == pytest.approx(mean(refused), abs=1e-9)
@@ -1172,7 +1189,8 @@ def test_quantiles_are_of_equal_size_in_the_order_of_scores(quantiles, n, letter
 
 
 def test_ratings_hold_every_attribute_of_every_answer(tmp_path):
-    one, two = question(0, "be it", "tree", key="x"), question(1, "a b c", "e", "f", key="y")
+    one = question(0, "be it", "tree", key="x")
+    two = question(1, "a b c", "e", "f", key="y")
     path = write(tmp_path / "p.jsonl", [one, two])
     cfg = nemotron4.Config(out=str(tmp_path / "a"), data=path, batch=1, **CPU)
     nemotron4.rate(cfg, ["runs:vowels", "words", "2*words + -1*runs:vowels"])
