@@ -532,6 +532,7 @@ def test_questions_are_asked_and_answered_right(kind, split):
 
 @pytest.mark.parametrize("kind, right, text, paid", [
     ("judge", "1", "Hm\n1", 1), ("judge", "1", "2", 0), ("judge", "1", "", 0), ("judge", "1", "1.", 0),
+    ("judge", "1", "it is 1", 0),
     ("reason", "1 is fine. 2 is poor.\n1", "1", 1), ("reason", "1 is fine. 2 is poor.\n1", "1 is fine. 2 is poor.\n2", 0),
     ("rate", "3", "3", 1), ("rate", "3", "1", .6), ("rate", "3", "6", 0), ("rate", "3", " 3", 0), ("rate", "3", "03", 0),
     ("rate", "3", "\u0663", 0), ("classify", "B", "B", 1), ("classify", "B", "B.", 0), ("critique", "It is good.", "It", 0)])

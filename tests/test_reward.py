@@ -1346,6 +1346,9 @@ def test_curate_leaves_out_every_guessable_prompt_rates_the_rest_and_caps_the_fa
     assert Counter(row["family"] for row in capped) == dict(a=4, b=4, c=4)
     unguessed = start(kimi_k15, "curate", tmp_path / "c", "prompts.jsonl", **options | dict(guesses=0))
     assert len(unguessed) == 54
+    options["by"] = "runs:nothing + -.5*runs:nothing"                   # just ½ is not right
+    half = start(kimi_k15, "curate", tmp_path / "d", "prompts.jsonl", **options)
+    assert [row["difficulty"] for row in half] == [1] * 54
 
 
 def test_a_guess_begins_with_the_tokens_of_an_answer():
