@@ -3,7 +3,6 @@ scale, and a second time nothing does. Five stages, killed at random moments, en
 scripts beside recipes make."""
 import atexit
 import base64
-import dataclasses
 import functools
 import importlib
 import io
@@ -30,7 +29,7 @@ import data
 import model
 import reward
 import runs
-from data import BAD, GOOD, SAYINGS, VERIFIERS, OptionError, Tokenizer, UserError, parse, parse_rewards, verifier
+from data import VERIFIERS, OptionError, Tokenizer, UserError, parse, parse_rewards, verifier
 from model import load_tensors
 from policies import TOK, random_policy, save
 from runs import close, write
