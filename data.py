@@ -610,17 +610,17 @@ def needs(name, function):
             for key in getattr(function, "needs", [])]
 
 
-def check_needs(name, function, records, data, option="reward"):
+def check_needs(name, function, records, data):
     """Refuse records of which none has what a verifier needs: it would pay 0 for ever. Count those of a file that lack
     it, and so get 0. The truth (gold) is for records of the toy world only, so there not one may lack it."""
     for key, what, has in needs(name, function):
         lacking = sum(not has(record) for record in records)
-        told = f'{data}: --{option} {name} needs "{key}" in a record ({what})'
+        told = f'{data}: {name} needs "{key}" in a record ({what})'
         if lacking and (lacking == len(records) or name == "gold"):
             found = ", ".join(sorted(set().union(*records)))
             raise UserError(f"{told}, and {lacking} of {len(records)} records lack it; their keys: {found}")
         if lacking and data != "toy":
-            print(f"{told}; {lacking} of {len(records)} records lack it and get 0", file=sys.stderr)
+            tell(f"{told}; {lacking} of {len(records)} records lack it and get 0")
 
 
 def verifier(name, option="reward"):
@@ -1424,7 +1424,7 @@ def read_records(path, want=None, skip_bad=False):
     line = summary(path, len(records), dropped, bad, unread)
     if not records:
         raise UserError(line)
-    print(line, file=sys.stderr)
+    tell(line)
     return records
 
 

@@ -435,7 +435,7 @@ def open_prompts(policy, reward, tripwire, cfg):
     stream, held = open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64, skip_bad=cfg.skip_bad,
                                prepare=fits(policy.tok, policy.config.block_size, cfg.max_new))
     reward.check(stream.some(), cfg.data)
-    check_needs(cfg.tripwire, tripwire, stream.some(), cfg.data, "tripwire")
+    check_needs(cfg.tripwire, tripwire, stream.some(), cfg.data)
     return Prompts(stream, cfg), held
 
 
