@@ -12,8 +12,8 @@ comes from a group (ADVANTAGES), the loss of a token (POLICY_LOSSES), how tokens
 whether the KL is in the reward or in the loss (kl_estimate). Departures: β = 0 unless asked for, and then the KL is
 estimated by k2, a squared log-ratio, rather than by the published k3; tokens are averaged over the batch, not first
 within each response (DAPO 2503.14476); dropout stays off. With one update a rollout, the default, the old
-log-probabilities *are* the present ones: ρ = 1 to the bit. The advantages of a group sum to 0, so the value of the loss
-is near 0 whatever was learned. Only its gradient matters.
+log-probabilities *are* the present ones: ρ = 1 to the bit. The value of the loss then says nothing: the advantages of a
+group sum to 0, and what is left is that longer responses weigh more. Only its gradient matters.
 
     python grpo.py                                 out/sft, sums and a verifier -> out/grpo
     python grpo.py --adv dr_grpo --per constant    Dr. GRPO
@@ -39,7 +39,7 @@ from model import (Means, Optimizer, Reward, Rollout, evaluate, generate, load_m
 
 
 @dataclass
-class Config(TrainConfig):
+class Config(TrainConfig):  # of data.py: options of every trainer, as seed, device, dtype, micro_tokens, lora_r
     """GRPO, Dr. GRPO, RLOO, REINFORCE++, DAPO, GSPO, CISPO, Kimi's OPMD, SPO."""
     out: str = "out/grpo"       # folder of the run; the same command continues an interrupted one
     save_every: Count = 5       # steps between checkpoints
@@ -269,8 +269,9 @@ def win_rates(p):
 
 
 def draw_prompts(solved, share, n, rng):
-    """n different indices among the first `share` of a pool, with chances ∝ 1 - solved[i]. The n smallest of
-    exponential numbers with these chances as their rates are such a draw. 1e-3: what is solved comes back at times."""
+    """n different indices among the first `share` of a pool, with chances ∝ 1 - solved[i]. Every index
+    is an alarm clock that rings at a random time, at the rate of its chance; the n that ring first are drawn
+    (Efraimidis & Spirakis 2006). 1e-3: what is solved comes back at times."""
     n_open = max(n, math.ceil(share * len(solved)))
     arrival = []
     for i in range(n_open):
@@ -295,6 +296,14 @@ def draw_prompts(solved, share, n, rng):
 #   token_logprobs    (b, t-1), with gradient
 #   Optimizer.step    clip, update, clear the gradients -> gradient norm, rate
 #   steps             restore what an interrupted run had, seed each step, and save
+#
+# Of data.py:
+#   open_stream       -> prompts to train on, a Stream (batch(step, n); some(): a few to look at), and held-out ones
+#   fits              leaves out a prompt that has no room for max_new tokens behind it
+#   mean              of a list; None of an empty one. truth: the toy's gold of these answers, of other prompts none
+#   run.log           a row of metrics, the named ones in the bar, too. run.finish: curves, and what to do next
+#   verifier          NAME or module:function -> the function, or an error in the name of the option
+#   check_needs       refuse prompts that lack what a verifier reads; number: a float, or an error that names the prompt
 
 class Prompts:
     """The prompts of every step: new ones, or from a pool, which opens from the easy ones on (--curriculum) and gives
@@ -329,7 +338,7 @@ class Prompts:
 
 
 def difficulty(record):
-    """What reward.py or the toy world says of how hard a prompt is."""
+    """How hard a prompt is: its difficulty, as configs/kimi_k15.py measures it, or the level of a toy sum; else 0."""
     return record.get("difficulty", record.get("level", 0))
 
 

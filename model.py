@@ -516,9 +516,9 @@ def generate(model, prompts, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0, 
     its own position in the cache. A row stops at its end token, after max_new tokens, or when the context is full.
     top_k and top_p are for chatting: a policy gradient needs the samples to come from the distribution it
     differentiates, so no trainer offers them. stream(token) is called with each new id, for a single row. begin: ids
-    that every response is made to begin with; they are a part of it, with log-probability 0, and do not count in
-    max_new. Raises UserError for a prompt that leaves no room in the context, and for a model whose logits are no
-    numbers.
+    that every response is made to begin with, as "<think>" in reward.py (no trainer does that); they are a part of it,
+    with log-probability 0, and do not count in max_new. Raises UserError for a prompt that leaves no room in the
+    context, and for a model whose logits are no numbers.
     """
     if 0 < temperature < COLDEST:
         raise OptionError(f"--temperature {temperature}: 0 is greedy; anything else has to be {COLDEST:g} or more")
@@ -763,7 +763,8 @@ class Reward:
     (data.VERIFIERS, or module:function).
 
     `Reward("0.5*out/reward@answer[write] + exact", ...)(records, roll)` -> total (B,), {term: unweighted part (B,)}.
-    A term is a data.Term, and may have, in this order:
+    A term is a data.Term: weight, names, view, system, families; label is the term without its weight. Behind its names
+    it may have, in this order:
 
         NAME|NAME          several names; the worst of their values counts (Coste et al. 2310.02743): the least. It is
                            the greatest where more is worse: with a negative weight, or in a cost (PPO's --cost, for
@@ -1097,7 +1098,7 @@ class Optimizer:
             if not math.isfinite(norm):
                 raise UserError(f"step {step}: the gradient is {norm}; nothing was updated, the last checkpoint is "
                                 "intact. A lower --lr, or --dtype fp32, usually helps")
-            self.at(step)
+            self.at(step)  # again, for callers without `steps`
             for optim in self.optims:
                 optim.step()
                 optim.zero_grad(set_to_none=True)
@@ -1142,7 +1143,7 @@ class Optimizer:
         return {name: state[key] for name, state, key, _ in self.slots() if key in state}
 
     def load_tensors(self, flat, path=""):
-        """The inverse; anything incomplete is a UserError."""
+        """The inverse; anything incomplete is a UserError. flat is empty before the first step and after the last."""
         self.forget()
         shapes = {name: shape for name, _, _, shape in self.slots()}
         compare_shapes(flat, shapes if flat else {}, path)
@@ -1154,11 +1155,12 @@ def muon_group(param, lr, decay):
     """What torch.optim.Muon is told of a matrix; decay: the share of it that a step takes off, as AdamW's.
 
     The rate is to be lr · max(1, √(out / in)). PyTorch takes lr · max(1, √(rows / columns)), for matrices (out, in).
-    Ours are (in, out): rows are in, and columns out. With √(columns / rows) · lr PyTorch's comes to what it is to be.
+    Ours are (in, out): rows are in, and columns out. So we give it √(columns / rows) · lr, and it takes
+    lr · max(√(columns / rows), 1), which is what we want. It multiplies the decay by the rate that it is given.
     """
     rows, columns = param.shape
     own_lr = lr * math.sqrt(columns / rows)
-    return dict(params=[param], lr=own_lr, weight_decay=decay / own_lr)  # PyTorch multiplies the decay by the rate
+    return dict(params=[param], lr=own_lr, weight_decay=decay / own_lr)
 
 
 # ------------------------------------------------------------------------------------------------ steps and checkpoints

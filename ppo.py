@@ -33,7 +33,7 @@ from model import (Means, Optimizer, Reward, evaluate, load_model, logps, miniba
 
 
 @dataclass
-class Config(TrainConfig):
+class Config(TrainConfig):  # of data.py: options of every trainer, as seed, device, dtype, micro_tokens, lora_r
     """RLHF with PPO."""
     out: str = "out/ppo"        # folder of the run; the same command continues an interrupted one
     save_every: Count = 5       # steps between checkpoints
@@ -244,6 +244,12 @@ def normalize(score, state):
 #   Optimizer.step    clip, update, clear the gradients
 #   steps             restore what an interrupted run had, seed each step, and save
 # Models cast to bf16 by themselves; with `autocast` around several passes the weights are cast only once.
+#
+# Of data.py:
+#   open_stream       -> prompts to train on, a Stream (batch(step, n); some(): a few to look at), and held-out ones
+#   fits              leaves out a prompt that has no room for max_new tokens behind it
+#   mean              of a list; None of an empty one. truth: the toy's gold of these answers, of other prompts none
+#   run.log           a row of metrics, the named ones in the bar, too. run.finish: curves, and what to do next
 
 def shape_score(raw, records, roll, ref, reward, state, cfg):
     """The score (B,) of each response, from what the reward says of it, raw (B,): less that of the reference's own
@@ -312,7 +318,7 @@ class Constraint:
 
     def __init__(self, policy, prompts, cfg):
         self.cfg = cfg
-        self.cost = Reward(cfg.cost, policy, cfg.micro_tokens, cost=True)  # of models joined by | the greatest
+        self.cost = Reward(cfg.cost, policy, cfg.micro_tokens, cost=True)  # the worst of A|B is the greatest
         self.cost.check(prompts.some(), cfg.data)
         self.critic = Critic(critic_start(self.cost, cfg), policy, cfg)
 
@@ -411,7 +417,7 @@ def train(cfg):
         if constraint:
             adv = constraint.advantages(adv, kl, reward_beta, records, roll, state, step)
         loss_beta = state["beta"]  # of k2 and k3, in the loss
-        if cfg.whiten:  # advantages are divided by their spread, so β is, too: or the KL would weigh more against them
+        if cfg.whiten:  # divides the advantages by their spread; β divided by it too keeps the balance of reward and KL
             loss_beta /= float(masked_var(adv, roll.mask)) ** 0.5 + 1e-8
             adv = whiten(adv, roll.mask)
 
