@@ -365,6 +365,15 @@ def test_the_head_runs_on_response_positions_only_in_chunks_and_again_in_the_bac
     assert sum(seen) == times * BATCH[1].sum()
 
 
+def test_p35_means_are_over_masked_tokens_only_and_add_up_over_micro_batches():
+    first, second, other = torch.tensor([[1., 2.], [3., math.nan]]), torch.tensor([[5., math.inf]]), M.Means()
+    means = M.Means()
+    means.add(torch.tensor([[1., 1.], [1., 0.]]), x=first)
+    other.add(torch.tensor([[1., 0.]]), x=second, y=second)
+    means.join(other)
+    assert means.result() == {"x": (1 + 2 + 3 + 5) / 4, "y": 5.0}, "a mean takes in what is outside the mask"
+
+
 # ------------------------------------------------------------------------------------------------ scores
 
 
