@@ -1766,3 +1766,10 @@ def test_chat_answers_every_piped_line_with_whole_characters(tmp_path, monkeypat
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\nhi\n"))
     M.main()
     assert capsys.readouterr().out == f"{said}\n{said}\n"
+
+
+def test_chat_leaves_room_for_an_answer_to_a_prompt_beyond_the_context(capsys):
+    model = gpt(tok=WORDS, vocab_size=WORDS.n_vocab, block_size=32)
+    said = [dict(role="user", content="so " * 100)]
+    M.answer(model, said, M.Config(max_new=4))                      # without room it would be refused
+    assert capsys.readouterr().out.endswith("\n")
