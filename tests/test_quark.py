@@ -153,7 +153,8 @@ def test_rows_whose_response_the_context_cuts_are_left_out():
 def test_without_its_two_terms_it_is_plain_sft(tmp_path):
     wild(1, tmp_path / "init")
     wild(2, tmp_path / "ref")
-    options = dict(data=write(tmp_path / "d.jsonl", TOLD * 4), init=str(tmp_path / "init"), prompt_weight=.1, packing=0)
+    path = write(tmp_path / "d.jsonl", TOLD * 4)
+    options = dict(data=path, init=str(tmp_path / "init"), prompt_weight=.1, packing=0)
     plain, rows = test_sft.fit(tmp_path, "a", **options)
     folder, again = fit(tmp_path, "b", kl_coef=0., ent_coef=0., ref=str(tmp_path / "ref"), **options)
     assert same(weights(plain), weights(folder))
@@ -166,7 +167,8 @@ def test_loop_equals_a_slow_loop(ref, float64, tmp_path):
     """Every logged number and every weight; the reference is the folder named, else the start, and stays as it was."""
     for seed, name in ((1, "init"), (2, "ref")):
         wild(seed, tmp_path / name)
-    options = dict(data=write(tmp_path / "d.jsonl", TOLD * 4), init=str(tmp_path / "init"), batch=4, steps=4)
+    path = write(tmp_path / "d.jsonl", TOLD * 4)
+    options = dict(data=path, init=str(tmp_path / "init"), batch=4, steps=4)
     options |= dict(warmup=1, lr=1e-2, optimizer="adamw", weight_decay=.2, beta2=.6, clip_grad=.5)
     options |= dict(kl_coef=.7, ent_coef=.4, prompt_weight=.2, seed=3, eval_every=2)
     options["ref"] = str(tmp_path / ref) if ref else ""
@@ -287,8 +289,10 @@ def test_the_script_finds_the_trainers_from_any_folder_and_says_what_is_wrong(tm
 
 def test_the_script_trains_and_prints_a_command_that_asks_for_the_best(tmp_path):
     wild(1, tmp_path / "init")
-    options = QUARK | dict(data=write(tmp_path / "d.jsonl", TOLD * 4), init=tmp_path / "init", batch=4, steps=2)
-    words = [f"--{name}={value}" for name, value in (options | dict(out=tmp_path / "run")).items()]
+    path = write(tmp_path / "d.jsonl", TOLD * 4)
+    options = QUARK | dict(data=path, init=tmp_path / "init", batch=4, steps=2)
+    options["out"] = tmp_path / "run"
+    words = [f"--{name}={value}" for name, value in options.items()]
     code, out, err = start(tmp_path, ROOT / "configs/quark.py", *words)
     assert code == 0, err
     python, *words = shlex.split(out.splitlines()[-1].removeprefix("next: "))
