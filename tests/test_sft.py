@@ -8,7 +8,6 @@ import json
 import math
 import os
 import random
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -23,33 +22,35 @@ from runs import close, write
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("PLAINALIGN_DATA") or ROOT.parent / "shared" / "data")
-TINY = dict(init="new", n_layer=1, n_head=2, n_embd=32, block_size=64, device="cpu", dtype="fp32", threads=1,
-            packing=64, prompt_weight=0.)
+SIZE = dict(n_layer=1, n_head=2, n_embd=32, block_size=64)
+TINY = dict(SIZE, init="new", device="cpu", dtype="fp32", threads=1, packing=64, prompt_weight=0.)
 
 
 def chat(ask, says):
     return dict(messages=[dict(role="user", content=ask), dict(role="assistant", content=says)])
 
 
-def demonstrations(n, seed=0):
-    rng = random.Random(seed)
+def demonstrations(n):
+    rng = random.Random(0)
     return [toy_record("messages", "train", ["write", "safe", "fmt"], rng) for _ in range(n)]
 
 
 def tiny_model(seed=0, **size):
     torch.manual_seed(seed)
-    return GPT(GPTConfig(TOK.n_vocab, **dict(block_size=64, n_layer=1, n_head=2, n_embd=32) | size), TOK)
+    return GPT(GPTConfig(TOK.n_vocab, **(SIZE | size)), TOK)
 
 
 def fit(tmp_path, name="run", **options):
     """Run sft.py in this process -> its folder, its rows."""
-    return str(tmp_path / name), runs.train(sft, tmp_path / name, **TINY | dict(
-        steps=3, batch=8, warmup=20, clip_grad=1.0, save_every=25) | options)
+    usual = dict(steps=3, batch=8, warmup=20, clip_grad=1.0, save_every=25)
+    rows = runs.train(sft, tmp_path / name, **(TINY | usual | options))
+    return str(tmp_path / name), rows
 
 
 def losses(model, rows, **options):
     """Sum of the loss over the micro-batches that `options` lead to."""
-    return sum(sft.sft_loss(model, x) for x in sft.batches(rows, model, sft.Config(**TINY | options)))
+    cfg = sft.Config(**(TINY | options))
+    return sum(sft.sft_loss(model, x) for x in sft.batches(rows, model, cfg))
 
 
 def by_hand(model, rows):
@@ -62,17 +63,25 @@ def by_hand(model, rows):
     return total
 
 
+def weight(rows):
+    return sum(sum(target) for _, target in rows)
+
+
 def gradient(loss, model):
-    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)])
+    slopes = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    return torch.cat([slope.reshape(-1) for slope in slopes])
 
 
 DIGITS = (1, 20, 3, 7, 20, 1, 12, 5, 9)
 
 
-def ragged(lengths=DIGITS, loss_on="assistant", **more):
+def ragged(loss_on="assistant", **more):
     """Conversations whose answers have these many digits."""
-    return [row for n in lengths
-            for row in encode(chat(f"Say {n}", "12345678901234567890"[:n]), TOK, 64, loss_on, **more)]
+    rows = []
+    for n in DIGITS:
+        record = chat(f"Say {n}", "12345678901234567890"[:n])
+        rows += encode(record, TOK, 64, loss_on, **more)
+    return rows
 
 
 # ---------------------------------------------------------------- the loss
@@ -90,42 +99,46 @@ def test_7_and_52_every_split_and_packing_give_the_same_gradient(float64, option
     assert len(list(sft.batches(rows, model, sft.Config(packing=64, micro_tokens=64)))) > 2, "nothing was split"
 
 
-@pytest.mark.parametrize("loss_on", ["assistant", "all"])
-def test_a_new_model_knows_nothing(loss_on):
-    rows = [row for record in demonstrations(40) for row in encode(record, TOK, 64, loss_on)]
-    loss = losses(tiny_model(), rows).item() / sft.total_weight(rows)
-    assert abs(loss - math.log(TOK.n_vocab)) < .05
-
-
 def test_6_prompt_labels_leave_the_loss_bit_equal():
     """A user's last words come after all that is learnt: as inputs they cannot matter, only as labels they could."""
     def loss(text, weight):
         turns = chat("Hi", "Hello.")["messages"] + [dict(role="user", content=text)]
-        return losses(tiny_model(), encode(dict(messages=turns), TOK, 64, "assistant", weight), packing=0).item()
-    assert loss("Bye now.", 0) == loss("What?", 0) and loss("Bye now.", .1) != loss("What?", .1)
+        rows = encode(dict(messages=turns), TOK, 64, "assistant", weight)
+        return losses(tiny_model(), rows, packing=0).item()
+    assert loss("Bye now.", 0) == loss("What?", 0)
+    assert loss("Bye now.", .1) != loss("What?", .1)
+
+
+def spoken(line):
+    """Which tokens of a line of tokens, but for its first, the assistant says, the ends included."""
+    said, speaking = [], False
+    for before, token in zip(line, line[1:]):
+        if before == TOK.role["assistant"]:
+            speaking = True
+        elif before == TOK.end or token == TOK.pad:
+            speaking = False
+        said.append(speaking)
+    return said
 
 
 @pytest.mark.parametrize("packing", [0, 64])
 def test_4_the_gradient_sits_exactly_at_predecessors_of_what_the_assistant_says(packing):
     """Its end token included, and of nothing else."""
-    model, kept, learnt = tiny_model(), [], Counter()
+    model, kept, learnt = tiny_model(), [], 0
 
     def keep(module, args, hidden):
         hidden.retain_grad()
         kept.append(hidden)
     model.register_forward_hook(keep)
-    for x in sft.batches(ragged(), model, sft.Config(**TINY | dict(packing=packing))):
-        kept.clear()
+    cfg = sft.Config(**(TINY | dict(packing=packing)))
+    for x in sft.batches(ragged(), model, cfg):
         sft.sft_loss(model, x).backward()
-        touched = kept[0].grad.abs().sum(-1) > 0
-        for row, hit in zip(x.tokens.tolist(), touched.tolist()):
-            speaking = False
-            for before, token, learns in zip(row, row[1:], hit):
-                speaking = (speaking or before == TOK.role["assistant"]) and before != TOK.end and token != TOK.pad
-                assert learns == speaking, f"{TOK.decode([token])!r} is learnt: {learns}"
-                learnt[token] += learns
-    assert learnt[TOK.end] == len(DIGITS) and learnt[TOK.pad] == 0
-    assert learnt.total() == sum(n + 1 for n in DIGITS)
+        touched = kept.pop().grad.abs().sum(-1) > 0
+        for line, learns in zip(x.tokens.tolist(), touched.tolist()):
+            said = spoken(line)
+            assert learns[:len(said)] == said, f"other tokens of {TOK.decode(line)!r} are learnt"
+            learnt += sum(said)
+    assert learnt == sum(DIGITS) + len(DIGITS)
 
 
 def test_pretraining_counts_every_token_but_the_first():
@@ -151,19 +164,20 @@ LOOPS = {
 def test_44_loop_equals_a_slow_loop(name, tiny, tmp_path, float64):
     """Every logged number of every step and every weight at the end. An update is the mean over the tokens of its
     whole batch: micro-batches of their own mean would weigh short answers more."""
-    usual = dict(steps=3, batch=6, optimizer="adamw", warmup=0, clip_grad=0.0, eval_every=2, lr=3e-3)
-    options = TINY | usual | LOOPS[name]
+    options = TINY | dict(steps=3, batch=6, optimizer="adamw", warmup=0, clip_grad=0.0)
+    options |= dict(eval_every=2, lr=3e-3, micro_tokens=100) | LOOPS[name]
     kind, records = "messages", demonstrations(50)          # two are held out
     if options.pop("texts", False):
         kind, records = "text", [dict(text=" ".join(record["messages"][-1]["content"])) for record in records]
-    path = write(tmp_path / "d.jsonl", records)
-    options = dict(data=path) | options | dict(init=options["init"].replace("CHECKPOINT", tiny), micro_tokens=100)
+    options.setdefault("data", write(tmp_path / "d.jsonl", records))
+    options["init"] = options["init"].replace("CHECKPOINT", tiny)
     if options["data"] == "toy":
         kind = "text"
     folder, rows = fit(tmp_path, **options)
     cfg = sft.Config(**options)
 
-    prepare = lambda record: encode(record, TOK, 64, cfg.loss_on, cfg.prompt_weight)     # noqa: E731
+    def prepare(record):
+        return encode(record, TOK, 64, cfg.loss_on, cfg.prompt_weight)
     stream, held = open_stream(cfg.data, kind, cfg.seed, n_held=128, prepare=prepare, think=cfg.think)
     net = tiny_model(cfg.seed) if cfg.init == "new" else load_model(tiny)
     total = cfg.steps or math.ceil(48 / cfg.batch)
@@ -171,11 +185,12 @@ def test_44_loop_equals_a_slow_loop(name, tiny, tmp_path, float64):
     assert len(rows) == total, f"{len(rows)} steps instead of {total}"
     for step, row in enumerate(rows):
         batch = stream.batch(step, cfg.batch)
-        loss = by_hand(net, batch) / sum(sum(target) for _, target in batch)
+        loss = by_hand(net, batch) / weight(batch)
         loss.backward()
-        want = optimizer.step(step) | dict(loss=loss.item(), tokens=sum(len(ids) for ids, _ in batch), val_loss=None)
+        want = optimizer.step(step) | dict(loss=loss.item(), val_loss=None)
+        want["tokens"] = sum(len(ids) for ids, _ in batch)
         if step % 2 or step + 1 == total:
-            want["val_loss"] = by_hand(net, held).item() / sum(sum(target) for _, target in held)
+            want["val_loss"] = by_hand(net, held).item() / weight(held)
         runs.compare_rows(step, row, want)
     runs.compare_weights(weights(folder), net)
 
@@ -183,43 +198,40 @@ def test_44_loop_equals_a_slow_loop(name, tiny, tmp_path, float64):
 # ---------------------------------------------------------------- training
 
 def test_it_overfits_eight_examples_and_5_stops(tmp_path):
-    asked = ["What is 3 + 4?", "Name two pots.", "Hi", "Who?", "Is it red?", "Write about the urn.", "A b c", "Go on."]
-    said = ["The answer is 7.", "pan and jar.", "Hello.", "Ann", "No.", "The urn is great. It is deep.", "d e f g",
-            "I will."]
-    path = write(tmp_path / "d.jsonl", [chat(a, s) for a, s in zip(asked, said)] + [chat("held", "out")])
+    examples = {"What is 3 + 4?": "The answer is 7.", "Name two pots.": "pan and jar.", "Hi": "Hello.", "Who?": "Ann",
+                "Is it red?": "No.", "Write about the urn.": "The urn is great. It is deep.", "A b c": "d e f g",
+                "Go on.": "I will."}
+    records = [chat(ask, says) for ask, says in examples.items()]
+    path = write(tmp_path / "d.jsonl", [*records, chat("held", "out")])
     folder, rows = fit(tmp_path, data=path, steps=120, batch=9, lr=1e-2, warmup=5)
+    assert abs(rows[0]["loss"] - math.log(TOK.n_vocab)) < .1, "a new model knows nothing"
     assert rows[-1]["loss"] < .01
-    prompts = [TOK.prompt([dict(role="user", content=a)]) for a in asked]
+    prompts = [TOK.prompt(record["messages"][:1]) for record in records]
     roll = generate(load_model(folder, Setup(TOK)), prompts, 40, temperature=.4)      # at 1 a slip is a matter of luck
-    assert roll.responses() == said and roll.finished.all(), "every one ends by itself"
+    assert roll.responses() == list(examples.values())
+    assert roll.finished.all(), "every one ends by itself"
 
 
 def test_5_the_end_token_is_learnt_and_padding_is_not():
     """A row of the embedding gets its gradient through the head where it is the target."""
     model, hidden = tiny_model(), torch.randn(1, 32)
     model.forward = lambda tokens, *_: hidden.expand(*tokens.shape, 32)
-    push = torch.autograd.grad(losses(model, ragged((3, 8)), packing=0), model.transformer.wte.weight)[0] @ hidden[0]
+    loss = losses(model, ragged(), packing=0)
+    slope, = torch.autograd.grad(loss, model.transformer.wte.weight)
+    push = slope @ hidden[0]
     assert push[TOK.end] < 0 < push[TOK.pad]
 
-
-def test_pretraining_beats_the_unigram_entropy(tmp_path):
-    _, rows = fit(tmp_path, loss_on="all", steps=80, batch=24, lr=3e-3)
-    rng, counts = random.Random(0), Counter()
-    for _ in range(500):
-        for ids, target in encode(toy_record("text", "train", ["arith"], rng), TOK, 64, "all"):
-            counts.update(ids[1:])
-    unigram = -sum(n * math.log(n / counts.total()) for n in counts.values()) / counts.total()
-    assert rows[0]["loss"] > 6 and rows[-1]["val_loss"] < unigram - .5
 
 
 def test_40_small_steps_move_every_weight_in_bf16(tmp_path):
     path = write(tmp_path / "d.jsonl", [dict(text="1234567890" * 20)] * 30)
-    folder, _ = fit(tmp_path, data=path, loss_on="all", dtype="bf16", optimizer="adamw", lr=1e-6, warmup=0, batch=2,
-                    steps=20, block_size=32, packing=32)
+    options = dict(loss_on="all", dtype="bf16", optimizer="adamw", lr=1e-6, warmup=0, batch=2)
+    folder, _ = fit(tmp_path, data=path, steps=20, block_size=32, packing=32, **options)
     before, after = tiny_model(block_size=32).state_dict(), weights(folder)
-    still = sum(int((after[f"model/{name}"] == t).sum()) for name, t in before.items())
-    assert still < .01 * sum(t.numel() for t in before.values())
-    assert {t.dtype for t in after.values()} == {torch.float32}
+    for name, tensor in before.items():
+        new = after[f"model/{name}"]
+        still = (new == tensor).double().mean()
+        assert new.dtype == torch.float32 and still < .05, f"{still:.0%} of {name} has not moved"
 
 
 SIZES = dict(n_layer=2, n_head=1, n_embd=64, block_size=128, dropout=.2)
@@ -228,21 +240,24 @@ SIZES = dict(n_layer=2, n_head=1, n_embd=64, block_size=128, dropout=.2)
 def test_sizes_that_are_those_of_the_model_or_the_defaults_go_on_and_no_others(tmp_path):
     """One --config can hold the sizes for both stages."""
     fit(tmp_path, "base", steps=1, **SIZES)
+    base = str(tmp_path / "base")
     plain = {name: getattr(sft.Config, name) for name in SIZES}
     for name, sizes in dict(same=SIZES, default=plain).items():
-        fit(tmp_path, name, steps=1, init=str(tmp_path / "base"), **sizes)
-        assert {key: getattr(load_model(tmp_path / name).config, key) for key in SIZES} == SIZES
+        fit(tmp_path, name, steps=1, init=base, **sizes)
+        config = vars(load_model(tmp_path / name).config)
+        assert config == config | SIZES
     for name, value in dict(n_layer=3, n_head=2, n_embd=32, block_size=64, dropout=.4).items():
-        with pytest.raises(UserError, match=name) as error:
-            fit(tmp_path, "on", init=str(tmp_path / "base"), **plain | {name: value})
-        assert error.value.code == 2 and not (tmp_path / "on").exists()
+        sizes = plain | {name: value}
+        with pytest.raises(UserError, match=name):
+            fit(tmp_path, "on", init=base, **sizes)
+        assert not (tmp_path / "on").exists()
 
 
 def test_43_evaluation_is_without_dropout():
     model, rows, cfg = tiny_model(dropout=.5).train(), ragged(), sft.Config(**TINY)
-    seen = {sft.evaluate(model, rows, cfg) for _ in range(3)}
-    model.train()
-    assert len(seen) == 1 and seen != {losses(model, rows).item() / sft.total_weight(rows)}
+    got = sft.evaluate(model, rows, cfg)
+    model.eval()
+    close(got, by_hand(model, rows).item() / weight(rows), atol=1e-4)
 
 
 @pytest.mark.parametrize("flags, word", [
@@ -257,43 +272,31 @@ def test_refusals(flags, word, tmp_path, monkeypatch, capsys):
     assert code in (1, 2) and word in error
 
 
-# ---------------------------------------------------------------- demonstrations of the toy world
-
-def shown(tmp_path, monkeypatch, name, **options):
-    """The answers in the demonstrations, training and held-out ones, that a run with these options sees."""
-    seen, real = [], sft.encode
-    with monkeypatch.context() as patch:
-        patch.setattr(sft, "encode", lambda record, *args: seen.append(record["messages"][-1]["content"]) or real(
-            record, *args))
-        fit(tmp_path, name, **dict(families="arith", steps=5) | options)
-    return seen
-
-
 def test_think_reaches_the_demonstrations(tmp_path, monkeypatch):
+    calls = runs.watch(monkeypatch, sft, "encode")
     for think in (0.0, 1.0):
-        answers = shown(tmp_path, monkeypatch, f"think {think}", think=think)
-        assert all(("<think>" in answer) == think for answer in answers)
-    usual = shown(tmp_path, monkeypatch, "usual")
-    assert .2 < sum("<think>" in answer for answer in usual) / len(usual) < .5
-    rng = random.Random("0 0")                                      # the first batch, as toy_record alone makes it
-    expected = [toy_record("messages", "train", ["arith"], rng)["messages"][1]["content"] for _ in range(8)]
-    assert usual[128:136] == expected                               # after the held-out ones
+        calls["encode"].clear()
+        fit(tmp_path, f"think {think}", families="arith", steps=1, think=think)
+        assert calls["encode"]
+        for (record, *_), _ in calls["encode"]:
+            assert ("<think>" in record["messages"][-1]["content"]) == think
 
 
 # ---------------------------------------------------------------- real data, with GPT-2's vocabulary
 
-@pytest.mark.parametrize("name, options", [("plaintext/tinyshakespeare_input.txt", dict(loss_on="all")),
-                                           ("alpaca_and_pairs/instruction-data.json", dict())])
-def test_the_loss_falls_on_real_data(tmp_path, name, options):
+@pytest.mark.parametrize("name, loss_on", [("plaintext/tinyshakespeare_input.txt", "all"),
+                                           ("alpaca_and_pairs/instruction-data.json", "assistant")])
+def test_the_loss_falls_on_real_data(tmp_path, name, loss_on):
     vocabulary, path = SHARED / "gpt2_bpe" / "r50k_base.tiktoken", SHARED / name
     if not (path.exists() and vocabulary.exists()):
         pytest.skip(f"{path} is not here")
-    few = tmp_path / f"few{path.suffix}"
+    few, text = tmp_path / path.name, path.read_text()
     if path.suffix == ".txt":
-        few.write_text(path.read_text()[:8000])
+        few.write_text(text[:8000])
     else:
-        few.write_text(json.dumps(json.loads(path.read_text())[:60]))
-    _, rows = fit(tmp_path, data=str(few), tokenizer=str(vocabulary), steps=8, batch=4, lr=1e-2, warmup=1,
-                  optimizer="adamw", eval_every=1000, **options)
-    assert abs(rows[0]["loss"] - math.log(50257)) < .2 and rows[-1]["loss"] < rows[0]["loss"] - .5
-    assert rows[-1]["val_loss"] < rows[0]["loss"] - .5
+        few.write_text(json.dumps(json.loads(text)[:60]))
+    options = dict(steps=8, batch=4, lr=1e-2, warmup=1, optimizer="adamw", eval_every=1000)
+    _, rows = fit(tmp_path, data=str(few), tokenizer=str(vocabulary), loss_on=loss_on, **options)
+    first, last = rows[0], rows[-1]
+    assert abs(first["loss"] - math.log(50257)) < .2
+    assert last["loss"] < first["loss"] - .5 and last["val_loss"] < first["loss"] - .5
