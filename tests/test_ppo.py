@@ -173,9 +173,9 @@ def test_adaptive_kl_closed_form(kl, factor):
     close(ppo.adapt(.1, kl, 6.0, 64, 640), .1 * factor)
 
 
-@pytest.mark.parametrize("x", [.1, 5.1, -7.3, 33.3])
+@pytest.mark.parametrize("x", [.1, -7.3, 330_000.1])
 def test_normalize_equal_scores(x):
-    """mean(x²) - mean(x)² in fp32 may come out below 0, whose root is complex."""
+    """mean(x²) - mean(x)² may come out below 0, whose root is complex."""
     for n in (1, 3, 7, 100):
         state = dict(seen=0, sum=0.0, square=0.0)
         got = ppo.normalize(torch.full((n,), x), state)
@@ -575,11 +575,6 @@ def play(out, bandit, **options):
         data=prompts, reward="exact:worth", max_new=1, epochs=1, missing_end=0.0, micro_tokens=4096,
         critic_lr=3e-2, lr_end=0.0, lr=1e-2)
     return train(out, init, **game | options), arms(out)
-
-
-def test_bandit_starts_at_the_reference(bandit):
-    assert farthest(arms(bandit[0]), PI_REF) < 1e-5
-    assert farthest(exact.tilt(2.0), TILT_2) < 1e-6
 
 
 F2 = {  # whitening, β, where it must arrive; k1 has no noise left there, k2 and k3 have, so they need more samples
