@@ -775,8 +775,8 @@ def test_npo_of_a_batch_without_a_bad_response_is_no_division_by_0(tiny, tmp_pat
 # ---------------------------------------------------------------- online
 
 def rare(record, text, finished):
-    """A reward that differs between answers to one prompt in forty."""
-    return len(text) * runs.asked(record).startswith("0")
+    """A reward that differs between answers to one prompt alone."""
+    return len(text) if runs.asked(record).startswith("0 why") else 0
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto", "npo"])
