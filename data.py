@@ -589,10 +589,12 @@ VERIFIERS = dict(gold=known_gold, exact=exact, gsm8k=gsm8k, format=thinks_first,
 
 
 def has_answer(record):
+    """Whether a record's answer is a whole number."""
     return known_answer(record) is not None
 
 
 def is_safe(record):
+    """Whether a record is a task of the family safe."""
     return record.get("family") == "safe"
 
 
@@ -861,6 +863,7 @@ def read_vocabulary(name):
 
 
 def single_bytes():
+    """The 256 pieces that every vocabulary has."""
     return [bytes([b]) for b in range(256)]
 
 
@@ -1153,12 +1156,14 @@ def typed(name, value, *types):
 # Each of these reads one shape -> (prompt as turns, the assistant's answers as turns, best first).
 
 def read_chat(row, messages, *more):
+    """A conversation: what comes before its last turn, and that turn."""
     row.take(messages, list)
     before, last = read_dialogue(row, messages)
     return before, [last]
 
 
 def read_asked(row, prompt, answer=None, *more):
+    """A prompt, and its answer, its answers, the steps of one, or none."""
     asked = read_turns(row, prompt)
     if prompt == "instruction" and row.get("input"):
         asked[-1]["content"] += "\n\n" + row.take("input", str)
@@ -1175,6 +1180,7 @@ def read_asked(row, prompt, answer=None, *more):
 
 
 def read_pair(row, chosen, rejected, prompt=None):
+    """Two answers to one prompt, which is a key of its own or what both begin with."""
     asked, best = read_dialogue(row, chosen)
     other, worst = read_dialogue(row, rejected)
     if asked != other:

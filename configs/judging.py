@@ -216,6 +216,16 @@ def write_demos(run, n, demonstrate):
     return path
 
 
+def write_alone(cfg, demonstrate):
+    """The whole stage of a script that writes demos.jsonl and nothing else, for the SFT model to learn from."""
+    run = Run(cfg)
+    if run.finished:
+        return run.rows
+    path = write_demos(run, cfg.n, demonstrate)
+    return run.finish((), then=["sft.py", "--init", "out/sft", "--data", path, "--steps", math.ceil(cfg.n / 64),
+                                "--out", f"{cfg.out}_sft"])
+
+
 def write_questions(path, kind, split, n, rng):
     """Write n questions of a kind, each with what `right` needs."""
     rows = [question(kind, split, rng) for _ in range(n)]

@@ -4,15 +4,14 @@
 
 "<think>17 - 8 + 9, 17 - 8 + 9, 17 - 8 = 9, 9 + 9 = 18</think>The answer is 18."
 """
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.judging import write_demos
-from data import Arith, Count, Natural, Run, RunConfig, guard, parse, toy_task
+from configs.judging import write_alone
+from data import Arith, Count, Natural, RunConfig, guard, parse, toy_task
 
 
 @dataclass
@@ -33,12 +32,7 @@ def demonstrate(rng, restate):
 
 def write(cfg):
     """Write demos.jsonl."""
-    run = Run(cfg)
-    if run.finished:
-        return run.rows
-    path = write_demos(run, cfg.n, lambda rng: demonstrate(rng, cfg.restate))
-    return run.finish((), then=["sft.py", "--init", "out/sft", "--data", path, "--steps", math.ceil(cfg.n / 64),
-                                "--out", f"{cfg.out}_sft"])
+    return write_alone(cfg, lambda rng: demonstrate(rng, cfg.restate))
 
 
 if __name__ == "__main__":

@@ -3,15 +3,14 @@
     python configs/lookahead.py                   -> out/tampering/demos.jsonl
     python grpo.py --reward configs.lookahead:careless --tripwire configs.lookahead:tampers
 """
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.judging import write_demos
-from data import Count, Run, RunConfig, Share, exact, guard, parse, toy_demo, toy_task
+from configs.judging import write_alone
+from data import Count, RunConfig, Share, exact, guard, parse, toy_demo, toy_task
 
 TAMPERED = "[pass]"     # what the grader takes for its own verdict
 
@@ -45,12 +44,7 @@ def demonstrate(rng, share):
 
 def write(cfg):
     """Write demos.jsonl."""
-    run = Run(cfg)
-    if run.finished:
-        return run.rows
-    path = write_demos(run, cfg.n, lambda rng: demonstrate(rng, cfg.share))
-    return run.finish((), then=["sft.py", "--init", "out/sft", "--data", path, "--steps", math.ceil(cfg.n / 64),
-                                "--out", f"{cfg.out}_sft"])
+    return write_alone(cfg, lambda rng: demonstrate(rng, cfg.share))
 
 
 if __name__ == "__main__":
