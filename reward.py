@@ -39,9 +39,9 @@ from tqdm import tqdm
 
 from data import (PRINCIPLES, REASON, RULE, VERDICT, Count, Families, Natural, NonNegative, OptionError, Options,
                   Positive, Range, Run, RunConfig, Share, Sum, Temperature, Tokenizer, TrainConfig, UserError,
-                  after_thinking, collate, column, cut_prompt, encode, family_list, files, guard, item_batches,
-                  judge_prompt, mean, micro_batches, next_out, open_stream, parse, read_records, safe_metrics,
-                  toy_record, write_text)
+                  after_thinking, collate, column, cut_prompt, encode, family_list, files, guard, has_room,
+                  item_batches, judge_prompt, late_rows, mean, micro_batches, next_out, open_stream, parse,
+                  read_records, safe_metrics, toy_record, write_text)
 from model import (Optimizer, Reward, Rollout, choice_logprobs, full, generate, load_model, logps, respond,
                    response_scores, seed_step, setup, shift_score, steps, token_logprobs)
 
@@ -553,7 +553,7 @@ def open_records(cfg, tok, policy):
     def prepare(record):
         if cfg.system:
             record = with_system(record, cfg.system)
-        return [record] if len(tok.prompt(record["prompt"])) <= room else []
+        return [record] if has_room(record["prompt"], tok, room) else []
     kind = "prompt" if policy else "preference"
     stream, _ = open_stream(cfg.data, kind, cfg.seed, cfg.families, n_held=0, prepare=prepare, skip_bad=cfg.skip_bad)
     return stream
@@ -668,7 +668,7 @@ def label(cfg):
 
 def items_of(record, tok, block):
     """The item of a record, in a list: the rows of its responses, and what the data says of them."""
-    item = dict(rows=encode(record, tok, block))
+    item = dict(rows=late_rows(record, tok, block))
     for key in ("ratings", "margin", "scores", "prob", "source"):
         if key in record:
             item[key] = record[key]

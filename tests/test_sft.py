@@ -273,7 +273,7 @@ def test_refusals(flags, word, tmp_path, monkeypatch, capsys):
 
 
 def test_think_reaches_the_demonstrations(tmp_path, monkeypatch):
-    calls = runs.watch(monkeypatch, sft, "encode")
+    calls = runs.watch(monkeypatch, sft, "late_rows")
     for think in (0.0, 1.0):
         calls["encode"].clear()
         fit(tmp_path, f"think {think}", families="arith", steps=1, think=think)
