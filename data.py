@@ -62,10 +62,10 @@ def tell(text):
     print(text, file=sys.stderr)
 
 
-def bar(items, what, **options):
-    """Iterate over items with a progress bar, which shows itself after a second and leaves nothing behind. Where nobody
-    watches there is none. options: of tqdm."""
-    return tqdm(items, **dict(desc=what, delay=1, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty()) | options)
+def bar(items, what, delay=1, **options):
+    """Iterate over items with a progress bar, which leaves nothing behind. It shows itself with the first item that is
+    done after `delay` seconds, with 0 at once, and only where somebody watches. options: of tqdm."""
+    return tqdm(items, what, delay=delay, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty(), **options)
 
 
 # ------------------------------------------------------------------------------------------------ the toy world
@@ -1021,10 +1021,12 @@ def read_lines(path):
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):     # opening a pipe would wait for ever
             raise UserError(f"{name}: a folder, a pipe or a device, and no file: write the data to a file")
-        with open(path, "rb") as f:
+        with open(path, "rb") as f, bar(None, name, total=os.path.getsize(path), unit="B", unit_scale=True) as done:
             zipped = f.read(2) == b"\x1f\x8b"           # by content: suffixes get lost in downloads
-        with (gzip.open if zipped else open)(path, "rb") as f:
-            for n, line in enumerate(f, 1):             # bytes end at \n only, a str also at U+2028 or \x85
+            f.seek(0)
+            lines = gzip.open(f) if zipped else f
+            for n, line in enumerate(lines, 1):         # bytes end at \n only, a str also at U+2028 or \x85
+                done.update(f.tell() - done.n)
                 yield n, line.removeprefix(b"\xef\xbb\xbf") if n == 1 else line
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise UserError(f"{name}:{n + 1}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
@@ -1114,7 +1116,7 @@ def read_values(path):
         if fault and first:
             fault += f"; what else it may be says {converter(path)}"
         if first and type(value) is list:
-            for i, row in enumerate(value):
+            for i, row in enumerate(bar(value, name)):
                 yield f"{name}[{i}]", row, ""
         else:
             yield f"{name}:{n + line}", value, fault
@@ -1659,7 +1661,7 @@ def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record
             raise UserError(f"{path}: no such file{remedy}")
         records += read_records(path, kind, skip_bad)
     used, groups, cut = [], [], 0
-    for record in records:
+    for record in bar(records, "tokenising"):
         items = prepare(record)
         if items:
             used.append(record)
@@ -1907,14 +1909,21 @@ def column(items, key):
     return flat(item[key] for item in items)
 
 
-def item_batches(items, budget):
-    """Micro-batches of items; all rows of one are in the same, and rows of like length together."""
-    if not items:
-        return
-    most = max(len(item["rows"]) for item in items)
+def longest_rows(items):
+    """How many tokens the longest row of each item has."""
     lengths = []
     for item in items:
         lengths.append(max(len(ids) for ids, _ in item["rows"]))
+    return lengths
+
+
+def item_batches(items, budget, lengths=None):
+    """Micro-batches of items; all rows of one are in the same, and rows of like length together. lengths: those of
+    longest_rows, where they are known."""
+    if not items:
+        return
+    most = max(len(item["rows"]) for item in items)
+    lengths = lengths or longest_rows(items)
     for part in micro_batches(lengths, budget // most):
         yield [items[i] for i in part]
 

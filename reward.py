@@ -35,11 +35,10 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import (PRINCIPLES, REASON, RULE, VERDICT, Count, Families, Natural, NonNegative, OptionError, Options,
                   Positive, Range, Run, RunConfig, Share, Sum, Temperature, Tokenizer, TrainConfig, UserError,
-                  after_thinking, collate, column, cut_prompt, encode, family_list, files, guard, has_room,
+                  after_thinking, bar, collate, column, cut_prompt, encode, family_list, files, guard, has_room,
                   item_batches, judge_prompt, late_rows, mean, micro_batches, next_out, open_stream, parse,
                   read_records, safe_metrics, toy_record, write_text)
 from model import (Optimizer, Reward, Rollout, choice_logprobs, full, generate, load_model, logps, respond,
@@ -842,11 +841,6 @@ def between(interval):
     return f"[{low:.3f}, {high:.3f}]"
 
 
-def bar(items, what):
-    """Iterate over items with a progress bar, that leaves nothing behind."""
-    return tqdm(items, desc=what, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
-
-
 def accuracy(cfg, specs):
     """Print, for every file, how often each reward orders its pairs as the labels do, and how confident it is."""
     like = setup(cfg, Tokenizer.load(cfg.tokenizer))
@@ -855,9 +849,7 @@ def accuracy(cfg, specs):
                ("  calibration error", "error", ".3f"), ("    spread", "spread", "")]
     for path in files(cfg.data):
         records = read_records(path, "preference", cfg.skip_bad)[:cfg.n]
-        rows = []
-        for reward in bar(rewards, path):
-            rows.append(ordered(records, reward, path, like))
+        rows = [ordered(records, reward, path, like) for reward in rewards]
         print(f"{path}: {rows[0]['pairs']} pairs")
         print_table(specs, rows, columns)
 
@@ -865,16 +857,20 @@ def accuracy(cfg, specs):
 def ordered(records, reward, path, like):
     """How one reward orders the pairs of a file: a row of the table of accuracy."""
     reward.check(records, path)
-    sizes = counts(records, "responses")
-    win, lose, _ = ranked_pairs(sizes)
-    scores, parts = reward(repeat(records, sizes), given_responses(records, reward, like))
-    lead = (scores[win] - scores[lose]).cpu()                                            # (P,)
-    right, pairs = float(in_order(lead).sum()), len(win)
+    leads, spreads = [], []
+    for start in bar(range(0, len(records), 100), path, delay=0):
+        some = records[start:start + 100]
+        sizes = counts(some, "responses")
+        scores, parts = reward(repeat(some, sizes), given_responses(some, reward, like))
+        win, lose, _ = ranked_pairs(sizes)
+        leads.append((scores[win] - scores[lose]).cpu())
+        spreads += [part for name, part in parts.items() if name.endswith(" spread")][:1]
+    lead = torch.cat(leads)                                                              # (P,)
+    right, pairs = float(in_order(lead).sum()), len(lead)
     row = dict(pairs=pairs, right=right / pairs, interval=between(wilson(right, pairs)), spread="")
     row["error"] = calibration_error(lead)
-    for name, part in parts.items():
-        if name.endswith(" spread"):
-            row["spread"] = row["spread"] or f"{part.mean():.3f}"
+    if spreads:
+        row["spread"] = f"{torch.cat(spreads).mean():.3f}"
     return row
 
 
@@ -988,7 +984,7 @@ class Exam:
         """A row of the table, and the Answers {family: [...]} of one model."""
         row, said, seen = {}, {}, defaultdict(list)
         greedy = replace(self.cfg, temperature=0.0)
-        for family, records in self.tasks.items():
+        for family, records in bar(self.tasks.items(), "families", delay=0):
             on = family in self.on
             said[family], roll = self.answer(model, records, self.cfg, self.proxy if on else None)
             scores = each(said[family], "score")
@@ -1017,7 +1013,7 @@ class Exam:
         of the best of k by the proxy; k goes through the powers of two up to samples."""
         n, records, values = self.cfg.samples, self.prompts(self.on), defaultdict(list)
         torch.manual_seed(self.cfg.seed)
-        for start in range(0, len(records), 64):
+        for start in bar(range(0, len(records), 64), f"{n} answers to each prompt", delay=0):
             some = records[start:start + 64]
             groups, _ = answers(model, some, n, self.cfg, self.judge, self.proxy, self.begin)
             for group in groups:
@@ -1058,7 +1054,7 @@ def compare(cfg, folders):
 
     # 2. Each checkpoint answers them.
     table, said = [], {}
-    for folder in bar(folders, "compare"):
+    for folder in bar(folders, "compare", delay=0):
         model = load_model(folder, like, n_scores=0)
         row, said[folder] = exam.take(model)
         if texts:

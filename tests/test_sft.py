@@ -275,10 +275,10 @@ def test_refusals(flags, word, tmp_path, monkeypatch, capsys):
 def test_think_reaches_the_demonstrations(tmp_path, monkeypatch):
     calls = runs.watch(monkeypatch, sft, "late_rows")
     for think in (0.0, 1.0):
-        calls["encode"].clear()
+        calls["late_rows"].clear()
         fit(tmp_path, f"think {think}", families="arith", steps=1, think=think)
-        assert calls["encode"]
-        for (record, *_), _ in calls["encode"]:
+        assert calls["late_rows"]
+        for (record, *_), _ in calls["late_rows"]:
             assert ("<think>" in record["messages"][-1]["content"]) == think
 
 
