@@ -989,12 +989,15 @@ def toy_ranks():
 @contextlib.contextmanager
 def growing():
     """While many objects are made that stay, Python's search for cycles, which finds none, goes through all of them
-    again and again: without it a large file is read in three quarters of the time."""
+    again and again. Here it pauses, and afterwards it leaves them alone: a third of the time of reading a large file."""
     was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        made_now, *_ = gc.get_count()
+        if made_now > 100_000:
+            gc.freeze()
         if was_on:
             gc.enable()
 
