@@ -1702,7 +1702,7 @@ def fits(tok, block_size, max_new):
 
 
 # ------------------------------------------------------------------------------------------------ rows and batches
-# A row is (ids, target): tokens, and how much each of them counts in a loss (0: not at all). Such lists take thirty
+# A row is (ids, target): tokens, and how much each of them counts in a loss (0: not at all). Such lists take ten
 # times the memory of their text, and tokenising takes time: the rows of files are late.
 
 
@@ -1718,6 +1718,9 @@ class LateRow:
 
     def __init__(self, recipe, place):
         self.recipe, self.place = recipe, place
+
+    def __iter__(self):
+        return iter(made(self.recipe)[self.place])
 
     def __getitem__(self, part):
         return made(self.recipe)[self.place][part]

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from data import (THINK, Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share,
-                  TrainConfig, collate, guard, late_rows, micro_batches, open_stream, pad, parse)
+                  TrainConfig, collate, encode, guard, late_rows, micro_batches, open_stream, pad, parse)
 from model import GPTConfig, Optimizer, load_model, new_model, setup, steps, token_logprobs
 
 
@@ -102,9 +102,10 @@ def open_data(model, cfg):
     """The rows to train on, a Stream, and a list of held-out ones."""
     tok, block_size = model.tok, model.config.block_size
     kind = "text" if cfg.loss_on == "all" else "messages"
+    rows_of = encode if cfg.data == "toy" else late_rows    # the toy's are seen once
     return open_stream(cfg.data, kind, cfg.seed, cfg.families, n_held=128, skip_bad=cfg.skip_bad,
                        think=cfg.think, context=(tok, block_size),
-                       prepare=lambda record: late_rows(record, tok, block_size, cfg.loss_on, cfg.prompt_weight))
+                       prepare=lambda record: rows_of(record, tok, block_size, cfg.loss_on, cfg.prompt_weight))
 
 
 def one_epoch(stream, cfg):

@@ -34,7 +34,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where data.py is
 
 import data

@@ -273,12 +273,12 @@ def test_refusals(flags, word, tmp_path, monkeypatch, capsys):
 
 
 def test_think_reaches_the_demonstrations(tmp_path, monkeypatch):
-    calls = runs.watch(monkeypatch, sft, "late_rows")
+    calls = runs.watch(monkeypatch, sft, "encode")
     for think in (0.0, 1.0):
-        calls["late_rows"].clear()
+        calls["encode"].clear()
         fit(tmp_path, f"think {think}", families="arith", steps=1, think=think)
-        assert calls["late_rows"]
-        for (record, *_), _ in calls["late_rows"]:
+        assert calls["encode"]
+        for (record, *_), _ in calls["encode"]:
             assert ("<think>" in record["messages"][-1]["content"]) == think
 
 
