@@ -1706,7 +1706,7 @@ def fits(tok, block_size, max_new):
 # times the memory of their text, and tokenising takes time: the rows of files are late.
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def made(recipe):
     """The rows that a function makes; kept for a while, since a batch is read several times."""
     return recipe()

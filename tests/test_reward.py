@@ -966,9 +966,9 @@ def test_accuracy_against_a_loop_on_several_files(spec, judge, tmp_path, capsys)
     other = save(tmp_path / "other", random_policy(9, n_scores=1))
     one, two = load_model(judge), load_model(other)
     tied = write(tmp_path / "tied.jsonl", [question(0, "be a", "ab e", "tree b")] * 3)
-    paths = {write(tmp_path / "some.jsonl", rankings(25)): 20, tied: 3}
+    paths = {write(tmp_path / "some.jsonl", rankings(125)): 120, tied: 3}
     spec = spec.replace("JUDGE", judge).replace("OTHER", other)
-    cfg = reward.Accuracy(data=",".join(paths), n=20, device="cpu", micro_tokens=128)
+    cfg = reward.Accuracy(data=",".join(paths), n=120, device="cpu", micro_tokens=128)
     reward.accuracy(cfg, ["words", spec])
     lines = capsys.readouterr().out.splitlines()
     found = [re.findall(r"-?\d+\.\d+", line.removeprefix(spec)) for line in lines if line.startswith(spec)]
