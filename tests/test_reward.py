@@ -992,6 +992,16 @@ def test_accuracy_against_a_loop_on_several_files(spec, judge, tmp_path, capsys)
         assert f"{path}: {len(gaps)} pairs" in lines
 
 
+def test_accuracy_and_compare_show_how_far_they_are(tiny, tmp_path, monkeypatch, capsys):
+    passed = runs.watch_bars(monkeypatch)
+    path = write(tmp_path / "some.jsonl", rankings(250))
+    reward.accuracy(reward.Accuracy(data=str(path), device="cpu"), ["words", "runs:vowels"])
+    assert passed[str(path)] == 2 * 3, "a hundred records at a time, for every reward"
+    passed.clear()
+    compare([tiny, tiny], tmp_path, families="write,arith", on="write", samples=2)
+    assert sorted(passed.values()) == [2, 2, 4], "checkpoints, parts of their samples, and their families"
+
+
 def slow_wins(said, first):
     return [reward.preference(vowels(a), vowels(b)) for a, b in zip(said, first)]
 
