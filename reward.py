@@ -62,7 +62,7 @@ class Train(TrainConfig):
     center: NonNegative = 0.0   # weight of mean (r_w + r_l)²; .01 keeps scores near 0
     barrier: NonNegative = 0.0  # weight of a wall that keeps scores within ±5 (COOL: .02)
     # optimisation
-    epochs: Positive = 2.0      # passes over the records
+    epochs: Positive = 1.0      # passes over the records
     steps: Natural = 0          # updates; 0: what the epochs take
     batch: Count = 32           # records an update
     lr: Positive = 1e-3         # peak learning rate of AdamW
@@ -92,7 +92,7 @@ class Label(RunConfig):
     policy: str = "out/sft"     # checkpoint that answers; none: the responses are in the data
     data: str = "toy"           # prompts: toy, or a file
     families: Families = "write"  # of the toy world, comma-separated
-    n: Count = 8000             # prompts
+    n: Count = 6000             # prompts
     skip: Natural = 0           # prompts to pass over first, in whole batches: a later round sees others
     k: Natural = 2              # responses to each
     temperature: Temperature = 1.0  # of sampling
