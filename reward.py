@@ -946,6 +946,9 @@ def with_room(records, family, tok, block, cfg):
     return fitting if cfg.temperature else distinct(fitting)
 
 
+KEPT = 8  # so many answers of each checkpoint are saved, and can be shown later
+
+
 class Exam:
     """What every checkpoint is asked, and who judges its answers."""
 
@@ -1015,7 +1018,7 @@ class Exam:
             row["greedy_interval"] = wilson(sum(seen["greedy_win"]), len(seen["greedy_win"]))
         if "safe" in self.families:
             row |= safety(self.tasks["safe"], said["safe"])
-        shown = said[self.on[0]][:self.cfg.show]
+        shown = said[self.on[0]][:max(KEPT, self.cfg.show)]
         row["answers"] = [dict(score=answer.score, text=answer.text) for answer in shown]
         return row
 
@@ -1069,7 +1072,7 @@ def compare(cfg, folders):
     for folder in bar(folders, "compare"):
         weights = weights_digest(folder)
         row = earlier.get(weights)
-        if row is None:
+        if row is None or len(row["answers"]) < cfg.show <= len(exam.tasks[exam.on[0]]):
             model = load_model(folder, like, n_scores=0)
             row = exam.take(model)
             if texts:
@@ -1098,7 +1101,7 @@ def weights_digest(folder):
 def asked_of_all(cfg, first):
     """All that a row of the table depends on, but for its checkpoint: with the same questions it is the same row."""
     asked = asdict(cfg)
-    for free in ("save", "device", "threads"):
+    for free in ("save", "show", "device", "threads"):
         del asked[free]
     inputs = inputs_of(replace(cfg, save=""))  # of judges and files
     return asked | dict(first=weights_digest(first), code=code_of(cfg), inputs=inputs)
