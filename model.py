@@ -645,6 +645,7 @@ class Decoder:
         self.model, self.how, self.width, device = for_sampling(model), how, width, model.device
         dtype = full(model.transformer.wte.weight).dtype
         self.cache, self.recordings = Cache(self.model, rows, width if RECORDS[device.type] else 0), {}
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.uniform = torch.empty(max_new, rows, device=device, dtype=dtype)
         # Of every row. The last column is for what a row draws that is finished and full.
         self.tokens = torch.zeros(rows, width + 1, device=device, dtype=torch.long)
@@ -675,7 +676,7 @@ class Decoder:
         self.tokens.copy_(tokens[which])
         self.length.copy_(length[which])
         self.n = len(which)
-        torch.arange(self.n, out=self.rows)
+        self.rows.copy_(torch.arange(self.n, device=device))
         self.pos.copy_(self.length)
         self.live.fill_(True)
         self.new.zero_()
@@ -725,7 +726,7 @@ class Decoder:
             return
         self.step()
         if RECORDS[self.model.device.type]:
-            self.recordings[size] = record(self.step)
+            self.recordings[size] = record(self.step, self.pool)
 
     def drop_finished(self):
         """Let finished rows leave the batch if there are enough of them; returns how many are not finished."""
@@ -737,7 +738,7 @@ class Decoder:
         elif left <= 0.75 * n:  # it copies the cache
             n = left
         if 0 < n < self.n:
-            rows = torch.argsort(live, descending=True, stable=True)[:n]
+            rows = torch.argsort(live.int(), descending=True, stable=True)[:n]
             for state in (self.rows, self.pos, self.token, self.live):
                 state[:n] = state[rows]
             self.cache.select(rows)
@@ -745,11 +746,12 @@ class Decoder:
         return left
 
 
-def record(step):
+def record(step, pool):
     """Record on a GPU what step() does, without doing it -> a function that does it. It has to have been run before, so
-    that all it needs is loaded."""
+    that all it needs is loaded. pool: where recordings keep what they make on the way; nothing of it outlives a step,
+    so they share it."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         step()
     return graph.replay
 

@@ -481,7 +481,7 @@ def as_on_a_gpu(monkeypatch):
     recording is the step itself."""
     monkeypatch.setitem(M.RECORDS, "cpu", True)
     monkeypatch.setitem(M.LOOK, "cpu", 3)
-    monkeypatch.setattr(M, "record", lambda step: step)
+    monkeypatch.setattr(M, "record", lambda step, pool: step)
 
 
 @pytest.fixture(params=["dropping finished rows", "keeping them", "as on a GPU"])
