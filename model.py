@@ -673,8 +673,8 @@ class Decoder:
         tokens = pad(prompts, pad_id, device, width=self.width + 1)[:, :self.width + 1]  # (P, width + 1)
         which, longest = torch.arange(len(prompts), device=device), max(map(len, prompts))
         cache = Cache(self.model, len(prompts), longest)
-        hidden = self.model(tokens[:, :longest], cache=cache)                            # (P, longest, C)
-        hidden = hidden[which, length - 1]                                               # (P, C)
+        last = torch.arange(longest, device=device) == length[:, None] - 1               # (P, longest)
+        hidden = self.model(tokens[:, :longest], cache=cache, where=last)                # (P, C)
         which = which.repeat_interleave(n)                                               # (B,): whose copy
         self.cache.reserve(max(longest, self.cache.slots))
         self.cache.take(cache, which)

@@ -241,11 +241,12 @@ def flops(args, config, tokens):
         return 3 * forward_flops(config, args.batch * args.length, args.length / 2)
     length = args.prompt + args.new
     said = forward_flops(config, length, length / 2, head=args.new)  # one pass over a row, logits of its response
-    bare = forward_flops(config, length, length / 2, head=0)         # the same without logits; backward costs two more
-    pair = dict(reward=3 * bare, orpo=3 * said, dpo=4 * said, dpo_ahead=3 * said)
+    bare = forward_flops(config, length, length / 2, head=0, read=args.new)  # without them; backward costs two more
+    scored = forward_flops(config, length, length / 2, head=0, read=1)
+    pair = dict(reward=3 * scored, orpo=3 * said, dpo=4 * said, dpo_ahead=3 * said)
     if args.item in pair:
         return args.batch * 2 * pair[args.item]
-    read = forward_flops(config, args.batch * args.prompt, args.prompt / 2, head=0)
+    read = forward_flops(config, args.batch * args.prompt, args.prompt / 2, head=args.batch)
     drawn = read + forward_flops(config, tokens, args.prompt + args.new / 2)
     # In PPO policy, reference, critic and reward model read a rollout; policy and critic learn from it.
     learnt = dict(grpo=args.group * 3 * said, ppo=(2 + 3 * args.epochs) * (said + bare))

@@ -16,24 +16,29 @@ def n_params(config):
     return (rows + config.block_size) * C + layers * (12 * C ** 2 + 13 * C) + 2 * C + config.n_scores * C
 
 
-def forward_flops(config, tokens, context, head=None):
-    """FLOPs of `tokens` tokens that each attend to `context` others on average; head: how many need logits, if not all."""
-    blocks, head = 12 * config.n_layer * config.n_embd ** 2, tokens if head is None else head
-    return (tokens * (2 * blocks + 4 * config.n_layer * config.n_embd * context)
-            + head * 2 * config.vocab_size * config.n_embd)
+def forward_flops(config, tokens, context, head=None, read=None):
+    """FLOPs of `tokens` tokens that each attend to `context` others on average; head: how many need logits, if not all;
+    read: how many are read at all, if not as many. The last layer's MLP runs for these only."""
+    head = tokens if head is None else head
+    read = head if read is None else read
+    C, layers = config.n_embd, config.n_layer
+    weights = tokens * (12 * layers - 8) * C ** 2 + read * 8 * C ** 2 + head * config.vocab_size * C
+    return 2 * weights + tokens * 4 * layers * C * context
 
 
 # Models trained and models frozen. DPO's reference has left when training starts; GRPO here has a verifier, no KL term.
 MODELS = {"sft, dpo, orpo, grpo": (1, 0), "reward": (1, 0), "grpo, KL, reward model": (1, 2), "ppo": (2, 2)}
 
 
-def memory(algorithm, config, tokens, half=2, lora_r=0, grad_checkpoint=False):
-    """Bytes at the peak of an update whose micro-batches hold `tokens` tokens; half: bytes of a matmul's number.
+def memory(algorithm, config, tokens, half=2, lora_r=0, grad_checkpoint=False, read=1.0):
+    """Bytes at the peak of an update whose micro-batches hold `tokens` tokens; half: bytes of a matmul's number; read:
+    the share of the tokens whose state is read at the end, as those of responses are.
 
     A trained number costs 16 bytes (itself, its gradient, AdamW's two), a frozen one 4; PPO's policy and critic are
     updated one after the other, so gradients, activations and rounded weights are those of one. A layer keeps for its
-    backward pass, in widths a token, two residual states in fp32 and fourteen of its matmuls'; the head's logits exist
-    in chunks: in a half, in fp32, as their log-softmax and as a gradient that is freed in part. With LoRA everything is
+    backward pass, in widths a token, two residual states in fp32 and fourteen of its matmuls'; one and nine are of its
+    MLP, which in the last layer sees only what is read: in a reward model next to nothing. The head's logits exist in
+    chunks: in a half, in fp32, as their log-softmax and as a gradient that is freed in part. With LoRA everything is
     frozen but the adapters, and the reference shares it.
     """
     trained, frozen = MODELS[algorithm]
@@ -45,10 +50,14 @@ def memory(algorithm, config, tokens, half=2, lora_r=0, grad_checkpoint=False):
     if half == 2:  # autocast keeps the weights it has rounded
         held += 2 * P
     layer = tokens * C * (8 + 14 * half)
-    head = 0 if algorithm == "reward" else min(tokens, 2 ** 24 // config.vocab_size) * config.vocab_size * (10 + half // 2)
+    if algorithm == "reward":
+        read = 0
+    logit = 10 + half // 2 + 8 * (algorithm == "ppo")  # bytes; PPO asks for the entropy, too
+    head = min(int(read * tokens), 2 ** 24 // config.vocab_size) * config.vocab_size * logit
+    unread = (1 - read) * tokens * C * (4 + 9 * half)
     if grad_checkpoint:  # a layer keeps its input; the one that is being recomputed, or the head, comes on top
         return held + tokens * layers * 4 * C + max(layer, head)
-    return held + layers * layer + head
+    return held + layers * layer - unread + head
 
 
 def memory_table(args):
