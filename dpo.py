@@ -190,9 +190,9 @@ def sequence_kl(policy, ref, tokens, mask, chunk=None):
     where = mask.bool()
     chunk = chunk or head_chunk(policy)
     with torch.no_grad():
-        ref_hidden = ref(tokens)[:, :-1][where]                                          # (N, C)
+        ref_hidden = ref(tokens, where=where)                                            # (N, C)
     with policy.autocast():  # around all chunks, or the embedding would be cast anew for each
-        hidden = policy(tokens)[:, :-1][where]                                           # (N, C)
+        hidden = policy(tokens, where=where)                                             # (N, C)
         kl, = at_positions(head, where, hidden, ref_hidden, chunk=chunk)                 # (B, T-1)
     return kl.sum(1)
 

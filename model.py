@@ -113,7 +113,7 @@ class Linear(nn.Module):
 
     def forward(self, x):
         rows = x.reshape(-1, x.shape[-1])  # addmm takes matrices, and is faster than a product and a sum
-        y = torch.addmm(self.bias, rows, self.weight).view(*x.shape[:-1], -1)
+        y = torch.addmm(self.bias, rows, self.weight).view(*x.shape[:-1], self.weight.shape[1])
         if self.lora_A is not None:
             y = y + self.scale * (x @ self.lora_A @ self.lora_B)
         return y
@@ -188,8 +188,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, pos, see=None, cache=None):
+    def forward(self, x, pos, see=None, cache=None, where=None):
+        """(B, T, C) -> (B, T, C), or with where, (B, T), what comes out at these places, (N, C)."""
         x = x + self.drop(self.attn(self.ln_1(x), pos, see, cache))
+        if where is not None:  # from here on every token is on its own
+            x = x[where]
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
@@ -241,11 +244,12 @@ class GPT(nn.Module):
         bf16 copies of the weights are then made once."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def forward(self, tokens, pos=None, see=None, cache=None):
-        """tokens (B, T) -> hidden states (B, T, C).
+    def forward(self, tokens, pos=None, see=None, cache=None, where=None):
+        """tokens (B, T) -> hidden states (B, T, C); with where, a boolean (B, T) or (B, T-1), only those there, (N, C).
 
         pos (B, T) or (T,): positions, 0..T-1 when absent. see (B, 1, T, T): what may look at what, causal when absent.
-        cache: keys and values of earlier positions, which this call extends at `pos`.
+        cache: keys and values of earlier positions, which this call extends at `pos`. The last layer's MLP runs only
+        where it is asked for: what a prompt's tokens become there is needed by nothing.
         """
         T, longest = tokens.shape[1], self.config.block_size
         if pos is None:
@@ -254,14 +258,17 @@ class GPT(nn.Module):
             pos = torch.arange(T, device=tokens.device)
         if cache is not None:
             see = cache.prepare(pos.expand(tokens.shape))
+        if where is not None:
+            where = F.pad(where, (0, T - where.shape[1]))                                # (B, T)
         part = self.transformer
         with self.autocast():
             x = part.drop(part.wte(tokens) + part.wpe(pos))                              # (B, T, C)
             for block in part.h:
-                if self.grad_checkpoint and torch.is_grad_enabled():
-                    x = recompute(block, x, pos, see, use_reentrant=False)  # no cache: sampling has no gradient
+                there = where if block is part.h[-1] else None
+                if self.grad_checkpoint and torch.is_grad_enabled():  # no cache then: sampling has no gradient
+                    x = recompute(block, x, pos, see, None, there, use_reentrant=False)
                 else:
-                    x = block(x, pos, see, cache)
+                    x = block(x, pos, see, cache, there)
             return part.ln_f(x)
 
     def logits(self, hidden):
@@ -411,7 +418,7 @@ def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, chunk=No
     target = tokens[:, 1:][where]                                                        # (N,)
     chunk = chunk or head_chunk(model)
     with model.autocast():
-        hidden = model(tokens, pos, see)[:, :-1][where]                                  # (N, C)
+        hidden = model(tokens, pos, see, where=where)                                    # (N, C)
         out = at_positions(head, where, hidden, target, chunk=chunk)
     return out if entropy else out[0]
 
@@ -451,7 +458,7 @@ def token_scores(model, tokens, mask):
     At index t it has seen tokens 0..t: for a value function, V of the state in which token t+1 was chosen.
     """
     where = mask.bool()
-    hidden = model(tokens)[:, :-1][where]                                                # (N, C)
+    hidden = model(tokens, where=where)                                                  # (N, C)
     return scattered(where, model.scores(hidden)[:, 0])
 
 
@@ -460,9 +467,9 @@ def response_scores(model, tokens, mask):
 
     Neither the amount of padding nor an end token inside the prompt moves the place.
     """
-    B, T = tokens.shape
-    place = mask.bool() * torch.arange(1, T, device=mask.device)  # (B, T-1): t+1, the token that mask[t] is about
-    hidden = model(tokens)[torch.arange(B, device=mask.device), place.amax(1)]           # (B, C)
+    place = torch.arange(tokens.shape[1], device=mask.device)                            # (T,)
+    last = (mask.bool() * place[1:]).amax(1)  # (B,); mask[t] is about token t+1
+    hidden = model(tokens, where=place == last[:, None])                                 # (B, C)
     return model.scores(hidden)
 
 
@@ -645,6 +652,7 @@ class Decoder:
         self.model, self.how, self.width, device = for_sampling(model), how, width, model.device
         dtype = full(model.transformer.wte.weight).dtype
         self.cache, self.recordings = Cache(self.model, rows, width if RECORDS[device.type] else 0), {}
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.uniform = torch.empty(max_new, rows, device=device, dtype=dtype)
         # Of every row. The last column is for what a row draws that is finished and full.
         self.tokens = torch.zeros(rows, width + 1, device=device, dtype=torch.long)
@@ -665,8 +673,8 @@ class Decoder:
         tokens = pad(prompts, pad_id, device, width=self.width + 1)[:, :self.width + 1]  # (P, width + 1)
         which, longest = torch.arange(len(prompts), device=device), max(map(len, prompts))
         cache = Cache(self.model, len(prompts), longest)
-        hidden = self.model(tokens[:, :longest], cache=cache)                            # (P, longest, C)
-        hidden = hidden[which, length - 1]                                               # (P, C)
+        last = torch.arange(longest, device=device) == length[:, None] - 1               # (P, longest)
+        hidden = self.model(tokens[:, :longest], cache=cache, where=last)                # (P, C)
         which = which.repeat_interleave(n)                                               # (B,): whose copy
         self.cache.reserve(max(longest, self.cache.slots))
         self.cache.take(cache, which)
@@ -675,7 +683,7 @@ class Decoder:
         self.tokens.copy_(tokens[which])
         self.length.copy_(length[which])
         self.n = len(which)
-        torch.arange(self.n, out=self.rows)
+        self.rows.copy_(torch.arange(self.n, device=device))
         self.pos.copy_(self.length)
         self.live.fill_(True)
         self.new.zero_()
@@ -725,7 +733,7 @@ class Decoder:
             return
         self.step()
         if RECORDS[self.model.device.type]:
-            self.recordings[size] = record(self.step)
+            self.recordings[size] = record(self.step, self.pool)
 
     def drop_finished(self):
         """Let finished rows leave the batch if there are enough of them; returns how many are not finished."""
@@ -737,7 +745,7 @@ class Decoder:
         elif left <= 0.75 * n:  # it copies the cache
             n = left
         if 0 < n < self.n:
-            rows = torch.argsort(live, descending=True, stable=True)[:n]
+            rows = torch.argsort(live.int(), descending=True, stable=True)[:n]
             for state in (self.rows, self.pos, self.token, self.live):
                 state[:n] = state[rows]
             self.cache.select(rows)
@@ -745,11 +753,12 @@ class Decoder:
         return left
 
 
-def record(step):
+def record(step, pool):
     """Record on a GPU what step() does, without doing it -> a function that does it. It has to have been run before, so
-    that all it needs is loaded."""
+    that all it needs is loaded. pool: where recordings keep what they make on the way; nothing of it outlives a step,
+    so they share it."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         step()
     return graph.replay
 

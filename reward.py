@@ -61,7 +61,7 @@ class Train(TrainConfig):
     center: NonNegative = 0.0   # weight of mean (r_w + r_l)²; .01 keeps scores near 0
     barrier: NonNegative = 0.0  # weight of a wall that keeps scores within ±5 (COOL: .02)
     # optimisation
-    epochs: Positive = 2.0      # passes over the records
+    epochs: Positive = 1.0      # passes over the records
     steps: Natural = 0          # updates; 0: what the epochs take
     batch: Count = 32           # records an update
     lr: Positive = 1e-3         # peak learning rate of AdamW
@@ -91,7 +91,7 @@ class Label(RunConfig):
     policy: str = "out/sft"     # checkpoint that answers; none: the responses are in the data
     data: str = "toy"           # prompts: toy, or a file
     families: Families = "write"  # of the toy world, comma-separated
-    n: Count = 8000             # prompts
+    n: Count = 6000             # prompts
     skip: Natural = 0           # prompts to pass over first, in whole batches: a later round sees others
     k: Natural = 2              # responses to each
     temperature: Temperature = 1.0  # of sampling
@@ -942,6 +942,9 @@ def with_room(records, family, tok, block, cfg):
     return fitting if cfg.temperature else distinct(fitting)
 
 
+KEPT = 8  # so many answers of each checkpoint are saved, and can be shown later
+
+
 class Exam:
     """What every checkpoint is asked, and who judges its answers."""
 
@@ -1011,7 +1014,7 @@ class Exam:
             row["greedy_interval"] = wilson(sum(seen["greedy_win"]), len(seen["greedy_win"]))
         if "safe" in self.families:
             row |= safety(self.tasks["safe"], said["safe"])
-        shown = said[self.on[0]][:self.cfg.show]
+        shown = said[self.on[0]][:max(KEPT, self.cfg.show)]
         row["answers"] = [dict(score=answer.score, text=answer.text) for answer in shown]
         return row
 
@@ -1065,7 +1068,7 @@ def compare(cfg, folders):
     for folder in bar(folders, "compare", delay=0):
         weights = weights_digest(folder)
         row = earlier.get(weights)
-        if row is None:
+        if row is None or len(row["answers"]) < cfg.show <= len(exam.tasks[exam.on[0]]):
             model = load_model(folder, like, n_scores=0)
             row = exam.take(model)
             if texts:
@@ -1094,7 +1097,7 @@ def weights_digest(folder):
 def asked_of_all(cfg, first):
     """All that a row of the table depends on, but for its checkpoint: with the same questions it is the same row."""
     asked = asdict(cfg)
-    for free in ("save", "device", "threads"):
+    for free in ("save", "show", "device", "threads"):
         del asked[free]
     inputs = inputs_of(replace(cfg, save=""))  # of judges and files
     return asked | dict(first=weights_digest(first), code=code_of(cfg), inputs=inputs)

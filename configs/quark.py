@@ -68,9 +68,9 @@ def kl_and_entropy(model, ref, told, bare):
         return kl, entropy
 
     said, bare_said = told.mask == 1, bare.mask == 1                                     # (B, T-1)
-    hidden = model(told.tokens)[:, :-1][said]                                            # (N, C)
+    hidden = model(told.tokens, where=said)                                              # (N, C)
     with torch.no_grad():
-        ref_hidden = ref(bare.tokens)[:, :-1][bare_said]                                 # (N, C)
+        ref_hidden = ref(bare.tokens, where=bare_said)                                   # (N, C)
     kl, entropy = at_positions(head, said, hidden, ref_hidden, chunk=head_chunk(model))  # (B, T-1)
     return kl.sum(), entropy.sum()
 

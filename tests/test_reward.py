@@ -1018,7 +1018,8 @@ def test_a_table_grows_row_by_row_as_if_made_at_once(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(reward.Exam, "take", never)
         assert compare(folders, tmp_path, **ask) == at_once
-        for other in (dict(seed=1), dict(n=11), dict(judge="2*runs:vowels")):
+        assert compare(folders, tmp_path, **ask | dict(show=8)) == at_once
+        for other in (dict(seed=1), dict(n=11), dict(judge="2*runs:vowels"), dict(show=9)):
             with pytest.raises(AssertionError):
                 compare(folders, tmp_path, **ask | other)
         for changed in (folders[0], folders[1], judge):
@@ -1065,7 +1066,7 @@ def test_compare_against_a_slow_loop(begin, system, tiny, judge, tmp_path, monke
         assert row.pop("checkpoint") == folder and row.pop("weights")
         assert asked["write"] == len(best)
         shown = [(answer["text"], answer["score"]) for answer in row.pop("answers")]
-        assert shown == [(text, vowels(text)) for text in said[:3]]
+        assert shown == [(text, vowels(text)) for text in said[:8]]
         assert row == pytest.approx(want, abs=1e-5)
     assert table[0]["win"] == .5 != table[2]["win"]
     out = capsys.readouterr().out
