@@ -244,6 +244,7 @@ def test_pairs_of_a_ranking():
      "messages[].name 1 row"),
     (['{"prompt": "Q", "responses": ["a", "b"], "note": "kept", "key": "k"}'], ""),
     (['{"prompt": "Q", "responses": ["a", "b"], "source": "mine", "scores": [1]}'], "scores 1 row, source 1 row"),
+    (['{"prompt": "Q", "responses": ["a", " ", "b"], "scores": [3, 2, 1]}'], "scores 1 row"),  # which are whose?
     (['{"prompt": "Q", "responses": ["a", "b", "c"], "margin": 1}'], "margin 1 row")])
 def test_keys_that_are_not_read_are_named_once_with_their_counts(tmp_path, capsys, rows, unread):
     read_records(write(tmp_path, rows))
