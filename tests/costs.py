@@ -17,7 +17,8 @@ def n_params(config):
 
 
 def forward_flops(config, tokens, context, head=None):
-    """FLOPs of `tokens` tokens that each attend to `context` others on average; head: how many need logits, if not all."""
+    """FLOPs of `tokens` tokens that each attend to `context` others on average; head: how many need logits, if not
+    all."""
     blocks, head = 12 * config.n_layer * config.n_embd ** 2, tokens if head is None else head
     return (tokens * (2 * blocks + 4 * config.n_layer * config.n_embd * context)
             + head * 2 * config.vocab_size * config.n_embd)
@@ -45,7 +46,8 @@ def memory(algorithm, config, tokens, half=2, lora_r=0, grad_checkpoint=False):
     if half == 2:  # autocast keeps the weights it has rounded
         held += 2 * P
     layer = tokens * C * (8 + 14 * half)
-    head = 0 if algorithm == "reward" else min(tokens, 2 ** 24 // config.vocab_size) * config.vocab_size * (10 + half // 2)
+    chunk = min(tokens, 2 ** 24 // config.vocab_size)
+    head = 0 if algorithm == "reward" else chunk * config.vocab_size * (10 + half // 2)
     if grad_checkpoint:  # a layer keeps its input; the one that is being recomputed, or the head, comes on top
         return held + tokens * layers * 4 * C + max(layer, head)
     return held + layers * layer + head
