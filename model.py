@@ -46,6 +46,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.adamw import adamw
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -1032,6 +1033,85 @@ def cpu_name():
 # ------------------------------------------------------------------------------------------------ the optimizer
 
 
+class Rule:
+    """What AdamW and Muon share: groups, dicts of params, lr, weight_decay and more, and the state of each parameter.
+
+    They are no torch.optim.Optimizer because making one of those imports PyTorch's compiler: a second at every start.
+    """
+    keys = ()  # of the state, as torch.optim names them
+
+    def __init__(self, groups):
+        self.groups, self.state = groups, defaultdict(dict)
+
+    @torch.no_grad()
+    def step(self):
+        """Update every parameter that has a gradient, and let go of that."""
+        for group in self.groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if params:
+                self.update(params, group)
+            for param in params:
+                param.grad = None
+
+    def states(self, params, key):
+        """What the last step left of each parameter under a key; zeros before the first."""
+        for param in params:
+            if key not in self.state[param]:
+                self.state[param][key] = torch.zeros((), device=param.device) if key == "step" else torch.zeros_like(param)
+        return [self.state[param][key] for param in params]
+
+
+class AdamW(Rule):
+    """AdamW (Loshchilov & Hutter 1711.05101), by PyTorch's fused kernel. A group has betas too."""
+    keys = "step", "exp_avg", "exp_avg_sq"
+
+    def update(self, params, group):
+        steps, means, squares = (self.states(params, key) for key in self.keys)
+        beta1, beta2 = group["betas"]
+        adamw(params, [param.grad for param in params], means, squares, [], steps, fused=True, amsgrad=False,
+              maximize=False, lr=group["lr"], weight_decay=group["weight_decay"], beta1=beta1, beta2=beta2, eps=1e-8)
+
+
+class Muon(Rule):
+    """Muon (Jordan et al. 2024) of matrices (in, out): lr · max(1, √(out / in)) along the Nesterov momentum, whose
+    singular values are all brought to about 1. It computes what torch.optim.Muon does, all matrices of a shape at once.
+    """
+    keys = "momentum_buffer",
+
+    def update(self, params, group, momentum=0.95):
+        shapes = defaultdict(list)
+        for param in params:
+            shapes[param.shape].append(param)
+        for (n_in, n_out), alike in shapes.items():
+            gradients, means = [param.grad for param in alike], self.states(alike, "momentum_buffer")
+            torch._foreach_lerp_(means, gradients, 1 - momentum)
+            along = torch.stack(torch._foreach_lerp(gradients, means, momentum))         # (k, in, out)
+            torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
+            rate = group["lr"] * math.sqrt(max(1, n_out / n_in))
+            torch._foreach_add_(alike, orthogonal(along).unbind(), alpha=-rate)
+
+
+def orthogonal(matrices):
+    """k matrices (k, in, out), their singular values brought to about 1 (.7 to 1.2), their singular vectors kept.
+
+    Five steps of Newton-Schulz, X <- a X + (b X X' + c (X X')²) X, with the a, b, c of Jordan et al. They are rough, so
+    bf16 is enough, where the device has instructions for it.
+    """
+    half = precision(matrices.device) == "bf16"
+    x = matrices.to(torch.bfloat16 if half else torch.float32)
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT  # X X' is of the smaller side
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above 1
+    for _ in range(5):
+        gram = x @ x.mT
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, factor, x, beta=3.4445)
+    if tall:
+        x = x.mT
+    return x.to(matrices.dtype)
+
+
 class Optimizer:
     """AdamW, or Muon for the hidden matrices with AdamW for the rest; linear warm-up, then cosine to `floor` · lr.
 
@@ -1058,12 +1138,11 @@ class Optimizer:
                 muon.append(param)
             else:
                 decay.append(param)
-        groups = [dict(params=decay, weight_decay=weight_decay),
-                  dict(params=plain, weight_decay=0.0, lr=model.vector_lr or lr)]
-        self.optims = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
-        if muon:
-            groups = [muon_group(param, muon_lr, weight_decay * lr) for param in muon]
-            self.optims.append(torch.optim.Muon(groups))
+        groups = [dict(params=decay, weight_decay=weight_decay, lr=lr, betas=betas),
+                  dict(params=plain, weight_decay=0.0, lr=model.vector_lr or lr, betas=betas)]
+        self.optims = [AdamW(groups)]
+        if muon:  # which multiplies the decay by its own rate: a step is to take off the share that AdamW's does
+            self.optims.append(Muon([dict(params=muon, weight_decay=weight_decay * lr / muon_lr, lr=muon_lr)]))
         self.fused, self.updated = model.fused_bwd, set()
         if self.fused:
             if clip:
@@ -1073,7 +1152,7 @@ class Optimizer:
             group["base_lr"] = group["lr"]
 
     def groups(self):
-        return [group for optim in self.optims for group in optim.param_groups]
+        return [group for optim in self.optims for group in optim.groups]
 
     def scale(self, step):
         """The schedule: learning rate of `step` (from 0) as a share of the peak."""
@@ -1101,14 +1180,13 @@ class Optimizer:
             self.at(step)  # again, for callers without `steps`
             for optim in self.optims:
                 optim.step()
-                optim.zero_grad(set_to_none=True)
-        return dict(grad_norm=norm, lr=self.optims[0].param_groups[0]["lr"])
+        return dict(grad_norm=norm, lr=self.groups()[0]["lr"])
 
     def one_for_each_parameter(self):
         """fused_bwd: an optimizer for every parameter, which steps as soon as its gradient is there."""
         optims = []
         for optim in self.optims:
-            for group in optim.param_groups:
+            for group in optim.groups:
                 for param in group["params"]:
                     own = type(optim)([group | dict(params=[param])])  # a group holds all of its settings
                     param.register_post_accumulate_grad_hook(functools.partial(self.update, own))
@@ -1121,7 +1199,6 @@ class Optimizer:
             raise UserError("--fused_bwd: an update has to be one backward pass: more --micro_tokens, or less --batch")
         self.updated.add(id(param))
         optim.step()
-        optim.zero_grad(set_to_none=True)
 
     def forget(self):
         """Back to the state before the first step: no momentum."""
@@ -1131,10 +1208,9 @@ class Optimizer:
     def slots(self):
         """(name in a checkpoint, state of the parameter, key in it, shape) of each tensor that a step leaves."""
         for nth, optim in enumerate(self.optims):
-            keys = ("momentum_buffer",) if isinstance(optim, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
-            params = sum((group["params"] for group in optim.param_groups), [])
+            params = sum((group["params"] for group in optim.groups), [])
             for place, param in enumerate(params):
-                for key in keys:
+                for key in optim.keys:
                     shape = torch.Size() if key == "step" else param.shape
                     yield f"{nth}.{place}.{key}", optim.state[param], key, shape
 
@@ -1149,18 +1225,6 @@ class Optimizer:
         compare_shapes(flat, shapes if flat else {}, path)
         for name, state, key, _ in self.slots() if flat else ():
             state[key] = flat[name].to(self.params[0].device)
-
-
-def muon_group(param, lr, decay):
-    """What torch.optim.Muon is told of a matrix; decay: the share of it that a step takes off, as AdamW's.
-
-    The rate is to be lr · max(1, √(out / in)). PyTorch takes lr · max(1, √(rows / columns)), for matrices (out, in).
-    Ours are (in, out): rows are in, and columns out. So we give it √(columns / rows) · lr, and it takes
-    lr · max(√(columns / rows), 1), which is what we want. It multiplies the decay by the rate that it is given.
-    """
-    rows, columns = param.shape
-    own_lr = lr * math.sqrt(columns / rows)
-    return dict(params=[param], lr=own_lr, weight_decay=decay / own_lr)
 
 
 # ------------------------------------------------------------------------------------------------ steps and checkpoints
