@@ -52,8 +52,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from data import (COLDEST, POINTS, RUBRIC, VERIFIERS, Count, Natural, NonNegative, OptionError, Options, Share,
                   Tokenizer, UserError, after_thinking, answer_rows, check_needs, class_prompt, collate, cut_prompt,
-                  guard, mean, micro_batches, number, pad, parse, parse_rewards, rate_prompt, round_up, truth, verifier,
-                  write_text)
+                  guard, mean, micro_batches, number, pad, parse, parse_rewards, rate_prompt, round_up, send, truth,
+                  verifier, write_text)
 
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -250,7 +250,8 @@ class GPT(nn.Module):
                 if self.grad_checkpoint and torch.is_grad_enabled():
                     x = recompute(block, x, pos, see, use_reentrant=False)  # no cache: sampling has no gradient
                 else:
-                    x = block(x, pos, see, cache)
+                    run = block if cache is None else block.forward  # --compile is not for the sampler's shapes
+                    x = run(x, pos, see, cache)
             return part.ln_f(x)
 
     def logits(self, hidden):
@@ -270,7 +271,9 @@ class GPT(nn.Module):
             torch.manual_seed(cfg.seed)
             self.add_lora(cfg.lora_r, cfg.lora_alpha, vector_lr=cfg.lora_bias)
         if cfg.compile:
-            self.compile(dynamic=True)
+            check_compiler(self.device)
+            for block in self.transformer.h:  # they are alike, so it is compiled once, however many there are
+                block.compile(dynamic=True)
         return self
 
     def add_lora(self, r, alpha, vector_lr=0.0):
@@ -303,6 +306,15 @@ class GPT(nn.Module):
         for layer in self.loras():
             layer.lora_A = layer.lora_B = None
         return self
+
+
+def check_compiler(device):
+    """A UserError where torch.compile does not work on a device: it needs a C++ compiler, and Triton on a GPU."""
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except Exception as error:  # whatever is missing, it is an error of its own
+        why = " ".join(str(error).partition("\n\n")[0].split())
+        raise UserError(f"--compile: PyTorch's compiler does not work here ({why})") from None
 
 
 def reference(policy):
@@ -656,14 +668,14 @@ def largest_weight(model):
 
 
 def slices(roll, budget, rows=None):
-    """Micro-batches of a rollout's rows, trimmed to their own longest: (rows, tokens (b, t), mask (b, t-1)) each."""
+    """Micro-batches of a rollout's rows, trimmed to their own longest: rows (b,), tokens (b, t), mask (b, t-1) each."""
     every = roll.lengths
     rows = list(range(len(every))) if rows is None else rows
     if not rows:
         return
     lengths = [every[row] for row in rows]
     for places in micro_batches(lengths, budget):
-        some = [rows[place] for place in places]
+        some = send(torch.tensor([rows[place] for place in places]), roll.tokens.device)
         longest = max(lengths[place] for place in places)
         width = min(round_up(longest), roll.tokens.shape[1])
         yield some, roll.tokens[some, :width], roll.mask[some, :width - 1]
@@ -730,8 +742,8 @@ class Means:
             self.counts[name] += other.counts[name]
 
     def result(self):
-        """{name: its mean}."""
-        return {name: float(total / self.counts[name]) for name, total in self.sums.items()}
+        """{name: its mean}, still on the device."""
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
 
 
 @torch.no_grad()
@@ -1057,7 +1069,10 @@ class Rule:
         """What the last step left of each parameter under a key; zeros before the first."""
         for param in params:
             if key not in self.state[param]:
-                self.state[param][key] = torch.zeros((), device=param.device) if key == "step" else torch.zeros_like(param)
+                zero = torch.zeros_like(param)
+                if key == "step":
+                    zero = torch.zeros((), device=param.device, dtype=torch.float32)
+                self.state[param][key] = zero
         return [self.state[param][key] for param in params]
 
 

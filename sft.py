@@ -173,7 +173,7 @@ def evaluate(model, rows, cfg):
     model.eval()
     loss = 0.0
     for x in batches(rows, model, cfg):
-        loss += float(sft_loss(model, x))
+        loss += sft_loss(model, x).double()
     return loss / total_weight(rows)
 
 
