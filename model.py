@@ -1183,7 +1183,11 @@ class Optimizer:
             group["lr"] = group["base_lr"] * self.scale(step)
 
     def step(self, step):
-        """Clip, update, clear the gradients -> grad_norm, before clipping (None if fused), and lr."""
+        """Clip, update, clear the gradients -> grad_norm, before clipping (None if fused), and lr.
+
+        The norm is the one number that is waited for before the report: a gradient that is no number must change
+        nothing. A GPU has all of the backward pass to do when the host comes to wait.
+        """
         norm = None
         if self.fused:
             self.updated.clear()
