@@ -31,8 +31,8 @@ from tqdm import tqdm
 from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share, Sum, Temperature,
                   TrainConfig, UserError, collate, column, compare_words, fits, guard, item_batches,
                   make_item, mean, open_preferences, open_stream, parse, send, singles, truth)
-from model import (Optimizer, Reward, at_positions, begun, full, load_model, logps, reference, respond, setup, steps,
-                   token_logprobs, token_scores)
+from model import (Optimizer, Reward, at_positions, begun, full, head_chunk, load_model, logps, reference, respond,
+                   setup, steps, token_logprobs, token_scores)
 
 
 @dataclass
@@ -188,11 +188,11 @@ def sequence_kl(policy, ref, tokens, mask, chunk=None):
         return ((ref_logp.exp() * (ref_logp - logp)).sum(-1),)                           # (N,)
 
     where = mask.bool()
-    chunk = chunk or max(64, 2 ** 24 // policy.config.vocab_size)
+    chunk = chunk or head_chunk(policy)
     with torch.no_grad():
-        ref_hidden = ref(tokens[:, :-1])[where]                                          # (N, C)
+        ref_hidden = ref(tokens, where=where)                                            # (N, C)
     with policy.autocast():  # around all chunks, or the embedding would be cast anew for each
-        hidden = policy(tokens[:, :-1])[where]                                           # (N, C)
+        hidden = policy(tokens, where=where)                                             # (N, C)
         kl, = at_positions(head, where, hidden, ref_hidden, chunk=chunk)                 # (B, T-1)
     return kl.sum(1)
 

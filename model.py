@@ -35,6 +35,7 @@ import platform
 import re
 import struct
 import sys
+import weakref
 import zlib
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
@@ -107,9 +108,13 @@ class Linear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(r, n_out, device=device))
         self.scale = alpha / r
 
+    def merged(self):
+        """The weight with the adapter in it: x times it is what forward makes of x, but for the bias."""
+        return self.weight if self.lora_A is None else self.weight + self.scale * self.lora_A @ self.lora_B
+
     def forward(self, x):
         rows = x.reshape(-1, x.shape[-1])  # addmm takes matrices, and is faster than a product and a sum
-        y = torch.addmm(self.bias, rows, self.weight).view(*x.shape[:-1], -1)
+        y = torch.addmm(self.bias, rows, self.weight).view(*x.shape[:-1], self.weight.shape[1])
         if self.lora_A is not None:
             y = y + self.scale * (x @ self.lora_A @ self.lora_B)
         return y
@@ -162,9 +167,15 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.fused = False  # in a copy to sample from, which needs no gradient
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        if self.fused:  # in bf16 on a CPU the tanh alone takes as long as the matmul before it; oneDNN does both faster
+            weight, bias = self.c_fc.weight, self.c_fc.bias
+            hidden = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), weight.t(), bias, "gelu", [], "tanh")
+        else:
+            hidden = F.gelu(self.c_fc(x), approximate="tanh")
+        return self.c_proj(hidden)
 
 
 class Block(nn.Module):
@@ -178,8 +189,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, pos, see=None, cache=None):
+    def forward(self, x, pos, see=None, cache=None, where=None):
+        """(B, T, C) -> (B, T, C), or with where, two indices (N,), what comes out at these places, (N, C)."""
         x = x + self.drop(self.attn(self.ln_1(x), pos, see, cache))
+        if where is not None:  # from here on every token is on its own
+            x = x[where]
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
@@ -205,6 +219,7 @@ class GPT(nn.Module):
         self.grad_checkpoint = False  # recompute each block in the backward pass: less memory, 4/3 of the time
         self.fused_bwd = False  # whether its Optimizer updates in the backward pass, see there
         self.vector_lr = 0.0    # with LoRA, the learning rate of biases and norms; 0: they are frozen like the rest
+        self.rounded_head = None  # of a copy to sample from, see for_sampling
         self.apply(self._init)
         for name, param in self.named_parameters():
             if name.endswith("c_proj.weight"):  # GPT-2: keeps the residual stream's variance at depth 2 n_layer
@@ -230,11 +245,12 @@ class GPT(nn.Module):
         bf16 copies of the weights are then made once."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def forward(self, tokens, pos=None, see=None, cache=None):
-        """tokens (B, T) -> hidden states (B, T, C).
+    def forward(self, tokens, pos=None, see=None, cache=None, where=None):
+        """tokens (B, T) -> hidden states (B, T, C); with where, a boolean (B, T) or (B, T-1), only those there, (N, C).
 
         pos (B, T) or (T,): positions, 0..T-1 when absent. see (B, 1, T, T): what may look at what, causal when absent.
-        cache: keys and values of earlier positions, which this call extends at `pos`.
+        cache: keys and values of earlier positions, which this call extends at `pos`. The last layer's MLP runs only
+        where it is asked for: what a prompt's tokens become there is needed by nothing.
         """
         T, longest = tokens.shape[1], self.config.block_size
         if pos is None:
@@ -243,21 +259,25 @@ class GPT(nn.Module):
             pos = torch.arange(T, device=tokens.device)
         if cache is not None:
             see = cache.prepare(pos.expand(tokens.shape))
+        if where is not None:
+            where = where.nonzero(as_tuple=True)  # (N,), (N,): found once, since a GPU has to be waited for
         part = self.transformer
         with self.autocast():
             x = part.drop(part.wte(tokens) + part.wpe(pos))                              # (B, T, C)
             for block in part.h:
-                if self.grad_checkpoint and torch.is_grad_enabled():
-                    x = recompute(block, x, pos, see, use_reentrant=False)  # no cache: sampling has no gradient
+                there = where if block is part.h[-1] else None
+                if self.grad_checkpoint and torch.is_grad_enabled():  # no cache then: sampling has no gradient
+                    x = recompute(block, x, pos, see, None, there, use_reentrant=False)
                 else:
                     run = block if cache is None else block.forward  # --compile is not for the sampler's shapes
-                    x = run(x, pos, see, cache)
+                    x = run(x, pos, see, cache, there)
             return part.ln_f(x)
 
     def logits(self, hidden):
         """(..., C) -> (..., V), in the precision of the matmul."""
+        head = self.transformer.wte.weight if self.rounded_head is None else self.rounded_head
         with self.autocast():
-            return F.linear(hidden, self.transformer.wte.weight)[..., :self.config.vocab_size]
+            return F.linear(hidden, head)[..., :self.config.vocab_size]
 
     def scores(self, hidden):
         """(..., C) -> (..., n_scores), never in bf16: different answers would round to one number."""
@@ -272,7 +292,7 @@ class GPT(nn.Module):
             self.add_lora(cfg.lora_r, cfg.lora_alpha, vector_lr=cfg.lora_bias)
         if cfg.compile:
             check_compiler(self.device)
-            for block in self.transformer.h:  # they are alike, so it is compiled once, however many there are
+            for block in self.transformer.h:  # alike but for the last: two are compiled, however many there are
                 block.compile(dynamic=True)
         return self
 
@@ -298,7 +318,7 @@ class GPT(nn.Module):
     def merge_lora(self):
         """Write the adapters into the weights: the same function as a plain model again."""
         for layer in self.loras():
-            layer.weight += layer.scale * layer.lora_A @ layer.lora_B
+            layer.weight.copy_(layer.merged())
         return self.remove_lora().requires_grad_(True)
 
     def remove_lora(self):
@@ -331,8 +351,8 @@ def reference(policy):
 class Cache:
     """Keys and values of every layer. Slot s of row b holds position s of row b, so rows of any length share it.
 
-    A slot that a row has not reached yet may hold padding, from behind a shorter prompt; `prepare` hides it until the
-    row overwrites it.
+    A slot that a row has not reached yet may hold padding, from behind a shorter prompt, or what an earlier rollout
+    left; `prepare` hides it until the row overwrites it. Only the first `rows` rows and `slots` slots are in use.
     """
 
     def __init__(self, model, rows, slots):
@@ -342,33 +362,42 @@ class Cache:
         # Zeros, not empty: a hidden slot has weight 0, and 0 * NaN would still be NaN.
         self.k = torch.zeros(shape, device=model.device, dtype=dtype)
         self.v = torch.zeros(shape, device=model.device, dtype=dtype)
+        self.rows, self.slots = rows, slots
 
     def reserve(self, slots):
-        """Make room for positions below `slots`."""
-        more = slots - self.k.shape[3]
-        if more > 0:
-            self.k = F.pad(self.k, (0, 0, 0, more))  # D stays, S grows
-            self.v = F.pad(self.v, (0, 0, 0, more))
+        """Use the positions below `slots`, and make room for them where there is none yet."""
+        L, B, H, S, D = self.k.shape
+        if slots > S:
+            more = self.k.new_zeros(L, self.rows, H, slots - S, D)
+            self.k = torch.cat([self.k[:, :self.rows], more], 3)
+            self.v = torch.cat([self.v[:, :self.rows], more], 3)
+        self.slots = slots
 
     def prepare(self, pos):
         """Get ready to write at pos (B, T); returns what may be seen, (B, 1, T, S): for a token the slots up to its
         own."""
-        B, H, S = self.k.shape[1:4]
-        rows, heads, slots = (torch.arange(n, device=pos.device) for n in (B, H, S))
+        rows, heads, slots = (torch.arange(n, device=pos.device) for n in (self.rows, self.k.shape[2], self.slots))
         # Three indices that broadcast to (B, H, T): of a layer's keys they choose (B, H, T, D).
         self.index = rows[:, None, None], heads[None, :, None], pos[:, None, :]
         return (slots <= pos[:, :, None])[:, None]
 
     def write(self, layer, k, v):
-        """Store k and v (B, H, T, D) of the tokens being processed; returns all (B, H, S, D)."""
+        """Store k and v (B, H, T, D) of the tokens being processed; returns all that are in use, (B, H, S, D)."""
         self.k[layer][self.index] = k.to(self.k.dtype)
         self.v[layer][self.index] = v.to(self.v.dtype)
-        return self.k[layer], self.v[layer]
+        return self.k[layer, :self.rows, :, :self.slots], self.v[layer, :self.rows, :, :self.slots]
+
+    def take(self, other, rows):
+        """Begin with the keys and values of these rows, an index (B,), of another cache."""
+        self.rows, slots = len(rows), other.k.shape[3]
+        self.k[:, :, :, :slots] = other.k.index_select(1, rows)
+        self.v[:, :, :, :slots] = other.v.index_select(1, rows)
 
     def select(self, rows):
-        """Keep (or repeat) these rows, an index (B',)."""
-        self.k = self.k.index_select(1, rows)
-        self.v = self.v.index_select(1, rows)
+        """Keep these rows, an index (n,): they become the first n."""
+        self.rows = len(rows)
+        self.k[:, :self.rows] = self.k.index_select(1, rows)
+        self.v[:, :self.rows] = self.v.index_select(1, rows)
 
 
 # ------------------------------------------------------------------------------------------------ log-probabilities
@@ -385,8 +414,8 @@ def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, chunk=No
     tokens (B, T), mask (B, T-1) -> logp (B, T-1), at least fp32; with entropy=True also the entropy of each of those
     next-token distributions, in nats. Both are at the sampling temperature: a policy that was sampled at temperature τ
     *is* softmax(logits / τ), and PPO's ratio π / π_old is right only if both are divided by τ. pos and see are those of
-    packed rows, see sft.pack. The head runs only where the mask is 1, on `chunk` positions at a time (as many as make
-    2^24 logits), see at_positions: no (B, T, V) tensor ever exists.
+    packed rows, see sft.pack. The head runs only where the mask is 1, on `chunk` positions at a time, see at_positions:
+    no (B, T, V) tensor ever exists.
     """
     def head(hidden, target):                                                            # (N, C), (N,)
         logits = full(model.logits(hidden))                                              # (N, V)
@@ -398,16 +427,22 @@ def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, chunk=No
         p = (logits - logz[:, None]).exp()
         return logp, logz - (p * logits).sum(-1)  # -Σ p log p, as log p = logits - logz
 
-    if see is not None:  # packed rows
-        pos = pos[:, :-1]
-        see = see[:, :, :-1, :-1]
     where = mask.bool()
     target = tokens[:, 1:][where]                                                        # (N,)
-    chunk = chunk or max(64, 2 ** 24 // model.config.vocab_size)
+    chunk = chunk or head_chunk(model)
     with model.autocast():
-        hidden = model(tokens[:, :-1], pos, see)[where]                                  # (N, C)
+        hidden = model(tokens, pos, see, where=where)                                    # (N, C)
         out = at_positions(head, where, hidden, target, chunk=chunk)
     return out if entropy else out[0]
+
+
+def head_chunk(model):
+    """How many positions the head takes at a time: as many as make 2^24 logits, and on a GPU as many as take, with all
+    that is made of a logit (some 16 bytes), a twelfth of its memory."""
+    logits = 2 ** 24
+    if model.device.type == "cuda":
+        logits = torch.cuda.get_device_properties(model.device).total_memory // 200
+    return max(64, logits // model.config.vocab_size)
 
 
 def at_positions(head, where, *inputs, chunk):
@@ -436,7 +471,7 @@ def token_scores(model, tokens, mask):
     At index t it has seen tokens 0..t: for a value function, V of the state in which token t+1 was chosen.
     """
     where = mask.bool()
-    hidden = model(tokens[:, :-1])[where]                                                # (N, C)
+    hidden = model(tokens, where=where)                                                  # (N, C)
     return scattered(where, model.scores(hidden)[:, 0])
 
 
@@ -445,9 +480,9 @@ def response_scores(model, tokens, mask):
 
     Neither the amount of padding nor an end token inside the prompt moves the place.
     """
-    B, T = tokens.shape
-    place = mask.bool() * torch.arange(1, T, device=mask.device)  # (B, T-1): t+1, the token that mask[t] is about
-    hidden = model(tokens)[torch.arange(B, device=mask.device), place.amax(1)]           # (B, C)
+    place = torch.arange(tokens.shape[1], device=mask.device)                            # (T,)
+    last = (mask.bool() * place[1:]).amax(1)  # (B,); mask[t] is about token t+1
+    hidden = model(tokens, where=place == last[:, None])                                 # (B, C)
     return model.scores(hidden)
 
 
@@ -541,87 +576,204 @@ def generate(model, prompts, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0, 
     longest, block_size = max(map(len, given)), model.config.block_size
     if longest >= block_size:
         raise UserError(f"a prompt of {longest} tokens leaves no room in the context of {block_size}")
-    width = min(round_up(longest + max_new), block_size)
-    was_training = model.training
-    model.eval()
+    multiple = 64 if RECORDS[model.device.type] else 16  # few widths: each needs recordings of its own
+    width = min(round_up(longest + max_new, multiple), block_size)
+    decoder = find_decoder(model, len(prompts) * n, width, max_new, (temperature, top_k, top_p))
     with model.autocast():
-        hidden, cache, tokens, length = prefill(model, given, n, width)
-        how = temperature, top_k, top_p
-        tokens, logp, drawn = decode(model, hidden, cache, tokens, length, max_new, how, stream)
-    model.train(was_training)
+        decoder.begin(given, n)
+        decoder.run(longest, max_new, stream)
 
+    # A row is: prompt, begin, drawn, padding. The response is begin and drawn.
+    place, length = torch.arange(width, device=model.device), decoder.length             # (width,), (B,)
+    start, end = length - len(begin), decoder.end                                        # (B,), of the response
+    response = (start[:, None] <= place) & (place < end[:, None])                        # (B, width)
+    drawn = response & (place >= length[:, None])
+    tokens = decoder.tokens[:, :width].masked_fill(place >= end[:, None], model.tok.pad)
+    logp = decoder.logp[:, :width].masked_fill(~drawn, 0)
     if logp.isnan().any():
         raise UserError(f"cannot sample: the logits are no numbers; {largest_weight(model)}. In training a lower --lr "
                         "helps")
-    # A row is: prompt, begin, drawn, padding. The response is begin and drawn.
-    place, start = torch.arange(width, device=model.device), length - len(begin)         # start (B,), of the response
-    forced = (start[:, None] <= place) & (place < length[:, None])                       # (B, width)
-    response = forced | drawn
     finished = (drawn & (tokens == model.tok.end)).any(1)
-    width = min(round_up(int((response * place).max()) + 1), width)  # to the longest
+    width = min(round_up(int(end.max())), width)  # to the longest
     # From here on the index is that of the log-probability, one before its token's.
     mask, logp = response[:, 1:width].float(), logp[:, 1:width]
     return Rollout(tokens[:, :width], mask, logp, finished, start.tolist(), model.tok)
 
 
-def prefill(model, prompts, n, width):
-    """One pass over the P prompts, then n copies of each: B = P n rows -> last hidden states (B, C), cache, tokens
-    (B, width), lengths of the prompts (B,)."""
-    length = torch.tensor([len(prompt) for prompt in prompts], device=model.device)      # (P,)
-    rows, longest = torch.arange(len(prompts), device=model.device), int(length.max())
-    tokens = pad(prompts, model.tok.pad, model.device, width=width)[:, :width]           # (P, width)
-    cache = Cache(model, len(prompts), longest)
-    hidden = model(tokens[:, :longest], cache=cache)                                     # (P, longest, C)
-    hidden = hidden[rows, length - 1]                                                    # (P, C)
-    if n > 1:
-        rows = rows.repeat_interleave(n)
-        hidden, tokens, length = hidden[rows], tokens[rows], length[rows]                # (B, ...)
-        cache.select(rows)
-    return hidden, cache, tokens, length
-
-
+# On a GPU a step of the sampler is a few hundred kernels, each done sooner than the next is launched. A recording (a
+# CUDA graph) launches them all at once, 3 to 11 times faster. What it reads and writes has to stay in its place, and
+# each number of rows and of slots takes a recording of its own: so there are few of both, and they are kept.
+RECORDS = {"cpu": False, "cuda": True}
 LOOK = {"cpu": 1, "cuda": 8}  # how many steps until the next look at which rows are finished: a look makes a GPU wait
+DECODERS = weakref.WeakKeyDictionary()  # {model: its decoders by their sizes}, where steps are recorded
 
 
-def decode(model, hidden, cache, tokens, length, max_new, how, stream):
-    """Draw token after token, each row behind its own prompt -> the tokens, the log-probabilities of those drawn, and
-    which were, (B, width) each. how: temperature, top_k, top_p. Finished rows leave the batch, which changes no result.
+def find_decoder(model, *sizes):
+    """A decoder for this model as it is now, one that was used before if steps are recorded."""
+    if not RECORDS[model.device.type]:
+        return Decoder(model, *sizes)
+    kept = DECODERS.setdefault(model, {})
+    if sizes in kept:
+        refresh(kept[sizes].model, model)
+    else:
+        if len(kept) == 2:  # a trainer has two: for its rollouts, and for the held-out prompts
+            del kept[next(iter(kept))]
+        kept[sizes] = Decoder(model, *sizes)
+    return kept[sizes]
+
+
+def for_sampling(model):
+    """A copy of a model to sample from: without dropout, its adapters merged, its matrices rounded to the precision of
+    the matmuls once instead of at every token. What is not rounded is shared."""
+    shared = {id(param): param for param in model.parameters()}
+    if model.precision == "bf16" or model.loras():
+        for module in model.modules():
+            if isinstance(module, Linear):
+                for param in module.parameters():
+                    del shared[id(param)]
+    twin = copy.deepcopy(model, memo=shared).remove_lora().eval()  # what is in the memo is used as it is
+    if model.precision == "bf16":
+        twin.rounded_head = model.transformer.wte.weight.bfloat16()
+        for module in twin.modules():
+            if isinstance(module, Linear):
+                module.bfloat16()
+            if isinstance(module, MLP):
+                module.fused = model.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    refresh(twin, model)
+    return twin
+
+
+def refresh(twin, model):
+    """Write the present weights of a model into its copy for sampling, in their place."""
+    for mine, theirs in zip(twin.modules(), model.modules()):
+        if isinstance(mine, Linear) and mine.weight is not theirs.weight:
+            mine.weight.copy_(theirs.merged())
+            mine.bias.copy_(theirs.bias)
+    if twin.rounded_head is not None:
+        twin.rounded_head.copy_(model.transformer.wte.weight)
+
+
+class Decoder:
+    """Draws token after token for B rows, each behind its own prompt. Finished rows leave the batch, which changes no
+    result.
+
+    Everything a step reads and writes stays in its place from call to call, and a step asks the host for nothing.
     """
-    (B, width), device, block_size = tokens.shape, model.device, model.config.block_size
-    longest = int(length.max())
-    trash = width  # the place, behind all others, for what a finished row draws
-    tokens = F.pad(tokens, (0, 1))
-    logp = torch.zeros(B, width + 1, device=device, dtype=full(hidden).dtype)
-    drawn = torch.zeros(B, width + 1, device=device, dtype=torch.bool)
-    # All uniforms at once: what a row draws does not depend on which other rows have left the batch.
-    uniform = torch.rand(max_new, B, device=device, dtype=logp.dtype)
-    rows = torch.arange(B, device=device)                  # the rows that are still in the batch
-    live = torch.ones(B, device=device, dtype=torch.bool)  # which of these are not finished
-    look = LOOK[device.type] if stream is None else 1      # to show a token is to wait for it
-    for new in range(max_new):
-        token, token_logp = sample(model.logits(hidden), uniform[new, rows], *how)
-        pos = length[rows] + new  # of the token just drawn
-        place = torch.where(live, pos, trash)
-        tokens[rows, place], logp[rows, place], drawn[rows, place] = token, token_logp, True
-        if stream is not None:
-            stream(int(token[0]))
-        live = live & (token != model.tok.end) & (pos + 1 < block_size)
-        if (new + 1) % look == 0:
-            left = int(live.sum())
-            if left == 0:
+
+    def __init__(self, model, rows, width, max_new, how):
+        """width: places of a row. how: temperature, top_k, top_p."""
+        self.model, self.how, self.width, device = for_sampling(model), how, width, model.device
+        dtype = full(model.transformer.wte.weight).dtype
+        self.cache, self.recordings = Cache(self.model, rows, width if RECORDS[device.type] else 0), {}
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.uniform = torch.empty(max_new, rows, device=device, dtype=dtype)
+        # Of every row. The last column is for what a row draws that is finished and full.
+        self.tokens = torch.zeros(rows, width + 1, device=device, dtype=torch.long)
+        self.logp = torch.zeros(rows, width + 1, device=device, dtype=dtype)
+        self.length = torch.zeros(rows, device=device, dtype=torch.long)  # of its prompt
+        self.end = torch.zeros(rows, device=device, dtype=torch.long)     # the place behind its last token
+        # Of the rows that are in the batch, the first n of these:
+        self.rows = torch.zeros(rows, device=device, dtype=torch.long)    # which they are
+        self.pos = torch.zeros(rows, device=device, dtype=torch.long)     # where the next token goes
+        self.token = torch.zeros(rows, device=device, dtype=torch.long)   # the last one
+        self.live = torch.zeros(rows, device=device, dtype=torch.bool)    # whether it is not finished
+        self.new = torch.zeros(1, device=device, dtype=torch.long)        # how many were drawn before
+
+    def begin(self, prompts, n):
+        """One pass over the P prompts, then n copies of each: B = P n rows."""
+        device, pad_id = self.model.device, self.model.tok.pad
+        length = torch.tensor([len(prompt) for prompt in prompts], device=device)        # (P,)
+        tokens = pad(prompts, pad_id, device, width=self.width + 1)[:, :self.width + 1]  # (P, width + 1)
+        which, longest = torch.arange(len(prompts), device=device), max(map(len, prompts))
+        cache = Cache(self.model, len(prompts), longest)
+        last = torch.arange(longest, device=device) == length[:, None] - 1               # (P, longest)
+        hidden = self.model(tokens[:, :longest], cache=cache, where=last)                # (P, C)
+        which = which.repeat_interleave(n)                                               # (B,): whose copy
+        self.cache.reserve(max(longest, self.cache.slots))
+        self.cache.take(cache, which)
+        self.hidden = hidden[which]
+        self.uniform.uniform_()  # all at once: what a row draws does not depend on which others have left the batch
+        self.tokens.copy_(tokens[which])
+        self.length.copy_(length[which])
+        self.n = len(which)
+        self.rows.copy_(torch.arange(self.n, device=device))
+        self.pos.copy_(self.length)
+        self.live.fill_(True)
+        self.new.zero_()
+
+    def run(self, longest, max_new, stream=None):
+        """Draw up to max_new tokens a row; longest: tokens of the longest prompt."""
+        look = LOOK[self.model.device.type] if stream is None else 1  # to show a token is to wait for it
+        for new in range(max_new):
+            if new == 0:
+                self.draw(self.hidden)
+            else:
+                self.reserve(longest + new)
+                self.next_step()
+            if stream is not None:
+                stream(int(self.token[0]))
+            if (new + 1) % look == 0 and self.drop_finished() == 0:
                 break
-            if left <= 0.75 * len(live):  # to drop rows, the cache is copied: worth it for a good many only
-                cache.select(live.nonzero()[:, 0])
-                rows, pos, token = rows[live], pos[live], token[live]
-                live = torch.ones_like(rows, dtype=torch.bool)
-        if new + 1 < max_new:
-            # Attention reads all slots at every step. That costs a CPU time, so it gets them as they are needed. For a
-            # GPU copying the cache would cost more: it gets them at once.
-            needed = width if device.type == "cuda" else round_up(longest + new + 1, 32)
-            cache.reserve(min(needed, width))
-            pos = pos.clamp(max=width - 1)  # that of a finished row goes on growing
-            hidden = model(token[:, None], pos[:, None], cache=cache)[:, 0]              # (B, C)
-    return tokens[:, :width], logp[:, :width], drawn[:, :width]
+
+    def reserve(self, slots):
+        """Let attention read so many slots, or a few more."""
+        multiple = round_up(self.width // 4, 64) if RECORDS[self.model.device.type] else 32
+        self.cache.reserve(min(round_up(slots, multiple), self.width))
+
+    def step(self):
+        """Read the last token of each row, and draw the next."""
+        token, pos = self.token[:self.n, None], self.pos[:self.n, None]
+        hidden = self.model(token, pos - 1, cache=self.cache)[:, 0]                      # (n, C)
+        self.draw(hidden)
+
+    def draw(self, hidden):
+        """Draw the next token of each row from the hidden states (n, C) of the last."""
+        rows, pos, live = self.rows[:self.n], self.pos[:self.n], self.live[:self.n]
+        token, logp = sample(self.model.logits(hidden), self.uniform[self.new, rows], *self.how)
+        self.token[:self.n] = token
+        self.tokens[rows, pos] = token
+        self.logp[rows, pos] = logp
+        pos += live  # a finished row stays behind its end; what it goes on drawing there does not count
+        self.end[rows] = pos
+        live &= (token != self.model.tok.end) & (pos < self.model.config.block_size)
+        self.new += 1
+
+    def next_step(self):
+        """A step, where it can be by replaying its recording."""
+        size = self.n, self.cache.slots
+        if size in self.recordings:
+            self.recordings[size]()
+            return
+        self.step()
+        if RECORDS[self.model.device.type]:
+            self.recordings[size] = record(self.step, self.pool)
+
+    def drop_finished(self):
+        """Let finished rows leave the batch if there are enough of them; returns how many are not finished."""
+        live = self.live[:self.n]
+        left, n = int(live.sum()), self.n
+        if RECORDS[self.model.device.type]:  # few sizes: halves, down to an eighth
+            while n >= 2 * left and n % 2 == 0 and n > len(self.live) // 8:
+                n //= 2
+        elif left <= 0.75 * n:  # it copies the cache
+            n = left
+        if 0 < n < self.n:
+            rows = torch.argsort(live.int(), descending=True, stable=True)[:n]
+            for state in (self.rows, self.pos, self.token, self.live):
+                state[:n] = state[rows]
+            self.cache.select(rows)
+            self.n = n
+        return left
+
+
+def record(step, pool):
+    """Record on a GPU what step() does, without doing it -> a function that does it. It has to have been run before, so
+    that all it needs is loaded. pool: where recordings keep what they make on the way; nothing of it outlives a step,
+    so they share it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
 
 
 def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
@@ -645,14 +797,14 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
         outside = before >= max(top_p, 1e-9)   # never the first
         outside = outside.scatter(1, order, outside)  # back in the order of the vocabulary
         logits = logits.masked_fill(outside, -torch.inf)
-    logp = logits.log_softmax(-1)                                                        # (B, V)
-    cdf = logp.exp().cumsum(-1)
+    p = logits.softmax(-1)                                                               # (B, V)
+    cdf = p.cumsum(-1)
     total = cdf[:, -1:]                                                                  # (B, 1)
     below = total.nextafter(torch.zeros_like(total))  # at the total itself the draw would fall off the end,
     point = torch.minimum(uniform[:, None] * total, below)  # and rounding could lift the product to it
     token = torch.searchsorted(cdf, point, right=True)  # the first whose cdf exceeds it: its probability is not 0
     token = token.clamp(max=logits.shape[1] - 1)  # of a NaN it would be past the end
-    return token[:, 0], logp.gather(1, token)[:, 0]
+    return token[:, 0], p.gather(1, token)[:, 0].log()
 
 
 def largest_weight(model):

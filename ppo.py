@@ -49,7 +49,7 @@ class Config(TrainConfig):  # of data.py: options of every trainer, as seed, dev
     data: str = "toy"           # prompts: toy, or a file
     families: Families = "write"  # of the toy world, comma-separated
     # rollouts
-    steps: Count = 30           # rollout-and-update steps
+    steps: Count = 20           # rollout-and-update steps
     prompts: Count = 128        # prompts a step, one response each
     max_new: Count = 80         # longest response, tokens
     temperature: Temperature = 1.0  # of sampling; every log-probability is at this temperature too

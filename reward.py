@@ -26,10 +26,12 @@ is an imperfect proxy by construction, and both can be watched.
 import itertools
 import json
 import math
+import os
 import random
 import sys
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
@@ -39,9 +41,9 @@ from tqdm import tqdm
 
 from data import (PRINCIPLES, REASON, RULE, VERDICT, Count, Families, Natural, NonNegative, OptionError, Options,
                   Positive, Range, Run, RunConfig, Share, Sum, Temperature, Tokenizer, TrainConfig, UserError,
-                  after_thinking, collate, column, cut_prompt, encode, family_list, files, guard, item_batches,
-                  judge_prompt, mean, micro_batches, next_out, open_stream, parse, read_records, safe_metrics,
-                  send, toy_record, write_text)
+                  after_thinking, code_of, collate, column, cut_prompt, digest, encode, family_list, files, guard,
+                  inputs_of, item_batches, judge_prompt, mean, micro_batches, next_out, open_stream, parse,
+                  read_records, safe_metrics, send, toy_record, write_text)
 from model import (Optimizer, Reward, Rollout, choice_logprobs, full, generate, load_model, logps, respond,
                    response_scores, seed_step, setup, shift_score, steps, token_logprobs)
 
@@ -60,7 +62,7 @@ class Train(TrainConfig):
     center: NonNegative = 0.0   # weight of mean (r_w + r_l)²; .01 keeps scores near 0
     barrier: NonNegative = 0.0  # weight of a wall that keeps scores within ±5 (COOL: .02)
     # optimisation
-    epochs: Positive = 2.0      # passes over the records
+    epochs: Positive = 1.0      # passes over the records
     steps: Natural = 0          # updates; 0: what the epochs take
     batch: Count = 32           # records an update
     lr: Positive = 1e-3         # peak learning rate of AdamW
@@ -90,7 +92,7 @@ class Label(RunConfig):
     policy: str = "out/sft"     # checkpoint that answers; none: the responses are in the data
     data: str = "toy"           # prompts: toy, or a file
     families: Families = "write"  # of the toy world, comma-separated
-    n: Count = 8000             # prompts
+    n: Count = 6000             # prompts
     skip: Natural = 0           # prompts to pass over first, in whole batches: a later round sees others
     k: Natural = 2              # responses to each
     temperature: Temperature = 1.0  # of sampling
@@ -158,7 +160,7 @@ class Compare(Report):
     system: str = ""            # system message put in front of every prompt
     samples: Count = 1          # answers to each prompt of --on; more give pass@k, maj@k and the best of k by --proxy
     show: Natural = 2           # prompts whose answers are printed
-    save: str = ""              # a JSON file for the table
+    save: str = ""              # a JSON file for the table; rows that it has already are not made again
 
     def __post_init__(self):
         super().__post_init__()
@@ -944,6 +946,9 @@ def with_room(records, family, tok, block, cfg):
     return fitting if cfg.temperature else distinct(fitting)
 
 
+KEPT = 8  # so many answers of each checkpoint are saved, and can be shown later
+
+
 class Exam:
     """What every checkpoint is asked, and who judges its answers."""
 
@@ -985,11 +990,12 @@ class Exam:
         return (logp_ratio * drawn).sum(1).tolist()
 
     def take(self, model):
-        """A row of the table, and the Answers {family: [...]} of one model."""
-        row, said, seen = {}, {}, defaultdict(list)
+        """A row of the table: what one model scores, and its first answers."""
+        row, said, seen = dict(distinct={}), {}, defaultdict(list)
         greedy = replace(self.cfg, temperature=0.0)
         for family, records in self.tasks.items():
             on = family in self.on
+            row["distinct"][family] = len(distinct(records))
             said[family], roll = self.answer(model, records, self.cfg, self.proxy if on else None)
             scores = each(said[family], "score")
             row[family] = mean(scores)
@@ -1010,7 +1016,11 @@ class Exam:
         row["interval"] = wilson(sum(seen["win"]), len(seen["win"]))
         if self.cfg.temperature:
             row["greedy_interval"] = wilson(sum(seen["greedy_win"]), len(seen["greedy_win"]))
-        return row, said
+        if "safe" in self.families:
+            row |= safety(self.tasks["safe"], said["safe"])
+        shown = said[self.on[0]][:max(KEPT, self.cfg.show)]
+        row["answers"] = [dict(score=answer.score, text=answer.text) for answer in shown]
+        return row
 
     def at_k(self, model):
         """Test-time scaling: of `samples` answers to each prompt -> pass@k, maj@k and, with a proxy, the judge's score
@@ -1051,30 +1061,63 @@ def compare(cfg, folders):
     # 1. The same questions for all.
     like = setup(cfg, Tokenizer.load(cfg.tokenizer))
     exam = Exam(load_model(folders[0], like, n_scores=0), like, cfg)
-    asked = {family: len(distinct(records)) for family, records in exam.tasks.items()}
     rng, texts = random.Random("compare documents"), []
     if cfg.data == "toy":
         texts = [toy_record("text", "test", exam.families, rng) for _ in range(cfg.n)]
 
-    # 2. Each checkpoint answers them.
-    table, said = [], {}
+    # 2. Each checkpoint answers them, if it has not before: then --save has its row.
+    asked = asked_of_all(cfg, folders[0])
+    earlier = earlier_rows(cfg.save, asked, exam)
+    table = []
     for folder in bar(folders, "compare"):
-        model = load_model(folder, like, n_scores=0)
-        row, said[folder] = exam.take(model)
-        if texts:
-            row["nll"] = pretraining_nll(model, texts, cfg.micro_tokens)
-        if cfg.samples > 1:
-            row |= exam.at_k(model)
-        if "safe" in exam.families:
-            row |= safety(exam.tasks["safe"], said[folder]["safe"])
-        table.append(dict(checkpoint=folder, distinct=asked) | row)
+        weights = weights_digest(folder)
+        row = earlier.get(weights)
+        if row is None or len(row["answers"]) < cfg.show <= len(exam.tasks[exam.on[0]]):
+            model = load_model(folder, like, n_scores=0)
+            row = exam.take(model)
+            if texts:
+                row["nll"] = pretraining_nll(model, texts, cfg.micro_tokens)
+            if cfg.samples > 1:
+                row |= exam.at_k(model)
+        table.append(row | dict(checkpoint=folder, weights=weights))
 
     # 3. Show the table, and some of the answers.
     show_table(table, exam, cfg)
-    show_answers(said, exam, cfg)
+    show_answers(table, exam, cfg)
     if cfg.save:
-        write_text(cfg.save, json.dumps(table, indent=1))
+        content = dict(asked=asked, baseline=exam.baseline, rows=table)
+        write_text(cfg.save, json.dumps(content, indent=1))
     return table
+
+
+def weights_digest(folder):
+    """A digest of the weights in a folder; of a missing folder, None."""
+    for name in ("checkpoint.safetensors", "model.safetensors", "pytorch_model.bin"):
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            return digest(path)
+
+
+def asked_of_all(cfg, first):
+    """All that a row of the table depends on, but for its checkpoint: with the same questions it is the same row."""
+    asked = asdict(cfg)
+    for free in ("save", "show", "device", "threads"):
+        del asked[free]
+    inputs = inputs_of(replace(cfg, save=""))  # of judges and files
+    return asked | dict(first=weights_digest(first), code=code_of(cfg), inputs=inputs)
+
+
+def earlier_rows(path, asked, exam):
+    """The rows {digest of the weights: row} of an earlier table with the same questions, or none. The exam gets the
+    scores of its first model."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content["asked"] != asked:
+            return {}
+        exam.baseline = content["baseline"]
+        return {row["weights"]: row for row in content["rows"]}
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or another kind of file, which is replaced
+        return {}
 
 
 COLUMNS = [("     nll", "nll", ".3f"), ("   proxy", "proxy", ".3f"), ("     win", "win", ".3f"),
@@ -1113,14 +1156,14 @@ def show_table(table, exam, cfg):
             print_table(names, table, columns)
 
 
-def show_answers(said, exam, cfg):
+def show_answers(table, exam, cfg):
     """Print what every checkpoint says to the first prompts of --on, with its score."""
-    family, wide = exam.on[0], max(map(len, said))
-    for i, record in enumerate(exam.tasks[family][:cfg.show]):
+    wide = max(len(row["checkpoint"]) for row in table)
+    for i, record in enumerate(exam.tasks[exam.on[0]][:cfg.show]):
         print(f"\n{record['prompt'][-1]['content']}")
-        for folder, of in said.items():
-            answer = of[family][i]
-            print(f"  {folder:{wide}}  {answer.score:>6.2f}  {answer.text}")
+        for row in table:
+            answer = row["answers"][i]
+            print(f"  {row['checkpoint']:{wide}}  {answer['score']:>6.2f}  {answer['text']}")
 
 
 COMMANDS = {"train": (Train, train), "label": (Label, label),

@@ -22,14 +22,14 @@ A=$OUT/adversarial_rm
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
 python reward.py label --policy $OUT/sft --n 1000 --out $A/pairs0 "$@"
-python reward.py train --init $OUT/sft --data $A/pairs0/pairs.jsonl --out $A/reward0 "$@"
+python reward.py train --init $OUT/sft --data $A/pairs0/pairs.jsonl --epochs 2 --out $A/reward0 "$@"
 python ppo.py --init $OUT/sft --reward $A/reward0 --kl_coef 0 --lr_end 1 --steps 40 --out $A/frozen "$@"
 python ppo.py --init $OUT/sft --reward $A/reward0 --kl_coef 0 --lr_end 1 --steps 10 --out $A/ppo1 "$@"
 data=$A/pairs0/pairs.jsonl
 for round in 1 2 3; do
   python reward.py label --policy $A/ppo$round --n 500 --skip $((2000 * round)) --out $A/pairs$round "$@"
   data=$data,$A/pairs$round/pairs.jsonl
-  python reward.py train --init $OUT/sft --data $data --out $A/reward$round "$@"
+  python reward.py train --init $OUT/sft --data $data --epochs 2 --out $A/reward$round "$@"
   python ppo.py --init $A/ppo$round --reward $A/reward$round --kl_coef 0 --lr_end 1 --steps 10 --out $A/ppo$((round + 1)) "$@"
 done
 python reward.py compare $OUT/sft $A/frozen $A/ppo4 --proxy $A/reward0 "$@"

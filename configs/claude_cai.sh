@@ -32,5 +32,5 @@ python sft.py --init $OUT/sft --data $C/revisions/revisions.jsonl,$C/demos/pairs
 python reward.py label --policy $C/sl --families safe --n 3000 --judge $OUT/judge --preamble principles --rationale --clamp 0.6 --out $C/harmless "$@"
 python reward.py label --policy $C/sl --families write --n 3000 --out $C/helpful "$@"
 python reward.py train --init $OUT/sft --data $C/harmless/pairs.jsonl,$C/helpful/pairs.jsonl --loss soft --epochs 3 --out $C/reward "$@"
-python ppo.py --init $C/sl --reward $C/reward --families safe,write --out $C/rl "$@"
+python ppo.py --init $C/sl --reward $C/reward --families safe,write --steps 30 --out $C/rl "$@"
 python reward.py compare $OUT/sft $C/sl $C/rl --on safe --proxy $C/reward "$@"

@@ -1,32 +1,45 @@
 #!/usr/bin/env bash
 # Every algorithm from the same start: one SFT model, one set of preferences, one reward model learned from them.
 #
-# DPO, IPO and KTO learn from the pairs with a reference, ORPO and SimPO without one. PPO learns from the reward
-# model. On sums a verifier replaces the reward model, for PPO, and for GRPO, Dr. GRPO and RLOO, which need no value
-# function.
+# PPO learns from the reward model, DPO and KTO from the pairs with a reference, ORPO and SimPO without one. GRPO learns
+# sums from a verifier and needs no value function. configs/variants.sh adds more rows to the same table.
 #
-# Effect to look for: the last table. It shows the true (gold) reward on held-out prompts of each family, the win rate
-# over SFT, KL and length. A finished stage is skipped and an interrupted one continues, so running it again costs
-# nothing.
+# Effect to look for: the last table, to which each policy adds its row as soon as it is ready. It shows the true (gold)
+# reward on held-out prompts of each family, the win rate over SFT, KL and length. A finished stage is skipped and an
+# interrupted one continues, so running it again costs nothing.
 #
 #   bash configs/compare.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/compare.sh    in another folder than out/
 # What came out: configs/README.md.
 set -euo pipefail
 OUT=${OUT:-out}
+PAIRS=$OUT/pairs/pairs.jsonl
+READY=$OUT/sft  # what the table has rows of
+STAGE=0
 
-python sft.py --loss_on all --init new --out $OUT/base "$@"
-python sft.py --init $OUT/base --out $OUT/sft "$@"
-python reward.py label --policy $OUT/sft --out $OUT/pairs "$@"
-python reward.py train --init $OUT/sft --data $OUT/pairs/pairs.jsonl --out $OUT/reward "$@"
-python ppo.py --init $OUT/sft --reward $OUT/reward --out $OUT/ppo "$@"
-python ppo.py --init $OUT/sft --reward exact --families arith --out $OUT/ppo_arith "$@"
-python grpo.py --init $OUT/sft --out $OUT/grpo "$@"
-python grpo.py --init $OUT/sft --adv dr_grpo --per constant --out $OUT/dr_grpo "$@"
-python grpo.py --init $OUT/sft --adv rloo --out $OUT/rloo "$@"
-python dpo.py --init $OUT/sft --data $OUT/pairs/pairs.jsonl --out $OUT/dpo "$@"
-python dpo.py --init $OUT/sft --data $OUT/pairs/pairs.jsonl --loss ipo --beta 0.1 --lr 1e-4 --out $OUT/ipo "$@"
-python dpo.py --init $OUT/sft --data $OUT/pairs/pairs.jsonl --loss kto --batch 64 --lr 1e-4 --out $OUT/kto "$@"
-python orpo.py --init $OUT/sft --data $OUT/pairs/pairs.jsonl --out $OUT/orpo "$@"
-python orpo.py --init $OUT/sft --data $OUT/pairs/pairs.jsonl --loss simpo --lr 5e-5 --out $OUT/simpo "$@"
-python reward.py compare $OUT/sft $OUT/ppo $OUT/ppo_arith $OUT/grpo $OUT/dr_grpo $OUT/rloo $OUT/dpo $OUT/ipo $OUT/kto $OUT/orpo $OUT/simpo --proxy $OUT/reward "$@"
+stage() {  # what it is, and the command: says how far we are
+  STAGE=$((STAGE + 1))
+  echo "== stage $STAGE of 10: $1"
+  python "${@:2}"
+}
+row() {  # adds a policy to the table
+  READY="$READY $1"
+  python reward.py compare $READY --proxy $OUT/reward --save $OUT/compare.json "${@:2}"
+}
+
+stage "pretraining" sft.py --loss_on all --init new --out $OUT/base "$@"
+stage "supervised fine-tuning" sft.py --init $OUT/base --out $OUT/sft "$@"
+stage "pairs of answers, labelled" reward.py label --policy $OUT/sft --out $OUT/pairs "$@"
+stage "a reward model" reward.py train --init $OUT/sft --data $PAIRS --out $OUT/reward "$@"
+stage "DPO" dpo.py --init $OUT/sft --data $PAIRS --out $OUT/dpo "$@"
+row $OUT/dpo --show 0 "$@"
+stage "PPO" ppo.py --init $OUT/sft --reward $OUT/reward --out $OUT/ppo "$@"
+row $OUT/ppo --show 0 "$@"
+stage "GRPO, on sums" grpo.py --init $OUT/sft --out $OUT/grpo "$@"
+row $OUT/grpo --show 0 "$@"
+stage "KTO" dpo.py --init $OUT/sft --data $PAIRS --loss kto --batch 64 --lr 1e-4 --out $OUT/kto "$@"
+row $OUT/kto --show 0 "$@"
+stage "ORPO" orpo.py --init $OUT/sft --data $PAIRS --out $OUT/orpo "$@"
+row $OUT/orpo --show 0 "$@"
+stage "SimPO" orpo.py --init $OUT/sft --data $PAIRS --loss simpo --lr 5e-5 --out $OUT/simpo "$@"
+row $OUT/simpo "$@"

@@ -28,7 +28,7 @@ python sft.py --init $OUT/base --think 1 --steps 80 --out $R1/cold "$@"
 python grpo.py --init $R1/cold --reward "exact + 0.1*format + 0.1*language" --steps 150 --out $R1/rl "$@"
 
 python reward.py label --policy $R1/cold --families write,safe,fmt --out $R1/pairs "$@"
-python reward.py train --init $R1/cold --data $R1/pairs/pairs.jsonl --out $R1/reward "$@"
+python reward.py train --init $R1/cold --data $R1/pairs/pairs.jsonl --epochs 2 --out $R1/reward "$@"
 # .3 + .3 is above .5, and so "correct", only if both hold
 python reward.py label --policy $R1/rl --families arith --by "0.3*exact + 0.3*format" --k 4 --n 4000 --select correct --out $R1/correct "$@"
 python reward.py label --policy $R1/rl --families write,safe,fmt --by $R1/reward --k 4 --n 4000 --skip 8000 --select best --out $R1/general "$@"

@@ -23,11 +23,11 @@ M=$OUT/gemma2
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
 python reward.py label --policy $OUT/sft --n 2000 --out $M/pairs "$@"
-python reward.py train --init $OUT/sft --data $M/pairs/pairs.jsonl --out $M/reward "$@"
+python reward.py train --init $OUT/sft --data $M/pairs/pairs.jsonl --epochs 2 --out $M/reward "$@"
 python reward.py label --policy $OUT/sft --n 6000 --skip 2000 --flip 0 --scale 0 --out $M/rater_pairs "$@"
-python reward.py train --init $OUT/sft --data $M/rater_pairs/pairs.jsonl --out $M/rater "$@"
+python reward.py train --init $OUT/sft --data $M/rater_pairs/pairs.jsonl --epochs 2 --out $M/rater "$@"
 for beta in 0 0.05 0.1 0.3; do
-  python ppo.py --init $OUT/sft --reward $M/reward --kl_coef $beta --out $M/ppo$beta "$@"
+  python ppo.py --init $OUT/sft --reward $M/reward --kl_coef $beta --steps 30 --out $M/ppo$beta "$@"
 done
 python configs/merge.py $M/ppo0.05 $M/ppo0.1 --slerp --out $M/average
 python reward.py compare $OUT/sft $M/ppo0 $M/ppo0.05 $M/ppo0.1 $M/ppo0.3 $M/average --proxy $M/reward "$@"

@@ -24,7 +24,7 @@ policy=$OUT/sft
 for round in 1 2; do
   dir=$OUT/llama3/round$round
   python reward.py label --policy $policy --min_gap 0.3 --n 6000 --skip $((round * 8000)) --out $dir/pairs "$@"
-  python reward.py train --init $OUT/sft --data $dir/pairs/pairs.jsonl --out $dir/reward "$@"
+  python reward.py train --init $OUT/sft --data $dir/pairs/pairs.jsonl --epochs 2 --out $dir/reward "$@"
   python reward.py label --policy $policy --by $dir/reward --k 10 --select best --n 2000 --skip $((round * 8000 + 6000)) --scale 0 --flip 0 --out $dir/best "$@"
   python sft.py --init $policy --data $dir/best/pairs.jsonl --steps 30 --lr 1e-4 --muon_lr 1e-3 --out $dir/sft "$@"
   for lr in 5e-5 1e-4; do

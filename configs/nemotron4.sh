@@ -26,7 +26,7 @@ python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --families arith --steps 200 --out $OUT/nemotron4/sft1 "$@"
 python sft.py --init $OUT/nemotron4/sft1 --steps 500 --out $OUT/nemotron4/sft2 "$@"
 python reward.py label --policy $OUT/nemotron4/sft2 --out $OUT/nemotron4/labels "$@"
-python reward.py train --init $OUT/nemotron4/sft2 --data $OUT/nemotron4/labels/pairs.jsonl --out $OUT/nemotron4/reward "$@"
+python reward.py train --init $OUT/nemotron4/sft2 --data $OUT/nemotron4/labels/pairs.jsonl --epochs 2 --out $OUT/nemotron4/reward "$@"
 python reward.py label --policy $OUT/nemotron4/sft2 --by $OUT/nemotron4/reward --scale 0 --flip 0 --skip 8000 --n 2000 --out $OUT/nemotron4/pairs0 "$@"
 python dpo.py --init $OUT/nemotron4/sft2 --data $OUT/nemotron4/pairs0/pairs.jsonl --nll_coef 0.2 --out $OUT/nemotron4/round0 "$@"
 for round in 1 2 3; do
@@ -34,7 +34,7 @@ for round in 1 2 3; do
   python dpo.py --init $OUT/nemotron4/round$((round - 1)) --data $OUT/nemotron4/pairs$round/pairs.jsonl --loss rpo_backward --nll_coef 0.2 --out $OUT/nemotron4/round$round "$@"
 done
 python configs/nemotron4.py gold configs.reward_hacking:named configs.reward_hacking:sentences words "-1*no_filler" --data $OUT/nemotron4/labels/pairs.jsonl --out $OUT/nemotron4/ratings "$@"
-python reward.py train --init $OUT/nemotron4/sft2 --data $OUT/nemotron4/ratings/ratings.jsonl --loss ratings --heads 5 --out $OUT/nemotron4/rated "$@"
+python reward.py train --init $OUT/nemotron4/sft2 --data $OUT/nemotron4/ratings/ratings.jsonl --loss ratings --heads 5 --epochs 2 --out $OUT/nemotron4/rated "$@"
 python reward.py label --policy $OUT/nemotron4/sft2 --scale 0 --flip 0 --skip 17000 --n 1000 --out $OUT/nemotron4/held "$@"
 python reward.py accuracy $OUT/nemotron4/reward $OUT/nemotron4/rated --data $OUT/nemotron4/held/pairs.jsonl "$@"
 python reward.py compare $OUT/nemotron4/sft2 $OUT/nemotron4/round0 $OUT/nemotron4/round1 $OUT/nemotron4/round2 $OUT/nemotron4/round3 --proxy $OUT/nemotron4/reward "$@"

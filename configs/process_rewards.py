@@ -115,7 +115,7 @@ def step_scores(model, items, cfg):
     for part in item_batches(items, cfg.micro_tokens):
         tokens, mask = collate(column(part, "rows"), model.tok, model.device)
         ends = F.pad(mask, (1, 0)).bool()                                                # (n, T)
-        yield full(model.scores(model(tokens)[ends]))[:, 0], part
+        yield full(model.scores(model(tokens, where=ends)))[:, 0], part
 
 
 def step_losses(scores, items):

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import sft
 from data import (Natural, NonNegative, OptionError, Run, UserError, collate, encode, guard, micro_batches, open_stream,
                   parse)
-from model import Optimizer, at_positions, full, load_model, setup, steps
+from model import Optimizer, at_positions, full, head_chunk, load_model, setup, steps
 from reward import EARLIER, with_system, write_records
 
 
@@ -68,11 +68,10 @@ def kl_and_entropy(model, ref, told, bare):
         return kl, entropy
 
     said, bare_said = told.mask == 1, bare.mask == 1                                     # (B, T-1)
-    hidden = model(told.tokens[:, :-1])[said]                                            # (N, C)
+    hidden = model(told.tokens, where=said)                                              # (N, C)
     with torch.no_grad():
-        ref_hidden = ref(bare.tokens[:, :-1])[bare_said]                                 # (N, C)
-    chunk = max(64, 2 ** 24 // model.config.vocab_size)  # positions whose logits exist at the same time
-    kl, entropy = at_positions(head, said, hidden, ref_hidden, chunk=chunk)              # (B, T-1)
+        ref_hidden = ref(bare.tokens, where=bare_said)                                   # (N, C)
+    kl, entropy = at_positions(head, said, hidden, ref_hidden, chunk=head_chunk(model))  # (B, T-1)
     return kl.sum(), entropy.sum()
 
 

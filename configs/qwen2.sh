@@ -25,7 +25,7 @@ python reward.py label --policy $OUT/sft --out $OUT/pairs "$@"
 python dpo.py --init $OUT/sft --data $OUT/pairs/pairs.jsonl --steps 100 --out $OUT/qwen2/offline "$@"
 
 python reward.py label --policy $OUT/qwen2/offline --k 4 --n 4000 --skip 8000 --out $OUT/qwen2/labels "$@"
-python reward.py train --init $OUT/sft --data $OUT/qwen2/labels/pairs.jsonl --out $OUT/qwen2/reward "$@"
+python reward.py train --init $OUT/sft --data $OUT/qwen2/labels/pairs.jsonl --epochs 2 --out $OUT/qwen2/reward "$@"
 python reward.py label --policy $OUT/sft --by $OUT/qwen2/reward --k 4 --select ends --n 3400 --skip 8000 --scale 0 --flip 0 --out $OUT/qwen2/pairs "$@"
 python dpo.py --init $OUT/qwen2/offline --data $OUT/qwen2/pairs/pairs.jsonl --steps 100 --lr 1e-4 --out $OUT/qwen2/more "$@"
 python dpo.py --init $OUT/qwen2/offline --online --data toy --reward $OUT/qwen2/reward --k 4 --steps 100 --lr 1e-4 --out $OUT/qwen2/online "$@"

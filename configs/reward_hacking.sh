@@ -24,7 +24,7 @@ python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
 for member in 1 2 3; do
   python reward.py label --policy $OUT/sft --n 3000 --skip $((3000 * member)) --out $H/pairs$member "$@"
-  python reward.py train --init $OUT/sft --data $H/pairs$member/pairs.jsonl --out $H/reward$member "$@"
+  python reward.py train --init $OUT/sft --data $H/pairs$member/pairs.jsonl --epochs 2 --out $H/reward$member "$@"
 done
 python reward.py label --policy $OUT/sft --out $OUT/pairs "$@"
 python reward.py train --init $OUT/sft --data $OUT/pairs/pairs.jsonl --out $OUT/reward "$@"
@@ -34,7 +34,7 @@ python ppo.py --init $OUT/sft --reward $OUT/reward --kl_coef 0 --steps 40 --eval
 python ppo.py --init $OUT/sft --reward "$H/reward1|$H/reward2|$H/reward3" --kl_coef 0 --steps 40 --eval_every 2 --eval_prompts 200 --out $H/ensemble "$@"
 python ppo.py --init $OUT/sft --reward "$H/reward1 + configs.reward_hacking:named + configs.reward_hacking:sentences" --kl_coef 0 --steps 40 --eval_every 2 --eval_prompts 200 --out $H/verifier "$@"
 python reward.py label --policy $H/hacked --n 3000 --skip 14000 --out $H/refresh "$@"
-python reward.py train --init $OUT/sft --data $H/pairs1/pairs.jsonl,$H/refresh/pairs.jsonl --out $H/refreshed "$@"
+python reward.py train --init $OUT/sft --data $H/pairs1/pairs.jsonl,$H/refresh/pairs.jsonl --epochs 2 --out $H/refreshed "$@"
 python ppo.py --init $OUT/sft --reward $H/refreshed --kl_coef 0 --steps 40 --eval_every 2 --eval_prompts 200 --out $H/refreshing "$@"
 python configs/reward_hacking.py $H/hacked $H/kl $H/more $H/ensemble $H/verifier $H/refreshing --policy $OUT/sft --proxy $H/reward1 --out $H/curves "$@"
 python reward.py label --policy $OUT/sft --n 1000 --skip 20000 --out $H/held "$@"

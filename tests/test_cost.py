@@ -1,4 +1,4 @@
-"""What a step costs: the README's table D and tests/bench.py's formulas against what really happens.
+"""What a step costs: the README's table D and costs.py's formulas against what really happens.
 
 FLOPs are counted by PyTorch at every matmul, bytes by watching every tensor come and go, both in the real train().
 Attention's own FLOPs are left out on both sides: on a CPU its kernel is not counted.
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
+import costs
 import data
 import dpo
 import grpo
@@ -95,16 +95,24 @@ def run(kind, start, out, **more):
     script.train(Config(**usual | options | more))
 
 
-ONE = "sft, dpo, orpo, grpo"    # what tests/bench.py calls those with one model
+ONE = "sft, dpo, orpo, grpo"    # what costs.py calls those with one model
 NAMES = dict(sft=ONE, dpo=ONE, grpo=ONE, reward="reward", ppo="ppo", grpo_kl="grpo, KL, reward model")
 
 
 def check_memory(kind, start, tokens, half, **options):
     """The real peak of a run against the formula's; half: bytes of a matmul's number."""
-    with Live() as live:
+    seen, forward = [], M.GPT.forward
+
+    def watched(self, tokens, *args, where=None, **more):
+        if torch.is_grad_enabled() and where is not None:
+            seen.append((where.sum().item(), tokens.numel()))
+        return forward(self, tokens, *args, where=where, **more)
+    with Live() as live, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(M.GPT, "forward", watched)
         run(kind, start, f"{kind}_{half}_" + "_".join(options), micro_tokens=tokens, **options)
     told = {name: options[name] for name in options if name in ("lora_r", "grad_checkpoint")}
-    assert live.most == pytest.approx(bench.memory(NAMES[kind], CONFIG, tokens, half, **told), rel=.15)
+    told["read"] = max(read / tokens for read, tokens in seen)
+    assert live.most == pytest.approx(costs.memory(NAMES[kind], CONFIG, tokens, half, **told), rel=.15)
 
 
 ALL = [(kind, {}) for kind in NAMES]
@@ -143,8 +151,8 @@ def flops_of_a_step(kind, start, tag, **options):
 def forward_of_a_pass(start):
     """FLOPs of one forward pass of one response of the file."""
     (ids, target), _ = data.encode(start.rows[0], TOK, 256)
-    width = data.round_up(len(ids)) - 1
-    return bench.forward_flops(CONFIG, width, 0, head=sum(target))
+    width = data.round_up(len(ids))
+    return costs.forward_flops(CONFIG, width, 0, head=sum(target))
 
 
 @pytest.mark.parametrize("kind, grad, plain, options", [
@@ -202,10 +210,10 @@ def test_flops_of_a_rollout_and_its_update_are_those_of_table_d(kind, start):
     group = 1 if kind == "ppo" else GROUP
     rows, asked = PROMPTS * group, len(TOK.prompt(start.rows[0]["prompt"]))
     width = data.round_up(asked + NEW)
-    full = bench.forward_flops(CONFIG, width - 1, 0, head=NEW)           # of a row, its responses' logits
-    bare = bench.forward_flops(CONFIG, width, 0, head=0)                 # of a row, scores only
-    read = bench.forward_flops(CONFIG, asked, 0, head=1)
-    drawn = bench.forward_flops(CONFIG, NEW - 1, 0, head=NEW - 1)
+    full = costs.forward_flops(CONFIG, width, 0, head=NEW)               # of a row, its responses' logits
+    bare = costs.forward_flops(CONFIG, width, 0, head=0, read=NEW)       # of a row, scores only
+    read = costs.forward_flops(CONFIG, asked, 0, head=1)
+    drawn = costs.forward_flops(CONFIG, NEW - 1, 0, head=NEW - 1)
     PT = (full + bare) / 4                                               # of both passes, with logits and with scores
     want = dict(ppo=(score + 2 * train) * PT, grpo=3 * full, grpo_kl=4 * full + bare)[kind]
     more = dict(epochs=2) if kind == "ppo" else dict(group=GROUP)
@@ -263,7 +271,7 @@ def test_fused_backward_resumes_bit_for_bit(start):
 def test_n_params_is_the_number_of_parameters(shape):
     config = M.GPTConfig(**SIZE | shape)
     sizes = [p.numel() for p in M.GPT(config).parameters()]
-    assert bench.n_params(config) == sum(sizes)
+    assert costs.n_params(config) == sum(sizes)
 
 
 @pytest.mark.parametrize("head", [None, 5, 0])
@@ -272,9 +280,9 @@ def test_forward_flops_are_those_of_every_matmul_attention_included(head):
     config, T = M.GPTConfig(vocab_size=512, **SIZE), 48
     model = M.GPT(config).to(torch.bfloat16)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        states = model(torch.zeros(2, T, dtype=torch.long)).flatten(0, 1)
-        model.logits(states[:head])
-    assert counter.get_total_flops() == bench.forward_flops(config, 2 * T, T, head)
+        where = torch.arange(2 * T).view(2, T) < (2 * T if head is None else head)
+        model.logits(model(torch.zeros(2, T, dtype=torch.long), where=where))
+    assert counter.get_total_flops() == costs.forward_flops(config, 2 * T, T, head)
 
 
 @pytest.fixture(scope="module")
@@ -295,21 +303,21 @@ def test_peak_memory_in_bf16_is_within_15_percent_of_the_formula(kind, options, 
 
 def test_memory_of_the_sizes_of_gpt2_by_hand():
     """124,475,904 parameters (50,304 rows), 4,096 tokens in bf16: 333 positions a chunk, 36 or 4 widths a token."""
-    config, P, C = M.GPTConfig(**bench.SIZES["gpt2"]), 124_475_904, 768
+    config, P, C = M.GPTConfig(**costs.SIZES["gpt2"]), 124_475_904, 768
     head, layer, lora = 333 * 50257 * 11, 4096 * 36 * C, 16 * 12 * 16 * 16 * C
     kept = 12 * layer + head
     again = 12 * 4096 * 4 * C + max(layer, head)        # activations computed again
-    judged = "grpo, KL, reward model"
+    judged, entropy = "grpo, KL, reward model", 333 * 50257 * 8
     table = [  # algorithm, lora_r, grad_checkpoint, bytes
         (ONE, 0, False, 18 * P + kept),
         (ONE, 0, True, 18 * P + again),
         (ONE, 16, False, 6 * P + lora + kept),
-        ("reward", 0, False, 18 * P + 12 * layer),
+        ("reward", 0, False, 18 * P + 12 * layer - 4096 * 22 * C),
         (judged, 0, False, 26 * P + kept),
         (judged, 16, False, 10 * P + lora + kept),
-        ("ppo", 0, False, 38 * P + kept),
-        ("ppo", 0, True, 38 * P + again),
-        ("ppo", 16, False, 14 * P + lora * 28 // 16 + kept)]
-    assert bench.n_params(config) == P
+        ("ppo", 0, False, 38 * P + kept + entropy),
+        ("ppo", 0, True, 38 * P + again + entropy),
+        ("ppo", 16, False, 14 * P + lora * 28 // 16 + kept + entropy)]
+    assert costs.n_params(config) == P
     for name, r, checkpoint, number in table:
-        assert bench.memory(name, config, 4096, 2, r, checkpoint) == number, (name, r, checkpoint)
+        assert costs.memory(name, config, 4096, 2, r, checkpoint) == number, (name, r, checkpoint)

@@ -327,8 +327,9 @@ def test_p35_poisoned_states_outside_the_mask_change_neither_value_nor_gradient(
     model, (tokens, mask) = gpt(n_scores=1), BATCH
     clean = function(model, tokens, mask)
     want = gradients(model, clean.square().sum())
-    inside = mask.bool()[..., None]
-    model.register_forward_hook(lambda module, args, out: torch.where(inside, out, torch.nan))
+    inside = F.pad(mask, (0, 1)).bool()[..., None]          # nothing is read at the last token
+    last = model.transformer.h[-1].attn                     # its keys and values are of the layer before
+    last.register_forward_hook(lambda module, args, out: torch.where(inside, out, torch.nan))
     got = function(model, tokens, mask)
     assert torch.equal(got, clean)
     close(gradients(model, got.square().sum()), want)
@@ -477,11 +478,21 @@ RAGGED = [random_ids(n, random.Random(n)) for n in range(1, 16)]
 ENDLESS = SimpleNamespace(pad=PAD, end=-1)  # no token ends a response
 
 
-@pytest.fixture(params=[True, False])
+def as_on_a_gpu(monkeypatch):
+    """Let the sampler go the way of a GPU: few sizes, steps recorded once and replayed, looked at seldom. Here a
+    recording is the step itself."""
+    monkeypatch.setitem(M.RECORDS, "cpu", True)
+    monkeypatch.setitem(M.LOOK, "cpu", 3)
+    monkeypatch.setattr(M, "record", lambda step, pool: step)
+
+
+@pytest.fixture(params=["dropping finished rows", "keeping them", "as on a GPU"])
 def drop(request, monkeypatch):
-    """With and without dropping finished rows from the batch, which the sampler does where it looks for them."""
-    if not request.param:
+    """With and without dropping finished rows from the batch, and as on a GPU."""
+    if request.param == "keeping them":
         monkeypatch.setitem(M.LOOK, "cpu", 10 ** 9)
+    if request.param == "as on a GPU":
+        as_on_a_gpu(monkeypatch)
 
 
 def rollout(model, prompts, max_new=16, seed=1, tok=TOK, **options):
@@ -561,10 +572,52 @@ def test_dropping_finished_rows_and_sharing_the_prefill_change_no_token(monkeypa
     apart = rollout(model, [prompt for prompt in RAGGED for _ in range(3)])
     monkeypatch.setitem(M.LOOK, "cpu", 10 ** 9)
     undropped = rollout(model, RAGGED, n=3)
-    for other in (apart, undropped):
+    as_on_a_gpu(monkeypatch)
+    replayed = rollout(model, RAGGED, n=3)
+    for other in (apart, undropped, replayed):
         assert torch.equal(roll.tokens, other.tokens)
         assert torch.equal(roll.mask, other.mask)
         assert torch.equal(roll.finished, other.finished)
+
+
+@pytest.mark.parametrize("precision, lora_r", [("fp32", 0), ("bf16", 0), ("fp32", 2), ("bf16", 2)])
+def test_a_kept_decoder_draws_from_the_present_weights_and_forgets_the_last_rollout(precision, lora_r, monkeypatch):
+    # a recording reads a copy of the weights, and keys and values of the rollout before are still in its cache
+    model = gpt(std=.2, dtype=torch.float32, block_size=128)
+    model.precision = precision
+    if lora_r:
+        model.add_lora(lora_r, 4)
+    as_on_a_gpu(monkeypatch)
+    rollout(model, RAGGED[::-1], 64, n=2)
+    for param in model.parameters():
+        if param.requires_grad:
+            param.data += .1 * torch.randn_like(param)
+    again = rollout(model, RAGGED, 64, n=2)
+    decoder, = M.DECODERS[model].values()
+    sizes = [rows for rows, _ in decoder.recordings]
+    assert set(sizes) <= {30, 15}, "each number of rows takes a recording of its own"
+    monkeypatch.undo()
+    plain = rollout(model, RAGGED, 64, n=2)
+    assert torch.equal(again.tokens, plain.tokens)
+    for logp in again.logp, token_logprobs(model, plain.tokens, plain.mask):
+        close(logp, plain.logp, 1e-4 if precision == "fp32" else .1)
+
+
+def test_recorded_on_a_gpu_the_sampler_draws_what_it_draws_step_by_step(monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    model = gpt(std=.2, dtype=torch.float32, block_size=128).cuda()
+    recorded = [rollout(model, RAGGED, 64, n=8) for _ in range(2)]          # the second replays only
+    with monkeypatch.context() as patch:
+        patch.setitem(M.RECORDS, "cuda", False)
+        plain = rollout(model, RAGGED, 64, n=8)
+    for roll in recorded:
+        assert torch.equal(roll.tokens, plain.tokens)
+        close(roll.logp, plain.logp, 1e-4)
+    model.precision = "bf16"                                # rounding may change a token, but not what is stored of it
+    roll = rollout(model, RAGGED, 64, n=8)
+    gap = (roll.logp - token_logprobs(model, roll.tokens, roll.mask)).abs()
+    assert gap.max() < .1 and gap.mean() < .01
 
 
 PLAN = [*range(1, 9), END, *range(1, 8)]    # what the token at each place is to be

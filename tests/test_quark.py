@@ -253,7 +253,7 @@ def test_f2_the_best_quantile_is_worth_its_exact_mean(plain_pool, tmp_path):
 
 
 def test_f2_quark_with_both_terms_arrives_at_the_optimum(plain_pool, tmp_path):
-    options = BANDIT | dict(steps=150, kl_coef=.5, ent_coef=.2)
+    options = BANDIT | dict(steps=300, kl_coef=.5, ent_coef=.2)
     folder, _ = fit(tmp_path, data=pool(tmp_path / "d.jsonl", 5), init=plain_pool, **options)
     ref = chances(plain_pool)
     for q in range(5):

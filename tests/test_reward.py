@@ -121,7 +121,7 @@ def compare(folders, tmp_path, **options):
     usual = dict(max_new=6, n=12, families="write,safe", on="write,safe", judge="runs:vowels", device="cpu")
     path = tmp_path / "table.json"
     reward.compare(reward.Compare(save=str(path), **(usual | options)), folders)
-    return json.loads(path.read_text())
+    return json.loads(path.read_text())["rows"]
 
 
 def train(out, init, path, **options):
@@ -996,6 +996,32 @@ def slow_wins(said, first):
     return [reward.preference(vowels(a), vowels(b)) for a, b in zip(said, first)]
 
 
+def test_a_table_grows_row_by_row_as_if_made_at_once(tmp_path, monkeypatch):
+    # a row of other weights, questions or judges would be shown as this one's
+    folders = [save(tmp_path / name, random_policy(i)) for i, name in enumerate("abc")]
+    judge = save(tmp_path / "judge", random_policy(7, n_scores=1))
+    ask = dict(proxy=judge, families="write,arith", on="write", show=2)
+    at_once = compare(folders, tmp_path / "once", **ask)
+    for n in (1, 2, 3):
+        table = compare(folders[:n], tmp_path, **ask)
+    assert table == at_once
+    with monkeypatch.context() as patch:
+        patch.setattr(reward.Exam, "take", never)
+        assert compare(folders, tmp_path, **ask) == at_once
+        assert compare(folders, tmp_path, **ask | dict(show=8)) == at_once
+        for other in (dict(seed=1), dict(n=11), dict(judge="2*runs:vowels"), dict(show=9)):
+            with pytest.raises(AssertionError):
+                compare(folders, tmp_path, **ask | other)
+        for changed in (folders[0], folders[1], judge):
+            kept = (Path(changed) / "model.safetensors").read_bytes()
+            save(changed, random_policy(9, n_scores=int(changed == judge)))
+            with pytest.raises(AssertionError):
+                compare(folders, tmp_path, **ask)
+            (Path(changed) / "model.safetensors").write_bytes(kept)
+    (tmp_path / "table.json").write_text("[1, 2]")
+    assert compare(folders, tmp_path, **ask) == at_once
+
+
 @pytest.mark.parametrize("begin, system", [("", ""), ("<think>", "Be kind.")])
 def test_compare_against_a_slow_loop(begin, system, tiny, judge, tmp_path, monkeypatch, capsys, float64):
     """Every number of the table, row by row, from what was sampled; the first of three folders is what both others are
@@ -1027,8 +1053,10 @@ def test_compare_against_a_slow_loop(begin, system, tiny, judge, tmp_path, monke
         assert row.pop("interval") == pytest.approx(reward.wilson(sum(wins), 12))
         assert row.pop("greedy_interval") == pytest.approx(reward.wilson(sum(greedy_wins), len(best)))
         asked = row.pop("distinct")
-        assert row.pop("checkpoint") == folder
+        assert row.pop("checkpoint") == folder and row.pop("weights")
         assert asked["write"] == len(best)
+        shown = [(answer["text"], answer["score"]) for answer in row.pop("answers")]
+        assert shown == [(text, vowels(text)) for text in said[:8]]
         assert row == pytest.approx(want, abs=1e-5)
     assert table[0]["win"] == .5 != table[2]["win"]
     out = capsys.readouterr().out

@@ -126,10 +126,10 @@ def test_4_the_gradient_sits_exactly_at_predecessors_of_what_the_assistant_says(
     """Its end token included, and of nothing else."""
     model, kept, learnt = tiny_model(), [], 0
 
-    def keep(module, args, hidden):
-        hidden.retain_grad()
-        kept.append(hidden)
-    model.register_forward_hook(keep)
+    def keep(module, args, added):
+        added.retain_grad()
+        kept.append(added)
+    model.transformer.h[-1].attn.register_forward_hook(keep)    # behind it every token is on its own
     cfg = sft.Config(**(TINY | dict(packing=packing)))
     for x in sft.batches(ragged(), model, cfg):
         sft.sft_loss(model, x).backward()
@@ -215,7 +215,7 @@ def test_it_overfits_eight_examples_and_5_stops(tmp_path):
 def test_5_the_end_token_is_learnt_and_padding_is_not():
     """A row of the embedding gets its gradient through the head where it is the target."""
     model, hidden = tiny_model(), torch.randn(1, 32)
-    model.forward = lambda tokens, *_: hidden.expand(*tokens.shape, 32)
+    model.forward = lambda *_, where: hidden.expand(int(where.sum()), 32)
     loss = losses(model, ragged(), packing=0)
     slope, = torch.autograd.grad(loss, model.transformer.wte.weight)
     push = slope @ hidden[0]

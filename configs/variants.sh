@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# More rows for the table of compare.sh, from its SFT model, its pairs and its reward model.
+#
+# IPO's loss on the pairs; on sums PPO with the verifier and a value function, and GRPO's relatives without one, Dr. GRPO
+# and RLOO. GRPO stands beside them, as long as they are.
+#
+# Effect to look for: `arith`. The three without a value function end alike; PPO gets less far in as many steps.
+#
+#   bash configs/variants.sh --seed 1        options that every stage knows may follow
+#   OUT=/tmp/run bash configs/variants.sh    in another folder than out/
+# What came out: configs/README.md.
+set -euo pipefail
+OUT=${OUT:-out}
+PAIRS=$OUT/pairs/pairs.jsonl
+
+python sft.py --loss_on all --init new --out $OUT/base "$@"
+python sft.py --init $OUT/base --out $OUT/sft "$@"
+python reward.py label --policy $OUT/sft --out $OUT/pairs "$@"
+python reward.py train --init $OUT/sft --data $PAIRS --out $OUT/reward "$@"
+python dpo.py --init $OUT/sft --data $PAIRS --loss ipo --beta 0.1 --lr 1e-4 --out $OUT/ipo "$@"
+python ppo.py --init $OUT/sft --reward exact --families arith --out $OUT/ppo_arith "$@"
+python grpo.py --init $OUT/sft --out $OUT/grpo "$@"
+python grpo.py --init $OUT/sft --adv dr_grpo --per constant --out $OUT/dr_grpo "$@"
+python grpo.py --init $OUT/sft --adv rloo --out $OUT/rloo "$@"
+python reward.py compare $OUT/sft $OUT/ipo $OUT/ppo_arith $OUT/grpo $OUT/dr_grpo $OUT/rloo --proxy $OUT/reward "$@"
