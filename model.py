@@ -269,8 +269,7 @@ class GPT(nn.Module):
                 if self.grad_checkpoint and torch.is_grad_enabled():  # no cache then: sampling has no gradient
                     x = recompute(block, x, pos, see, None, there, use_reentrant=False)
                 else:
-                    run = block if cache is None else block.forward  # --compile is not for the sampler's shapes
-                    x = run(x, pos, see, cache, there)
+                    x = block(x, pos, see, cache, there)
             return part.ln_f(x)
 
     def logits(self, hidden):
@@ -292,8 +291,8 @@ class GPT(nn.Module):
             self.add_lora(cfg.lora_r, cfg.lora_alpha, vector_lr=cfg.lora_bias)
         if cfg.compile:
             check_compiler(self.device)
-            for block in self.transformer.h:  # alike but for the last: two are compiled, however many there are
-                block.compile(dynamic=True)
+            for block in self.transformer.h:  # all but the last are alike: two are compiled, however many there are
+                block.compile(dynamic=True)   # (a copy is not compiled, such as the one to sample from)
         return self
 
     def add_lora(self, r, alpha, vector_lr=0.0):
