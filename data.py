@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import gc
 import gzip
 import hashlib
 import importlib
@@ -30,6 +31,7 @@ import tomllib
 import typing
 import unicodedata
 import zlib
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations, product
@@ -58,6 +60,12 @@ class OptionError(UserError):
 def tell(text):
     """Say something that is no result: on stderr, so that a pipe does not get it."""
     print(text, file=sys.stderr)
+
+
+def bar(items, what, delay=1, **options):
+    """Iterate over items with a progress bar, which leaves nothing behind. It shows itself with the first item that is
+    done after `delay` seconds, with 0 at once, and only where somebody watches. options: of tqdm."""
+    return tqdm(items, what, delay=delay, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty(), **options)
 
 
 # ------------------------------------------------------------------------------------------------ the toy world
@@ -978,6 +986,22 @@ def toy_ranks():
 # ------------------------------------------------------------------------------------------------ reading files
 
 
+@contextlib.contextmanager
+def growing():
+    """While many objects are made that stay, Python's search for cycles, which finds none, goes through all of them
+    again and again. Here it pauses, and afterwards it leaves them alone: a third of the time of reading a large file."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        made_now, *_ = gc.get_count()
+        if made_now > 100_000:
+            gc.freeze()
+        if was_on:
+            gc.enable()
+
+
 class BadRow(UserError):
     """A row that cannot be understood: --skip_bad leaves it out."""
 
@@ -1000,10 +1024,12 @@ def read_lines(path):
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):     # opening a pipe would wait for ever
             raise UserError(f"{name}: a folder, a pipe or a device, and no file: write the data to a file")
-        with open(path, "rb") as f:
+        with open(path, "rb") as f, bar(None, name, total=os.path.getsize(path), unit="B", unit_scale=True) as done:
             zipped = f.read(2) == b"\x1f\x8b"           # by content: suffixes get lost in downloads
-        with (gzip.open if zipped else open)(path, "rb") as f:
-            for n, line in enumerate(f, 1):             # bytes end at \n only, a str also at U+2028 or \x85
+            f.seek(0)
+            lines = gzip.open(f) if zipped else f
+            for n, line in enumerate(lines, 1):         # bytes end at \n only, a str also at U+2028 or \x85
+                done.update(f.tell() - done.n)
                 yield n, line.removeprefix(b"\xef\xbb\xbf") if n == 1 else line
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise UserError(f"{name}:{n + 1}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
@@ -1036,12 +1062,15 @@ def unique(items):
     return row if len(row) == len(items) else {"repeated key": ...}
 
 
+DECODER = json.JSONDecoder(object_pairs_hook=unique)
+
+
 def parse_row(chunk, document):
     """(value, line from 0, fault) of the bytes of a row, or of a document: the fault is what is wrong in which line."""
     try:
         text = chunk.decode("utf-8")
         if not document:
-            return json.loads(text.rstrip(), object_pairs_hook=unique), 0, ""
+            return DECODER.decode(text.rstrip()), 0, ""
         foreign = "\0" in text or text.startswith(("version https://git-lfs", "%PDF"))
         return {"text": text}, 0, "this is no text" if foreign else ""
     except UnicodeDecodeError as error:
@@ -1058,12 +1087,27 @@ def not_strict(row):
     if type(row) is not dict:
         return f"a row must be a JSON object, not {type(row).__name__}"
     try:
-        json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
-    except TypeError:
-        return "the same key twice in one object"
+        check_strict(row)
     except (ValueError, RecursionError) as error:
         return str(error)
     return ""
+
+
+def check_strict(value):
+    """A ValueError if something in a value is no strict JSON."""
+    if type(value) is str:
+        value.encode()
+    elif type(value) is dict:
+        for key, inside in value.items():
+            check_strict(key)
+            check_strict(inside)
+    elif type(value) is list:
+        for inside in value:
+            check_strict(inside)
+    elif type(value) is float and not math.isfinite(value):
+        raise ValueError(f"a float that JSON does not know, {value}")
+    elif value is ...:
+        raise ValueError("the same key twice in one object")
 
 
 def read_values(path):
@@ -1075,7 +1119,7 @@ def read_values(path):
         if fault and first:
             fault += f"; what else it may be says {converter(path)}"
         if first and type(value) is list:
-            for i, row in enumerate(value):
+            for i, row in enumerate(bar(value, name)):
                 yield f"{name}[{i}]", row, ""
         else:
             yield f"{name}:{n + line}", value, fault
@@ -1347,13 +1391,19 @@ GIVES = {   # what a kind can be read as
 }
 
 
+@functools.lru_cache(maxsize=256)
+def largest_shape(keys):
+    """The shape that takes the most of a row's keys; None if there is none."""
+    fitting = [shape for shape in SHAPES if keys >= set(shape.split())]
+    return max(fitting, key=lambda shape: len(shape.split()), default=None)
+
+
 def shape_of(row):
     """The shape of a row, if nothing else that it says changes the meaning."""
-    fitting = [shape for shape in SHAPES if row.keys() >= set(shape.split())]
-    if not fitting:
+    shape = largest_shape(frozenset(row))
+    if not shape:
         known = ", ".join(shape.replace(" ", "+") for shape in SHAPES)
         raise NotPlain(f"no shape has the keys {list(row)}; known: {known}")
-    shape = max(fitting, key=lambda shape: len(shape.split()))
     row.without(SPOKEN if shape == "text" else BESIDE if shape in OURS else MEANT)
     return shape
 
@@ -1404,6 +1454,7 @@ def summary(path, n, dropped, bad, unread):
     return "; ".join(parts)
 
 
+@growing()
 def read_records(path, want=None, skip_bad=False):
     """All records of a file, as the wanted kind (a key of GIVES) where their meaning allows it.
 
@@ -1416,7 +1467,8 @@ def read_records(path, want=None, skip_bad=False):
             row, record = Row(items), None
             try:
                 record = to_record(row, want)
-                dropped.update(row.lost)
+                for reason, n in row.lost.items():
+                    dropped[reason] += n
             except Dropped as reason:
                 dropped[str(reason)] += 1
             except ValueError as error:
@@ -1424,7 +1476,8 @@ def read_records(path, want=None, skip_bad=False):
                 refuse(bad, f"{where}: {error}{how}")
             if record:
                 records.append(record)
-                unread.update(row.unread)
+                for key in row.unread:
+                    unread[key] += 1
     except BadRow as error:
         raise UserError(f"{error}" + " (--skip_bad leaves such rows out)" * bool(records)) from None
     line = summary(path, len(records), dropped, bad, unread)
@@ -1438,6 +1491,8 @@ def pairs(record, which="all"):
     """The two-response records of a ranking, in its order: A > C > B gives A > C, A > B and C > B; with which="ends"
     only A > B, the best against the worst."""
     n, lists = len(record["responses"]), [key for key in ("responses", "scores", "win") if key in record]
+    if n == 2:
+        return [record]
     chosen = [(0, n - 1)] if which == "ends" else combinations(range(n), 2)
     return [record | {key: [record[key][i] for i in two] for key in lists} for two in chosen]
 
@@ -1532,7 +1587,10 @@ def subjects(records):
             above[name] = above[above[name]]            # a shorter way for the next time
             name = above[name]
         return name
-    prompts = [("prompt", asks(record)) for record in records]
+    prompts = []
+    for record in records:
+        question = asks(record).encode()
+        prompts.append(hashlib.blake2b(question, digest_size=16).digest())      # far smaller than a document
     for record, prompt in zip(records, prompts):
         key = record.get("key")
         if key not in (None, ""):
@@ -1584,6 +1642,7 @@ def flat(lists):
     return list(itertools.chain.from_iterable(lists))
 
 
+@growing()
 def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record: [record], context=None,
                 skip_bad=False, **how):
     """(training Stream, held-out items) of `toy` or of files, with commas between them. kind: text (documents),
@@ -1605,7 +1664,7 @@ def open_stream(data, kind, seed, families="", n_held=256, prepare=lambda record
             raise UserError(f"{path}: no such file{remedy}")
         records += read_records(path, kind, skip_bad)
     used, groups, cut = [], [], 0
-    for record in records:
+    for record in bar(records, "tokenising"):
         items = prepare(record)
         if items:
             used.append(record)
@@ -1638,13 +1697,43 @@ def toy_item(kind, families, prepare, how, rng, split="train"):
 def fits(tok, block_size, max_new):
     """Prepare prompts for open_stream: the record, if its prompt leaves room for a response of max_new tokens."""
     def prepare(record):
-        room = block_size - len(tok.prompt(record["prompt"]))
-        return [record] if room >= max_new else []
+        return [record] if has_room(record["prompt"], tok, block_size - max_new) else []
     return prepare
 
 
 # ------------------------------------------------------------------------------------------------ rows and batches
-# A row is (ids, target): tokens, and how much each of them counts in a loss (0: not at all).
+# A row is (ids, target): tokens, and how much each of them counts in a loss (0: not at all). Such lists take ten
+# times the memory of their text, and tokenising takes time: the rows of files are late.
+
+
+@functools.lru_cache(maxsize=1024)
+def made(recipe):
+    """The rows that a function makes; kept for a while, since a batch is read several times."""
+    return recipe()
+
+
+class LateRow:
+    """A row that is made when it is read, as `ids, target = row`: one of those that a recipe makes."""
+    __slots__ = ("recipe", "place")
+
+    def __init__(self, recipe, place):
+        self.recipe, self.place = recipe, place
+
+    def __iter__(self):
+        return iter(made(self.recipe)[self.place])
+
+    def __getitem__(self, part):
+        return made(self.recipe)[self.place][part]
+
+
+def most_tokens(turns):
+    """As many tokens as turns can have, known without tokenising: one for each byte, and two around each turn."""
+    return sum(len(turn["content"].encode()) + 2 for turn in turns)
+
+
+def has_room(prompt, tok, room):
+    """Whether a prompt takes at most `room` tokens, with the one that asks the assistant to speak."""
+    return most_tokens(prompt) < room or len(tok.prompt(prompt)) <= room
 
 
 def cut_prompt(ids, tok, room):
@@ -1696,29 +1785,64 @@ def encode(record, tok, block_size, loss_on="assistant", prompt_weight=0.0):
         answers = [tok.response(text) for text in record.get("responses") or [record["response"]]]
         return answer_rows(tok.prompt(record["prompt"]), answers, tok, block_size)
     if "text" in record:
-        ids, target = tok.document(record["text"])
-    else:
-        ids, target = tok.chat(record["messages"])
-        if loss_on != "all" and not any(target[:block_size]):
-            return []                                   # all that is left is a prompt
-        weight = 1 if loss_on == "all" else prompt_weight
-        if weight:
-            ids, target = tok.chat(record["messages"], weight)
-        ids, target = ids[:block_size], target[:block_size]
+        return document_rows(tok.response(record["text"]), block_size)
+    ids, target = tok.chat(record["messages"])
+    if loss_on != "all" and not any(target[:block_size]):
+        return []                                       # all that is left is a prompt
+    weight = 1 if loss_on == "all" else prompt_weight
+    if weight:
+        ids, target = tok.chat(record["messages"], weight)
+    counts = [0] + target[1:block_size]                 # a row's first token has nothing to be predicted from
+    return [(ids[:block_size], counts)] if any(counts) else []
+
+
+def document_rows(ids, block_size):
+    """The rows of a document, each of as many tokens as the context has; a lone last token is left out."""
     rows = []
-    for start in range(0, len(ids), block_size):
-        end = start + block_size
-        counts = [0] + target[start + 1:end]            # a row's first token has nothing to be predicted from
-        if any(counts):
-            rows.append((ids[start:end], counts))
+    for start in range(0, len(ids) - 1, block_size):
+        part = list(ids[start:start + block_size])
+        rows.append((part, [0] + [1] * (len(part) - 1)))
     return rows
+
+
+def late_rows(record, tok, block_size, loss_on="assistant", prompt_weight=0.0):
+    """The rows of encode, as LateRows. How many they are is mostly known without tokenising. The tokens of a document
+    are kept, four bytes each: it may be so long that it should not be tokenised for every one of its rows."""
+    if "text" in record:
+        rows = []
+        for ids, _ in encode(record, tok, block_size):
+            recipe = functools.partial(document_rows, array("i", ids), block_size)
+            rows.append(LateRow(recipe, 0))
+        return rows
+    recipe = functools.partial(encode, record, tok, block_size, loss_on, prompt_weight)
+    if "prompt" in record:
+        n = len(record.get("responses") or [""])
+    else:
+        n = 1 if is_taught_early(record["messages"], block_size) else len(made(recipe))
+    return [LateRow(recipe, place) for place in range(n)]
+
+
+def is_taught_early(messages, block_size):
+    """Whether something to learn is within the context, whatever the tokens of what comes before it."""
+    for place, turn in enumerate(messages):
+        if taught(turn):
+            return most_tokens(messages[:place]) + 2 <= block_size      # the turn's role, and a word
+    return False
 
 
 def too_long(record, tok, block_size):
     """Whether encode cuts a record to the context; documents it only divides."""
     if "text" in record:
         return False
-    return any(len(ids) > block_size for ids, _ in encode(record, tok, block_size=10 ** 9))
+    if "messages" in record:
+        turns = record["messages"]
+        return most_tokens(turns) > block_size and len(tok.chat(turns)[0]) > block_size
+    texts = record.get("responses") or [record["response"]]
+    most = max(len(text.encode()) for text in texts)
+    if most_tokens(record["prompt"]) + most + 2 <= block_size:
+        return False
+    most = max(len(tok.response(text)) for text in texts)
+    return len(tok.prompt(record["prompt"])) + most > block_size
 
 
 # An item of preferences is a pair (its rows good first, bad last; of D2O several good ones) or a single response.
@@ -1757,7 +1881,7 @@ def preference_items(record, tok, block_size, unit="pair", which="all", one=Fals
     """The items of one record: for the unit `pair` the pairs of its ranking (all, or the ends), one: a single item of
     all, only the last of them bad; for another unit single responses, of a ranking its ends, since an answer in the
     middle would be both up and down."""
-    rows = encode(record, tok, block_size)
+    rows = late_rows(record, tok, block_size)
     if "response" in record:
         return [make_item(record, rows, [record["label"]])]
     if one:
@@ -1791,14 +1915,21 @@ def column(items, key):
     return flat(item[key] for item in items)
 
 
-def item_batches(items, budget):
-    """Micro-batches of items; all rows of one are in the same, and rows of like length together."""
-    if not items:
-        return
-    most = max(len(item["rows"]) for item in items)
+def longest_rows(items):
+    """How many tokens the longest row of each item has."""
     lengths = []
     for item in items:
         lengths.append(max(len(ids) for ids, _ in item["rows"]))
+    return lengths
+
+
+def item_batches(items, budget, lengths=None):
+    """Micro-batches of items; all rows of one are in the same, and rows of like length together. lengths: those of
+    longest_rows, where they are known."""
+    if not items:
+        return
+    most = max(len(item["rows"]) for item in items)
+    lengths = lengths or longest_rows(items)
     for part in micro_batches(lengths, budget // most):
         yield [items[i] for i in part]
 
@@ -1968,12 +2099,19 @@ class TrainConfig(RunConfig):
     lora_bias: NonNegative = 0.0  # learning rate of biases and norms, trained beside the adapters; 0: they are not
 
 
+def class_lines(cls):
+    """The lines of a class in its module. inspect.getsource of it would parse the whole file, in a tenth of a second."""
+    lines = inspect.getsource(sys.modules[cls.__module__]).splitlines()
+    start = next(i for i, line in enumerate(lines) if re.match(rf"class {cls.__name__}\b", line))
+    return itertools.takewhile(lambda line: not re.match(r"\S", line), lines[start + 1:])
+
+
 def describe(Config):
     """{option: (comment, group)} read from the source of the dataclass: the comments are the documentation."""
     out = {}
     for cls in Config.__mro__[:-1]:
         group = ""
-        for line in inspect.getsource(cls).splitlines():
+        for line in class_lines(cls):
             if m := re.match(r"    # (.*)", line):
                 group = m[1]
             elif m := re.match(r"    (\w+): .*?  # (.*)", line):

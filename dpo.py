@@ -21,15 +21,15 @@ log-probabilities of what the run will see of a file are computed once, before t
 but for evaluations.
 """
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share, Sum, Temperature,
-                  TrainConfig, UserError, collate, column, compare_words, fits, guard, item_batches,
+from data import (Count, Families, LateRow, Natural, NonNegative, OptionError, Positive, Run, Share, Sum, Temperature,
+                  TrainConfig, UserError, bar, collate, column, compare_words, fits, guard, item_batches, longest_rows,
                   make_item, mean, open_preferences, open_stream, parse, send, singles, truth)
 from model import (Optimizer, Reward, at_positions, begun, full, head_chunk, load_model, logps, reference, respond,
                    setup, steps, token_logprobs, token_scores)
@@ -207,23 +207,35 @@ def add_mismatched(items, block_size):
     That is the next one to another prompt in an order drawn by PyTorch's generator. Not in the items' own order, where
     pairs lie as good, bad, good, bad: the next one would always be good.
     """
-    parts = []
-    for item in items:
-        (ids, target), = item["rows"]
-        start = target.index(1)                         # of the response
-        parts.append((ids[:start], ids[start:]))
+    prompts = []
+    for item in bar(items, "mismatched"):
+        prompt, _ = halves(*item["rows"])
+        prompts.append(hash(tuple(prompt)))
     order = torch.randperm(len(items)).tolist()
     for place, i in enumerate(order):
-        prompt, said = parts[i][0], None
         for k in range(1, len(items)):
             j = order[(place + k) % len(items)]         # the next one, round and round
-            if parts[j][0] != prompt:
-                said = parts[j][1]
+            if prompts[j] != prompts[i]:
                 break
-        if said is None:
+        else:
             raise UserError("--loss kto: all responses are to one prompt, and it needs one to another prompt")
-        said = said[:block_size - len(prompt)]          # the prompt stays as it is before its own response
-        items[i]["other"] = (prompt + said, [0] * len(prompt) + [1] * len(said))
+        recipe = partial(mismatched, *items[i]["rows"], *items[j]["rows"], block_size)
+        items[i]["other"] = LateRow(recipe, 0)
+
+
+def halves(row):
+    """The ids of a row before its response, and of the response."""
+    ids, target = row
+    start = target.index(1)
+    return ids[:start], ids[start:]
+
+
+def mismatched(own, other, block_size):
+    """The prompt of a row with the response of another, as a list of one row."""
+    prompt, _ = halves(own)
+    _, said = halves(other)
+    said = said[:block_size - len(prompt)]              # the prompt stays as it is before its own response
+    return [(prompt + said, [0] * len(prompt) + [1] * len(said))]
 
 
 class FromFile:
@@ -259,7 +271,8 @@ class FromFile:
         # The micro-batches are those of the whole run, so that a resumed one has the same bits.
         every = self.stream.seen(0, self.total, cfg.batch) + self.held
         still = set(map(id, self.stream.seen(first, self.total, cfg.batch) + self.held))
-        for part in tqdm(list(item_batches(every, cfg.micro_tokens)), desc="reference", leave=False):
+        lengths = longest_rows(bar(every, "tokenising"))
+        for part in bar(list(item_batches(every, cfg.micro_tokens, lengths)), "reference"):
             if not still.isdisjoint(map(id, part)):
                 add_reference(part, ref, cfg)
         return ref if cfg.lora_r or needs(cfg, "kl_w") else None  # LoRA's shares the weights of the policy

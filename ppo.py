@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 
 from data import (Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share, Sum, Temperature,
-                  TrainConfig, collate, compare_words, encode, fits, guard, mean, open_stream, parse, truth)
+                  TrainConfig, collate, compare_words, fits, guard, late_rows, mean, open_stream, parse, truth)
 from model import (Means, Optimizer, Reward, evaluate, load_model, logps, minibatches, parts, per_token, reference,
                    respond, setup, steps, token_logprobs, token_scores)
 
@@ -365,7 +365,7 @@ def open_data(policy, reward, cfg):
     documents = None
     if cfg.ptx_coef:
         documents, _ = open_stream(cfg.ptx_data, "text", cfg.seed, n_held=0, skip_bad=cfg.skip_bad,
-                                   prepare=lambda document: encode(document, tok, block_size, loss_on="all"))
+                                   prepare=lambda document: late_rows(document, tok, block_size, loss_on="all"))
     return prompts, held, documents
 
 

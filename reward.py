@@ -37,13 +37,12 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import (PRINCIPLES, REASON, RULE, VERDICT, Count, Families, Natural, NonNegative, OptionError, Options,
                   Positive, Range, Run, RunConfig, Share, Sum, Temperature, Tokenizer, TrainConfig, UserError,
-                  after_thinking, code_of, collate, column, cut_prompt, digest, encode, family_list, files, guard,
-                  inputs_of, item_batches, judge_prompt, mean, micro_batches, next_out, open_stream, parse,
-                  read_records, safe_metrics, send, toy_record, write_text)
+                  after_thinking, bar, code_of, collate, column, cut_prompt, digest, encode, family_list, files, guard,
+                  has_room, inputs_of, item_batches, judge_prompt, late_rows, mean, micro_batches, next_out,
+                  open_stream, parse, read_records, safe_metrics, send, toy_record, write_text)
 from model import (Optimizer, Reward, Rollout, choice_logprobs, full, generate, load_model, logps, respond,
                    response_scores, seed_step, setup, shift_score, steps, token_logprobs)
 
@@ -555,7 +554,7 @@ def open_records(cfg, tok, policy):
     def prepare(record):
         if cfg.system:
             record = with_system(record, cfg.system)
-        return [record] if len(tok.prompt(record["prompt"])) <= room else []
+        return [record] if has_room(record["prompt"], tok, room) else []
     kind = "prompt" if policy else "preference"
     stream, _ = open_stream(cfg.data, kind, cfg.seed, cfg.families, n_held=0, prepare=prepare, skip_bad=cfg.skip_bad)
     return stream
@@ -670,7 +669,7 @@ def label(cfg):
 
 def items_of(record, tok, block):
     """The item of a record, in a list: the rows of its responses, and what the data says of them."""
-    item = dict(rows=encode(record, tok, block))
+    item = dict(rows=late_rows(record, tok, block))
     for key in ("ratings", "margin", "scores", "prob", "source"):
         if key in record:
             item[key] = record[key]
@@ -844,11 +843,6 @@ def between(interval):
     return f"[{low:.3f}, {high:.3f}]"
 
 
-def bar(items, what):
-    """Iterate over items with a progress bar, that leaves nothing behind."""
-    return tqdm(items, desc=what, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
-
-
 def accuracy(cfg, specs):
     """Print, for every file, how often each reward orders its pairs as the labels do, and how confident it is."""
     like = setup(cfg, Tokenizer.load(cfg.tokenizer))
@@ -857,9 +851,7 @@ def accuracy(cfg, specs):
                ("  calibration error", "error", ".3f"), ("    spread", "spread", "")]
     for path in files(cfg.data):
         records = read_records(path, "preference", cfg.skip_bad)[:cfg.n]
-        rows = []
-        for reward in bar(rewards, path):
-            rows.append(ordered(records, reward, path, like))
+        rows = [ordered(records, reward, path, like) for reward in rewards]
         print(f"{path}: {rows[0]['pairs']} pairs")
         print_table(specs, rows, columns)
 
@@ -867,16 +859,20 @@ def accuracy(cfg, specs):
 def ordered(records, reward, path, like):
     """How one reward orders the pairs of a file: a row of the table of accuracy."""
     reward.check(records, path)
-    sizes = counts(records, "responses")
-    win, lose, _ = ranked_pairs(sizes)
-    scores, parts = reward(repeat(records, sizes), given_responses(records, reward, like))
-    lead = (scores[win] - scores[lose]).cpu()                                            # (P,)
-    right, pairs = float(in_order(lead).sum()), len(win)
+    leads, spreads = [], []
+    for start in bar(range(0, len(records), 100), path, delay=0):
+        some = records[start:start + 100]
+        sizes = counts(some, "responses")
+        scores, parts = reward(repeat(some, sizes), given_responses(some, reward, like))
+        win, lose, _ = ranked_pairs(sizes)
+        leads.append((scores[win] - scores[lose]).cpu())
+        spreads += [part for name, part in parts.items() if name.endswith(" spread")][:1]
+    lead = torch.cat(leads)                                                              # (P,)
+    right, pairs = float(in_order(lead).sum()), len(lead)
     row = dict(pairs=pairs, right=right / pairs, interval=between(wilson(right, pairs)), spread="")
     row["error"] = calibration_error(lead)
-    for name, part in parts.items():
-        if name.endswith(" spread"):
-            row["spread"] = row["spread"] or f"{part.mean():.3f}"
+    if spreads:
+        row["spread"] = f"{torch.cat(spreads).mean():.3f}"
     return row
 
 
@@ -993,7 +989,7 @@ class Exam:
         """A row of the table: what one model scores, and its first answers."""
         row, said, seen = dict(distinct={}), {}, defaultdict(list)
         greedy = replace(self.cfg, temperature=0.0)
-        for family, records in self.tasks.items():
+        for family, records in bar(self.tasks.items(), "families", delay=0):
             on = family in self.on
             row["distinct"][family] = len(distinct(records))
             said[family], roll = self.answer(model, records, self.cfg, self.proxy if on else None)
@@ -1027,7 +1023,7 @@ class Exam:
         of the best of k by the proxy; k goes through the powers of two up to samples."""
         n, records, values = self.cfg.samples, self.prompts(self.on), defaultdict(list)
         torch.manual_seed(self.cfg.seed)
-        for start in range(0, len(records), 64):
+        for start in bar(range(0, len(records), 64), f"{n} answers to each prompt", delay=0):
             some = records[start:start + 64]
             groups, _ = answers(model, some, n, self.cfg, self.judge, self.proxy, self.begin)
             for group in groups:
@@ -1069,7 +1065,7 @@ def compare(cfg, folders):
     asked = asked_of_all(cfg, folders[0])
     earlier = earlier_rows(cfg.save, asked, exam)
     table = []
-    for folder in bar(folders, "compare"):
+    for folder in bar(folders, "compare", delay=0):
         weights = weights_digest(folder)
         row = earlier.get(weights)
         if row is None or len(row["answers"]) < cfg.show <= len(exam.tasks[exam.on[0]]):

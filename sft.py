@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from data import (THINK, Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share,
-                  TrainConfig, collate, encode, guard, micro_batches, open_stream, pad, parse)
+                  TrainConfig, collate, encode, guard, late_rows, micro_batches, open_stream, pad, parse)
 from model import GPTConfig, Optimizer, load_model, new_model, setup, steps, token_logprobs
 
 
@@ -102,9 +102,10 @@ def open_data(model, cfg):
     """The rows to train on, a Stream, and a list of held-out ones."""
     tok, block_size = model.tok, model.config.block_size
     kind = "text" if cfg.loss_on == "all" else "messages"
+    rows_of = encode if cfg.data == "toy" else late_rows    # the toy's are seen once
     return open_stream(cfg.data, kind, cfg.seed, cfg.families, n_held=128, skip_bad=cfg.skip_bad,
                        think=cfg.think, context=(tok, block_size),
-                       prepare=lambda record: encode(record, tok, block_size, cfg.loss_on, cfg.prompt_weight))
+                       prepare=lambda record: rows_of(record, tok, block_size, cfg.loss_on, cfg.prompt_weight))
 
 
 def one_epoch(stream, cfg):
@@ -122,14 +123,13 @@ def pack(rows, tok, width, device="cpu"):
     separate rows. The number of lines is rounded up to a multiple of 4, for few shapes.
     """
     lines = []
-    for row in sorted(rows, key=lambda row: -len(row[0])):
+    for ids, target in sorted(rows, key=lambda row: -len(row[0])):
         for line in lines:
-            if len(line["tokens"]) + len(row[0]) <= width:
+            if len(line["tokens"]) + len(ids) <= width:
                 break
         else:
             line = dict(tokens=[], target=[], pos=[], part=[], parts=0)
             lines.append(line)
-        ids, target = row
         line["tokens"] += ids
         line["target"] += target                        # its first is 0: nothing is predicted across a boundary
         line["pos"] += range(len(ids))

@@ -34,8 +34,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where data.py is
 
 import data
@@ -577,7 +575,7 @@ def write_rows(path, out, cfg):
     """Convert a file to a file of plain rows; returns how many there are and what became of all, in a line."""
     n, dropped, unread = 0, Counter(), Counter()
     bad = [] if cfg.skip_bad else None
-    rows = tqdm(read_any(path, bad), desc=Path(path).name, unit=" rows", disable=None)
+    rows = read_any(path, bad)
     with open(out, "w", encoding="utf-8") as f:
         for where, found in grouped(rows, cfg.ratings):
             try:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import OptionError, Options, Tokenizer, UserError, guard, parse
+from data import OptionError, Options, Tokenizer, UserError, bar, guard, parse
 from model import Setup, checksum, load_model, raw, read_json, write_model
 
 
@@ -74,17 +74,18 @@ def merge(cfg, folders):
     if cfg.slerp and (len(folders) != 2 or abs(sum(weights) - 1) > 1e-9):
         raise OptionError("--slerp goes between two checkpoints, with weights that add up to 1")
     like = Setup(Tokenizer.load(cfg.tokenizer))
-    models = [load_model(folder, like) for folder in folders]
+    models = [load_model(folder, like) for folder in bar(folders, "reading", delay=0)]
     first = models[0]
     if any(model.config != first.config for model in models):
         raise UserError(f"{', '.join(folders)}: one has another architecture")
     states = [model.state_dict() for model in models]
-    made = dict(of=[checksum(map(raw, state.values())) for state in states], weights=weights, slerp=cfg.slerp)
+    sums = [checksum(map(raw, state.values())) for state in bar(states, "checksums")]
+    made = dict(of=sums, weights=weights, slerp=cfg.slerp)
     if finished(cfg.out, made):
         return print(f"{cfg.out} is finished; nothing to do")
 
     total = {}
-    for name in states[0]:
+    for name in bar(states[0], "merging"):
         tensors = [state[name].double() for state in states]
         if cfg.slerp:
             total[name] = slerp(*tensors, weights[1]).float()

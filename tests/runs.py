@@ -9,6 +9,7 @@ import math
 import os
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,6 +109,18 @@ def watch(monkeypatch, module, *names):
             return result
         patch(monkeypatch, name, call)
     return calls
+
+
+def watch_bars(monkeypatch):
+    """Count what goes through the progress bars of the scripts: {name of the bar: how many}."""
+    passed = Counter()
+
+    def bar(items, what, **options):
+        for item in items:
+            passed[what] += 1
+            yield item
+    patch(monkeypatch, "bar", bar)
+    return passed
 
 
 def watch_steps(monkeypatch):

@@ -689,6 +689,17 @@ def test_21_policy_equals_reference_at_step_0(name, files, tiny, tmp_path):
     assert row["grad_norm"] > 1e-3
 
 
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_all_that_comes_before_the_first_step_shows_how_far_it_is(loss, files, tiny, tmp_path, monkeypatch):
+    passed = runs.watch_bars(monkeypatch)
+    train(tmp_path / "a", tiny, files["pairs"], loss=loss, steps=2, batch=2)
+    cfg = dpo.Config(data=str(files["pairs"]))
+    stream, held, _ = data.open_preferences(cfg, TOK, 64, paired=loss == "dpo")
+    seen = 2 * 2 + len(held)
+    assert passed["tokenising"] == seen and 1 <= passed["reference"] <= seen
+    assert passed["mismatched"] == (loss == "kto") * (len(stream.items) + len(held))
+
+
 def single(prompt, response, up=True):
     """An item of one response."""
     target = [0] * len(prompt) + [1] * len(response)

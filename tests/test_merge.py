@@ -15,7 +15,7 @@ from data import Tokenizer, UserError
 from merge import Config, merge, slerp
 from model import GPT, GPTConfig, Setup, load_model, save_checkpoint, write_model
 from policies import TOK, save, weights
-from runs import close, same
+from runs import close, same, watch_bars
 
 
 def net(seed=0, tok=TOK, **size):
@@ -146,6 +146,12 @@ def test_a_second_time_does_nothing_and_another_model_is_not_overwritten(two, tm
     with pytest.raises(UserError, match="holds another model"):
         go(tmp_path / "m", two)
     assert files() == before
+
+
+def test_it_shows_how_far_it_is(two, tmp_path, monkeypatch):
+    passed = watch_bars(monkeypatch)
+    merged = go(tmp_path / "m", two)
+    assert list(passed.values()) == [2, 2, len(merged)], "models read, models summed up, weights merged"
 
 
 def command(monkeypatch, capsys, *words):

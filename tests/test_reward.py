@@ -966,9 +966,9 @@ def test_accuracy_against_a_loop_on_several_files(spec, judge, tmp_path, capsys)
     other = save(tmp_path / "other", random_policy(9, n_scores=1))
     one, two = load_model(judge), load_model(other)
     tied = write(tmp_path / "tied.jsonl", [question(0, "be a", "ab e", "tree b")] * 3)
-    paths = {write(tmp_path / "some.jsonl", rankings(25)): 20, tied: 3}
+    paths = {write(tmp_path / "some.jsonl", rankings(125)): 120, tied: 3}
     spec = spec.replace("JUDGE", judge).replace("OTHER", other)
-    cfg = reward.Accuracy(data=",".join(paths), n=20, device="cpu", micro_tokens=128)
+    cfg = reward.Accuracy(data=",".join(paths), n=120, device="cpu", micro_tokens=128)
     reward.accuracy(cfg, ["words", spec])
     lines = capsys.readouterr().out.splitlines()
     found = [re.findall(r"-?\d+\.\d+", line.removeprefix(spec)) for line in lines if line.startswith(spec)]
@@ -990,6 +990,16 @@ def test_accuracy_against_a_loop_on_several_files(spec, judge, tmp_path, capsys)
         expected += [mean(spreads)] if spreads else []
         assert [float(x) for x in numbers] == pytest.approx(expected, abs=6e-4)
         assert f"{path}: {len(gaps)} pairs" in lines
+
+
+def test_accuracy_and_compare_show_how_far_they_are(tiny, tmp_path, monkeypatch, capsys):
+    passed = runs.watch_bars(monkeypatch)
+    path = write(tmp_path / "some.jsonl", rankings(250))
+    reward.accuracy(reward.Accuracy(data=str(path), device="cpu"), ["words", "runs:vowels"])
+    assert passed[str(path)] == 2 * 3, "a hundred records at a time, for every reward"
+    passed.clear()
+    compare([tiny, tiny], tmp_path, families="write,arith", on="write", samples=2)
+    assert sorted(passed.values()) == [2, 2, 4], "checkpoints, parts of their samples, and their families"
 
 
 def slow_wins(said, first):
