@@ -200,7 +200,7 @@ def train(cfg):
     for step in steps(run, total, dict(model=model), dict(model=optimizer), {}, cfg.save_every):
         # 1. Draw some rows.
         rows, xs = drawn or draw(stream, step, model, cfg)
-        weight = total_weight(rows)
+        weight, tokens = total_weight(rows), sum(len(ids) for ids, _ in rows)
 
         # 2. Add up the gradient of their loss, a micro-batch at a time.
         model.train()
@@ -215,7 +215,6 @@ def train(cfg):
         metrics = optimizer.step(step)
 
         # 4. Evaluate now and then, and report.
-        tokens = sum(len(ids) for ids, _ in rows)
         val_loss = None
         if run.evaluates(step):
             val_loss = evaluate(model, held, cfg)
