@@ -1939,6 +1939,13 @@ def round_up(n, multiple=16):
     return math.ceil(n / multiple) * multiple
 
 
+def send(tensor, device):
+    """A tensor of the CPU on a device. Through pinned memory, so that nobody waits until a GPU has it."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def pad(rows, value, device="cpu", dtype=torch.long, width=1):
     """Lists of numbers -> one (B, T) tensor, padded on the right to the longest (at least width), in steps of 16: with
     few different shapes kernels are seldom prepared anew, which takes longer than a few columns of padding."""
@@ -1946,9 +1953,7 @@ def pad(rows, value, device="cpu", dtype=torch.long, width=1):
     out = torch.full((len(rows), width), value, dtype=dtype)
     for line, row in zip(out, rows):
         line[:len(row)] = torch.tensor(row, dtype=dtype)
-    if torch.device(device).type == "cuda":             # pinned memory lets the copy overlap with compute
-        out = out.pin_memory()
-    return out.to(device, non_blocking=True)
+    return send(out, device)
 
 
 def collate(rows, tok, device="cpu"):

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 from data import (Count, Families, LateRow, Natural, NonNegative, OptionError, Positive, Run, Share, Sum, Temperature,
                   TrainConfig, UserError, bar, collate, column, compare_words, fits, guard, item_batches, longest_rows,
-                  make_item, mean, open_preferences, open_stream, parse, singles, truth)
+                  make_item, mean, open_preferences, open_stream, parse, send, singles, truth)
 from model import (Optimizer, Reward, at_positions, begun, full, head_chunk, load_model, logps, reference, respond,
                    setup, steps, token_logprobs, token_scores)
 
@@ -392,9 +392,10 @@ def ask(policy, ref, items, cfg):
     return SimpleNamespace(items=items, z=z, n=max(1, n), n_nll=max(1, n_nll))
 
 
-def apart(values, good):
-    """What belongs to the good rows, and what to the bad ones: (R,) -> (W,), (L,)."""
-    return values[good], values[~good]
+def apart(values, sides):
+    """What belongs to the good rows, and what to the bad ones: (R,) -> (W,), (L,). sides: the places of both."""
+    good, bad = sides
+    return values[good], values[bad]
 
 
 def compare(policy, ref, critic, batch, cfg):
@@ -402,30 +403,33 @@ def compare(policy, ref, critic, batch, cfg):
     responses, n_w the tokens of the good ones."""
     for part in item_batches(batch.items, cfg.micro_tokens):
         said = read(policy, column(part, "rows"), cfg)
-        good = torch.tensor(column(part, "up"), device=policy.device)                    # (R,)
+        good = torch.tensor(column(part, "up"))                                          # (R,), on the CPU
+        sides = [send(side.nonzero()[:, 0], policy.device) for side in (good, ~good)]    # (W,), (L,)
         ratio = said.taken - torch.cat([item["ref"] for item in part])                   # (R,)
         x = SimpleNamespace(z=batch.z)
-        x.a, x.b = apart(ratio, good)
-        x.lw, x.ll = apart(said.logp.sum(1), good)
-        x.n_w = said.mask.sum(1)[good]
+        x.a, x.b = apart(ratio, sides)
+        x.lw, x.ll = apart(said.logp.sum(1), sides)
+        x.n_w, _ = apart(said.mask.sum(1), sides)
         if needs(cfg, "anchors"):
             anchors = x.a.split([len(item["rows"]) - 1 for item in part])
             x.a = torch.stack([own.mean() for own in anchors])                           # (P,)
         for name in OF_THE_DATA:
             if needs(cfg, name):
-                setattr(x, name, ratio.new_tensor([item[name] for item in part]))        # (P,)
+                numbers = torch.tensor([item[name] for item in part], dtype=ratio.dtype)
+                setattr(x, name, send(numbers, ratio.device))                            # (P,)
         if needs(cfg, "d"):
             x.d = x.a - x.b                                                              # (P,)
         if cfg.margin:
             x.d = x.d - cfg.margin / cfg.beta * x.gap
         if needs(cfg, "kl_w"):
             kl = sequence_kl(policy, ref, said.tokens, said.mask)                        # (R,)
-            x.kl_w, x.kl_l = apart(kl, good)
+            x.kl_w, x.kl_l = apart(kl, sides)
         if critic:
             first = said.mask * said.mask.cumsum(1).eq(1)  # V is read at the last token of the prompt
             v = token_scores(critic, said.tokens, first).sum(1)                          # (R,)
-            x.v_w, x.v_l = apart(v, good)
-            x.r_w, x.r_l = apart(v.new_tensor(column(part, "r")), good)
+            x.v_w, x.v_l = apart(v, sides)
+            r = torch.tensor(column(part, "r"), dtype=v.dtype)
+            x.r_w, x.r_l = apart(send(r, v.device), sides)
         yield x
 
 
@@ -446,7 +450,7 @@ def joined(xs, name):
 
 def average(values):
     """Their mean, None where there are none."""
-    return float(values.mean()) if len(values) else None
+    return values.mean() if len(values) else None
 
 
 @torch.no_grad()

@@ -47,13 +47,14 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.adamw import adamw
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
 
 from data import (COLDEST, POINTS, RUBRIC, VERIFIERS, Count, Natural, NonNegative, OptionError, Options, Share,
                   Tokenizer, UserError, after_thinking, answer_rows, check_needs, class_prompt, collate, cut_prompt,
-                  guard, mean, micro_batches, number, pad, parse, parse_rewards, rate_prompt, round_up, truth, verifier,
-                  write_text)
+                  guard, mean, micro_batches, number, pad, parse, parse_rewards, rate_prompt, round_up, send, truth,
+                  verifier, write_text)
 
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -189,7 +190,7 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, pos, see=None, cache=None, where=None):
-        """(B, T, C) -> (B, T, C), or with where, (B, T), what comes out at these places, (N, C)."""
+        """(B, T, C) -> (B, T, C), or with where, two indices (N,), what comes out at these places, (N, C)."""
         x = x + self.drop(self.attn(self.ln_1(x), pos, see, cache))
         if where is not None:  # from here on every token is on its own
             x = x[where]
@@ -259,7 +260,7 @@ class GPT(nn.Module):
         if cache is not None:
             see = cache.prepare(pos.expand(tokens.shape))
         if where is not None:
-            where = F.pad(where, (0, T - where.shape[1]))                                # (B, T)
+            where = where.nonzero(as_tuple=True)  # (N,), (N,): found once, since a GPU has to be waited for
         part = self.transformer
         with self.autocast():
             x = part.drop(part.wte(tokens) + part.wpe(pos))                              # (B, T, C)
@@ -289,7 +290,9 @@ class GPT(nn.Module):
             torch.manual_seed(cfg.seed)
             self.add_lora(cfg.lora_r, cfg.lora_alpha, vector_lr=cfg.lora_bias)
         if cfg.compile:
-            self.compile(dynamic=True)
+            check_compiler(self.device)
+            for block in self.transformer.h:  # all but the last are alike: two are compiled, however many there are
+                block.compile(dynamic=True)   # (a copy is not compiled, such as the one to sample from)
         return self
 
     def add_lora(self, r, alpha, vector_lr=0.0):
@@ -322,6 +325,15 @@ class GPT(nn.Module):
         for layer in self.loras():
             layer.lora_A = layer.lora_B = None
         return self
+
+
+def check_compiler(device):
+    """A UserError where torch.compile does not work on a device: it needs a C++ compiler, and Triton on a GPU."""
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except Exception as error:  # whatever is missing, it is an error of its own
+        why = " ".join(str(error).partition("\n\n")[0].split())
+        raise UserError(f"--compile: PyTorch's compiler does not work here ({why})") from None
 
 
 def reference(policy):
@@ -807,14 +819,14 @@ def largest_weight(model):
 
 
 def slices(roll, budget, rows=None):
-    """Micro-batches of a rollout's rows, trimmed to their own longest: (rows, tokens (b, t), mask (b, t-1)) each."""
+    """Micro-batches of a rollout's rows, trimmed to their own longest: rows (b,), tokens (b, t), mask (b, t-1) each."""
     every = roll.lengths
     rows = list(range(len(every))) if rows is None else rows
     if not rows:
         return
     lengths = [every[row] for row in rows]
     for places in micro_batches(lengths, budget):
-        some = [rows[place] for place in places]
+        some = send(torch.tensor([rows[place] for place in places]), roll.tokens.device)
         longest = max(lengths[place] for place in places)
         width = min(round_up(longest), roll.tokens.shape[1])
         yield some, roll.tokens[some, :width], roll.mask[some, :width - 1]
@@ -881,8 +893,8 @@ class Means:
             self.counts[name] += other.counts[name]
 
     def result(self):
-        """{name: its mean}."""
-        return {name: float(total / self.counts[name]) for name, total in self.sums.items()}
+        """{name: its mean}, still on the device."""
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
 
 
 @torch.no_grad()
@@ -1184,6 +1196,88 @@ def cpu_name():
 # ------------------------------------------------------------------------------------------------ the optimizer
 
 
+class Rule:
+    """What AdamW and Muon share: groups, dicts of params, lr, weight_decay and more, and the state of each parameter.
+
+    They are no torch.optim.Optimizer because making one of those imports PyTorch's compiler: a second at every start.
+    """
+    keys = ()  # of the state, as torch.optim names them
+
+    def __init__(self, groups):
+        self.groups, self.state = groups, defaultdict(dict)
+
+    @torch.no_grad()
+    def step(self):
+        """Update every parameter that has a gradient, and let go of that."""
+        for group in self.groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if params:
+                self.update(params, group)
+            for param in params:
+                param.grad = None
+
+    def states(self, params, key):
+        """What the last step left of each parameter under a key; zeros before the first."""
+        for param in params:
+            if key not in self.state[param]:
+                zero = torch.zeros_like(param)
+                if key == "step":
+                    zero = torch.zeros((), device=param.device, dtype=torch.float32)
+                self.state[param][key] = zero
+        return [self.state[param][key] for param in params]
+
+
+class AdamW(Rule):
+    """AdamW (Loshchilov & Hutter 1711.05101), by PyTorch's fused kernel. A group has betas too."""
+    keys = "step", "exp_avg", "exp_avg_sq"
+
+    def update(self, params, group):
+        steps, means, squares = (self.states(params, key) for key in self.keys)
+        beta1, beta2 = group["betas"]
+        adamw(params, [param.grad for param in params], means, squares, [], steps, fused=True, amsgrad=False,
+              maximize=False, lr=group["lr"], weight_decay=group["weight_decay"], beta1=beta1, beta2=beta2, eps=1e-8)
+
+
+class Muon(Rule):
+    """Muon (Jordan et al. 2024) of matrices (in, out): lr · max(1, √(out / in)) along the Nesterov momentum, whose
+    singular values are all brought to about 1. It computes what torch.optim.Muon does, all matrices of a shape at once.
+    """
+    keys = "momentum_buffer",
+
+    def update(self, params, group, momentum=0.95):
+        shapes = defaultdict(list)
+        for param in params:
+            shapes[param.shape].append(param)
+        for (n_in, n_out), alike in shapes.items():
+            gradients, means = [param.grad for param in alike], self.states(alike, "momentum_buffer")
+            torch._foreach_lerp_(means, gradients, 1 - momentum)
+            along = torch.stack(torch._foreach_lerp(gradients, means, momentum))         # (k, in, out)
+            torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
+            rate = group["lr"] * math.sqrt(max(1, n_out / n_in))
+            torch._foreach_add_(alike, orthogonal(along).unbind(), alpha=-rate)
+
+
+def orthogonal(matrices):
+    """k matrices (k, in, out), their singular values brought to about 1 (.7 to 1.2), their singular vectors kept.
+
+    Five steps of Newton-Schulz, X <- a X + (b X X' + c (X X')²) X, with the a, b, c of Jordan et al. They are rough, so
+    bf16 is enough, where the device has instructions for it.
+    """
+    half = precision(matrices.device) == "bf16"
+    x = matrices.to(torch.bfloat16 if half else torch.float32)
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT  # X X' is of the smaller side
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above 1
+    for _ in range(5):
+        gram = x @ x.mT
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, factor, x, beta=3.4445)
+    if tall:
+        x = x.mT
+    return x.to(matrices.dtype)
+
+
 class Optimizer:
     """AdamW, or Muon for the hidden matrices with AdamW for the rest; linear warm-up, then cosine to `floor` · lr.
 
@@ -1210,12 +1304,11 @@ class Optimizer:
                 muon.append(param)
             else:
                 decay.append(param)
-        groups = [dict(params=decay, weight_decay=weight_decay),
-                  dict(params=plain, weight_decay=0.0, lr=model.vector_lr or lr)]
-        self.optims = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
-        if muon:
-            groups = [muon_group(param, muon_lr, weight_decay * lr) for param in muon]
-            self.optims.append(torch.optim.Muon(groups))
+        groups = [dict(params=decay, weight_decay=weight_decay, lr=lr, betas=betas),
+                  dict(params=plain, weight_decay=0.0, lr=model.vector_lr or lr, betas=betas)]
+        self.optims = [AdamW(groups)]
+        if muon:  # which multiplies the decay by its own rate: a step is to take off the share that AdamW's does
+            self.optims.append(Muon([dict(params=muon, weight_decay=weight_decay * lr / muon_lr, lr=muon_lr)]))
         self.fused, self.updated = model.fused_bwd, set()
         if self.fused:
             if clip:
@@ -1225,7 +1318,7 @@ class Optimizer:
             group["base_lr"] = group["lr"]
 
     def groups(self):
-        return [group for optim in self.optims for group in optim.param_groups]
+        return [group for optim in self.optims for group in optim.groups]
 
     def scale(self, step):
         """The schedule: learning rate of `step` (from 0) as a share of the peak."""
@@ -1241,7 +1334,11 @@ class Optimizer:
             group["lr"] = group["base_lr"] * self.scale(step)
 
     def step(self, step):
-        """Clip, update, clear the gradients -> grad_norm, before clipping (None if fused), and lr."""
+        """Clip, update, clear the gradients -> grad_norm, before clipping (None if fused), and lr.
+
+        The norm is the one number that is waited for before the report: a gradient that is no number must change
+        nothing. A GPU has all of the backward pass to do when the host comes to wait.
+        """
         norm = None
         if self.fused:
             self.updated.clear()
@@ -1253,14 +1350,13 @@ class Optimizer:
             self.at(step)  # again, for callers without `steps`
             for optim in self.optims:
                 optim.step()
-                optim.zero_grad(set_to_none=True)
-        return dict(grad_norm=norm, lr=self.optims[0].param_groups[0]["lr"])
+        return dict(grad_norm=norm, lr=self.groups()[0]["lr"])
 
     def one_for_each_parameter(self):
         """fused_bwd: an optimizer for every parameter, which steps as soon as its gradient is there."""
         optims = []
         for optim in self.optims:
-            for group in optim.param_groups:
+            for group in optim.groups:
                 for param in group["params"]:
                     own = type(optim)([group | dict(params=[param])])  # a group holds all of its settings
                     param.register_post_accumulate_grad_hook(functools.partial(self.update, own))
@@ -1273,7 +1369,6 @@ class Optimizer:
             raise UserError("--fused_bwd: an update has to be one backward pass: more --micro_tokens, or less --batch")
         self.updated.add(id(param))
         optim.step()
-        optim.zero_grad(set_to_none=True)
 
     def forget(self):
         """Back to the state before the first step: no momentum."""
@@ -1283,10 +1378,9 @@ class Optimizer:
     def slots(self):
         """(name in a checkpoint, state of the parameter, key in it, shape) of each tensor that a step leaves."""
         for nth, optim in enumerate(self.optims):
-            keys = ("momentum_buffer",) if isinstance(optim, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
-            params = sum((group["params"] for group in optim.param_groups), [])
+            params = sum((group["params"] for group in optim.groups), [])
             for place, param in enumerate(params):
-                for key in keys:
+                for key in optim.keys:
                     shape = torch.Size() if key == "step" else param.shape
                     yield f"{nth}.{place}.{key}", optim.state[param], key, shape
 
@@ -1301,18 +1395,6 @@ class Optimizer:
         compare_shapes(flat, shapes if flat else {}, path)
         for name, state, key, _ in self.slots() if flat else ():
             state[key] = flat[name].to(self.params[0].device)
-
-
-def muon_group(param, lr, decay):
-    """What torch.optim.Muon is told of a matrix; decay: the share of it that a step takes off, as AdamW's.
-
-    The rate is to be lr · max(1, √(out / in)). PyTorch takes lr · max(1, √(rows / columns)), for matrices (out, in).
-    Ours are (in, out): rows are in, and columns out. So we give it √(columns / rows) · lr, and it takes
-    lr · max(√(columns / rows), 1), which is what we want. It multiplies the decay by the rate that it is given.
-    """
-    rows, columns = param.shape
-    own_lr = lr * math.sqrt(columns / rows)
-    return dict(params=[param], lr=own_lr, weight_decay=decay / own_lr)
 
 
 # ------------------------------------------------------------------------------------------------ steps and checkpoints

@@ -303,7 +303,7 @@ class Critic:
         metrics = dict(explained_variance=explained_variance(self.returns, self.values, roll.mask))
         means = Means()
         for rows in batches:
-            count = float(roll.mask[rows].sum())
+            count = roll.mask[rows].sum()
             for x in parts(roll, rows, self.cfg, old_values=self.values, returns=self.returns):
                 values = token_scores(self.model, x.tokens, x.mask)                      # (b, t-1)
                 loss = value_loss(values, x.old_values, x.returns, self.cfg.value_clip)
@@ -428,7 +428,7 @@ def train(cfg):
             metrics |= constraint.fit(roll, batches, step)
         policy_batches = batches if step >= cfg.critic_warmup else []
         for rows in policy_batches:
-            count, of_update = float(roll.mask[rows].sum()), Means()
+            count, of_update = roll.mask[rows].sum(), Means()
             for x in parts(roll, rows, cfg, old_logp=old_logp, ref_logp=ref_logp, adv=adv):
                 logp, entropy = token_logprobs(policy, x.tokens, x.mask, cfg.temperature, entropy=True)
                 p_loss, ratio, clipped = policy_loss(logp, x.old_logp, x.adv, cfg.clip)  # (b, t-1)

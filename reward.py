@@ -42,7 +42,7 @@ from data import (PRINCIPLES, REASON, RULE, VERDICT, Count, Families, Natural, N
                   Positive, Range, Run, RunConfig, Share, Sum, Temperature, Tokenizer, TrainConfig, UserError,
                   after_thinking, bar, code_of, collate, column, cut_prompt, digest, encode, family_list, files, guard,
                   has_room, inputs_of, item_batches, judge_prompt, late_rows, mean, micro_batches, next_out,
-                  open_stream, parse, read_records, safe_metrics, toy_record, write_text)
+                  open_stream, parse, read_records, safe_metrics, send, toy_record, write_text)
 from model import (Optimizer, Reward, Rollout, choice_logprobs, full, generate, load_model, logps, respond,
                    response_scores, seed_step, setup, shift_score, steps, token_logprobs)
 
@@ -705,24 +705,24 @@ def pair_terms(scores, items, use_margin=False):
     win, lose, weight = ranked_pairs(sizes)
     place, true, prob, margin = [], [], [], []
     for i, item in enumerate(items):
-        place += [i] * math.comb(sizes[i], 2)
+        n = math.comb(sizes[i], 2)
+        place += [i] * n
         true += item.get("scores") or [0.0] * sizes[i]
-        prob.append(item.get("prob", 1.0))
-        margin.append(use_margin and item.get("margin") or 0.0)
+        prob += [item.get("prob", 1.0)] * n
+        margin += [use_margin and item.get("margin") or 0.0] * n
     true = torch.tensor(true, dtype=torch.float64)                                       # (N,)
-    harmful = torch.where(true > 0, 1.0, -1.0).to(scores)
-    x = SimpleNamespace(r_w=scores[win], r_l=scores[lose], s_w=harmful[win], s_l=harmful[lose])
-    x.prob = tensor_like(scores, prob)[place]
-    x.margin = tensor_like(scores, margin)[place]
-    x.gap = true[win] - true[lose]
-    x.weight = weight.to(scores)
-    x.place = torch.tensor(place, device=scores.device)
+    harmful = torch.where(true > 0, 1.0, -1.0)
+    x = SimpleNamespace(gap=true[win] - true[lose])  # on the CPU, where it is read
+    x.s_w, x.s_l = tensor_like(scores, harmful[win]), tensor_like(scores, harmful[lose])
+    x.prob, x.margin, x.weight = (tensor_like(scores, numbers) for numbers in (prob, margin, weight))
+    win, lose, x.place = (send(torch.tensor(list_, dtype=torch.long), scores.device) for list_ in (win, lose, place))
+    x.r_w, x.r_l = scores[win], scores[lose]
     return x
 
 
 def tensor_like(scores, numbers):
     """Numbers as a tensor of the scores' type, where they are."""
-    return torch.tensor(numbers, dtype=scores.dtype, device=scores.device)
+    return send(torch.as_tensor(numbers, dtype=scores.dtype), scores.device)
 
 
 def item_losses(scores, items, cfg):

@@ -162,6 +162,12 @@ def batches(rows, model, cfg):
             yield Batch(*collate(some, model.tok, model.device))
 
 
+def draw(stream, step, model, cfg):
+    """What a step trains on: its rows, and the Batches that they make."""
+    rows = stream.batch(step, cfg.batch)
+    return rows, list(batches(rows, model, cfg))
+
+
 def total_weight(rows):
     """Σ w over all tokens of the rows."""
     return sum(sum(weights) for _, weights in rows)
@@ -173,7 +179,7 @@ def evaluate(model, rows, cfg):
     model.eval()
     loss = 0.0
     for x in batches(rows, model, cfg):
-        loss += float(sft_loss(model, x))
+        loss += sft_loss(model, x).double()
     return loss / total_weight(rows)
 
 
@@ -190,24 +196,25 @@ def train(cfg):
     optimizer = Optimizer(model, cfg.lr, total, kind=cfg.optimizer, muon_lr=cfg.muon_lr, betas=(0.9, cfg.beta2),
                           weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
 
+    drawn = None
     for step in steps(run, total, dict(model=model), dict(model=optimizer), {}, cfg.save_every):
         # 1. Draw some rows.
-        rows = stream.batch(step, cfg.batch)
-        weight = total_weight(rows)
+        rows, xs = drawn or draw(stream, step, model, cfg)
+        weight, tokens = total_weight(rows), sum(len(ids) for ids, _ in rows)
 
         # 2. Add up the gradient of their loss, a micro-batch at a time.
         model.train()
         loss = 0.0
-        for x in batches(rows, model, cfg):
+        for x in xs:
             part = sft_loss(model, x) / weight
             part.backward()
             loss += part.detach()
 
-        # 3. Update the weights.
+        # 3. Update the weights. A GPU is still busy with the gradient; meanwhile the next rows are drawn.
+        drawn = draw(stream, step + 1, model, cfg)
         metrics = optimizer.step(step)
 
         # 4. Evaluate now and then, and report.
-        tokens = sum(len(ids) for ids, _ in rows)
         val_loss = None
         if run.evaluates(step):
             val_loss = evaluate(model, held, cfg)

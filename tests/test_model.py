@@ -16,6 +16,7 @@ import random
 import re
 import resource
 import struct
+import subprocess
 import sys
 import zlib
 from collections import defaultdict
@@ -1065,6 +1066,51 @@ def test_muon_orthogonalises_the_step_of_hidden_matrices_and_adamw_takes_the_res
         along = turned.diag()
         assert (turned - along.diag()).abs().max() < .05, f"{name}: the step is not along the gradient's directions"
         assert along.max() < 1.4 and along[s > .1 * s[0]].min() > .4, f"{name}: the step has another length"
+
+
+def slow_orthogonal(matrix):
+    """Newton-Schulz of one matrix, in float64."""
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * (x @ x.T @ x) + 2.0315 * (x @ x.T @ x @ x.T @ x)
+    return x
+
+
+@pytest.mark.parametrize("half, exact", [("fp32", 1e-4), ("bf16", .03)])
+def test_muon_of_all_matrices_of_a_shape_is_pytorchs_muon_and_a_slow_loop_of_each(half, exact, monkeypatch):
+    # rounded to bf16, singular values move by 1 in 100; a step of another matrix's gradient has nothing in common
+    monkeypatch.setattr(M, "precision", lambda device: half)
+    rng = torch.Generator().manual_seed(0)
+    fast = [torch.randn(shape, generator=rng) for shape in ((12, 32), (12, 32), (32, 12), (12, 12), (12, 32), (5, 4))]
+    slow, theirs = [p.double() for p in fast], [p.T.clone() for p in fast]  # PyTorch's are (out, in)
+    lr, decay, means = .1, .5, [0.0 for _ in fast]
+    ours = M.Muon([dict(params=fast, lr=lr, weight_decay=decay)])
+    torchs = torch.optim.Muon(theirs, lr=lr, weight_decay=decay)
+    for step in range(4):
+        for place, (p, q) in enumerate(zip(fast, theirs)):
+            if place == 5 and step < 2:
+                continue                                        # one that has no gradient yet
+            p.grad = torch.randn(p.shape, generator=rng) + .5   # with a part that stays: momentum matters
+            q.grad = p.grad.T.clone()
+            grad = p.grad.double()
+            means[place] = .95 * means[place] + .05 * grad
+            along = .95 * means[place] + .05 * grad
+            rate = lr * max(1, p.shape[1] / p.shape[0]) ** .5
+            slow[place] = slow[place] * (1 - lr * decay) - rate * slow_orthogonal(along)
+        ours.step()
+        torchs.step()
+        for p, q, want in zip(fast, theirs, slow):
+            assert p.grad is None
+            close(p, want, exact * lr)
+            close(p, q.T, .05 * lr)
+
+
+def test_an_optimizer_does_not_import_the_compiler():
+    # which takes a second, at the start of every run
+    code = ("import sys, torch, model\nm = model.GPT(model.GPTConfig(n_embd=8, n_head=1))\n"
+            "o = model.Optimizer(m, 1e-3, 10, 'muon')\nm(torch.ones(1, 4, dtype=torch.long)).sum().backward()\n"
+            "o.step(0)\nassert 'torch._dynamo' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import dpo
 import grpo
+import model
 import orpo
 import ppo
 import quark
@@ -272,3 +274,82 @@ def test_24_a_file_that_a_verifier_can_tell_nothing_of_is_refused_before_the_fir
     with pytest.raises(data.UserError, match=r'^(?=.*mine.jsonl)(?=.*exact)(?=.*"answer")[^\n]*$'):
         run(name, "a", data=path, **options)
     assert not (tmp_path / "a").exists()
+
+
+# ---------------------------------------------------------------- waiting for the device
+
+class Reads(TorchDispatchMode):
+    """How often a number was read from a tensor: for that a GPU has to be waited for."""
+    n = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.n += op is torch.ops.aten._local_scalar_dense.default
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["sft", "quark", "orpo", "dpo", "dpo, kto", "dpo, a value function"])
+def test_a_step_reads_nothing_but_the_norm_of_a_gradient_until_it_reports(name, run, monkeypatch):
+    """However many micro-batches there are. A gradient that is no number must not be used, so that is read."""
+    reads, until = Reads(), []
+    evaluates, log = data.Run.evaluates, data.Run.log
+
+    def reports(self, step):
+        until.append(reads.n)
+        return evaluates(self, step)
+
+    def logged(*args, **metrics):
+        log(*args, **metrics)
+        reads.n = 0
+    monkeypatch.setattr(data.Run, "evaluates", reports)
+    monkeypatch.setattr(data.Run, "log", logged)
+    with reads:
+        run(name, "a", save_every=100)
+    assert set(until[1:]) == {2 if "value function" in name else 1}, "of each optimizer"
+
+
+# ---------------------------------------------------------------- compiled
+
+@pytest.fixture
+def compiled_like_plain(run, monkeypatch):
+    """compiled_like_plain(name of RUNS): a run with --compile logs what one without does, but for rounding."""
+    torch._dynamo.reset()
+
+    def check(name, **more):
+        options = dict(steps=6, micro_tokens=512) | more  # steps of many shapes
+        for want, got in zip(run(name, "plain", **options), run(name, "compiled", compile=True, **options)):
+            runs.compare_rows(want["step"], got, want, tolerance=1e-4)
+    return check
+
+
+@pytest.mark.filterwarnings("ignore")                   # the compiler warns about its own doings
+@pytest.mark.parametrize("name, more, most", [
+    ("sft", dict(n_layer=5), 4), ("sft, LoRA", {}, 2), ("dpo, online", {}, 2), ("grpo, LoRA", {}, 2)], ids=str)
+def test_whatever_the_shapes_only_blocks_are_compiled_once(name, more, most, compiled_like_plain, monkeypatch):
+    """The last and the others, with a gradient and without; never the sampler. What was to be compiled runs here as it
+    is: no C++ is needed."""
+    graphs, compile_block = [], torch.nn.Module.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: compile_block(block, backend=backend, **how))
+    monkeypatch.setattr(model, "check_compiler", lambda device: None)
+    compiled_like_plain(name, **more)
+    assert 0 < len(graphs) <= most
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_in_earnest_it_learns_the_same(compiled_like_plain):
+    try:
+        model.check_compiler(torch.device("cpu"))
+    except data.UserError as error:
+        pytest.skip(str(error))
+    compiled_like_plain("orpo")                         # one without dropout, whose draws would be others
+
+
+def test_without_a_compiler_it_is_refused_in_one_line(run, monkeypatch):
+    def broken(function):
+        raise RuntimeError("backend='inductor' raised:\nInvalidCxxCompiler: none\n\nSet TORCHDYNAMO_VERBOSE=1 for more")
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(data.UserError, match="^--compile.*InvalidCxxCompiler: none[^\n]{0,3}$"):
+        run("sft", "a", compile=True)
