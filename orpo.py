@@ -57,7 +57,7 @@ class Config(TrainConfig):
     warmup: Natural = 10        # updates of linear warm-up, before the cosine
     clip_grad: NonNegative = 1.0  # global gradient norm; 0 never clips
     # evaluation
-    eval_every: Count = 50      # updates between evaluations on held-out records
+    eval_every: Count = 100     # updates between evaluations on held-out records
     max_new: Count = 80         # longest sample of an evaluation, tokens
 
     def __post_init__(self):

@@ -71,7 +71,7 @@ class Train(TrainConfig):
     warmup: Natural = 10        # updates of linear warm-up, before the cosine
     clip_grad: NonNegative = 1.0  # global gradient norm; 0 never clips
     # evaluation
-    eval_every: Count = 50      # updates between evaluations on held-out records
+    eval_every: Count = 100     # updates between evaluations on held-out records
 
     def __post_init__(self):
         super().__post_init__()
@@ -91,7 +91,7 @@ class Label(RunConfig):
     policy: str = "out/sft"     # checkpoint that answers; none: the responses are in the data
     data: str = "toy"           # prompts: toy, or a file
     families: Families = "write"  # of the toy world, comma-separated
-    n: Count = 6000             # prompts
+    n: Count = 5000             # prompts
     skip: Natural = 0           # prompts to pass over first, in whole batches: a later round sees others
     k: Natural = 2              # responses to each
     temperature: Temperature = 1.0  # of sampling
