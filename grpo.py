@@ -49,7 +49,7 @@ class Config(TrainConfig):  # of data.py: options of every trainer, as seed, dev
     data: str = "toy"           # prompts: toy, or a file
     families: Families = "arith"  # of the toy world, comma-separated
     # rollouts
-    steps: Count = 50           # rollout-and-update steps
+    steps: Count = 40           # rollout-and-update steps
     prompts: Count = 32         # prompts a step
     group: Annotated[int, Range(2)] = 8  # responses to each, compared with each other
     max_new: Count = 80         # longest response, tokens
