@@ -187,13 +187,13 @@ def sequence_kl(policy, ref, tokens, mask, chunk=None):
             ref_logp = full(ref.logits(ref_hidden)).log_softmax(-1)                      # (N, V)
         return ((ref_logp.exp() * (ref_logp - logp)).sum(-1),)                           # (N,)
 
-    where = mask.bool()
+    where = mask.nonzero(as_tuple=True)                                                  # (N,), (N,)
     chunk = chunk or head_chunk(policy)
     with torch.no_grad():
         ref_hidden = ref(tokens, where=where)                                            # (N, C)
     with policy.autocast():  # around all chunks, or the embedding would be cast anew for each
         hidden = policy(tokens, where=where)                                             # (N, C)
-        kl, = at_positions(head, where, hidden, ref_hidden, chunk=chunk)                 # (B, T-1)
+        kl, = at_positions(head, mask.shape, where, hidden, ref_hidden, chunk=chunk)     # (B, T-1)
     return kl.sum(1)
 
 

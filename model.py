@@ -190,7 +190,7 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, pos, see=None, cache=None, where=None):
-        """(B, T, C) -> (B, T, C), or with where, two indices (N,), what comes out at these places, (N, C)."""
+        """(B, T, C) -> (B, T, C), or with where, rows (N,) and places (N,), what comes out there, (N, C)."""
         x = x + self.drop(self.attn(self.ln_1(x), pos, see, cache))
         if where is not None:  # from here on every token is on its own
             x = x[where]
@@ -246,7 +246,7 @@ class GPT(nn.Module):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def forward(self, tokens, pos=None, see=None, cache=None, where=None):
-        """tokens (B, T) -> hidden states (B, T, C); with where, a boolean (B, T) or (B, T-1), only those there, (N, C).
+        """tokens (B, T) -> hidden states (B, T, C), or with where, rows (N,) and places (N,), only those there, (N, C).
 
         pos (B, T) or (T,): positions, 0..T-1 when absent. see (B, 1, T, T): what may look at what, causal when absent.
         cache: keys and values of earlier positions, which this call extends at `pos`. The last layer's MLP runs only
@@ -259,8 +259,6 @@ class GPT(nn.Module):
             pos = torch.arange(T, device=tokens.device)
         if cache is not None:
             see = cache.prepare(pos.expand(tokens.shape))
-        if where is not None:
-            where = where.nonzero(as_tuple=True)  # (N,), (N,): found once, since a GPU has to be waited for
         part = self.transformer
         with self.autocast():
             x = part.drop(part.wte(tokens) + part.wpe(pos))                              # (B, T, C)
@@ -426,12 +424,12 @@ def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, chunk=No
         p = (logits - logz[:, None]).exp()
         return logp, logz - (p * logits).sum(-1)  # -Σ p log p, as log p = logits - logz
 
-    where = mask.bool()
+    where = mask.nonzero(as_tuple=True)  # (N,), (N,): found once, since a GPU has to be waited for to know N
     target = tokens[:, 1:][where]                                                        # (N,)
     chunk = chunk or head_chunk(model)
     with model.autocast():
         hidden = model(tokens, pos, see, where=where)                                    # (N, C)
-        out = at_positions(head, where, hidden, target, chunk=chunk)
+        out = at_positions(head, mask.shape, where, hidden, target, chunk=chunk)
     return out if entropy else out[0]
 
 
@@ -444,8 +442,9 @@ def head_chunk(model):
     return max(64, logits // model.config.vocab_size)
 
 
-def at_positions(head, where, *inputs, chunk):
-    """head(*inputs) at chosen positions, 0 elsewhere: where (B, T-1), inputs (N, ...) each -> a tuple of (B, T-1).
+def at_positions(head, shape, where, *inputs, chunk):
+    """head(*inputs) at chosen positions, 0 elsewhere: shape is (B, T-1), where rows (N,) and places (N,), inputs are
+    (N, ...) each -> a tuple of (B, T-1).
 
     head gives a tuple of (N,). Beyond `chunk` positions it runs on one chunk after the other, and the backward pass
     recomputes them, so that what head makes on the way, such as logits (N, V), never exists whole.
@@ -454,14 +453,14 @@ def at_positions(head, where, *inputs, chunk):
     results = []  # of each chunk a tuple, as (logp, entropy)
     for some in zip(*(x.split(chunk) for x in inputs)):  # the inputs of one chunk
         results.append(recompute(head, *some, use_reentrant=False) if save_memory else head(*some))
-    return tuple(scattered(where, torch.cat(column)) for column in zip(*results))  # of all chunks logp, then entropy
+    columns = zip(*results)  # of all chunks logp, then entropy
+    return tuple(scattered(shape, where, torch.cat(column)) for column in columns)
 
 
-def scattered(where, values):
-    """The N values (N,) at the N places that are true in `where` (B, T-1), 0 elsewhere. That is no product with a mask:
+def scattered(shape, where, values):
+    """The N values (N,) at the places `where`, rows (N,) and places (N,), 0 elsewhere. That is no product with a mask:
     what is not a response token cannot leak, NaN included."""
-    zeros = torch.zeros(where.shape, device=where.device, dtype=values.dtype)
-    return zeros.masked_scatter(where, values)
+    return values.new_zeros(shape).index_put(where, values)
 
 
 def token_scores(model, tokens, mask):
@@ -469,9 +468,9 @@ def token_scores(model, tokens, mask):
 
     At index t it has seen tokens 0..t: for a value function, V of the state in which token t+1 was chosen.
     """
-    where = mask.bool()
+    where = mask.nonzero(as_tuple=True)                                                  # (N,), (N,)
     hidden = model(tokens, where=where)                                                  # (N, C)
-    return scattered(where, model.scores(hidden)[:, 0])
+    return scattered(mask.shape, where, model.scores(hidden)[:, 0])
 
 
 def response_scores(model, tokens, mask):
@@ -479,10 +478,10 @@ def response_scores(model, tokens, mask):
 
     Neither the amount of padding nor an end token inside the prompt moves the place.
     """
-    place = torch.arange(tokens.shape[1], device=mask.device)                            # (T,)
-    last = (mask.bool() * place[1:]).amax(1)  # (B,); mask[t] is about token t+1
-    hidden = model(tokens, where=place == last[:, None])                                 # (B, C)
-    return model.scores(hidden)
+    B, T = tokens.shape
+    place = mask.bool() * torch.arange(1, T, device=mask.device)  # (B, T-1): t+1, the token that mask[t] is about
+    where = torch.arange(B, device=mask.device), place.amax(1)                           # (B,), (B,)
+    return model.scores(model(tokens, where=where))
 
 
 # ------------------------------------------------------------------------------------------------ the sampler
@@ -498,7 +497,7 @@ class Rollout:
     prompt_len: list        # (B,) tokens in the prompt
     tok: Tokenizer          # whose ids they are
 
-    @property
+    @functools.cached_property
     def lengths(self):
         """Tokens of each row without padding."""
         said = self.mask.sum(1).long().tolist()
@@ -685,8 +684,7 @@ class Decoder:
         tokens = pad(prompts, pad_id, device, width=self.width + 1)[:, :self.width + 1]  # (P, width + 1)
         which, longest = torch.arange(len(prompts), device=device), max(map(len, prompts))
         cache = Cache(self.model, len(prompts), longest)
-        last = torch.arange(longest, device=device) == length[:, None] - 1               # (P, longest)
-        hidden = self.model(tokens[:, :longest], cache=cache, where=last)                # (P, C)
+        hidden = self.model(tokens[:, :longest], cache=cache, where=(which, length - 1))  # (P, C)
         which = which.repeat_interleave(n)                                               # (B,): whose copy
         self.cache.reserve(max(longest, self.cache.slots))
         self.cache.take(cache, which)

@@ -114,7 +114,7 @@ def step_scores(model, items, cfg):
     """Yield (scores (S,) of all steps, items) by micro-batch."""
     for part in item_batches(items, cfg.micro_tokens):
         tokens, mask = collate(column(part, "rows"), model.tok, model.device)
-        ends = F.pad(mask, (1, 0)).bool()                                                # (n, T)
+        ends = F.pad(mask, (1, 0)).nonzero(as_tuple=True)                                # (S,), (S,)
         yield full(model.scores(model(tokens, where=ends)))[:, 0], part
 
 

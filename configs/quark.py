@@ -67,11 +67,12 @@ def kl_and_entropy(model, ref, told, bare):
         entropy = -(logp.exp() * logp).sum(-1)                                           # (N,)
         return kl, entropy
 
-    said, bare_said = told.mask == 1, bare.mask == 1                                     # (B, T-1)
+    said, bare_said = ((x.mask == 1).nonzero(as_tuple=True) for x in (told, bare))       # (N,), (N,) each
     hidden = model(told.tokens, where=said)                                              # (N, C)
     with torch.no_grad():
         ref_hidden = ref(bare.tokens, where=bare_said)                                   # (N, C)
-    kl, entropy = at_positions(head, said, hidden, ref_hidden, chunk=head_chunk(model))  # (B, T-1)
+    shape, chunk = told.mask.shape, head_chunk(model)
+    kl, entropy = at_positions(head, shape, said, hidden, ref_hidden, chunk=chunk)       # (B, T-1)
     return kl.sum(), entropy.sum()
 
 
