@@ -434,8 +434,8 @@ def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, chunk=No
 
 
 def head_chunk(model):
-    """How many positions the head takes at a time: as many as make 2^24 logits, and on a GPU as many as take, with all
-    that is made of a logit (some 16 bytes), a twelfth of its memory."""
+    """How many positions the head takes at a time: 2^24 logits; on a GPU one logit for each 200 bytes of its memory. A
+    logit and what is made of it take some 16 bytes, so that is a twelfth."""
     logits = 2 ** 24
     if model.device.type == "cuda":
         logits = torch.cuda.get_device_properties(model.device).total_memory // 200
@@ -485,6 +485,13 @@ def response_scores(model, tokens, mask):
 
 
 # ------------------------------------------------------------------------------------------------ the sampler
+
+
+# On a GPU a step of the sampler is a few hundred kernels, each done sooner than the next is launched. A recording (a
+# CUDA graph) launches them all at once, 3 to 11 times faster. What it reads and writes has to stay in its place, and
+# each number of rows and of slots takes a recording of its own: so there are few of both, and they are kept.
+RECORDS = {"cpu": False, "cuda": True}
+LOOK = {"cpu": 1, "cuda": 8}  # how many steps until the next look at which rows are finished: a look makes a GPU wait
 
 
 @dataclass
@@ -598,11 +605,6 @@ def generate(model, prompts, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0, 
     return Rollout(tokens[:, :width], mask, logp, finished, start.tolist(), model.tok)
 
 
-# On a GPU a step of the sampler is a few hundred kernels, each done sooner than the next is launched. A recording (a
-# CUDA graph) launches them all at once, 3 to 11 times faster. What it reads and writes has to stay in its place, and
-# each number of rows and of slots takes a recording of its own: so there are few of both, and they are kept.
-RECORDS = {"cpu": False, "cuda": True}
-LOOK = {"cpu": 1, "cuda": 8}  # how many steps until the next look at which rows are finished: a look makes a GPU wait
 DECODERS = weakref.WeakKeyDictionary()  # {model: its decoders by their sizes}, where steps are recorded
 
 
@@ -652,10 +654,11 @@ def refresh(twin, model):
 
 
 class Decoder:
-    """Draws token after token for B rows, each behind its own prompt. Finished rows leave the batch, which changes no
-    result.
+    """Draws token after token for B rows, each after its own prompt. Finished rows leave the batch, which changes no
+    result: each row has its own random numbers.
 
-    Everything a step reads and writes stays in its place from call to call, and a step asks the host for nothing.
+    Everything that a step reads and writes stays in its place from call to call, and a step asks the host for nothing,
+    as a recording needs it (see RECORDS). The loop is `run`, one turn of it `step`, one draw `sample`.
     """
 
     def __init__(self, model, rows, width, max_new, how):
@@ -670,12 +673,13 @@ class Decoder:
         self.logp = torch.zeros(rows, width + 1, device=device, dtype=dtype)
         self.length = torch.zeros(rows, device=device, dtype=torch.long)  # of its prompt
         self.end = torch.zeros(rows, device=device, dtype=torch.long)     # the place behind its last token
-        # Of the rows that are in the batch, the first n of these:
+        # Of the rows still in the batch. Only the first n entries of each are in use.
         self.rows = torch.zeros(rows, device=device, dtype=torch.long)    # which they are
         self.pos = torch.zeros(rows, device=device, dtype=torch.long)     # where the next token goes
         self.token = torch.zeros(rows, device=device, dtype=torch.long)   # the last one
         self.live = torch.zeros(rows, device=device, dtype=torch.bool)    # whether it is not finished
-        self.new = torch.zeros(1, device=device, dtype=torch.long)        # how many were drawn before
+        self.new = torch.zeros(1, device=device, dtype=torch.long)        # how many were drawn before; no Python
+        # number, since a recording would keep it as it was
 
     def begin(self, prompts, n):
         """One pass over the P prompts, then n copies of each: B = P n rows."""
@@ -713,7 +717,7 @@ class Decoder:
                 break
 
     def reserve(self, slots):
-        """Let attention read so many slots, or a few more."""
+        """Let attention read so many slots, rounded up, so that few sizes need a recording."""
         multiple = round_up(self.width // 4, 64) if RECORDS[self.model.device.type] else 32
         self.cache.reserve(min(round_up(slots, multiple), self.width))
 
@@ -752,7 +756,7 @@ class Decoder:
         if RECORDS[self.model.device.type]:  # few sizes: halves, down to an eighth
             while n >= 2 * left and n % 2 == 0 and n > len(self.live) // 8:
                 n //= 2
-        elif left <= 0.75 * n:  # it copies the cache
+        elif left <= 0.75 * n:  # only when a quarter is gone: it copies the cache
             n = left
         if 0 < n < self.n:
             rows = torch.argsort(live.int(), descending=True, stable=True)[:n]
@@ -1237,8 +1241,8 @@ class AdamW(Rule):
 
 
 class Muon(Rule):
-    """Muon (Jordan et al. 2024) of matrices (in, out): lr · max(1, √(out / in)) along the Nesterov momentum, whose
-    singular values are all brought to about 1. It computes what torch.optim.Muon does, all matrices of a shape at once.
+    """Muon (Jordan et al. 2024) of matrices (in, out): a step is -lr · max(1, √(out / in)) · orthogonal(momentum), with
+    Nesterov's momentum. It computes what torch.optim.Muon does, all matrices of a shape at once.
     """
     keys = "momentum_buffer",
 
@@ -1249,6 +1253,7 @@ class Muon(Rule):
         for (n_in, n_out), alike in shapes.items():
             gradients, means = [param.grad for param in alike], self.states(alike, "momentum_buffer")
             torch._foreach_lerp_(means, gradients, 1 - momentum)
+            # Nesterov: (1 - momentum) · gradient + momentum · mean
             along = torch.stack(torch._foreach_lerp(gradients, means, momentum))         # (k, in, out)
             torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
             rate = group["lr"] * math.sqrt(max(1, n_out / n_in))
@@ -1266,11 +1271,11 @@ def orthogonal(matrices):
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT  # X X' is of the smaller side
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above 1
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # Frobenius norm 1: no singular value is above 1
     for _ in range(5):
         gram = x @ x.mT
-        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, factor, x, beta=3.4445)
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)  # b X X' + c (X X')²
+        x = torch.baddbmm(x, factor, x, beta=3.4445)                          # a X + factor X
     if tall:
         x = x.mT
     return x.to(matrices.dtype)
@@ -1305,7 +1310,7 @@ class Optimizer:
         groups = [dict(params=decay, weight_decay=weight_decay, lr=lr, betas=betas),
                   dict(params=plain, weight_decay=0.0, lr=model.vector_lr or lr, betas=betas)]
         self.optims = [AdamW(groups)]
-        if muon:  # which multiplies the decay by its own rate: a step is to take off the share that AdamW's does
+        if muon:  # a step is to shrink weights by lr · weight_decay; Muon multiplies by muon_lr, so we divide by that
             self.optims.append(Muon([dict(params=muon, weight_decay=weight_decay * lr / muon_lr, lr=muon_lr)]))
         self.fused, self.updated = model.fused_bwd, set()
         if self.fused:
@@ -1334,8 +1339,8 @@ class Optimizer:
     def step(self, step):
         """Clip, update, clear the gradients -> grad_norm, before clipping (None if fused), and lr.
 
-        The norm is the one number that is waited for before the report: a gradient that is no number must change
-        nothing. A GPU has all of the backward pass to do when the host comes to wait.
+        Python waits here for the norm, because a gradient that is no number must change nothing. This costs little:
+        a GPU is still busy with the backward pass. Fused, nothing is checked: the update has already happened.
         """
         norm = None
         if self.fused:

@@ -975,9 +975,9 @@ class Exam:
         return [group[0] for group in groups], roll
 
     def wins(self, scores, name):
-        """Which scores are better than those of the first model under this name, 1, ½ or 0."""
-        theirs = self.baseline.setdefault(name, scores)
-        return [preference(a, b) for a, b in zip(scores, theirs)]  # scores know no order of presentation
+        """For each score 1, ½ or 0: better than that of the first model under this name, equal, or worse."""
+        theirs = self.baseline.setdefault(name, scores)  # the first model is asked first: its scores stay there
+        return [preference(a, b) for a, b in zip(scores, theirs)]
 
     def kl(self, model, roll):
         """Σ log π - log π_first of each response, without what it was made to begin with."""
@@ -1003,8 +1003,8 @@ class Exam:
                 seen["proxy"] += each(said[family], "proxy")
             if self.cfg.temperature:
                 seen["kl"] += self.kl(model, roll)
-                likeliest, _ = self.answer(model, distinct(records), greedy)
-                scores = each(likeliest, "score")
+                greedy_said, _ = self.answer(model, distinct(records), greedy)
+                scores = each(greedy_said, "score")
                 seen["greedy"] += scores
                 seen["greedy_win"] += self.wins(scores, f"{family}, greedy")
         for name, values in seen.items():
@@ -1049,10 +1049,11 @@ def scaling(group, proxy):
 def compare(cfg, folders):
     """Let every checkpoint answer the same prompts, judge the answers, print one table, and return its rows.
 
-    The column nll is the mean -log π per token of fresh pretraining documents; greedy, the score of the likeliest
-    answer to each distinct prompt of --on, and how often it wins: what is left of a gain without the sampling. The
-    interval is that of other samples to these prompts, of which a few may come again and again, not of other prompts.
-    Greedy answers have no KL, and one to the same prompt is the same: with --temperature 0 each prompt comes once.
+    The column nll is the mean -log π per token of fresh pretraining documents; greedy, the score of the answer made of
+    the likeliest token each time, to each distinct prompt of --on, and how often it wins: what is left of a gain
+    without the sampling. The interval says how the win rate would vary with other samples to the same prompts, not
+    with other prompts; some prompts occur many times. With --temperature 0 there is no KL, and each distinct prompt is
+    asked once, since its answer is always the same.
     """
     # 1. The same questions for all.
     like = setup(cfg, Tokenizer.load(cfg.tokenizer))
@@ -1068,38 +1069,37 @@ def compare(cfg, folders):
     for folder in bar(folders, "compare", delay=0):
         weights = weights_digest(folder)
         row = earlier.get(weights)
-        if row is None or len(row["answers"]) < cfg.show <= len(exam.tasks[exam.on[0]]):
+        if row is None or len(row["answers"]) < min(cfg.show, len(exam.tasks[exam.on[0]])):
             model = load_model(folder, like, n_scores=0)
             row = exam.take(model)
             if texts:
                 row["nll"] = pretraining_nll(model, texts, cfg.micro_tokens)
             if cfg.samples > 1:
                 row |= exam.at_k(model)
-        table.append(row | dict(checkpoint=folder, weights=weights))
+        earlier[weights] = row | dict(checkpoint=folder, weights=weights)
+        table.append(earlier[weights])
 
     # 3. Show the table, and some of the answers.
     show_table(table, exam, cfg)
     show_answers(table, exam, cfg)
     if cfg.save:
-        content = dict(asked=asked, baseline=exam.baseline, rows=table)
+        content = dict(asked=asked, baseline=exam.baseline, rows=list(earlier.values()))
         write_text(cfg.save, json.dumps(content, indent=1))
     return table
 
 
 def weights_digest(folder):
-    """A digest of the weights in a folder; of a missing folder, None."""
-    for name in ("checkpoint.safetensors", "model.safetensors", "pytorch_model.bin"):
-        path = os.path.join(folder, name)
-        if os.path.exists(path):
-            return digest(path)
+    """A digest of the weights in a folder, in however many files."""
+    paths = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")]
+    return " ".join(digest(path) for path in sorted(paths))
 
 
 def asked_of_all(cfg, first):
     """All that a row of the table depends on, but for its checkpoint: with the same questions it is the same row."""
     asked = asdict(cfg)
-    for free in ("save", "show", "device", "threads"):
-        del asked[free]
-    inputs = inputs_of(replace(cfg, save=""))  # of judges and files
+    for other in ("save", "show", "device", "threads"):  # these change the last bits of a row at most
+        del asked[other]
+    inputs = inputs_of(replace(cfg, save=""))  # digests of the judges' weights and of the files
     return asked | dict(first=weights_digest(first), code=code_of(cfg), inputs=inputs)
 
 
@@ -1112,7 +1112,7 @@ def earlier_rows(path, asked, exam):
             return {}
         exam.baseline = content["baseline"]
         return {row["weights"]: row for row in content["rows"]}
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, or another kind of file, which is replaced
+    except (OSError, ValueError, KeyError, TypeError):  # no --save, no such file yet, or no table, which is replaced
         return {}
 
 

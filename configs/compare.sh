@@ -2,11 +2,11 @@
 # Every algorithm from the same start: one SFT model, one set of preferences, one reward model learned from them.
 #
 # PPO learns from the reward model, DPO and KTO from the pairs with a reference, ORPO and SimPO without one. GRPO learns
-# sums from a verifier and needs no value function. configs/variants.sh adds more rows to the same table.
+# sums from a verifier and needs no value function. configs/variants.sh makes a second table, of their relatives.
 #
-# Effect to look for: the last table, to which each policy adds its row as soon as it is ready. It shows the true (gold)
-# reward on held-out prompts of each family, the win rate over SFT, KL and length. A finished stage is skipped and an
-# interrupted one continues, so running it again costs nothing.
+# Effect to look for: the table, printed again as soon as a policy is ready; the last one is complete. It shows the true
+# (gold) reward on held-out prompts of each family, the win rate over SFT, KL and length. A finished stage is skipped and
+# an interrupted one continues, so running it again costs nothing.
 #
 #   bash configs/compare.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/compare.sh    in another folder than out/
@@ -14,17 +14,17 @@
 set -euo pipefail
 OUT=${OUT:-out}
 PAIRS=$OUT/pairs/pairs.jsonl
-READY=$OUT/sft  # what the table has rows of
+READY=("$OUT/sft")  # the policies in the table, in order
 STAGE=0
 
-stage() {  # what it is, and the command: says how far we are
+stage() {  # NAME SCRIPT OPTIONS...: says how far we are, then runs it
   STAGE=$((STAGE + 1))
   echo "== stage $STAGE of 10: $1"
   python "${@:2}"
 }
-row() {  # adds a policy to the table
-  READY="$READY $1"
-  python reward.py compare $READY --proxy $OUT/reward --save $OUT/compare.json "${@:2}"
+row() {  # POLICY OPTIONS...: adds a policy to the table
+  READY+=("$1")
+  python reward.py compare "${READY[@]}" --proxy $OUT/reward --save $OUT/compare.json "${@:2}"
 }
 
 stage "pretraining" sft.py --loss_on all --init new --out $OUT/base "$@"

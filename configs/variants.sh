@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# More rows for the table of compare.sh, from its SFT model, its pairs and its reward model.
+# Relatives of what compare.sh trains, from its SFT model, its pairs and its reward model.
 #
 # IPO's loss on the pairs; on sums PPO with the verifier and a value function, and GRPO's relatives without one, Dr. GRPO
 # and RLOO. GRPO stands beside them, as long as they are.

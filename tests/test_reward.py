@@ -998,7 +998,7 @@ def test_accuracy_and_compare_show_how_far_they_are(tiny, tmp_path, monkeypatch,
     reward.accuracy(reward.Accuracy(data=str(path), device="cpu"), ["words", "runs:vowels"])
     assert passed[str(path)] == 2 * 3, "a hundred records at a time, for every reward"
     passed.clear()
-    compare([tiny, tiny], tmp_path, families="write,arith", on="write", samples=2)
+    compare([tiny, save(tmp_path / "7", random_policy(7))], tmp_path, families="write,arith", on="write", samples=2)
     assert sorted(passed.values()) == [2, 2, 4], "checkpoints, parts of their samples, and their families"
 
 
@@ -1019,7 +1019,9 @@ def test_a_table_grows_row_by_row_as_if_made_at_once(tmp_path, monkeypatch):
         patch.setattr(reward.Exam, "take", never)
         assert compare(folders, tmp_path, **ask) == at_once
         assert compare(folders, tmp_path, **ask | dict(show=8)) == at_once
-        for other in (dict(seed=1), dict(n=11), dict(judge="2*runs:vowels"), dict(show=9)):
+        for n in (1, 3):    # what a call does not name is not forgotten
+            assert compare(folders[:n], tmp_path, **ask)[:n] == at_once[:n]
+        for other in (dict(seed=1), dict(n=11), dict(judge="2*runs:vowels"), dict(show=9), dict(show=20)):
             with pytest.raises(AssertionError):
                 compare(folders, tmp_path, **ask | other)
         for changed in (folders[0], folders[1], judge):
