@@ -490,7 +490,7 @@ def response_scores(model, tokens, mask):
 # On a GPU a step of the sampler is a few hundred kernels, each done sooner than the next is launched. A recording (a
 # CUDA graph) launches them all at once, 3 to 11 times faster. What it reads and writes has to stay in its place, and
 # each number of rows and of slots takes a recording of its own: so there are few of both, and they are kept.
-RECORDS = {"cpu": False, "cuda": True}
+CAPTURES = {"cpu": False, "cuda": True}
 LOOK = {"cpu": 1, "cuda": 8}  # how many steps until the next look at which rows are finished: a look makes a GPU wait
 
 
@@ -581,11 +581,11 @@ def generate(model, prompts, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0, 
     longest, block_size = max(map(len, given)), model.config.block_size
     if longest >= block_size:
         raise UserError(f"a prompt of {longest} tokens leaves no room in the context of {block_size}")
-    multiple = 64 if RECORDS[model.device.type] else 16  # few widths: each needs recordings of its own
+    multiple = 64 if CAPTURES[model.device.type] else 16  # few widths: each needs recordings of its own
     width = min(round_up(longest + max_new, multiple), block_size)
     decoder = find_decoder(model, len(prompts) * n, width, max_new, (temperature, top_k, top_p))
     with model.autocast():
-        decoder.begin(given, n)
+        decoder.read(given, n)
         decoder.run(longest, max_new, stream)
 
     # A row is: prompt, begin, drawn, padding. The response is begin and drawn.
@@ -610,7 +610,7 @@ DECODERS = weakref.WeakKeyDictionary()  # {model: its decoders by their sizes}, 
 
 def find_decoder(model, *sizes):
     """A decoder for this model as it is now, one that was used before if steps are recorded."""
-    if not RECORDS[model.device.type]:
+    if not CAPTURES[model.device.type]:
         return Decoder(model, *sizes)
     kept = DECODERS.setdefault(model, {})
     if sizes in kept:
@@ -658,14 +658,14 @@ class Decoder:
     result: each row has its own random numbers.
 
     Everything that a step reads and writes stays in its place from call to call, and a step asks the host for nothing,
-    as a recording needs it (see RECORDS). The loop is `run`, one turn of it `step`, one draw `sample`.
+    as a recording needs it (see CAPTURES). The loop is `run`, one turn of it `step`, one draw `sample`.
     """
 
     def __init__(self, model, rows, width, max_new, how):
         """width: places of a row. how: temperature, top_k, top_p."""
         self.model, self.how, self.width, device = for_sampling(model), how, width, model.device
         dtype = full(model.transformer.wte.weight).dtype
-        self.cache, self.recordings = Cache(self.model, rows, width if RECORDS[device.type] else 0), {}
+        self.cache, self.recordings = Cache(self.model, rows, width if CAPTURES[device.type] else 0), {}
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.uniform = torch.empty(max_new, rows, device=device, dtype=dtype)
         # Of every row. The last column is for what a row draws that is finished and full.
@@ -681,7 +681,7 @@ class Decoder:
         self.new = torch.zeros(1, device=device, dtype=torch.long)        # how many were drawn before; no Python
         # number, since a recording would keep it as it was
 
-    def begin(self, prompts, n):
+    def read(self, prompts, n):
         """One pass over the P prompts, then n copies of each: B = P n rows."""
         device, pad_id = self.model.device, self.model.tok.pad
         length = torch.tensor([len(prompt) for prompt in prompts], device=device)        # (P,)
@@ -690,7 +690,7 @@ class Decoder:
         cache = Cache(self.model, len(prompts), longest)
         hidden = self.model(tokens[:, :longest], cache=cache, where=(which, length - 1))  # (P, C)
         which = which.repeat_interleave(n)                                               # (B,): whose copy
-        self.cache.reserve(max(longest, self.cache.slots))
+        self.cache.reserve(longest)
         self.cache.take(cache, which)
         self.hidden = hidden[which]
         self.uniform.uniform_()  # all at once: what a row draws does not depend on which others have left the batch
@@ -718,7 +718,7 @@ class Decoder:
 
     def reserve(self, slots):
         """Let attention read so many slots, rounded up, so that few sizes need a recording."""
-        multiple = round_up(self.width // 4, 64) if RECORDS[self.model.device.type] else 32
+        multiple = round_up(self.width // 4, 64) if CAPTURES[self.model.device.type] else 32
         self.cache.reserve(min(round_up(slots, multiple), self.width))
 
     def step(self):
@@ -746,14 +746,14 @@ class Decoder:
             self.recordings[size]()
             return
         self.step()
-        if RECORDS[self.model.device.type]:
-            self.recordings[size] = record(self.step, self.pool)
+        if CAPTURES[self.model.device.type]:
+            self.recordings[size] = capture(self.step, self.pool)
 
     def drop_finished(self):
         """Let finished rows leave the batch if there are enough of them; returns how many are not finished."""
         live = self.live[:self.n]
         left, n = int(live.sum()), self.n
-        if RECORDS[self.model.device.type]:  # few sizes: halves, down to an eighth
+        if CAPTURES[self.model.device.type]:  # few sizes: halves, down to an eighth
             while n >= 2 * left and n % 2 == 0 and n > len(self.live) // 8:
                 n //= 2
         elif left <= 0.75 * n:  # only when a quarter is gone: it copies the cache
@@ -767,7 +767,7 @@ class Decoder:
         return left
 
 
-def record(step, pool):
+def capture(step, pool):
     """Record on a GPU what step() does, without doing it -> a function that does it. It has to have been run before, so
     that all it needs is loaded. pool: where recordings keep what they make on the way; nothing of it outlives a step,
     so they share it."""
@@ -801,8 +801,9 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     p = logits.softmax(-1)                                                               # (B, V)
     cdf = p.cumsum(-1)
     total = cdf[:, -1:]                                                                  # (B, 1)
-    below = total.nextafter(torch.zeros_like(total))  # at the total itself the draw would fall off the end,
-    point = torch.minimum(uniform[:, None] * total, below)  # and rounding could lift the product to it
+    # The product may round up to the total, and behind that there is no token: stay just below.
+    below = total.nextafter(torch.zeros_like(total))
+    point = torch.minimum(uniform[:, None] * total, below)
     token = torch.searchsorted(cdf, point, right=True)  # the first whose cdf exceeds it: its probability is not 0
     token = token.clamp(max=logits.shape[1] - 1)  # of a NaN it would be past the end
     return token[:, 0], p.gather(1, token)[:, 0].log()

@@ -481,9 +481,9 @@ ENDLESS = SimpleNamespace(pad=PAD, end=-1)  # no token ends a response
 def as_on_a_gpu(monkeypatch):
     """Let the sampler go the way of a GPU: few sizes, steps recorded once and replayed, looked at seldom. Here a
     recording is the step itself."""
-    monkeypatch.setitem(M.RECORDS, "cpu", True)
+    monkeypatch.setitem(M.CAPTURES, "cpu", True)
     monkeypatch.setitem(M.LOOK, "cpu", 3)
-    monkeypatch.setattr(M, "record", lambda step, pool: step)
+    monkeypatch.setattr(M, "capture", lambda step, pool: step)
 
 
 @pytest.fixture(params=["dropping finished rows", "keeping them", "as on a GPU"])
@@ -609,7 +609,7 @@ def test_recorded_on_a_gpu_the_sampler_draws_what_it_draws_step_by_step(monkeypa
     model = gpt(std=.2, dtype=torch.float32, block_size=128).cuda()
     recorded = [rollout(model, RAGGED, 64, n=8) for _ in range(2)]          # the second replays only
     with monkeypatch.context() as patch:
-        patch.setitem(M.RECORDS, "cuda", False)
+        patch.setitem(M.CAPTURES, "cuda", False)
         plain = rollout(model, RAGGED, 64, n=8)
     for roll in recorded:
         assert torch.equal(roll.tokens, plain.tokens)
