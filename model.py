@@ -596,6 +596,7 @@ def generate(model, prompts, max_new, n=1, temperature=1.0, top_k=0, top_p=1.0, 
     tokens = decoder.tokens[:, :width].masked_fill(place >= end[:, None], model.tok.pad)
     logp = decoder.logp[:, :width].masked_fill(~drawn, 0)
     if logp.isnan().any():
+        DECODERS.pop(model, None)  # its cache may hold what is no number
         raise UserError(f"cannot sample: the logits are no numbers; {largest_weight(model)}. In training a lower --lr "
                         "helps")
     finished = (drawn & (tokens == model.tok.end)).any(1)
@@ -612,14 +613,15 @@ def find_decoder(model, *sizes):
     """A decoder for this model as it is now, one that was used before if steps are recorded."""
     if not CAPTURES[model.device.type]:
         return Decoder(model, *sizes)
-    kept = DECODERS.setdefault(model, {})
-    if sizes in kept:
-        refresh(kept[sizes].model, model)
-    else:
-        if len(kept) == 2:  # a trainer has two: for its rollouts, and for the held-out prompts
-            del kept[next(iter(kept))]
-        kept[sizes] = Decoder(model, *sizes)
-    return kept[sizes]
+    kept, key, stream = DECODERS.setdefault(model, {}), (*sizes, model.precision), None
+    if key in kept:
+        kept[key] = kept.pop(key)  # the last is the one used last
+        refresh(kept[key].model, model)
+        return kept[key]
+    if len(kept) == 2:  # a trainer has two: for its rollouts, and for the held-out prompts
+        stream = kept.pop(next(iter(kept))).stream
+    kept[key] = Decoder(model, *sizes, stream)
+    return kept[key]
 
 
 def for_sampling(model):
@@ -661,12 +663,14 @@ class Decoder:
     as a recording needs it (see CAPTURES). The loop is `run`, one turn of it `step`, one draw `sample`.
     """
 
-    def __init__(self, model, rows, width, max_new, how):
-        """width: places of a row. how: temperature, top_k, top_p."""
+    def __init__(self, model, rows, width, max_new, how, stream=None):
+        """width: places of a row. how: temperature, top_k, top_p. stream: that of a decoder which this one replaces."""
         self.model, self.how, self.width, device = for_sampling(model), how, width, model.device
         dtype = full(model.transformer.wte.weight).dtype
+        self.stream, self.pool = None, None
         self.cache, self.recordings = Cache(self.model, rows, width if CAPTURES[device.type] else 0), {}
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        if device.type == "cuda":
+            self.stream, self.pool = stream or torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         self.uniform = torch.empty(max_new, rows, device=device, dtype=dtype)
         # Of every row. The last column is for what a row draws that is finished and full.
         self.tokens = torch.zeros(rows, width + 1, device=device, dtype=torch.long)
@@ -744,10 +748,10 @@ class Decoder:
         size = self.n, self.cache.slots
         if size in self.recordings:
             self.recordings[size]()
-            return
-        self.step()
-        if CAPTURES[self.model.device.type]:
-            self.recordings[size] = capture(self.step, self.pool)
+        elif CAPTURES[self.model.device.type]:
+            self.recordings[size] = capture(self.step, self.stream, self.pool)
+        else:
+            self.step()
 
     def drop_finished(self):
         """Let finished rows leave the batch if there are enough of them; returns how many are not finished."""
@@ -767,12 +771,20 @@ class Decoder:
         return left
 
 
-def capture(step, pool):
-    """Record on a GPU what step() does, without doing it -> a function that does it. It has to have been run before, so
-    that all it needs is loaded. pool: where recordings keep what they make on the way; nothing of it outlives a step,
-    so they share it."""
+def capture(step, stream, pool):
+    """Run step() on a GPU, and record it -> a function that does it again.
+
+    The first run loads all that a recording needs, on its stream. Each decoder has a stream of its own: PyTorch frees
+    the workspace of a stream's matmuls with any recording that was made there. pool: where recordings keep what they
+    make on the way; nothing of it outlives a step, so they share it.
+    """
+    now = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(now)
+    with torch.cuda.stream(stream):
+        step()
+    now.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         step()
     return graph.replay
 
@@ -1125,6 +1137,8 @@ class Setup(NamedTuple):
 def setup(cfg, tok):
     """The Setup that the options ask for; says on what the figures are computed."""
     device = find_device(cfg.device)
+    if device.index:
+        torch.cuda.set_device(device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if device.type == "cpu":
@@ -1279,7 +1293,7 @@ def orthogonal(matrices):
         x = torch.baddbmm(x, factor, x, beta=3.4445)                          # a X + factor X
     if tall:
         x = x.mT
-    return x.to(matrices.dtype)
+    return x.to(matrices.dtype).contiguous()
 
 
 class Optimizer:

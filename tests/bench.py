@@ -32,7 +32,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import Namespace
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -322,14 +321,25 @@ def run_command(command, args, seconds):
         return dict(command=command, seconds=round(time.perf_counter() - start, 1))
 
 
+OPTIONS = ("size", "batch", "prompt", "new", "length", "group", "epochs", "minibatches", "micro_tokens", "dtype", "device",
+           "threads", "repeats")
+
+
 def measure(target, args, seconds):
-    """The line of a target; only a command is ended after so many seconds."""
+    """The line of a target. It is a process of its own: what breaks a card in one would break it for all others."""
     if seconds < 0:
         raise TimeoutError(f"--minutes {args.minutes:g} are over")
     if target.item not in ITEMS:
         return run_command(f"{target.item} --device {args.device}", args, seconds)
-    sizes = target.options | (SMALLEST if args.smallest else {})
-    return bench(Namespace(**vars(args) | dict(item=target.item) | sizes))
+    options, words = vars(args) | target.options | (SMALLEST if args.smallest else {}), []
+    for name in OPTIONS:
+        words += [f"--{name}", str(options[name])]
+    done = subprocess.run([sys.executable, __file__, target.item, *words], capture_output=True, text=True,
+                          timeout=seconds)
+    print(done.stderr, file=sys.stderr, flush=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def on_a_card(args):

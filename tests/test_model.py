@@ -483,7 +483,11 @@ def as_on_a_gpu(monkeypatch):
     recording is the step itself."""
     monkeypatch.setitem(M.CAPTURES, "cpu", True)
     monkeypatch.setitem(M.LOOK, "cpu", 3)
-    monkeypatch.setattr(M, "capture", lambda step, pool: step)
+
+    def run(step, stream, pool):
+        step()
+        return step
+    monkeypatch.setattr(M, "capture", run)
 
 
 @pytest.fixture(params=["dropping finished rows", "keeping them", "as on a GPU"])
@@ -606,6 +610,8 @@ def test_a_kept_decoder_draws_from_the_present_weights_and_forgets_the_last_roll
 def test_recorded_on_a_gpu_the_sampler_draws_what_it_draws_step_by_step(monkeypatch):
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")           # another test may have called setup()
     model = gpt(std=.2, dtype=torch.float32, block_size=128).cuda()
     recorded = [rollout(model, RAGGED, 64, n=8) for _ in range(2)]          # the second replays only
     with monkeypatch.context() as patch:
@@ -614,6 +620,7 @@ def test_recorded_on_a_gpu_the_sampler_draws_what_it_draws_step_by_step(monkeypa
     for roll in recorded:
         assert torch.equal(roll.tokens, plain.tokens)
         close(roll.logp, plain.logp, 1e-4)
+    torch.set_float32_matmul_precision(before)
     model.precision = "bf16"                                # rounding may change a token, but not what is stored of it
     roll = rollout(model, RAGGED, 64, n=8)
     gap = (roll.logp - token_logprobs(model, roll.tokens, roll.mask)).abs()
