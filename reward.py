@@ -26,7 +26,6 @@ is an imperfect proxy by construction, and both can be watched.
 import itertools
 import json
 import math
-import os
 import random
 import sys
 from collections import Counter, defaultdict

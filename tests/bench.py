@@ -42,7 +42,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import GPT2_SPECIALS, Tokenizer  # noqa: E402
-from model import GPTConfig, find_device, generate, machine, new_model, precision, setup, write_model  # noqa: E402
+from model import GPTConfig, find_device, generate, machine, new_model, setup, write_model  # noqa: E402
 import dpo  # noqa: E402
 import grpo  # noqa: E402
 import orpo  # noqa: E402
