@@ -1393,7 +1393,7 @@ class Optimizer:
         for optim in self.optims:
             optim.state.clear()
 
-    def slots(self):
+    def entries(self):
         """(name in a checkpoint, state of the parameter, key in it, shape) of each tensor that a step leaves."""
         for nth, optim in enumerate(self.optims):
             params = sum((group["params"] for group in optim.groups), [])
@@ -1404,14 +1404,15 @@ class Optimizer:
 
     def tensors(self):
         """Its state as a flat dict of tensors, for the checkpoint; empty before the first step."""
-        return {name: state[key] for name, state, key, _ in self.slots() if key in state}
+        return {name: state[key] for name, state, key, _ in self.entries() if key in state}
 
-    def load_tensors(self, flat, path=""):
-        """The inverse; anything incomplete is a UserError. flat is empty before the first step and after the last."""
+    def load(self, flat, path=""):
+        """The inverse; anything incomplete is a UserError."""
         self.forget()
-        shapes = {name: shape for name, _, _, shape in self.slots()}
-        compare_shapes(flat, shapes if flat else {}, path)
-        for name, state, key, _ in self.slots() if flat else ():
+        if not flat:  # before the first step, and after the last
+            return
+        compare_shapes(flat, {name: shape for name, _, _, shape in self.entries()}, path)
+        for name, state, key, _ in self.entries():
             state[key] = flat[name].to(self.params[0].device)
 
 
@@ -1478,7 +1479,7 @@ def restore(run, modules, optimizers, state, here):
         check_weights(own, module, path)
         module.load_state_dict(own)
     for name, optimizer in optimizers.items():
-        optimizer.load_tensors(below(tensors, f"optimizer of {name}"), path)
+        optimizer.load(below(tensors, f"optimizer of {name}"), path)
     state.update(meta["state"])
     began = meta.get("machine")
     if began and began != here:
