@@ -1318,12 +1318,14 @@ def read_transcript(text):
 # Each of these makes one kind of record of what was read.
 
 def to_text(row, prompt, answers):
+    """A document; an empty one is dropped."""
     if not row.take("text", str).strip():
         raise Dropped("empty text")
     return {"text": row["text"]}
 
 
 def to_prompt(row, prompt, answers):
+    """A prompt, with the answer that a verifier wants where the row has one: GSM8K's is what follows ####."""
     if row.shape != "question answer":
         return {"prompt": prompt}
     final = after_thinking(row["answer"]).rpartition("####")[2].strip()     # GSM8K ends in "#### 1,080"
@@ -1332,6 +1334,7 @@ def to_prompt(row, prompt, answers):
 
 
 def to_messages(row, prompt, answers):
+    """A conversation to learn from, up to its first answer; dropped if nothing of it is to be learnt."""
     if not answers or not answers[0]["content"].strip():
         raise Dropped("empty answer")
     messages = prompt + answers[:1]
@@ -1341,6 +1344,7 @@ def to_messages(row, prompt, answers):
 
 
 def to_thumbs(row, prompt, answers):
+    """One answer, and whether it is good."""
     if not answers[0]["content"].strip():
         raise Dropped("empty answer")
     if answers[0].get("weight") == 0:
@@ -1349,6 +1353,7 @@ def to_thumbs(row, prompt, answers):
 
 
 def to_preference(row, prompt, answers):
+    """Answers, best first, without empty and equal ones; None if fewer than two are left."""
     said = [answer["content"] for answer in answers if answer["content"].strip()]
     texts = list(dict.fromkeys(said))
     row.lost = {"empty answer": len(answers) - len(said), "identical pair": len(said) - len(texts),
@@ -1367,14 +1372,16 @@ def to_preference(row, prompt, answers):
 
 
 def to_ratings(row, prompt, answers):
-    values = [float(value) for value in row.each("ratings", int, float)]
+    """An answer with its ratings, one for each attribute."""
+    values = list(map(float, row.each("ratings", int, float)))
     if not values:
         raise ValueError('"ratings" must not be empty')
     return {"prompt": prompt, "response": answers[0]["content"], "ratings": values}
 
 
 def to_steps(row, prompt, answers):
-    steps, labels = row["steps"], [int(label) for label in row.each("labels", int, bool)]
+    """An answer in steps, and whether each is right."""
+    steps, labels = row["steps"], list(map(int, row.each("labels", int, bool)))
     if not labels or len(labels) != len(steps) or set(labels) - {0, 1} or not all(steps):
         raise ValueError('"labels" must be 0 or 1, one for each of the "steps", none of which is empty')
     return {"prompt": prompt, "response": answers[0]["content"], "steps": steps, "labels": labels}
@@ -1865,7 +1872,7 @@ def make_item(record, rows, up):
     win = record.get("win")
     if not win:
         win = [None, None] if p is None else [p, 1 - p]
-    r = scores or [float(good) for good in up]
+    r = scores or list(map(float, up))
     return dict(record=record, rows=rows, up=up, gap=gap, p=p, p_w=win[0], p_l=win[-1], r=r)
 
 

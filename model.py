@@ -1842,8 +1842,7 @@ def read_shards(index):
 
 
 def read_file(path):
-    """The tensors of a safetensors file, or of a pickle, NAME.bin, of which weights_only builds tensors and runs
-    nothing."""
+    """The tensors of a safetensors file, or of NAME.bin, a pickle. With weights_only nothing in that is run."""
     if path.suffix != ".bin":
         return load_tensors(path)[0]
     try:

@@ -850,7 +850,9 @@ def accuracy(cfg, specs):
                ("  calibration error", "error", ".3f"), ("    spread", "spread", "")]
     for path in files(cfg.data):
         records = read_records(path, "preference", cfg.skip_bad)[:cfg.n]
-        rows = [ordered(records, reward, path, like) for reward in rewards]
+        rows = []
+        for reward in rewards:
+            rows.append(ordered(records, reward, path, like))
         print(f"{path}: {rows[0]['pairs']} pairs")
         print_table(specs, rows, columns)
 
@@ -858,14 +860,16 @@ def accuracy(cfg, specs):
 def ordered(records, reward, path, like):
     """How one reward orders the pairs of a file: a row of the table of accuracy."""
     reward.check(records, path)
-    leads, spreads = [], []
+    leads, spreads = [], []     # of each part of the records; spreads: of the first term with several models
     for start in bar(range(0, len(records), 100), path, delay=0):
         some = records[start:start + 100]
         sizes = counts(some, "responses")
         scores, parts = reward(repeat(some, sizes), given_responses(some, reward, like))
         win, lose, _ = ranked_pairs(sizes)
         leads.append((scores[win] - scores[lose]).cpu())
-        spreads += [part for name, part in parts.items() if name.endswith(" spread")][:1]
+        several = [name for name in parts if name.endswith(" spread")]
+        if several:
+            spreads.append(parts[several[0]])
     lead = torch.cat(leads)                                                              # (P,)
     right, pairs = float(in_order(lead).sum()), len(lead)
     row = dict(pairs=pairs, right=right / pairs, interval=between(wilson(right, pairs)), spread="")
@@ -1013,8 +1017,9 @@ class Exam:
             row["greedy_interval"] = wilson(sum(seen["greedy_win"]), len(seen["greedy_win"]))
         if "safe" in self.families:
             row |= safety(self.tasks["safe"], said["safe"])
-        shown = said[self.on[0]][:max(KEPT, self.cfg.show)]
-        row["answers"] = [dict(score=answer.score, text=answer.text) for answer in shown]
+        row["answers"] = []
+        for answer in said[self.on[0]][:max(KEPT, self.cfg.show)]:
+            row["answers"].append(dict(score=answer.score, text=answer.text))
         return row
 
     def at_k(self, model):
@@ -1090,7 +1095,7 @@ def compare(cfg, folders):
 def weights_digest(folder):
     """A digest of the weights in a folder, in however many files."""
     paths = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")]
-    return " ".join(digest(path) for path in sorted(paths))
+    return " ".join(map(digest, sorted(paths)))
 
 
 def asked_of_all(cfg, first):
