@@ -607,6 +607,22 @@ def test_a_kept_decoder_draws_from_the_present_weights_and_forgets_the_last_roll
         close(logp, plain.logp, 1e-4 if precision == "fp32" else .1)
 
 
+def test_of_the_decoders_of_a_model_the_two_used_last_are_kept_each_of_its_precision(monkeypatch):
+    # one of another precision would draw from weights that are rounded otherwise
+    as_on_a_gpu(monkeypatch)
+    model = gpt(std=.2, dtype=torch.float32)
+
+    def used(n):
+        rollout(model, RAGGED, n=n)
+        return list(M.DECODERS[model].values())[-1]
+    one, two = used(1), used(2)
+    assert used(1) is one and used(3) is not one
+    kept = list(M.DECODERS[model].values())
+    assert len(kept) == 2 and one in kept and two not in kept
+    model.precision = "bf16"
+    assert used(1).model.precision == "bf16"
+
+
 def test_recorded_on_a_gpu_the_sampler_draws_what_it_draws_step_by_step(monkeypatch):
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
