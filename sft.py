@@ -196,16 +196,16 @@ def train(cfg):
     optimizer = Optimizer(model, cfg.lr, total, kind=cfg.optimizer, muon_lr=cfg.muon_lr, betas=(0.9, cfg.beta2),
                           weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
 
-    drawn = None
+    drawn = None  # what the next step trains on
     for step in steps(run, total, dict(model=model), dict(model=optimizer), {}, cfg.save_every):
         # 1. Draw some rows.
-        rows, xs = drawn or draw(stream, step, model, cfg)
+        rows, micro = drawn or draw(stream, step, model, cfg)
         weight, tokens = total_weight(rows), sum(len(ids) for ids, _ in rows)
 
         # 2. Add up the gradient of their loss, a micro-batch at a time.
         model.train()
         loss = 0.0
-        for x in xs:
+        for x in micro:
             part = sft_loss(model, x) / weight
             part.backward()
             loss += part.detach()
