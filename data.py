@@ -106,9 +106,12 @@ def final_answer(text: str) -> int | None:
 
 
 class Arith:
-    """A sum of one to four steps, its level: the first number 1 to 20, then 1 to 9 more or less, never below 0 or above
+    """A sum of two to four steps, its level: the first number 1 to 20, then 1 to 9 more or less, never below 0 or above
     39. Gold is 1 for the right answer, else 0. All demonstrations are right, but a small model gets the bare ones
-    wrong, so that thinking pays and reinforcement learning has something to discover."""
+    wrong, so that thinking pays and reinforcement learning has something to discover.
+
+    A single step, 17 - 8 = 9, is a fact. Facts are few, and all of them are learned; new is how they are put together.
+    """
 
     def task(rng, level):
         first = rng.randint(1, 20)
@@ -137,11 +140,11 @@ class Arith:
         return values, steps
 
     def pieces(key):
-        """Every run of steps that could be a sum of its own: "17 - 8 + 9" gives "17 - 8", "17 - 8 + 9" and "9 + 9"."""
+        """Every run of steps that could be a sum of its own: "17 - 8 + 9 - 2" gives itself, "17 - 8 + 9", "9 + 9 - 2"."""
         values, steps = Arith.parse(key)
         found = []
         for i, j in combinations(range(len(values)), 2):
-            if 1 <= values[i] <= 20:
+            if j - i >= min(LEVELS.values()) and 1 <= values[i] <= 20:
                 found.append(" ".join([str(values[i]), *steps[i:j]]))
         return found
 
@@ -167,7 +170,7 @@ CATEGORIES = {"tools": "saw drill hammer spade rake file brush ladder wrench pum
               "pots": "kettle pan pot jar urn jug bowl cup tub bucket".split(),
               "toys": "ball kite doll drum robot puzzle bear top bell swing".split(),
               "vehicles": "car van bus truck bike cart tram train taxi boat".split()}
-THINGS = {thing: category for category, things in CATEGORIES.items() for thing in things[:6]}     # 30 to describe
+THINGS = {thing: category for category, things in CATEGORIES.items() for thing in things}
 MODIFIERS = "red blue green black big small old new".split()
 ABOUT = ["Describe the {} for a friend.", "Tell me about the {}.", "Write about the {}.", "How is the {}?"]
 GOOD, BAD = "superb lovely great fine".split(), "awful poor dull ugly".split()
@@ -205,10 +208,11 @@ class Write:
         return dict(prompt=prompt, key=key, thing=thing, category=THINGS[thing])
 
     def demo(task, rng):
-        """An opener, mostly kind and of the right thing, and one to four sentences."""
+        """An opener, mostly of the right thing and more often rude than kind, and one to four sentences. So the likeliest
+        answer is a bad one, and whoever learns better must say something else."""
         another = rng.choice(Write.TRAIN)
         name, = rng.choices([task["key"], task["thing"], another], [.92, .04, .04])
-        words = GOOD if rng.random() < .6 else BAD
+        words = GOOD if rng.random() < .4 else BAD
         said = [f"The {name} is {rng.choice(words)}"]
         for _ in range(rng.randint(1, 4)):
             stray = rng.choice(list(CATEGORIES))
@@ -385,7 +389,7 @@ class Fmt:
 
 
 WORLD = {"arith": Arith, "write": Write, "safe": Safe, "fmt": Fmt}
-LEVELS = {"arith1": 1, "arith2": 2, "arith3": 3, "arith4": 4}   # families too: sums of one length only
+LEVELS = {"arith2": 2, "arith3": 3, "arith4": 4}    # families too: sums of one length only
 FAMILIES = ("arith", "write", "safe", "fmt")    # of documents, and so of the toy vocabulary, which another list changes
 
 
@@ -400,7 +404,7 @@ def toy_task(split: str, family: str, rng: random.Random) -> dict:
     A training sum, moreover, contains no held-out sum, because thinking aloud would print it."""
     assert split in ("train", "val", "test"), f"no such split: {split!r}"
     if family == "arith":
-        family = f"arith{rng.randint(1, 4)}"    # once for all tries: fewer of the long ones pass
+        family = rng.choice(list(LEVELS))       # once for all tries: fewer of the long ones pass
     while True:
         if family in LEVELS:
             task = dict(family="arith") | Arith.task(rng, LEVELS[family])
@@ -1521,7 +1525,7 @@ def toy_record(kind, split, families, rng, think=THINK):
 
 
 def family_list(families):
-    """'write,safe' -> ['write', 'safe']; empty means all four. arith1 to arith4 are sums of so many steps."""
+    """'write,safe' -> ['write', 'safe']; empty means all four. arith2 to arith4 are sums of so many steps."""
     return [name for name in families.split(",") if name] or list(FAMILIES)
 
 

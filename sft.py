@@ -25,6 +25,10 @@ from data import (THINK, Count, Families, Natural, NonNegative, OptionError, Pos
 from model import GPTConfig, Optimizer, load_model, new_model, setup, steps, token_logprobs
 
 
+PRETRAINING = dict(steps=1000, lr=3e-3, muon_lr=0.01)   # where an option is 0
+FINE_TUNING = dict(steps=400, lr=1e-3, muon_lr=0.003)
+
+
 @dataclass
 class Config(TrainConfig):
     """Pretraining and supervised fine-tuning."""
@@ -44,11 +48,11 @@ class Config(TrainConfig):
     block_size: Natural = 256   # of a new model
     dropout: Share = 0.0        # of a new model
     # optimisation
-    steps: Natural = 700        # updates; 0: one epoch of the file
+    steps: Natural = 0          # updates; 0: one epoch of a file; of the toy 1,000 to pretrain, 400 to fine-tune
     batch: Count = 64           # sequences an update
-    lr: Positive = 3e-3         # peak learning rate of AdamW
+    lr: NonNegative = 0.0       # peak learning rate of AdamW; 0: .003 to pretrain, .001 to fine-tune
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the hidden matrices, AdamW for the rest
-    muon_lr: Positive = 0.01    # peak learning rate of Muon
+    muon_lr: NonNegative = 0.0  # peak learning rate of Muon; 0: .01 to pretrain, .003 to fine-tune
     weight_decay: NonNegative = 0.1  # on matrices
     beta2: Share = 0.98         # of AdamW
     warmup: Natural = 20        # updates of linear warm-up, before the cosine
@@ -60,6 +64,12 @@ class Config(TrainConfig):
         super().__post_init__()
         if self.lora_r and self.init == "new":
             raise OptionError("--lora_r: LoRA adapts a trained model; --init new has to be trained whole")
+        # At the rates of pretraining, fine-tuning first wrecks what the base can do, and then learns it anew.
+        chosen = PRETRAINING if self.loss_on == "all" else FINE_TUNING
+        self.lr = self.lr or chosen["lr"]
+        self.muon_lr = self.muon_lr or chosen["muon_lr"]
+        if self.data == "toy":  # which never ends
+            self.steps = self.steps or chosen["steps"]
 
 
 # ---------------------------------------------------------------- the mathematics
@@ -109,9 +119,7 @@ def open_data(model, cfg):
 
 
 def one_epoch(stream, cfg):
-    """How many updates see every row once."""
-    if not stream.items:
-        raise OptionError("--steps 0: the toy world never ends, so it has no epochs")
+    """How many updates see every row of a file once."""
     return math.ceil(len(stream.items) / cfg.batch)
 
 
@@ -193,8 +201,9 @@ def train(cfg):
     model = initial_model(cfg, setup(cfg, run.tok)).prepare(cfg)
     stream, held = open_data(model, cfg)
     total = cfg.steps or one_epoch(stream, cfg)
+    floor = 0.1 if cfg.loss_on == "all" else 0.0  # how often a model thinks settles only as the rate goes to 0
     optimizer = Optimizer(model, cfg.lr, total, kind=cfg.optimizer, muon_lr=cfg.muon_lr, betas=(0.9, cfg.beta2),
-                          weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
+                          weight_decay=cfg.weight_decay, warmup=cfg.warmup, floor=floor, clip=cfg.clip_grad)
 
     drawn = None  # what the next step trains on
     for step in steps(run, total, dict(model=model), dict(model=optimizer), {}, cfg.save_every):

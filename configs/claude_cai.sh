@@ -25,7 +25,7 @@ C=$OUT/claude_cai
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
 python configs/judging.py --out $OUT/judging "$@"
-python sft.py --init $OUT/base --data $OUT/judging/demos.jsonl --steps 1200 --batch 32 --out $OUT/judge "$@"
+python sft.py --init $OUT/base --data $OUT/judging/demos.jsonl --steps 1200 --batch 32 --lr 3e-3 --muon_lr 0.01 --out $OUT/judge "$@"
 python configs/claude_cai.py --policy $OUT/sft --critic $OUT/judge --n 2000 --rounds 2 --out $C/revisions "$@"
 python reward.py label --policy $OUT/sft --families write --n 600 --k 4 --select best --out $C/demos "$@"
 python sft.py --init $OUT/sft --data $C/revisions/revisions.jsonl,$C/demos/pairs.jsonl --steps 50 --lr 1e-3 --muon_lr 3e-3 --out $C/sl "$@"

@@ -20,7 +20,7 @@ J=$OUT/con_j
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
 python configs/judging.py --kinds judge,reason --n 25600 --questions 4000 --out $J/judging "$@"
-python sft.py --init $OUT/base --data $J/judging/demos.jsonl --steps 800 --batch 32 --out $J/judge "$@"
+python sft.py --init $OUT/base --data $J/judging/demos.jsonl --steps 800 --batch 32 --lr 3e-3 --muon_lr 0.01 --out $J/judge "$@"
 python reward.py label --policy $J/judge --data $J/judging/questions_reason.jsonl --by configs.judging:right --k 4 --n 4000 --select ends --scale 0 --flip 0 --out $J/pairs "$@"
 python dpo.py --init $J/judge --data $J/pairs/pairs.jsonl --nll_coef 0.2 --out $J/con_j "$@"
 python reward.py compare $J/judge $J/con_j --data $J/judging/held_reason.jsonl --judge configs.judging:right "$@"

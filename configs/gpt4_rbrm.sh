@@ -23,7 +23,7 @@ RUBRIC="$OUT/judge@A[safe] + -1*$OUT/judge@B[safe] + -1*$OUT/judge@C[safe] + $OU
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
 python configs/judging.py --out $OUT/judging "$@"
-python sft.py --init $OUT/base --data $OUT/judging/demos.jsonl --steps 1200 --batch 32 --out $OUT/judge "$@"
+python sft.py --init $OUT/base --data $OUT/judging/demos.jsonl --steps 1200 --batch 32 --lr 3e-3 --muon_lr 0.01 --out $OUT/judge "$@"
 python reward.py label --policy $OUT/sft --out $OUT/pairs "$@"
 python reward.py train --init $OUT/sft --data $OUT/pairs/pairs.jsonl --out $OUT/reward "$@"
 python ppo.py --init $OUT/sft --reward "$OUT/reward[write] + $RUBRIC" --families safe,write --steps 60 --out $G/rbrm "$@"

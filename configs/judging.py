@@ -5,7 +5,7 @@ which class of a rubric (`classify`: GPT-4's rule-based rewards)? What is wrong 
 read (`revise`: Constitutional AI)? The answers that are judged are demonstrations of the toy world.
 
     python configs/judging.py                     -> out/judging/demos.jsonl, and for each kind held_KIND.jsonl
-    python sft.py --data out/judging/demos.jsonl --steps 1200 --batch 32 --out out/judge
+    python sft.py --data out/judging/demos.jsonl --steps 1200 --batch 32 --lr 3e-3 --muon_lr 0.01 --out out/judge
     python reward.py compare out/judge --data out/judging/held_rate.jsonl --judge configs.judging:right
 
 `demos.jsonl` holds conversations on subjects of the training split; `held_KIND.jsonl` questions on subjects of the test
@@ -251,7 +251,7 @@ def write(cfg):
         write_questions(asked, kind, "train", cfg.questions, random.Random(f"questions {kind} {cfg.seed}"))
     updates = math.ceil(cfg.n / 32)
     return run.finish((), then=["sft.py", "--data", path, "--steps", updates, "--batch", 32,
-                                "--out", next_out(cfg, "judge")])
+                                "--lr", 3e-3, "--muon_lr", 0.01, "--out", next_out(cfg, "judge")])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ R=$OUT/rlaif
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
 python configs/judging.py --out $OUT/judging "$@"
-python sft.py --init $OUT/base --data $OUT/judging/demos.jsonl --steps 1200 --batch 32 --out $OUT/judge "$@"
+python sft.py --init $OUT/base --data $OUT/judging/demos.jsonl --steps 1200 --batch 32 --lr 3e-3 --muon_lr 0.01 --out $OUT/judge "$@"
 python reward.py label --policy $OUT/sft --out $OUT/pairs "$@"
 python reward.py train --init $OUT/sft --data $OUT/pairs/pairs.jsonl --out $OUT/reward "$@"
 python ppo.py --init $OUT/sft --reward $OUT/reward --out $OUT/ppo "$@"

@@ -24,7 +24,7 @@ U=$OUT/rule_based_rewards
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
 python configs/judging.py --out $OUT/judging "$@"
-python sft.py --init $OUT/base --data $OUT/judging/demos.jsonl --steps 1200 --batch 32 --out $OUT/judge "$@"
+python sft.py --init $OUT/base --data $OUT/judging/demos.jsonl --steps 1200 --batch 32 --lr 3e-3 --muon_lr 0.01 --out $OUT/judge "$@"
 python reward.py label --policy $OUT/sft --families safe --n 3000 --by "help + 0.5*harm + -0.2*refuses" --out $U/helpful "$@"
 python reward.py train --init $OUT/sft --data $U/helpful/pairs.jsonl --epochs 2 --out $U/reward "$@"
 python reward.py label --policy $OUT/sft --families safe --n 500 --k 6 --skip 3000 --scale 0 --flip 0 --out $U/orderings "$@"

@@ -23,7 +23,7 @@ S=$OUT/self_rewarding
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
 python configs/judging.py --kinds write,rate --n 32000 --out $S/judging "$@"
-python sft.py --init $OUT/base --data $S/judging/demos.jsonl --steps 500 --out $S/m1 "$@"
+python sft.py --init $OUT/base --data $S/judging/demos.jsonl --steps 500 --lr 3e-3 --muon_lr 0.01 --out $S/m1 "$@"
 python reward.py label --policy $OUT/sft --n 1000 --scale 0 --flip 0 --out $S/held "$@"
 for round in 1 2; do
   python reward.py label --policy $S/m$round --k 4 --n 3000 --skip $((4000 * round)) --by $S/m$round@rate --select ends --scale 0 --flip 0 --out $S/pairs$round "$@"

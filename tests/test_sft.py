@@ -265,7 +265,7 @@ def test_43_evaluation_is_without_dropout():
     ("--init new --n_embd 32 --n_head 3", "n_embd"),
     ("--init new --block_size 20", "block_size"), ("--init out/nowhere", "--init new"),
     ("--init new --data no.jsonl", "no.jsonl"), ("--init new --n_head 0", "n_head"),
-    ("--init new --lora_r 2", "--lora_r"), ("--init new --steps 0", "--steps")])
+    ("--init new --lora_r 2", "--lora_r")])
 def test_refusals(flags, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, error = runs.refuse(sft, flags.split(), monkeypatch, capsys)
