@@ -49,7 +49,7 @@ class Config(TrainConfig):
     # rollouts
     steps: Count = 100          # rollout-and-update steps
     prompts: Count = 64         # prompts a step, with one response to each
-    lam: Share = 1.0            # λ: share of the steps on the student's own responses; on the others the teacher answers
+    lam: Share = 1.0            # λ: share of the steps on the student's own responses; in the others the teacher's
     max_new: Count = 80         # longest response, tokens
     temperature: Temperature = 1.0  # of sampling; both models are read at this temperature too
     # optimisation
@@ -65,7 +65,7 @@ class Config(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.divergence == "jsd" and self.beta in (0, 1):
-            raise OptionError(f"--beta {self.beta}: there jsd is 0 whatever the models say; a number between 0 and 1, or "
+            raise OptionError(f"--beta {self.beta}: there jsd is 0 whatever the models say; a number between, or "
                               "--divergence forward_kl or reverse_kl")
 
 
@@ -136,8 +136,9 @@ def answers_itself(step, cfg):
 
 def report(records, roll, means):
     """What is logged of the responses that were learned from; the KL is that of a response, as everywhere."""
-    length, gold = roll.mask.sum(1).mean(), mean(truth(records, roll.responses(), roll.finished))
-    metrics = means.result() | dict(gold=gold, response_length=length, finished=roll.finished.float().mean())
+    length, finished = roll.mask.sum(1).mean(), roll.finished.float().mean()
+    gold = mean(truth(records, roll.responses(), roll.finished))
+    metrics = means.result() | dict(gold=gold, response_length=length, finished=finished)
     metrics["kl"] *= length
     return metrics
 
@@ -178,7 +179,8 @@ def train(cfg):
 
     for step in steps(run, cfg.steps, dict(model=student), dict(model=optimizer), {}, cfg.save_every):
         # 1. Sample a response to each prompt: from here on it is a constant, whoever gave it.
-        records, own = stream.batch(step, cfg.prompts), answers_itself(step, cfg)
+        records = stream.batch(step, cfg.prompts)
+        own = answers_itself(step, cfg)
         roll = respond(student if own else teacher, records, cfg)
 
         # 2. Read both models at every token of it, and add up the gradient of how far they are apart.
@@ -186,8 +188,7 @@ def train(cfg):
         for _, tokens, mask in slices(roll, cfg.micro_tokens):
             loss, kl_, entropy = apart(student, teacher, tokens, mask, cfg)              # (b, t-1)
             means.add(mask, loss=loss, kl=kl_, entropy=entropy)
-            loss = loss.sum() / n
-            loss.backward()
+            (loss.sum() / n).backward()
 
         # 3. Step towards the teacher.
         metrics = optimizer.step(step)

@@ -141,8 +141,8 @@ def evaluate(model, items, cfg):
 
 
 def save_table(run, cfg):
-    """Write how the model judges held-out steps, and how many of all steps are right, as a table of one row, if it is to
-    be saved."""
+    """Write how the model judges held-out steps, and how many of all steps are right, as a table of one row, if it is
+    to be saved."""
     if not cfg.save:
         return
     labels = []

@@ -5,13 +5,15 @@
 #
 # reported
 #   R1: SFT only, on the samples of stage 3 of deepseek_r1.sh. No RL afterwards.
-#   GKD: it begins with a fine-tuned student. Its own samples and KL(student || teacher) are best on sums.
+#   GKD: the student is a fine-tuned one. Its own samples teach it more than a fixed set of the teacher's or of others.
+#   Which divergence is best depends on the task.
 # reconstruction
 #   The student has half the layers and three quarters of the width. It sees only the sums of those samples. It gets
 #   400 steps of SFT, or 150 of RL. On-policy distillation takes 170 steps after that SFT, or 340 from the base.
-#   A response costs 2 + 6 passes over the student's weights with RL, and two over the teacher's more if distilled; the
-#   teacher has three times the weights. So RL, either distillation with what came before it, and `sft_more`, which is
-#   SFT for 800 steps, need about as much compute; `sft` needs half. That of the teacher and its samples is not counted.
+#   A token of a response costs 2 + 6 operations a weight of the student with RL, for sampling it and learning from it;
+#   2 a weight of the teacher more when it is distilled, who has three times as many weights; and 6 with SFT. So these
+#   need about the same compute: RL, either distillation with the SFT before it, and 800 steps of SFT, `sft_more`. `sft`
+#   needs half. What the teacher and its samples cost is not counted.
 #
 # Effect to look for: the distilled students beat the student trained by RL. For the same compute, samples of its own
 # take the student further than more of the teacher's.

@@ -49,7 +49,7 @@ def slow(name, beta, student, teacher):
 
 
 def slopes(name, beta, student, teacher):
-    """Its derivative by each logit of the student, by hand: with g_i that by the chance p_i, p_i (g_i - Σ_j p_j g_j)."""
+    """Its derivative by each logit of the student, by hand: p_i (g_i - Σ_j p_j g_j), g_i that by the chance p_i."""
     g = []
     for p, q in zip(student, teacher):
         m = beta * q + (1 - beta) * p
@@ -212,7 +212,8 @@ def train(out, init, teacher, **options):
 
 
 @pytest.mark.parametrize("options", [
-    {}, dict(divergence="forward_kl", lam=0.0), dict(divergence="jsd", beta=.2, lam=.5, micro_tokens=1, seed=3)], ids=str)
+    {}, dict(divergence="forward_kl", lam=0.0),
+    dict(divergence="jsd", beta=.2, lam=.5, micro_tokens=1, seed=3)], ids=str)
 def test_loop_equals_a_slow_loop(options, tiny, teacher, prompts, tmp_path, monkeypatch, float64):
     """Every logged number and every weight, from what was sampled, one row at a time."""
     drawn = runs.watch_steps(monkeypatch)
@@ -248,7 +249,7 @@ def test_loop_equals_a_slow_loop(options, tiny, teacher, prompts, tmp_path, monk
         runs.compare_rows(step, row, want)
     runs.compare_weights(weights(tmp_path / "run"), student)
     assert set(own) == {0.0: {0.0}, .5: {0.0, 1.0}, 1.0: {1.0}}[cfg.lam]
-    layers = [call[0][0].config.n_layer for call in asked]       # who answered: a student has one layer, the teacher two
+    layers = [call[0][0].config.n_layer for call in asked]       # who answered: the student has one, the teacher two
     want = []
     for step, mine in enumerate(own):
         want += [1 if mine else 2] + [1] * (step % 2)            # held-out prompts are the student's

@@ -660,7 +660,7 @@ STAGES = {
     "label": LABEL, "label, by a judge": LABEL + " --judge BASE/sft --preamble principles",
     "train": "reward.py train --data BASE/pairs/pairs.jsonl " + LEARN,
     "process": "configs/process_rewards.py --data BASE/steps.jsonl " + LEARN,
-    "distill": "configs/distill.py --teacher BASE/first --lam 0.5 --prompts 4 --max_new 8 " + LEARN.replace("--batch 4 ", ""),
+    "distill": "configs/distill.py --teacher BASE/first --lam 0.5 --max_new 8 " + LEARN.replace("batch", "prompts"),
     "qwen2": "configs/qwen2.py --data BASE/pairs/pairs.jsonl --merge_base BASE/first --merge_alpha .1 " + LEARN}
 
 
