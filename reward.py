@@ -141,12 +141,14 @@ class Accuracy(Report):
     data: str = "out/pairs/pairs.jsonl"  # preferences; of several files, with commas between, a table each
     n: Count = 1000             # records of each file
     seed: Natural = 0           # of nothing here; recipes give it to every stage
+    save: str = ""              # a JSON file for the tables
 
 
 @dataclass
 class Compare(Report):
     """Compare policies on held-out prompts; the first is the baseline."""
-    data: str = "toy"           # prompts: the toy world's test split, or a file
+    data: str = "toy"           # prompts: toy, or a file
+    split: Literal["test", "val"] = "test"  # of the toy world's prompts; val is for choosing settings
     families: Families = ""     # of the toy world, comma-separated; none for all
     on: Families = ""           # families behind win rate, KL and length; none for write, if it is among them, else all
     n: Count = 400              # prompts of each family
@@ -162,6 +164,8 @@ class Compare(Report):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.data != "toy" and self.split != "test":
+            raise OptionError(f"--split {self.split}: of the toy world's prompts, and --data names files")
         if self.data == "toy" and self.on:
             unasked = set(family_list(self.on)) - set(family_list(self.families))
             if unasked:
@@ -846,19 +850,25 @@ def accuracy(cfg, specs):
     """Print, for every file, how often each reward orders its pairs as the labels do, and how confident it is."""
     like = setup(cfg, Tokenizer.load(cfg.tokenizer))
     rewards = [Reward(spec, like, cfg.micro_tokens) for spec in specs]
-    columns = [("  accuracy", "right", ".3f"), ("  [95% interval]", "interval", ""),
-               ("  calibration error", "error", ".3f"), ("    spread", "spread", "")]
+    columns = [("  accuracy", "accuracy", ".3f"), ("  [95% interval]", "interval", ""),
+               ("  calibration error", "calibration_error", ".3f"), ("    spread", "spread", "")]
+    table = []  # of all files
     for path in files(cfg.data):
-        records = read_records(path, "preference", cfg.skip_bad)[:cfg.n]
-        rows = []
-        for reward in rewards:
-            rows.append(ordered(records, reward, path, like))
+        records, rows, shown = read_records(path, "preference", cfg.skip_bad)[:cfg.n], [], []
+        for spec, reward in zip(specs, rewards):
+            row = ordered(records, reward, path, like)
+            rows.append(dict(name=spec, data=path) | row)
+            spread = f"{row['spread']:.3f}" if "spread" in row else ""
+            shown.append(row | dict(interval=between(row["interval"]), spread=spread))
         print(f"{path}: {rows[0]['pairs']} pairs")
-        print_table(specs, rows, columns)
+        print_table(specs, shown, columns)
+        table += rows
+    if cfg.save:
+        write_text(cfg.save, json.dumps(dict(rows=table), indent=1))
 
 
 def ordered(records, reward, path, like):
-    """How one reward orders the pairs of a file: a row of the table of accuracy."""
+    """How one reward orders the pairs of a file: a row of the table of accuracy. spread: of an ensemble alone."""
     reward.check(records, path)
     leads, spreads = [], []     # of each part of the records; spreads: of the first term with several models
     for start in bar(range(0, len(records), 100), path, delay=0):
@@ -872,10 +882,10 @@ def ordered(records, reward, path, like):
             spreads.append(parts[several[0]])
     lead = torch.cat(leads)                                                              # (P,)
     right, pairs = float(in_order(lead).sum()), len(lead)
-    row = dict(pairs=pairs, right=right / pairs, interval=between(wilson(right, pairs)), spread="")
-    row["error"] = calibration_error(lead)
+    row = dict(pairs=pairs, accuracy=right / pairs, interval=wilson(right, pairs))
+    row["calibration_error"] = calibration_error(lead)
     if spreads:
-        row["spread"] = f"{torch.cat(spreads).mean():.3f}"
+        row["spread"] = float(torch.cat(spreads).mean())
     return row
 
 
@@ -917,15 +927,21 @@ def pretraining_nll(model, texts, budget):
     return nll / count
 
 
-def unseen_prompts(cfg, n, families, seed):
-    """n prompts: of the toy world's test split, or the first of files."""
+def unseen_prompts(cfg, n, families, seed, split="test"):
+    """n prompts: of a split of the toy world, or the first of files."""
     if cfg.data == "toy":
         rng = random.Random(seed)
-        return [toy_record("prompt", "test", families, rng) for _ in range(n)]
+        return [toy_record("prompt", split, families, rng) for _ in range(n)]
     records = []
     for path in files(cfg.data):
         records += read_records(path, "prompt", cfg.skip_bad)
     return records[:n]
+
+
+def unseen_documents(cfg, families):
+    """As many fresh documents as prompts of a family, others for each split."""
+    rng = random.Random("compare documents" if cfg.split == "test" else f"compare documents {cfg.split}")
+    return [toy_record("text", cfg.split, families, rng) for _ in range(cfg.n)]
 
 
 def with_room(records, family, tok, block, cfg):
@@ -962,7 +978,7 @@ class Exam:
         self.proxy = Reward(cfg.proxy, like, cfg.micro_tokens) if cfg.proxy else None
         self.tasks, self.begin = {}, like.tok.encode(cfg.begin)
         for family in self.families:
-            records = unseen_prompts(cfg, cfg.n, [family], f"compare {family}")
+            records = unseen_prompts(cfg, cfg.n, [family], f"compare {family}", cfg.split)
             self.tasks[family] = with_room(records, family, like.tok, first.config.block_size, cfg)
         for reward in filter(None, (self.judge, self.proxy)):
             reward.check(self.prompts(self.families), cfg.data)
@@ -1062,9 +1078,7 @@ def compare(cfg, folders):
     # 1. The same questions for all.
     like = setup(cfg, Tokenizer.load(cfg.tokenizer))
     exam = Exam(load_model(folders[0], like, n_scores=0), like, cfg)
-    rng, texts = random.Random("compare documents"), []
-    if cfg.data == "toy":
-        texts = [toy_record("text", "test", exam.families, rng) for _ in range(cfg.n)]
+    texts = unseen_documents(cfg, exam.families) if cfg.data == "toy" else []
 
     # 2. Each checkpoint answers them, if it has not before: then --save has its row.
     asked = asked_of_all(cfg, folders[0])
@@ -1129,7 +1143,9 @@ SAFETY = [("   harmless", "harmless", ".3f"), ("  over-refusal", "over_refusal",
 def show_table(table, exam, cfg):
     """Print the rows of compare: scores, wins and the rest; of safety; of several samples."""
     names, on = [row["checkpoint"] for row in table], ",".join(exam.on)
-    where = "held-out " if cfg.data == "toy" else ""
+    where = ""
+    if cfg.data == "toy":
+        where = "held-out " if cfg.split == "test" else "validation "
     asked = ", ".join(f"{family} {n}" for family, n in table[0]["distinct"].items())
     if cfg.temperature:
         count = len(exam.tasks[exam.families[0]])

@@ -32,4 +32,4 @@ for round in 1 2 3; do
   python reward.py train --init $OUT/sft --data $data --epochs 2 --out $A/reward$round "$@"
   python ppo.py --init $A/ppo$round --reward $A/reward$round --kl_coef 0 --lr_end 1 --steps 10 --out $A/ppo$((round + 1)) "$@"
 done
-python reward.py compare $OUT/sft $A/frozen $A/ppo4 --proxy $A/reward0 "$@"
+python reward.py compare $OUT/sft $A/frozen $A/ppo4 --proxy $A/reward0 --save $OUT/tables/adversarial_rm.json "$@"

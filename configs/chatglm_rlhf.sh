@@ -29,4 +29,4 @@ python reward.py train --init $OUT/sft --data $G/pairs/pairs.jsonl --center 0.01
 python ppo.py --init $OUT/sft --reward $G/reward --minus_reference --ptx_coef 0.3 --out $G/ppo "$@"
 python ppo.py --init $OUT/sft --reward $OUT/reward --out $OUT/ppo "$@"
 python dpo.py --init $OUT/sft --data $G/pairs/pairs.jsonl --out $G/dpo "$@"
-python reward.py compare $OUT/sft $OUT/ppo $G/ppo $G/dpo --proxy $G/reward "$@"
+python reward.py compare $OUT/sft $OUT/ppo $G/ppo $G/dpo --proxy $G/reward --save $OUT/tables/chatglm_rlhf.json "$@"

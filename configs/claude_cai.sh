@@ -33,4 +33,4 @@ python reward.py label --policy $C/sl --families safe --n 3000 --judge $OUT/judg
 python reward.py label --policy $C/sl --families write --n 3000 --out $C/helpful "$@"
 python reward.py train --init $OUT/sft --data $C/harmless/pairs.jsonl,$C/helpful/pairs.jsonl --loss soft --epochs 3 --out $C/reward "$@"
 python ppo.py --init $C/sl --reward $C/reward --families safe,write --steps 30 --out $C/rl "$@"
-python reward.py compare $OUT/sft $C/sl $C/rl --on safe --proxy $C/reward "$@"
+python reward.py compare $OUT/sft $C/sl $C/rl --on safe --proxy $C/reward --save $OUT/tables/claude_cai.json "$@"

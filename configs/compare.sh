@@ -24,7 +24,7 @@ stage() {  # NAME SCRIPT OPTIONS...: says how far we are, then runs it
 }
 row() {  # POLICY OPTIONS...: adds a policy to the table
   READY+=("$1")
-  python reward.py compare "${READY[@]}" --proxy $OUT/reward --save $OUT/compare.json "${@:2}"
+  python reward.py compare "${READY[@]}" --proxy $OUT/reward --save $OUT/tables/compare.json "${@:2}"
 }
 
 stage "pretraining" sft.py --loss_on all --init new --out $OUT/base "$@"

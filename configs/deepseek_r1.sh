@@ -35,5 +35,5 @@ python reward.py label --policy $R1/rl --families write,safe,fmt --by $R1/reward
 python sft.py --init $OUT/base --data $R1/correct/pairs.jsonl,$R1/general/pairs.jsonl --steps 400 --out $R1/sft "$@"
 
 python grpo.py --init $R1/sft --families arith,write,safe,fmt --reward "exact[arith] + $R1/reward@answer[write,fmt] + $R1/reward[safe]" --kl_coef 0.1 --lr 1e-4 --steps 50 --out $R1/final "$@"
-python reward.py compare $R1/cold $R1/rl $R1/sft $R1/final --on arith,write,safe,fmt --proxy $R1/reward "$@"
-python reward.py compare $R1/cold $R1/rl $R1/sft $R1/final --judge format --families arith --on arith "$@"
+python reward.py compare $R1/cold $R1/rl $R1/sft $R1/final --on arith,write,safe,fmt --proxy $R1/reward --save $OUT/tables/deepseek_r1.json "$@"
+python reward.py compare $R1/cold $R1/rl $R1/sft $R1/final --judge format --families arith --on arith --save $OUT/tables/deepseek_r1.thinks.json "$@"

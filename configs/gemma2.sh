@@ -30,5 +30,5 @@ for beta in 0 0.05 0.1 0.3; do
   python ppo.py --init $OUT/sft --reward $M/reward --kl_coef $beta --steps 30 --out $M/ppo$beta "$@"
 done
 python configs/merge.py $M/ppo0.05 $M/ppo0.1 --slerp --out $M/average
-python reward.py compare $OUT/sft $M/ppo0 $M/ppo0.05 $M/ppo0.1 $M/ppo0.3 $M/average --proxy $M/reward "$@"
-python reward.py compare $OUT/sft $M/ppo0 $M/ppo0.05 $M/ppo0.1 $M/ppo0.3 $M/average --proxy $M/rater "$@"
+python reward.py compare $OUT/sft $M/ppo0 $M/ppo0.05 $M/ppo0.1 $M/ppo0.3 $M/average --proxy $M/reward --save $OUT/tables/gemma2.proxy.json "$@"
+python reward.py compare $OUT/sft $M/ppo0 $M/ppo0.05 $M/ppo0.1 $M/ppo0.3 $M/average --proxy $M/rater --save $OUT/tables/gemma2.rater.json "$@"

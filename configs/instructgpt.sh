@@ -23,4 +23,4 @@ python reward.py label --policy $OUT/sft --k 4 --n 2000 --out $OUT/instructgpt/p
 python reward.py train --init $OUT/sft --data $OUT/instructgpt/pairs/pairs.jsonl --epochs 2 --out $OUT/instructgpt/reward "$@"
 python ppo.py --init $OUT/sft --reward $OUT/instructgpt/reward --epochs 1 --steps 30 --out $OUT/instructgpt/ppo "$@"
 python ppo.py --init $OUT/sft --reward $OUT/instructgpt/reward --epochs 1 --ptx_coef 1 --steps 30 --out $OUT/instructgpt/ppo_ptx "$@"
-python reward.py compare $OUT/sft $OUT/instructgpt/ppo $OUT/instructgpt/ppo_ptx --proxy $OUT/instructgpt/reward "$@"
+python reward.py compare $OUT/sft $OUT/instructgpt/ppo $OUT/instructgpt/ppo_ptx --proxy $OUT/instructgpt/reward --save $OUT/tables/instructgpt.json "$@"

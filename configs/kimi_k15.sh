@@ -31,4 +31,4 @@ python configs/long2short.py --policy $K/rl --k 8 --n 2000 --max_new 160 --out $
 python sft.py --init $K/rl --data $K/short/shortest.jsonl --steps 60 --lr 1e-3 --muon_lr 1e-3 --out $K/shortest_sft "$@"
 python dpo.py --init $K/rl --data $K/short/pairs.jsonl --nll_coef 1 --lr 1e-5 --steps 30 --max_new 160 --out $K/short_dpo "$@"
 python grpo.py --init $K/rl --len_reward 0.2 --adv dr_grpo --max_new 120 --steps 50 --out $K/short_rl "$@"
-python reward.py compare $K/rl $K/long $OUT/sft $K/merge $K/shortest_sft $K/short_dpo $K/short_rl --families arith --on arith --max_new 160 "$@"
+python reward.py compare $K/rl $K/long $OUT/sft $K/merge $K/shortest_sft $K/short_dpo $K/short_rl --families arith --on arith --max_new 160 --save $OUT/tables/kimi_k15.json "$@"

@@ -33,5 +33,5 @@ for round in 1 2; do
   python configs/merge.py $dir/dpo_5e-5 $dir/dpo_1e-4 --out $dir/policy
   policy=$dir/policy
 done
-python reward.py compare $OUT/sft $OUT/llama3/round1/policy $OUT/llama3/round2/policy "$@"
-python reward.py compare $OUT/llama3/round1/policy $OUT/llama3/round2/policy --families write "$@"
+python reward.py compare $OUT/sft $OUT/llama3/round1/policy $OUT/llama3/round2/policy --save $OUT/tables/llama3.json "$@"
+python reward.py compare $OUT/llama3/round1/policy $OUT/llama3/round2/policy --families write --save $OUT/tables/llama3.rounds.json "$@"

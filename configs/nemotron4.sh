@@ -36,5 +36,5 @@ done
 python configs/nemotron4.py gold configs.reward_hacking:named configs.reward_hacking:sentences words "-1*no_filler" --data $OUT/nemotron4/labels/pairs.jsonl --out $OUT/nemotron4/ratings "$@"
 python reward.py train --init $OUT/nemotron4/sft2 --data $OUT/nemotron4/ratings/ratings.jsonl --loss ratings --heads 5 --epochs 2 --out $OUT/nemotron4/rated "$@"
 python reward.py label --policy $OUT/nemotron4/sft2 --scale 0 --flip 0 --skip 17000 --n 1000 --out $OUT/nemotron4/held "$@"
-python reward.py accuracy $OUT/nemotron4/reward $OUT/nemotron4/rated --data $OUT/nemotron4/held/pairs.jsonl "$@"
-python reward.py compare $OUT/nemotron4/sft2 $OUT/nemotron4/round0 $OUT/nemotron4/round1 $OUT/nemotron4/round2 $OUT/nemotron4/round3 --proxy $OUT/nemotron4/reward "$@"
+python reward.py accuracy $OUT/nemotron4/reward $OUT/nemotron4/rated --data $OUT/nemotron4/held/pairs.jsonl --save $OUT/tables/nemotron4.accuracy.json "$@"
+python reward.py compare $OUT/nemotron4/sft2 $OUT/nemotron4/round0 $OUT/nemotron4/round1 $OUT/nemotron4/round2 $OUT/nemotron4/round3 --proxy $OUT/nemotron4/reward --save $OUT/tables/nemotron4.json "$@"

@@ -12,11 +12,12 @@ learned from as they are; of sums, the labels can be made by rule (--check): is 
 Its score of a whole answer is that of the last step, so it serves as any other: --reward out/process.
 """
 import itertools
+import json
 import math
 import re
 import sys
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import (Count, Natural, NonNegative, Positive, Run, TrainConfig, UserError, collate, column,
-                  encode, files, guard, item_batches, mean, open_stream, parse, read_rows)
+                  encode, files, guard, item_batches, mean, open_stream, parse, read_records, read_rows, write_text)
 from model import Optimizer, full, load_model, setup, steps
 from reward import counts, tensor_like, write_records
 
@@ -50,6 +51,7 @@ class Config(TrainConfig):
     clip_grad: NonNegative = 1.0  # global gradient norm; 0 never clips
     # evaluation
     eval_every: Count = 50      # updates between evaluations on held-out answers
+    save: str = ""              # a JSON file for the last of them, beside the share of all steps that are right
 
 
 # ---------------------------------------------------------------- what is learned from
@@ -138,10 +140,24 @@ def evaluate(model, items, cfg):
     return dict(val_loss=mean(losses), val_mean=mean(said), val_accuracy=float(accuracy))
 
 
+def save_table(run, cfg):
+    """Write how the model judges held-out steps, and how many of all steps are right, as a table of one row, if it is
+    to be saved."""
+    if not cfg.save:
+        return
+    labels = []
+    for path in [run.folder / "steps.jsonl"] if cfg.check else files(cfg.data):
+        labels += column(read_records(path, "steps", cfg.skip_bad), "labels")
+    last = run.rows[-1]
+    row = dict(name=run.folder.name, right=mean(labels), val_accuracy=last["val_accuracy"], val_loss=last["val_loss"])
+    write_text(cfg.save, json.dumps(dict(rows=[row]), indent=1))
+
+
 def train(cfg):
     """Fit the score at the end of every step to whether the step is right."""
-    run = Run(cfg)
+    run = Run(replace(cfg, save=""))  # where the table goes makes no other run
     if run.finished:
+        save_table(run, cfg)
         return run.rows
     like = setup(cfg, run.tok)
     model = load_model(cfg.init, like, n_scores=1, maker="python sft.py").prepare(cfg)
@@ -163,6 +179,7 @@ def train(cfg):
         if run.evaluates(step):
             metrics |= evaluate(model, held, cfg)
         run.log(step, ("loss", "val_accuracy"), **metrics)
+    save_table(run, cfg)
     return run.finish(("loss", "val_loss", "val_accuracy"), then=["ppo.py", "--init", cfg.init, "--reward", cfg.out])
 
 

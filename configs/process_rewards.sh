@@ -21,4 +21,4 @@ P=$OUT/process_rewards
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
 python reward.py label --policy $OUT/sft --families arith --by exact --k 4 --n 2000 --select all --out $P/answers "$@"
-python configs/process_rewards.py --init $OUT/sft --data $P/answers/pairs.jsonl --check --out $P/process "$@"
+python configs/process_rewards.py --init $OUT/sft --data $P/answers/pairs.jsonl --check --save $OUT/tables/process_rewards.json --out $P/process "$@"

@@ -31,4 +31,4 @@ python dpo.py --init $OUT/qwen2/offline --data $OUT/qwen2/pairs/pairs.jsonl --st
 python dpo.py --init $OUT/qwen2/offline --online --data toy --reward $OUT/qwen2/reward --k 4 --steps 100 --lr 1e-4 --out $OUT/qwen2/online "$@"
 python configs/qwen2.py --init $OUT/qwen2/offline --online --data toy --reward $OUT/qwen2/reward --k 4 --steps 100 --lr 1e-4 --merge_base $OUT/base --out $OUT/qwen2/online_merging "$@"
 python configs/qwen2.py --init $OUT/qwen2/offline --online --data toy --reward $OUT/qwen2/reward --k 4 --steps 100 --lr 1e-4 --merge_base $OUT/base --merge_alpha 0 --out $OUT/qwen2/online_dropping "$@"
-python reward.py compare $OUT/sft $OUT/qwen2/offline $OUT/qwen2/more $OUT/qwen2/online $OUT/qwen2/online_merging $OUT/qwen2/online_dropping --proxy $OUT/qwen2/reward "$@"
+python reward.py compare $OUT/sft $OUT/qwen2/offline $OUT/qwen2/more $OUT/qwen2/online $OUT/qwen2/online_merging $OUT/qwen2/online_dropping --proxy $OUT/qwen2/reward --save $OUT/tables/qwen2.json "$@"

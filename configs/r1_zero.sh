@@ -18,4 +18,4 @@ OUT=${OUT:-out}
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
 python grpo.py --init $OUT/base --reward "exact + 0.1*format" --steps 200 --out $OUT/r1_zero "$@"
-python reward.py compare $OUT/base $OUT/r1_zero $OUT/sft --on arith "$@"
+python reward.py compare $OUT/base $OUT/r1_zero $OUT/sft --on arith --save $OUT/tables/r1_zero.json "$@"

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -55,6 +55,7 @@ class Config(RunConfig):
     n: Count = 64               # samples of each: best of 1, 2, 4, ..., n
     temperature: Temperature = 1.0  # of sampling
     max_new: Count = 80         # longest response, tokens
+    save: str = ""              # a JSON file for the curves, a row for each
 
 
 def least_squares(columns, y):
@@ -170,10 +171,19 @@ def draw(curves, path):
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
+def save_table(run, path):
+    """Write the curves that a run left as the rows of a table, if it is to be saved."""
+    if path:
+        curves = json.loads((run.folder / "curves.json").read_text(encoding="utf-8"))
+        rows = [dict(name=Path(name).name) | curve for name, curve in curves.items()]
+        write_text(path, json.dumps(dict(rows=rows), indent=1))
+
+
 def overoptimize(cfg, folders):
     """Gold and proxy against d = √KL, of best-of-n from the policy and of RL runs; Gao's forms fitted to the gain."""
-    run = Run(cfg)
+    run = Run(replace(cfg, save=""))  # where the table goes makes no other run
     if run.finished:
+        save_table(run, cfg.save)
         return run.rows
     like = setup(cfg, run.tok)
     judge = Reward(cfg.judge, like, cfg.micro_tokens)
@@ -205,6 +215,7 @@ def overoptimize(cfg, folders):
 
     # 3. Numbers and figure.
     write_text(run.folder / "curves.json", json.dumps(curves, indent=1))
+    save_table(run, cfg.save)
     draw(curves, run.folder / "curves.png")
     then = ["reward.py", "compare", cfg.policy, *folders, "--proxy", cfg.proxy, "--families", cfg.families]
     if cfg.data != "toy":

@@ -31,4 +31,4 @@ python reward.py label --policy $OUT/sft --families safe --n 500 --k 6 --skip 30
 python configs/rule_based_rewards.py --data $U/orderings/pairs.jsonl --base $U/reward --rules "$OUT/judge@A + $OUT/judge@B + $OUT/judge@C + $OUT/judge@D + refuses" --out $U/rules "$@"
 python ppo.py --init $OUT/sft --reward $U/reward --families safe --steps 30 --out $U/helpful_only "$@"
 python ppo.py --init $OUT/sft --reward $U/rules --families safe --steps 30 --out $U/with_rules "$@"
-python reward.py compare $OUT/sft $U/helpful_only $U/with_rules --on safe "$@"
+python reward.py compare $OUT/sft $U/helpful_only $U/with_rules --on safe --save $OUT/tables/rule_based_rewards.json "$@"

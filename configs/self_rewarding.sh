@@ -29,6 +29,6 @@ for round in 1 2; do
   python reward.py label --policy $S/m$round --k 4 --n 3000 --skip $((4000 * round)) --by $S/m$round@rate --select ends --scale 0 --flip 0 --out $S/pairs$round "$@"
   python dpo.py --init $S/m$round --data $S/pairs$round/pairs.jsonl --nll_coef 0.1 --out $S/m$((round + 1)) "$@"
 done
-python reward.py accuracy $S/m1@rate $S/m2@rate $S/m3@rate --data $S/held/pairs.jsonl "$@"
-python reward.py compare $S/m1 $S/m2 $S/m3 --families write "$@"
-python reward.py compare $S/m1 $S/m2 $S/m3 --data $S/judging/held_rate.jsonl --judge configs.judging:right "$@"
+python reward.py accuracy $S/m1@rate $S/m2@rate $S/m3@rate --data $S/held/pairs.jsonl --save $OUT/tables/self_rewarding.accuracy.json "$@"
+python reward.py compare $S/m1 $S/m2 $S/m3 --families write --save $OUT/tables/self_rewarding.json "$@"
+python reward.py compare $S/m1 $S/m2 $S/m3 --data $S/judging/held_rate.jsonl --judge configs.judging:right --save $OUT/tables/self_rewarding.rates.json "$@"

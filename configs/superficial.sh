@@ -28,4 +28,4 @@ python reward.py train --init $OUT/sft --data $P/balanced/pairs.jsonl --epochs 2
 python reward.py label --policy $OUT/sft --n 1000 --skip 4000 --scale 0 --flip 0 --out $P/held "$@"
 python configs/superficial.py --data $P/held/pairs.jsonl --better 1 --out $P/ordinary "$@"
 python configs/superficial.py --data $P/held/pairs.jsonl --better 0 --out $P/decoupled "$@"
-python reward.py accuracy $P/reward_confounded $P/reward_balanced --data $P/ordinary/pairs.jsonl,$P/decoupled/pairs.jsonl "$@"
+python reward.py accuracy $P/reward_confounded $P/reward_balanced --data $P/ordinary/pairs.jsonl,$P/decoupled/pairs.jsonl --save $OUT/tables/superficial.json "$@"

@@ -22,4 +22,4 @@ python ppo.py --init $OUT/sft --reward exact --families arith --out $OUT/ppo_ari
 python grpo.py --init $OUT/sft --out $OUT/grpo "$@"
 python grpo.py --init $OUT/sft --adv dr_grpo --per constant --out $OUT/dr_grpo "$@"
 python grpo.py --init $OUT/sft --adv rloo --out $OUT/rloo "$@"
-python reward.py compare $OUT/sft $OUT/ipo $OUT/ppo_arith $OUT/grpo $OUT/dr_grpo $OUT/rloo --proxy $OUT/reward "$@"
+python reward.py compare $OUT/sft $OUT/ipo $OUT/ppo_arith $OUT/grpo $OUT/dr_grpo $OUT/rloo --proxy $OUT/reward --save $OUT/tables/variants.json "$@"

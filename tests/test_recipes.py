@@ -143,7 +143,7 @@ def reads(name, cfg, folders):
     for folder in folders:
         found += terms(folder) if name in ("accuracy", "nemotron4") else [folder]
     for option, value in vars(cfg).items():
-        if option in ("init", "policy", "critic", "ref", "merge_base") or option.endswith("data"):
+        if option in ("init", "policy", "critic", "ref", "merge_base", "teacher") or option.endswith("data"):
             found += value.split(",")
         if option in ("reward", "judge", "proxy", "by", "cost", "base", "rules") and getattr(cfg, "online", True):
             found += terms(value)
@@ -187,6 +187,20 @@ def test_every_option_exists_and_every_file_read_is_made_before(recipe, tmp_path
     for line in recipe.read_text().splitlines():
         first = line.split()[0] if line.split() else "#"
         assert first in SHELL or "=" in first or first[0] == "#"
+
+
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if path.stem != "gpt2"], ids=lambda path: path.stem)
+def test_every_table_is_saved_under_the_name_of_the_recipe(recipe):
+    """And none over another, but that compare.sh's grows."""
+    saved = []
+    for words in expand(recipe):
+        name, cfg, _ = options(words)
+        if hasattr(cfg, "save"):
+            saved.append(cfg.save)
+    names = r"(\.\w+)?" if recipe.stem != "compare" else ""
+    for path in saved:
+        assert re.fullmatch(rf"out/tables/{recipe.stem}{names}\.json", path)
+    assert saved and len(set(saved)) == (1 if recipe.stem == "compare" else len(saved))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -344,7 +358,10 @@ def test_it_runs_through_and_a_second_time_does_nothing(recipe, shared, fluent, 
         error = capsys.readouterr().err
         assert "error:" not in error, error
         name, cfg, _ = options(words)
-        if name in ("compare", "accuracy"):     # these write nothing
+        if getattr(cfg, "save", ""):
+            rows = json.loads(Path(cfg.save).read_text())["rows"]
+            assert rows and all("checkpoint" in row or "name" in row for row in rows)
+        if name in ("compare", "accuracy"):     # these have no folder
             continue
         folder = Path(cfg.out)
         _, made = (BESIDE | dict(label=("label", "pairs.jsonl"))).get(name, ("train", "model.safetensors"))
@@ -408,7 +425,7 @@ def test_every_printed_command_runs_with_a_tokenizer_and_files_of_ones_own(fluen
 
 TRAIN = [       # on the toy: from another folder, on families that compare does not show by itself
     "ppo.py --reward exact --families arith4", "grpo.py", "grpo.py --families safe,fmt --reward no_filler", "dpo.py",
-    "reward.py train", "configs/qwen2.py --merge_base out/first"]
+    "reward.py train", "configs/qwen2.py --merge_base out/first", "configs/distill.py --teacher out/first"]
 BESIDES = [     # these look at whole answers
     "configs/claude_cai.py --critic out/sft", "configs/kimi_k15.py --by gold", "configs/judging.py",
     "configs/rule_based_rewards.py --rules words", "configs/reward_hacking.py out/ppo --proxy out/reward",
@@ -643,6 +660,7 @@ STAGES = {
     "label": LABEL, "label, by a judge": LABEL + " --judge BASE/sft --preamble principles",
     "train": "reward.py train --data BASE/pairs/pairs.jsonl " + LEARN,
     "process": "configs/process_rewards.py --data BASE/steps.jsonl " + LEARN,
+    "distill": "configs/distill.py --teacher BASE/first --lam 0.5 --max_new 8 " + LEARN.replace("batch", "prompts"),
     "qwen2": "configs/qwen2.py --data BASE/pairs/pairs.jsonl --merge_base BASE/first --merge_alpha .1 " + LEARN}
 
 

@@ -968,11 +968,14 @@ def test_accuracy_against_a_loop_on_several_files(spec, judge, tmp_path, capsys)
     tied = write(tmp_path / "tied.jsonl", [question(0, "be a", "ab e", "tree b")] * 3)
     paths = {write(tmp_path / "some.jsonl", rankings(125)): 120, tied: 3}
     spec = spec.replace("JUDGE", judge).replace("OTHER", other)
-    cfg = reward.Accuracy(data=",".join(paths), n=120, device="cpu", micro_tokens=128)
+    saved = tmp_path / "a new folder" / "table.json"
+    cfg = reward.Accuracy(data=",".join(paths), n=120, device="cpu", micro_tokens=128, save=str(saved))
     reward.accuracy(cfg, ["words", spec])
+    table = json.loads(saved.read_text())["rows"]
+    assert [row["name"] for row in table] == ["words", spec] * 2
     lines = capsys.readouterr().out.splitlines()
     found = [re.findall(r"-?\d+\.\d+", line.removeprefix(spec)) for line in lines if line.startswith(spec)]
-    for (path, n), numbers in zip(paths.items(), found[-2:]):
+    for (path, n), numbers, row in zip(paths.items(), found[-2:], table[1::2]):
         right, gaps, spreads = [], [], []
         for record in data.read_records(path, "preference")[:n]:
             texts = record["responses"]
@@ -990,6 +993,11 @@ def test_accuracy_against_a_loop_on_several_files(spec, judge, tmp_path, capsys)
         expected += [mean(spreads)] if spreads else []
         assert [float(x) for x in numbers] == pytest.approx(expected, abs=6e-4)
         assert f"{path}: {len(gaps)} pairs" in lines
+        kept = [row["accuracy"], *row["interval"], row["calibration_error"]]
+        if "spread" in row:
+            kept.append(row["spread"])
+        assert kept == pytest.approx(expected, abs=1e-5)
+        assert row["data"] == path and row["pairs"] == len(gaps)
 
 
 def test_accuracy_and_compare_show_how_far_they_are(tiny, tmp_path, monkeypatch, capsys):
@@ -1021,7 +1029,8 @@ def test_a_table_grows_row_by_row_as_if_made_at_once(tmp_path, monkeypatch):
         assert compare(folders, tmp_path, **ask | dict(show=8)) == at_once
         for n in (1, 3):    # what a call does not name is not forgotten
             assert compare(folders[:n], tmp_path, **ask)[:n] == at_once[:n]
-        for other in (dict(seed=1), dict(n=11), dict(judge="2*runs:vowels"), dict(show=9), dict(show=20)):
+        for other in (dict(seed=1), dict(n=11), dict(judge="2*runs:vowels"), dict(show=9), dict(show=20),
+                      dict(split="val")):
             with pytest.raises(AssertionError):
                 compare(folders, tmp_path, **ask | other)
         for changed in (folders[0], folders[1], judge):
@@ -1085,6 +1094,23 @@ def slow_nll(net, n):
         for ids, _ in data.encode(text, TOK, 64, "all"):
             logps += runs.spoken(net, ids, 1)[0].tolist()
     return -mean(logps)
+
+
+def test_compare_asks_what_is_in_its_split_and_no_document_of_the_other(tiny, tmp_path, monkeypatch, capsys):
+    texts = {}
+    for split in ("test", "val"):
+        with monkeypatch.context() as patch:
+            asked = runs.watch(patch, models, "respond")["respond"]
+            made = runs.watch(patch, data, "toy_record")["toy_record"]
+            compare([tiny], tmp_path, split=split)
+        for (_, records, *_), _ in asked:
+            assert {data.split_of(record["key"]) for record in records} == {split}
+        assert {args[1] for args, _ in made} == {split}
+        texts[split] = [record["text"] if "text" in record else str(record["messages"])
+                        for (kind, *_), record in made if kind == "text"]
+    assert len(texts["test"]) == 12 and not set(texts["test"]) & set(texts["val"])
+    out = capsys.readouterr().out
+    assert out.count("validation prompts") == out.count("held-out prompts") == 1
 
 
 def share(record, text, finished):
@@ -1316,8 +1342,9 @@ def test_training_on_steps_judges_each_step_and_is_the_mean_over_each_answers_st
         steps = [rng.choice([" cup", " van"]) + (" good." if right else " bad.") for right in labels]
         rows.append(step_record(*steps, labels=labels))
     path = write(tmp_path / "s.jsonl", [{key: row[key] for key in ("prompt", "steps", "labels")} for row in rows])
+    saved = tmp_path / "tables" / "process.json"
     log = start(process_rewards, "train", tmp_path / "rm", "metrics.jsonl", init=tiny, data=path, epochs=4.0, batch=16,
-                lr=1e-2, optimizer="adamw", weight_decay=0.0, warmup=0)
+                lr=1e-2, optimizer="adamw", weight_decay=0.0, warmup=0, save=str(saved))
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert log[-1]["val_accuracy"] > .9
     net = load_model(tmp_path / "rm")
@@ -1333,6 +1360,9 @@ def test_training_on_steps_judges_each_step_and_is_the_mean_over_each_answers_st
         every += scores
     got = [log[-1][key] for key in ("val_loss", "val_accuracy", "val_mean")]
     close(got, [mean(losses), mean(right), mean(every)], 1e-4)
+    row, = json.loads(saved.read_text())["rows"]
+    share = mean(list(itertools.chain(*(answer["labels"] for answer in rows))))
+    assert row == dict(name="rm", val_accuracy=got[1], val_loss=got[0], right=pytest.approx(share))
 
 
 def test_answers_are_checked_step_by_step(tiny, tmp_path):
@@ -1648,12 +1678,19 @@ def test_overoptimize_against_every_choice_of_k_and_the_metrics_of_runs(letters,
     for x in d[1:]:
         rows.append(dict(kl=x * x, gold=first["gold"][0] + FORMS["fit_rl"](x, 1.3, .4), reward=x))
     run = run_of(tmp_path / "ppo", rows)
-    cfg.out = str(tmp_path / "b")
+    saved = tmp_path / "tables" / "table.json"
+    cfg.out, cfg.save = str(tmp_path / "b"), str(saved)
     reward_hacking.overoptimize(cfg, [run])
     curves = json.loads((tmp_path / "b" / "curves.json").read_text())
     close(curves["best of n"]["gold"], first["gold"])                    # the same samples
     close(curves[run]["d"], d, 1e-9)
     close(curves[run]["proxy"], d, 1e-9)
+    for _ in range(2):                                                   # then of the finished run
+        rows = json.loads(saved.read_text())["rows"]
+        assert rows == [dict(name="best of n") | curves["best of n"], dict(name="ppo") | curves[run]]
+        saved = tmp_path / "other tables" / "table.json"
+        cfg.save = str(saved)
+        reward_hacking.overoptimize(cfg, [run])
     other, fitted = curves[run]["fits"].values()                         # the forms of best-of-n and of RL
     assert (fitted["alpha"], fitted["beta"]) == pytest.approx((1.3, .4), abs=1e-6)
     assert other["r2"] < fitted["r2"]
@@ -1682,8 +1719,9 @@ def test_overoptimize_takes_held_out_scores_where_a_run_has_them(every, without,
     "train --loss plackett_luce --center 1", "label --k 1", "label --flip 2", "label --temperature 0",
     "label --select most", "label --policy=", "label --judge x --select best", "label --judge x --min_gap 1",
     "label --rationale true", "label --by=", "compare", "compare x --samples -1", "compare x --families nope",
-    "compare x --families write --on fmt", "", "judge", "configs/kimi_k15.py --k 0", "configs/kimi_k15.py stray",
-    "configs/claude_cai.py --rounds 0", "configs/rule_based_rewards.py", "configs/reward_hacking.py x --n 0",
+    "compare x --families write --on fmt", "compare x --split train", "compare x --data y --split val", "", "judge",
+    "configs/kimi_k15.py --k 0", "configs/kimi_k15.py stray", "configs/claude_cai.py --rounds 0",
+    "configs/rule_based_rewards.py", "configs/reward_hacking.py x --n 0",
     "configs/superficial.py --mark=", "configs/chatglm_rlhf.py --width 0", "configs/nemotron4.py"])
 def test_impossible_options_exit_2_with_one_line(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
