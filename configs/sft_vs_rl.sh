@@ -18,7 +18,7 @@ OUT=${OUT:-out}
 
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
-python sft.py --init $OUT/sft --families arith1,arith2 --steps 200 --lr 1e-3 --muon_lr 3e-3 --out $OUT/sft_vs_rl/sft "$@"
-python sft.py --init $OUT/sft --families arith1,arith2 --think 1 --steps 200 --lr 1e-3 --muon_lr 3e-3 --out $OUT/sft_vs_rl/sft_think "$@"
-python grpo.py --init $OUT/sft --families arith1,arith2 --steps 100 --out $OUT/sft_vs_rl/rl "$@"
+python sft.py --init $OUT/sft --families arith2 --steps 200 --lr 1e-3 --muon_lr 3e-3 --out $OUT/sft_vs_rl/sft "$@"
+python sft.py --init $OUT/sft --families arith2 --think 1 --steps 200 --lr 1e-3 --muon_lr 3e-3 --out $OUT/sft_vs_rl/sft_think "$@"
+python grpo.py --init $OUT/sft --families arith2 --steps 100 --out $OUT/sft_vs_rl/rl "$@"
 python reward.py compare $OUT/sft $OUT/sft_vs_rl/sft $OUT/sft_vs_rl/sft_think $OUT/sft_vs_rl/rl --families arith2,arith3,arith4 --on arith3,arith4 --save $OUT/tables/sft_vs_rl.json "$@"
