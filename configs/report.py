@@ -12,7 +12,7 @@ and dicts of numbers; texts are not.
     configs/results/NAME.json   {"recipe", "commit", "machine", "torch", "seeds", "seconds": one a seed,
                                  "tables": {"NAME": {"dpo": {"arith": [one a seed], ...}, ...}, "NAME.PART": ...}}
 
-In a README `<!-- table NAME -->` and `<!-- end -->` enclose a printed table; TABLES below says what it shows.
+In a README the lines <!-- table NAME --> and <!-- end --> enclose a printed table; TABLES below says what it shows.
 """
 import functools
 import html
@@ -39,12 +39,12 @@ from data import Count, Natural, OptionError, Options, UserError, guard, mean, p
 from model import find_device, machine, read_json
 
 RESULTS = ROOT / "configs/results"
-PAGES = [ROOT / "README.md", ROOT / "configs/README.md"]
+READMES = [ROOT / "README.md", ROOT / "configs/README.md"]
 
 
 # ---------------------------------------------------------------- record
 
-# Curves that are gathered beside a recipe's tables, as its table NAME.curves: {recipe: {run: its metrics}}.
+# Curves that become a table NAME.curves beside those that the recipe leaves: {recipe: {run: its metrics}}.
 CURVES = {"compare": {"grpo": ["gold", "reward/format", "response_length"]}}
 
 
@@ -52,10 +52,10 @@ CURVES = {"compare": {"grpo": ["gold", "reward/format", "response_length"]}}
 class Record(Options):
     """Run a recipe once a seed, and gather its tables into configs/results/NAME.json.
 
-    Seed 0 has the folder out/seed0, with its log in NAME.log. NAME.run.json says there on what it was made, and that it
+    Seed 0 has the folder out/seed0, and its log there in NAME.log. NAME.run.json says on what it was made, and that it
     is finished: then it is only gathered. Without that file the recipe runs, and skips the stages that are finished.
     """
-    seeds: str = "0,1,2"        # a run each, with commas between them
+    seeds: str = "0,1,2"        # all that the results file is to have, with commas between them
     jobs: Count = 1             # runs at a time; several have one thread each
     out: str = "out"            # folder in which every seed has its own
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the matmuls
@@ -63,49 +63,58 @@ class Record(Options):
 
 
 class SeedRun:
-    """One run of a recipe: its folder, its log, and the note of what made it."""
+    """One run of a recipe: its folder, its log, and the note that says on what it was made."""
 
     def __init__(self, name, seed, cfg):
         self.name, self.seed = name, seed
-        out = cfg.out if os.path.isabs(cfg.out) else os.path.relpath(cfg.out, ROOT)  # recipes run in ROOT
-        self.out = os.path.join(out, f"seed{seed}")
+        out = os.path.join(cfg.out, f"seed{seed}")
+        self.out = out if os.path.isabs(out) else os.path.relpath(out, ROOT)    # the recipes run in ROOT
         self.folder = ROOT / self.out
-        self.log, self.note = self.folder / f"{name}.log", self.folder / f"{name}.run.json"
+        self.log = self.folder / f"{name}.log"
+        self.note = self.folder / f"{name}.run.json"
         self.recipe = [f"configs/{name}.sh", "--seed", str(seed)]
         if cfg.threads:
             self.recipe += ["--threads", str(cfg.threads)]
         if cfg.dtype != "auto":
             self.recipe += ["--dtype", cfg.dtype]
-        python = os.path.dirname(sys.executable)    # the stages run in the Python that runs this
-        self.how = dict(cwd=ROOT, env=os.environ | {"OUT": self.out, "PATH": f"{python}:{os.environ['PATH']}"})
+
+    def bash(self, *words, **options):
+        """Start bash in ROOT, for this seed's folder; its `python` is the one that runs this."""
+        path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+        return subprocess.Popen(["bash", *words], cwd=ROOT, env=os.environ | dict(OUT=self.out, PATH=path), text=True,
+                                stdin=subprocess.DEVNULL, **options)
 
     def tables(self):
         """The files of the tables that the recipe has left."""
-        folder = self.folder / "tables"
-        return sorted([*folder.glob(f"{self.name}.json"), *folder.glob(f"{self.name}.*.json")])
+        paths = sorted((self.folder / "tables").glob("*.json"))
+        return [path for path in paths if path.name.split(".")[0] == self.name]
 
     def finished(self):
         return self.note.exists() and bool(self.tables())
 
+    @functools.cached_property
     def stages(self):
-        """The run folders that the recipe makes. bash reads it with a `python` that only repeats what it is told."""
+        """The run folders that the recipe makes: bash reads it with a `python` that only repeats what it is told."""
         repeat = 'python() { printf "%s\\n" "$@"; }; source "$0"'
-        done = subprocess.run(["bash", "-c", repeat, *self.recipe], **self.how, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"configs/{self.name}.sh: {last_line(done.stderr)}")
-        words = done.stdout.splitlines()
-        folders = [ROOT / folder for word, folder in zip(words, words[1:]) if word == "--out"]
-        return list(dict.fromkeys(folders))
+        reader = self.bash("-c", repeat, *self.recipe, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        words, error = reader.communicate()
+        if reader.returncode:
+            raise UserError(f"configs/{self.name}.sh: {last_line(error)}")
+        words = words.splitlines()
+        folders = {}
+        for option, value in zip(words, words[1:]):
+            if option == "--out":
+                folders[ROOT / value] = True
+        return list(folders)
 
     def begin(self, made):
         """Start the recipe; made: commit, machine and torch."""
         self.made = made
-        self.before = sum(map(seconds_of, self.stages()))
+        self.before = sum(map(seconds_of, self.stages))
         self.since = time.perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.log, "w", encoding="utf-8") as log:
-            self.process = subprocess.Popen(["bash", *self.recipe], **self.how, stdin=subprocess.DEVNULL, stdout=log,
-                                            stderr=subprocess.STDOUT, start_new_session=True)
+            self.process = self.bash(*self.recipe, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         print(f"seed {self.seed} runs; its log is {self.log}", flush=True)
 
     def end(self):
@@ -113,13 +122,17 @@ class SeedRun:
 
         The seconds are those from nothing: of this run, and what its stages had taken before it.
         """
-        seconds = self.before + time.perf_counter() - self.since
-        if self.process.returncode or not self.tables():
-            said = last_line(self.log.read_text(encoding="utf-8", errors="replace"))
-            why = said if self.process.returncode else f"it left no {self.folder}/tables/{self.name}.json"
-            tell(f"seed {self.seed} failed: {why} ({self.log})")
+        seconds = round(self.before + time.perf_counter() - self.since, 1)
+        fault = ""
+        if self.process.returncode:
+            fault = last_line(self.log.read_text(encoding="utf-8", errors="replace"))
+        elif not self.tables():
+            fault = f"it left no {self.folder}/tables/{self.name}.json"
+        if fault:
+            tell(f"seed {self.seed} failed: {fault} ({self.log})")
             return False
-        write_text(self.note, json.dumps(self.made | dict(seconds=round(seconds, 1)), indent=1))
+        note = self.made | dict(seconds=seconds)
+        write_text(self.note, json.dumps(note, indent=1))
         print(f"seed {self.seed} is finished: {seconds:.0f} s", flush=True)
         return True
 
@@ -128,15 +141,15 @@ def record(cfg, names):
     """Run what is not finished, so many at a time, then write the results file."""
     name, = names
     seeds = seeds_of(cfg.seeds)
-    if not (ROOT / f"configs/{name}.sh").exists():
-        known = ", ".join(sorted(path.stem for path in (ROOT / "configs").glob("*.sh")))
-        raise OptionError(f"there is no configs/{name}.sh; choose from {known}")
+    recipes = sorted(path.stem for path in (ROOT / "configs").glob("*.sh"))
+    if name not in recipes:
+        raise OptionError(f"there is no configs/{name}.sh; choose from {', '.join(recipes)}")
     if cfg.jobs > 1:
         cfg.threads = 1
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    version, _, _ = torch.__version__.partition("+")
-    made = dict(commit=commit(), machine=machine(find_device("auto"), cfg.dtype), torch=version)
+    here = machine(find_device("auto"), cfg.dtype)
+    made = dict(commit=commit(), machine=here, torch=torch.__version__.split("+")[0])
     runs = [SeedRun(name, seed, cfg) for seed in seeds]
     to_do = []
     for run in runs:
@@ -146,8 +159,8 @@ def record(cfg, names):
             to_do.append(run)
     failed = run_all(to_do, cfg.jobs, made)
     if failed:
-        raise UserError(f"{name}: {len(failed)} of {len(seeds)} seeds failed, nothing is written; the same command "
-                        "goes on from here")
+        raise UserError(f"{name}: {failed} of {len(seeds)} seeds failed, nothing is written; the same command goes on "
+                        "from here")
     path = RESULTS / f"{name}.json"
     write_text(path, to_json(gather(name, runs)))
     print(f"{path}: {len(seeds)} seeds")
@@ -156,15 +169,18 @@ def record(cfg, names):
 def seeds_of(text):
     """The seeds that a text like 0,1,2 names."""
     words = text.split(",")
-    if not all(re.fullmatch(r"\d{1,9}", word) for word in words) or len(set(words)) < len(words):
+    numbers = [int(word) for word in words if re.fullmatch(r"\d{1,9}", word)]
+    if len(set(numbers)) < len(words):
         raise OptionError(f"--seeds {text}: whole numbers with commas between them, each once, as in 0,1,2")
-    return [int(word) for word in words]
+    return numbers
 
 
 def run_all(runs, jobs, made):
-    """Let the recipes run, so many at a time -> those that failed."""
-    waiting, running, failed = list(runs), [], []
-    stages = [folder for run in runs for folder in run.stages()]
+    """Let the recipes run, so many at a time -> how many failed."""
+    waiting, running, failed = list(runs), [], 0
+    stages = []
+    for run in runs:
+        stages += run.stages
     shown = tqdm(total=len(stages), unit="stage", leave=False, disable=not sys.stderr.isatty())
     try:
         while waiting or running:
@@ -175,21 +191,20 @@ def run_all(runs, jobs, made):
             for run in list(running):
                 if run.process.poll() is not None:
                     running.remove(run)
-                    if not run.end():
-                        failed.append(run)
+                    failed += not run.end()
             shown.n = sum((folder / "summary.json").exists() for folder in stages)
             shown.refresh()
-    finally:    # interrupted: what they have saved is whole
+    finally:
         shown.close()
-        for run in running:
+        for run in running:     # interrupted: what they have saved is whole
             os.killpg(run.process.pid, signal.SIGTERM)
     return failed
 
 
 def commit():
-    """The commit of the code, with a + where files that results depend on differ from it; unknown outside git."""
+    """The commit of the code, with a + if files that results depend on differ from it; unknown outside git."""
     def git(*words):
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.check_output(["git", *words], cwd=ROOT, stderr=subprocess.DEVNULL, text=True).strip()
     try:
         changed = git("status", "--porcelain", "--", ".", ":!configs/results", ":!*.md")
         return git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
@@ -205,8 +220,8 @@ def seconds_of(folder):
 
 def last_line(text):
     """The last line that says something."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "no word about it"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
 
 
 def gather(name, runs):
@@ -214,28 +229,36 @@ def gather(name, runs):
     notes = [read_json(run.note) for run in runs]
     result = dict(recipe=name)
     for key in ("commit", "machine", "torch"):
-        result[key] = " and ".join(dict.fromkeys(note[key] for note in notes))
-    result |= dict(seeds=[run.seed for run in runs], seconds=[note["seconds"] for note in notes], tables={})
+        different = dict.fromkeys(note[key] for note in notes)
+        result[key] = " and ".join(different)
+    result["seeds"] = [run.seed for run in runs]
+    result["seconds"] = [note["seconds"] for note in notes]
 
-    per_table = defaultdict(list)   # of each seed {row: {metric: value}}
+    seeds_of_table = defaultdict(dict)      # {table: {seed: {row: {metric: value}}}}
     for run in runs:
         for path in run.tables():
-            per_table[path.stem].append(rows_of(path, run.out))
+            seeds_of_table[path.stem][run.seed] = rows_of(path, run.out)
         if name in CURVES:
-            per_table[f"{name}.curves"].append(curves_of(run, CURVES[name]))
-    for table, rows in per_table.items():
-        result["tables"][table] = over_seeds(rows, table, runs)
+            seeds_of_table[f"{name}.curves"][run.seed] = curves_of(run, CURVES[name])
+    result["tables"] = {}
+    for table, of_seed in seeds_of_table.items():
+        if len(of_seed) < len(runs):
+            raise UserError(f"only seeds {', '.join(map(str, of_seed))} have left the table {table}")
+        result["tables"][table] = over_seeds(of_seed, table)
     return result
 
 
 def rows_of(path, out):
-    """{row: {metric: number, or list or dict of numbers}} of a table that a recipe has left."""
+    """{row: {metric: number, or list or dict of numbers}} of a table that a recipe has left in $OUT."""
     rows = {}
     for row in table_rows(path):
-        name = str(row.get("checkpoint", row.get("name"))).removeprefix(f"{out}/")
+        name = name_of(row).removeprefix(f"{out}/")
         if name in rows:
             raise UserError(f"{path}: two rows are called {name}; delete the file, and the recipe makes it anew")
-        rows[name] = {metric: rounded(value) for metric, value in row.items() if is_numeric(value)}
+        rows[name] = {}
+        for metric, value in row.items():
+            if is_numeric(value):
+                rows[name][metric] = rounded(value)
     return rows
 
 
@@ -244,21 +267,30 @@ def table_rows(path):
     content = read_json(path)
     rows = content.get("rows") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f'{path}: no table, which is {{"rows": [...]}}')
+        raise UserError(f'{path}: no table, which is {{"rows": [{{...}}, ...]}}')
     return rows
+
+
+def name_of(row):
+    """What a row is called."""
+    return str(row.get("checkpoint", row.get("name", "")))
+
+
+def is_number(value):
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def is_numeric(value):
     """Whether it is a number, or lists and dicts of numbers; None is a number that does not exist."""
     if isinstance(value, dict):
-        return all(map(is_numeric, value.values()))
+        return is_numeric(list(value.values()))
     if isinstance(value, list):
         return all(map(is_numeric, value))
-    return value is None or (type(value) in (int, float) and math.isfinite(value))
+    return value is None or is_number(value)
 
 
 def rounded(value):
-    """Numbers with six digits, in lists and dicts as well."""
+    """Numbers to six digits, in lists and dicts as well."""
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -279,31 +311,32 @@ def curves_of(run, wanted):
     return curves
 
 
-def over_seeds(tables, name, runs):
-    """A table a seed, {row: {metric: value}} -> {row: {metric: [a value a seed]}}; None where a seed has no value."""
-    if len(tables) < len(runs):
-        raise UserError(f"only {len(tables)} of {len(runs)} seeds have the table {name}")
-    out = {}
-    for table, run in zip(tables, runs):
-        different = table.keys() ^ tables[0].keys()
+def over_seeds(of_seed, table):
+    """{seed: {row: {metric: value}}} -> {row: {metric: [a value a seed]}}; None where a seed has no value."""
+    first, *others = of_seed
+    for seed in others:
+        different = of_seed[seed].keys() ^ of_seed[first].keys()
         if different:
-            raise UserError(f"{name}: seeds {runs[0].seed} and {run.seed} do not both have {', '.join(different)}")
-    for row in tables[0]:
-        out[row] = {}
-        for metric in dict.fromkeys(metric for table in tables for metric in table[row]):
-            out[row][metric] = [table[row].get(metric) for table in tables]
+            raise UserError(f"{table}: of seeds {first} and {seed} only one has {', '.join(different)}")
+    out = {}
+    for row in of_seed[first]:
+        per_seed = [rows[row] for rows in of_seed.values()]
+        names = dict.fromkeys(name for metrics in per_seed for name in metrics)
+        out[row] = {name: [metrics.get(name) for metrics in per_seed] for name in names}
     return out
 
 
 def to_json(result):
     """JSON with a metric a line."""
+    def in_a_line(found):
+        return "[" + " ".join(found[0][1:-1].split()) + "]"
     text = json.dumps(result, indent=1, ensure_ascii=False)
-    return re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
+    return re.sub(r"\[[^][{}]*\]", in_a_line, text) + "\n"
 
 
 # ---------------------------------------------------------------- what is in a cell
 
-# The .975 quantiles of Student's t with 1, 2, ... degrees of freedom; with more than 20 the last is a little too wide.
+# The .975 quantiles of Student's t with 1, 2, ... degrees of freedom; for more than 20 the last is a little too wide.
 T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
      2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086]
 
@@ -311,58 +344,68 @@ T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
 def sd(values):
     """The standard deviation of a sample, by n - 1; 0 of one value."""
     center = mean(values)
-    return math.sqrt(sum((x - center) ** 2 for x in values) / max(1, len(values) - 1))
+    squares = [(value - center) ** 2 for value in values]
+    return math.sqrt(sum(squares) / max(1, len(values) - 1))
 
 
 def interval(values, new=True):
-    """95%, by Student's t: where the value of a new seed falls, or where the mean over all seeds is."""
+    """95%, by Student's t: where the value of a new seed falls; or, not new, where the mean of all seeds is."""
     n, center = len(values), mean(values)
-    half = 0.0
-    if n > 1:
-        half = T[min(n - 2, len(T) - 1)] * sd(values) * math.sqrt(new + 1 / n)
+    if n == 1:
+        return center, center
+    t = T[min(n - 1, len(T)) - 1]
+    half = t * sd(values) * math.sqrt(new + 1 / n)
     return center - half, center + half
 
 
-def short(x, digits=2, sign=""):
-    """A number as the tables write it: .87, -1.20, 24.4; with the sign +, +.87."""
-    text = f"{round(x, digits) + 0.0:{sign}.{digits}f}"     # + 0.0: no -0
-    return re.sub(r"^([+-]?)0\.", r"\1.", text)
+class Cell:
+    """How the numbers of a column are written: .87, -1.20, 24.4."""
+
+    def __init__(self, text):
+        """text: "metric how digits", how one of HOW; the last two can be left out. "+metric" is the gain over the first
+        row."""
+        self.metric, *rest = text.split()
+        self.how = rest[0] if rest else "sd"
+        self.digits = int(rest[1]) if len(rest) > 1 else 2
+        if self.how not in HOW:
+            raise UserError(f'column "{text}": a cell is written as one of {", ".join(HOW)}')
+        self.sign = "+" if self.metric.startswith("+") else ""
+        self.share = SHARES.match(self.metric) is not None
+
+    def number(self, x):
+        rounded_x = round(x, self.digits) + 0.0     # no -0
+        return re.sub(r"^([+-]?)0\.", r"\1.", f"{rounded_x:{self.sign}.{self.digits}f}")
+
+    def __call__(self, values):
+        """values: one a seed. A dash where a seed has none."""
+        if None in values:
+            return "–"
+        if self.how == "seeds":
+            return " / ".join(map(self.number, values))
+        center, spread = self.number(mean(values)), sd(values)
+        if self.how == "mean" or not spread:
+            return center
+        if self.how == "sd":
+            return f"{center} ± {self.number(spread).lstrip('+')}"
+        low, high = interval(values, self.how == "new")
+        if self.share:
+            low, high = max(0.0, low), min(1.0, high)
+        return f"{center} [{self.number(low)}, {self.number(high)}]"
 
 
-def in_brackets(values, new, write, share):
-    """Mean and interval, where seeds differ; a share's ends at 0 and 1."""
-    low, high = interval(values, new)
-    if low == high:
-        return write(low)
-    if share:
-        low, high = max(0.0, low), min(1.0, high)
-    return f"{write(mean(values))} [{write(low)}, {write(high)}]"
-
-
-def with_sd(values, write):
-    return f"{write(mean(values))} ± {write(sd(values)).lstrip('+')}" if sd(values) else write(mean(values))
-
-
-# How a cell can be written: a function of values, one number's text, and whether it is a share; and what it shows.
-CELLS = {
-    "mean": (lambda values, write, share: write(mean(values)), ""),
-    "sd": (lambda values, write, share: with_sd(values, write), "`a ± b`: mean and standard deviation"),
-    "seeds": (lambda values, write, share: " / ".join(map(write, values)), "`a / b`: each seed"),
-    "new": (lambda values, write, share: in_brackets(values, True, write, share),
-            "`a [b, c]`: mean, and where a new seed falls, 95%"),
-    "sure": (lambda values, write, share: in_brackets(values, False, write, share),
-             "`a [b, c]`: mean over the seeds, and its 95% interval"),
-}
-SHARES = re.compile(r"(arith|pass@|maj@|win|greedy_win|harmless|over_refusal|help|right|safe|fmt)")
+HOW = {     # and what is said of it under a table
+    "mean": "", "sd": "`a ± b`: mean and standard deviation", "seeds": "`a / b`: each seed",
+    "new": "`a [b, c]`: mean, and where a new seed falls, 95%",
+    "sure": "`a [b, c]`: mean over the seeds, and its 95% interval"}
+SHARES = re.compile(r"arith|pass@|maj@|win|greedy_win|harmless|over_refusal|help|right")    # they end at 0 and 1
 
 
 # ---------------------------------------------------------------- the printed tables
 
 @dataclass
 class Table:
-    """A printed table. source: a table of a results file, NAME or NAME.PART. columns: {title: "metric how digits"}, how as
-    in CELLS ("sd" without), two digits without; "+metric" is the gain over the first row. rows: {row: what is printed
-    for it}, with | between several cells, whose titles are in head; without, all rows under their own names."""
+    """A printed table. source: a table of a results file, NAME or NAME.PART. columns: {title: what Cell reads}. rows: {row:
+    what is printed for it}, with | between several cells, whose titles are in head; without, all under their own names."""
     source: str
     columns: dict
     rows: dict | None = None
@@ -378,7 +421,7 @@ MAIN = {"sums right": "arith new", "`write`: true reward": "write new", "greedy"
 ALL = {"`arith`": "arith", "`write`": "write", "`safe`": "safe", "`fmt`": "fmt", "nll": "nll", "proxy": "proxy",
        "win": "win", "KL": "kl", "length": "length sd 1", "greedy": "greedy", "greedy win": "greedy_win"}
 
-# {NAME of a block in a README: what it shows}. One of a recipe needs a line: "dapo": Table("dapo", {"sums right": "arith"}).
+# {NAME of a block in a README: what it shows}. A recipe's is a line: "dapo": Table("dapo", {"sums right": "arith seeds"}).
 TABLES = {
     "algorithms": Table("compare", MAIN, ALGORITHMS, " | learns from"),
     "compare": Table("compare", ALL),
@@ -394,55 +437,57 @@ class Tables(Options):
 
 def tables(cfg):
     """Every block of the pages anew."""
-    stale, printed = [], []
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        new, names, changed = rewrite(text, page)
+    printed, stale = [], []
+    for page in READMES:
+        text, names, changed = rewrite(page)
         printed += names
         stale += [f"{page}: table {name}" for name in changed]
         if changed and not cfg.check:
-            write_text(page, new)
+            write_text(page, text)
     for name in TABLES:
         if name not in printed:
             tell(f"table {name} is printed nowhere")
-    report_stale(stale, cfg.check, f"{len(printed)} tables")
+    tell_stale(stale, cfg.check, f"{len(printed)} tables")
 
 
-def report_stale(stale, check, count):
-    """Say which were not as the results files are; a mistake if that was only checked."""
+def tell_stale(stale, check, count):
+    """Say which were not as the results files are; a mistake, if that was only to be checked."""
     for what in stale:
-        print(f"{what} {'differs from the results' if check else 'is new'}")
-    print(f"{count}, {len(stale)} of them changed")
+        print(f"{what} {'differs from configs/results' if check else 'is made anew'}")
+    print(f"{count}, {len(stale)} changed")
     if stale and check:
-        raise UserError("not as configs/results has it: run this command without --check")
+        raise UserError("not all is as configs/results has it; the same command without --check makes it so")
 
 
 BLOCK = re.compile(r"(?ms)^(<!-- table (\S+)[^\n]*-->\n)(.*?)^(<!-- end -->)$")
 
 
-def rewrite(text, page):
+def rewrite(page):
     """A page with all its tables made from the results files; the names of all, and of those that were otherwise."""
+    text = page.read_text(encoding="utf-8")
     names, changed = [], []
 
-    def made(block):
+    def renew(block):
         begin, name, was, end = block.groups()
         if name not in TABLES:
             raise UserError(f"{page}: configs/report.py knows no table {name}; add it to TABLES")
-        now = "\n".join(printed_table(TABLES[name])) + "\n"
+        now = printed_table(TABLES[name])
         names.append(name)
         if now != was:
             changed.append(name)
         return begin + now + end
 
-    new = BLOCK.sub(made, text)
-    begun, ended = (len(re.findall(rf"(?m)^<!-- {word}", text)) for word in ("table ", "end -->"))
+    new = BLOCK.sub(renew, text)
+    begun = len(re.findall("(?m)^<!-- table ", text))
+    ended = len(re.findall("(?m)^<!-- end -->", text))
     if not begun == ended == len(names):
         raise UserError(f"{page}: {begun} times <!-- table NAME -->, {ended} times <!-- end -->: one of each to a table")
     return new, names, changed
 
 
-def results_of(recipe):
-    """The content of configs/results/RECIPE.json."""
+def results_of(source):
+    """The content of the results file that has a table NAME or NAME.PART."""
+    recipe = source.split(".")[0]
     path = RESULTS / f"{recipe}.json"
     if not path.exists():
         raise UserError(f"there is no {path}; python configs/report.py record {recipe} makes it")
@@ -450,112 +495,102 @@ def results_of(recipe):
 
 
 def rows_from(source):
-    """{row: {metric: [a value a seed]}} of a table of a results file, NAME or NAME.PART."""
-    results = results_of(source.split(".")[0])
-    if source not in results["tables"]:
-        raise UserError(f"configs/results has no table {source}, only {', '.join(results['tables'])}")
-    return results["tables"][source]
-
-
-def printed_table(table):
-    """The lines of a table in Markdown, and of what stands under it."""
-    found = rows_from(table.source)
-    recipe = table.source.split(".")[0]
-    rows = table.rows or {row: row.removeprefix(f"{recipe}/") for row in found}
-    columns = [column_of(text) for text in table.columns.values()]
-    heads = table.head.split("|") + list(table.columns)
-    lines = [markdown(heads), "|" + "---|" * len(heads)]
-    for row, printed in rows.items():
-        cells = printed.split("|")
-        for metric, how, digits in columns:
-            values = values_of(found, row, metric, table.source)
-            cells.append(cell(values, metric, how, digits))
-        lines.append(markdown(cells))
-    hows = [how for _, how, _ in columns]
-    return [*lines, "", provenance(results_of(recipe), hows)]
-
-
-def markdown(cells):
-    """A line of a table."""
-    return "| " + " | ".join(text.strip() for text in cells) + " |"
-
-
-def column_of(text):
-    """(metric, how, digits) of "metric how digits", the last two with defaults."""
-    metric, *rest = text.split()
-    how = rest[0] if rest else "sd"
-    digits = rest[1] if len(rest) > 1 else "2"
-    if how not in CELLS or not digits.isdigit() or len(rest) > 2:
-        raise UserError(f'column "{text}" is not "metric how digits", with how one of {", ".join(CELLS)}')
-    return metric, how, int(digits)
+    """{row: {metric: [a value a seed]}} of a table NAME or NAME.PART."""
+    found = results_of(source)["tables"]
+    if source not in found:
+        raise UserError(f"configs/results has no table {source}, but {', '.join(found)}")
+    return found[source]
 
 
 def values_of(found, row, metric, source):
-    """A metric of a row, one value a seed; of "+metric", by how much it is above that of the first row. None where a seed
-    has none."""
+    """A metric of a row, one value a seed, None where it has none; of "+metric", the gain over the first row."""
     if row not in found:
-        raise UserError(f"table {source} has no row {row}, only {', '.join(found)}")
-    name, first = metric.removeprefix("+"), next(iter(found))
-    if not any(name in values for values in found.values()):
-        raise UserError(f"table {source} has no {name}, only {', '.join(found[first])}")
+        raise UserError(f"table {source} has no row {row}, but {', '.join(found)}")
+    name, first = metric.removeprefix("+"), next(iter(found.values()))
+    if not any(name in metrics for metrics in found.values()):
+        raise UserError(f"table {source} has no {name}, but {', '.join(first)}")
     values = found[row].get(name, [None])
     if None in values or name == metric:
         return values
-    return [value - before for value, before in zip(values, found[first][name])]
+    return [value - before for value, before in zip(values, first[name])]
 
 
-def cell(values, metric, how, digits):
-    """What a cell says; a dash where a seed has no value."""
-    if None in values:
-        return "–"
-    sign = "+" if metric.startswith("+") else ""
-    write_cell, _ = CELLS[how]
-    return write_cell(values, lambda x: short(x, digits, sign), bool(SHARES.match(metric)))
+def printed_table(table):
+    """A table in Markdown, and what stands under it."""
+    found = rows_from(table.source)
+    cells = [Cell(text) for text in table.columns.values()]
+    heads = table.head.split("|") + list(table.columns)
+    lines = [markdown(heads), "|" + "---|" * len(heads)]
+    for row, printed in (table.rows or own_names(found)).items():
+        texts = printed.split("|")
+        for cell in cells:
+            texts.append(cell(values_of(found, row, cell.metric, table.source)))
+        lines.append(markdown(texts))
+    lines += ["", provenance(results_of(table.source), [cell.how for cell in cells])]
+    return "\n".join(lines) + "\n"
+
+
+def own_names(found):
+    """{row: what it is called}, the last part of its folder where no other row has that."""
+    last = [row.split("/")[-1] for row in found]
+    if len(set(last)) < len(last):
+        return {row: row for row in found}
+    return dict(zip(found, last))
+
+
+def markdown(texts):
+    """A line of a table."""
+    return "| " + " | ".join(text.strip() for text in texts) + " |"
 
 
 def provenance(results, hows):
-    """What stands under a table: where its numbers are from, and how to read its cells."""
-    seeds, several = results["seeds"], len(results["seeds"]) > 1
-    told = [f"Seed{'s' * several} {', '.join(map(str, seeds))}", results["machine"], f"commit {results['commit']}",
-            f"{mean(results['seconds']):.0f} s{' a seed' * several}"]
-    text = "; ".join(told) + "."
-    for how in dict.fromkeys(hows):
-        _, meaning = CELLS[how]
-        if meaning and several:
-            text += f" {meaning}."
-    return text
+    """Where the numbers of a table are from, and how to read its cells."""
+    seeds = ", ".join(map(str, results["seeds"]))
+    seconds = f"{mean(results['seconds']):.0f} s"
+    made = f"{results['machine']}; commit {results['commit']}"
+    if len(results["seeds"]) == 1:
+        return f"Seed {seeds}; {made}; {seconds}."
+    meanings = [HOW[how] + "." for how in dict.fromkeys(hows) if HOW[how]]
+    return " ".join([f"Seeds {seeds}; {made}; {seconds} a seed.", *meanings])
 
 
 # ---------------------------------------------------------------- drawing
 # SVG by hand, for figures and page alike. Colours are classes: c0 to c7 draw lines, f0 to f7 fill.
 
-LIGHT = dict(paper="#ffffff", ink="#222222", soft="#666666", grid="#e3e3e3", c0="#0072b2", c1="#d55e00", c2="#009e73",
-             c3="#b05590", c4="#3d9bd9", c5="#b98300", c6="#777777", c7="#8a5a2b")
-DARK = dict(paper="#0d1117", ink="#e6e6e6", soft="#a0a0a0", grid="#2c323a", c0="#58b0f0", c1="#ff8f4a", c2="#35cfa5",
-            c3="#e59ac8", c4="#a5d8ff", c5="#f5c04e", c6="#b0b0b0", c7="#d0a577")
+LIGHT = {"paper": "#ffffff", "ink": "#222222", "soft": "#666666", "grid": "#e3e3e3", "0": "#0072b2", "1": "#d55e00",
+         "2": "#009e73", "3": "#b05590", "4": "#3d9bd9", "5": "#b98300", "6": "#777777", "7": "#8a5a2b"}
+DARK = {"paper": "#0d1117", "ink": "#e6e6e6", "soft": "#a0a0a0", "grid": "#2c323a", "0": "#58b0f0", "1": "#ff8f4a",
+        "2": "#35cfa5", "3": "#e59ac8", "4": "#a5d8ff", "5": "#f5c04e", "6": "#b0b0b0", "7": "#d0a577"}
 COLORS = 8
+LOOKS = """
+text{font:12px system-ui,sans-serif;fill:var(--ink)} .soft{fill:var(--soft);font-size:11px} .head{font-weight:600}
+.paper{fill:var(--paper)} .grid{stroke:var(--grid)} .zero{stroke:var(--soft)}
+polyline{fill:none;stroke-width:2;stroke-linejoin:round} .thin{stroke-width:1;opacity:.45}
+.dash{stroke-dasharray:6 3} .dots{stroke-dasharray:2 2} .wide{stroke-width:7;opacity:.3} .mean{stroke-width:3}
+"""
 
 
 def style():
     """The CSS that all drawings share."""
     def variables(colors):
-        return ":root{" + "".join(f"--{name}:{color};" for name, color in colors.items()) + "}"
-    lines = [variables(LIGHT), "@media (prefers-color-scheme:dark){" + variables(DARK) + "}",
-             "text{font:12px system-ui,sans-serif;fill:var(--ink)}.soft{fill:var(--soft);font-size:11px}",
-             ".paper{fill:var(--paper)}.grid{stroke:var(--grid)}.zero{stroke:var(--soft)}.head{font-weight:600}",
-             "polyline{fill:none;stroke-width:2;stroke-linejoin:round}.thin{stroke-width:1;opacity:.45}",
-             ".dash{stroke-dasharray:6 3}.dots{stroke-dasharray:2 2}.wide{stroke-width:7;opacity:.3}.mean{stroke-width:3}"]
+        lines = [f"--{name}:{color};" for name, color in colors.items()]
+        return ":root{" + "".join(lines) + "}"
+    css = variables(LIGHT) + "\n@media (prefers-color-scheme:dark){" + variables(DARK) + "}" + LOOKS
     for i in range(COLORS):
-        lines.append(f".c{i}{{stroke:var(--c{i})}}.f{i}{{fill:var(--c{i})}}")
-    return "\n".join(lines)
+        css += f".c{i}{{stroke:var(--{i})}} .f{i}{{fill:var(--{i})}}\n"
+    return css
 
 
-def drawing(width, height, parts, about):
-    """A whole SVG file. It has its own background: an <img> sees the reader's colour scheme, but not the page's."""
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-                      f'height="{height}" role="img">', f"<title>{html.escape(about)}</title>",
-                      f"<style>{style()}</style>", f'<rect class="paper" width="{width}" height="{height}"/>',
-                      *parts, "</svg>\n"])
+def tag(name, *inside, **attributes):
+    """An element of SVG or HTML. Attributes are escaped, what is inside is not. `look` is the class; _ stands for -."""
+    words = [name]
+    for key, value in attributes.items():
+        key = "class" if key == "look" else key.strip("_").replace("_", "-")
+        text = place(value) if type(value) is float else str(value)
+        words.append(f'{key}="{html.escape(text)}"')
+    if not inside and name in ("line", "circle", "polyline", "rect"):
+        return f"<{' '.join(words)}/>"
+    return f"<{' '.join(words)}>{''.join(inside)}</{name}>"
 
 
 def place(value):
@@ -563,33 +598,46 @@ def place(value):
     return f"{value:.1f}".removesuffix(".0")
 
 
+def drawing(width, height, parts, about):
+    """A whole SVG file. It has its own background: an <img> sees the reader's colour scheme, but not the page's."""
+    back = tag("rect", look="paper", width=width, height=height)
+    inside = [tag("title", html.escape(about)), tag("style", style()), back, *parts]
+    return tag("svg", *(f"\n{part}" for part in inside), xmlns="http://www.w3.org/2000/svg", width=width, height=height,
+               viewBox=f"0 0 {width} {height}", role="img") + "\n"
+
+
 def line(x1, y1, x2, y2, look):
-    x1, y1, x2, y2 = map(place, (x1, y1, x2, y2))
-    return f'<line class="{look}" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>'
+    return tag("line", look=look, x1=float(x1), y1=float(y1), x2=float(x2), y2=float(y2))
 
 
-def dot(x, y, look, radius=3):
-    return f'<circle class="{look}" cx="{place(x)}" cy="{place(y)}" r="{radius}"/>'
+def dot(x, y, look):
+    return tag("circle", look=look, cx=float(x), cy=float(y), r=2.5)
 
 
-def words(x, y, text, look="", anchor="start"):
-    return f'<text class="{look}" x="{place(x)}" y="{place(y)}" text-anchor="{anchor}">{html.escape(text)}</text>'
+def words(x, y, text, look="soft", anchor="start"):
+    return tag("text", html.escape(text), look=look, x=float(x), y=float(y), text_anchor=anchor)
 
 
-def legend(x, y, entries, apart=150):
-    """A line's look and what it stands for, side by side."""
+def legend(x, y, apart, entries):
+    """Side by side, a line and what it stands for: {text: look}."""
     parts = []
-    for i, (look, text) in enumerate(entries):
-        left = x + i * apart
-        parts += [line(left, y - 4, left + 24, y - 4, look), words(left + 30, y, text, "soft")]
+    for text, look in entries.items():
+        parts.append(line(x, y - 4, x + 24, y - 4, look))
+        parts.append(words(x + 30, y, text))
+        x += apart
     return parts
 
 
 def ticks(low, high, about=4):
     """Round numbers from low to high, not many more than `about`: steps of 1, 2 or 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10((high - low) / about))
-    step = next(power * times for times in (1, 2, 5, 10) if (high - low) / (power * times) <= about + 0.5)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    rough = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = 10 * power
+    for times in (5, 2, 1):
+        if times * power >= 0.9 * rough:
+            step = times * power
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
@@ -604,46 +652,52 @@ class Axes:
     """A box of a drawing with two scales: values in, pixels out. x_log: the x axis is that of log x."""
 
     def __init__(self, left, top, width, height, x_range, y_range, x_log=False):
-        self.left, self.top, self.width, self.height = left, top, width, height
+        self.left, self.top = left, top
+        self.width, self.height = width, height
+        self.right, self.bottom = left + width, top + height
         self.x_range, self.y_range, self.x_log = x_range, y_range, x_log
 
     def x(self, value):
         low, high = self.x_range
         if self.x_log:
-            value, low, high = math.log(value), math.log(low), math.log(high)
-        return self.left + self.width * (value - low) / ((high - low) or 1)
+            value, low, high = map(math.log, (value, low, high))
+        return self.left + self.width * (value - low) / (high - low or 1)
 
     def y(self, value):
         low, high = self.y_range
         return self.top + self.height * (high - value) / (high - low)
 
-    def frame(self, title, x_label, x_ticks=None):
-        """Grid, ticks and labels."""
-        bottom = self.top + self.height
-        parts = [words(self.left, self.top - 8, title, "head")]
-        for value in ticks(*self.y_range):
-            parts += [line(self.left, self.y(value), self.left + self.width, self.y(value), "grid"),
-                      words(self.left - 5, self.y(value) + 4, f"{value:g}", "soft", "end")]
-        for value in x_ticks or ticks(*self.x_range):
-            parts += [line(self.x(value), self.top, self.x(value), bottom, "grid"),
-                      words(self.x(value), bottom + 15, f"{value:g}", "soft", "middle")]
-        parts.append(words(self.left + self.width / 2, bottom + 30, x_label, "soft", "middle"))
+    def x_axis(self, label, values, zero=False):
+        """Grid and numbers along x; zero: mark where it is 0."""
+        parts = [words(self.left + self.width / 2, self.bottom + 30, label, anchor="middle")]
+        for value in values:
+            x = self.x(value)
+            look = "zero" if zero and value == 0 else "grid"
+            parts.append(line(x, self.top, x, self.bottom, look))
+            parts.append(words(x, self.bottom + 15, f"{value:g}", anchor="middle"))
         return parts
 
-    def points(self, xs, ys):
-        """Pixels of a curve."""
-        return " ".join(f"{place(self.x(x))},{place(self.y(y))}" for x, y in zip(xs, ys))
+    def frame(self, title, x_label, x_ticks=None):
+        """Title, grid and numbers of both axes."""
+        parts = [words(self.left, self.top - 8, title, "head")]
+        for value in ticks(*self.y_range):
+            y = self.y(value)
+            parts.append(line(self.left, y, self.right, y, "grid"))
+            parts.append(words(self.left - 5, y + 4, f"{value:g}", anchor="end"))
+        return parts + self.x_axis(x_label, x_ticks or ticks(*self.x_range))
 
-    def curve(self, xs, ys, look):
-        return f'<polyline class="{look}" points="{self.points(xs, ys)}"/>'
+    def curve(self, xs, ys, look, *inside, **attributes):
+        """A line through points."""
+        points = [f"{place(self.x(x))},{place(self.y(y))}" for x, y in zip(xs, ys)]
+        return tag("polyline", *inside, look=look, points=" ".join(points), **attributes)
 
-    def seeds_and_mean(self, xs, per_seed, color, look=""):
-        """Every seed as a thin line, their mean as a thick one."""
+    def seeds_and_mean(self, xs_of_seed, ys_of_seed, look):
+        """A thin line a seed, and a thick one through the means of their first points, of their second ones, ..."""
         parts = []
-        if len(per_seed) > 1:
-            parts = [self.curve(xs, ys, f"{color} thin {look}".strip()) for ys in per_seed]
-        means = [mean(column) for column in zip(*per_seed)]
-        return [*parts, self.curve(xs, means, f"{color} {look}".strip())]
+        if len(ys_of_seed) > 1:
+            parts = [self.curve(xs, ys, f"{look} thin") for xs, ys in zip(xs_of_seed, ys_of_seed)]
+        means = [map(mean, zip(*lists)) for lists in (xs_of_seed, ys_of_seed)]
+        return [*parts, self.curve(*means, look)]
 
 
 # ---------------------------------------------------------------- the figures
@@ -651,36 +705,28 @@ class Axes:
 def gains():
     """compare.sh: what each algorithm gains over SFT in `write`, sampled and greedy."""
     found = rows_from("compare")
-    first, *rows = found
-    kinds = [("c0", "f0", "sampled", "+write"), ("c1", "f1", "greedy", "+greedy")]
-    values, shown = {}, [0.0]
-    for row in rows:
-        for _, _, _, metric in kinds:
-            values[row, metric] = values_of(found, row, metric, "compare")
-            shown += [*values[row, metric], *interval(values[row, metric])]
-    step = 44
-    axes = Axes(80, 46, 540, step * len(rows), span(shown), (0, len(rows)))
-    parts = []
-    for value in ticks(*axes.x_range, 8):
-        x, bottom = axes.x(value), axes.top + axes.height
-        parts += [line(x, axes.top, x, bottom, "zero" if value == 0 else "grid"),
-                  words(x, bottom + 15, f"{value:g}", "soft", "middle")]
-    for i, row in enumerate(rows):
-        middle = axes.top + step * (i + 0.5)
-        name = ALGORITHMS.get(row, row).split("|")[0].strip()
-        parts.append(words(axes.left - 8, middle + 4, name, "", "end"))
-        for shift, (color, fill, _, metric) in zip((-8, 8), kinds):
-            low, high = interval(values[row, metric])
-            center, y = axes.x(mean(values[row, metric])), middle + shift
-            parts += [line(axes.x(low), y, axes.x(high), y, f"{color} wide"),
-                      line(center, y - 6, center, y + 6, f"{color} mean")]
-            parts += [dot(axes.x(value), y, fill, 2.5) for value in values[row, metric]]
-    names = [(f"{color} wide", name) for color, _, name, _ in kinds]
-    parts += legend(80, 22, names, 100)
-    parts.append(words(300, 22, "a dot: a seed; the bar: where a new seed falls, 95%", "soft"))
-    below = axes.top + axes.height + 34
-    parts.append(words(350, below, f"true reward in write, gained over {first.upper()}", "soft", "middle"))
-    return drawing(640, round(below + 14), parts, gains.__doc__)
+    lines = []      # of (row, which of its two lines, values)
+    for row in list(found)[1:]:
+        for i, metric in enumerate(("+write", "+greedy")):
+            lines.append((row, i, values_of(found, row, metric, "compare")))
+    shown = [0.0]
+    for _, _, values in lines:
+        shown += [*values, *interval(values)]
+    axes = Axes(80, 40, 540, 22 * len(lines), span(shown), (0, 1))
+    parts = legend(80, 22, 100, {"sampled": "c0 wide", "greedy": "c1 wide"})
+    parts.append(words(290, 22, "a dot: a seed; the bar: where a new seed falls, 95%"))
+    parts += axes.x_axis("true reward in write, gained over SFT", ticks(*axes.x_range, 8), zero=True)
+    for place_, (row, i, values) in enumerate(lines):
+        y = axes.top + 22 * place_ + (14, 8)[i]
+        if i == 0:
+            name, _, _ = ALGORITHMS.get(row, row).partition(" |")
+            parts.append(words(axes.left - 8, y + 12, name, "", "end"))
+        low, high = map(axes.x, interval(values))
+        center = axes.x(mean(values))
+        parts.append(line(low, y, high, y, f"c{i} wide"))
+        parts.append(line(center, y - 6, center, y + 6, f"c{i} mean"))
+        parts += [dot(axes.x(value), y, f"f{i}") for value in values]
+    return drawing(640, axes.bottom + 44, parts, gains.__doc__)
 
 
 # What is fitted to a gain over d = √KL (Gao et al. 2210.10760, sec. 3.1).
@@ -695,81 +741,69 @@ def overoptimization():
 
 def draw_curves(found):
     """A panel for each row {"d": [a list a seed], "gold": ..., "proxy": ..., "fits": [{form: {"alpha", "beta"}}, ...]}."""
-    across, wide, high = 3, 262, 226
-    down = math.ceil(len(found) / across)
-    start = mean([gold[0] for gold in next(iter(found.values()))["gold"]])
-    parts = legend(46, 20, [("c0", "gold, the truth"), ("c1", "proxy"), ("c2 dash", "fit d (α − β d)"),
-                            ("c3 dots", "fit d (α − β log d)")], 160)
+    looks = dict(zip(FORMS, ("c2 dash", "c3 dots")))
+    parts = legend(46, 20, 160, {"gold, the truth": "c0", "proxy": "c1"} | {f"fit {form}": looks[form] for form in FORMS})
+    first = next(iter(found.values()))
+    start = mean([gold[0] for gold in first["gold"]])   # of the policy before any optimisation
     for i, (row, curves) in enumerate(found.items()):
-        left, top = 46 + wide * (i % across), 56 + high * (i // across)
-        ds = [d for seed in curves["d"] for d in seed]
-        heights = [y for key in ("gold", "proxy") for seed in curves[key] for y in seed]
-        axes = Axes(left, top, wide - 56, high - 66, (0, max(ds)), span(heights))
-        parts += axes.frame(row.removeprefix("reward_hacking/"), "d = √KL")
-        for key, color in (("gold", "c0"), ("proxy", "c1")):
-            alone = len(curves["d"]) == 1
-            for d, ys in zip(curves["d"], curves[key]):
-                parts.append(axes.curve(d, ys, color if alone else f"{color} thin"))
-            if not alone:   # at every point of a curve the mean of d, and of the reward
-                parts.append(axes.curve(means_by_place(curves["d"]), means_by_place(curves[key]), color))
-        for form, look in zip(FORMS, ("c2 dash", "c3 dots")):
-            parts += fitted(axes, curves["fits"], form, start, look)
-    return drawing(46 + wide * across, 46 + high * down, parts, overoptimization.__doc__)
-
-
-def means_by_place(lists):
-    """The means of the first numbers, of the second ones, and so on, as far as all lists go."""
-    return [mean(column) for column in zip(*lists)]
+        across, down = i % 3, i // 3
+        heights = sum(curves["gold"] + curves["proxy"], [])
+        farthest = max(map(max, curves["d"]))
+        axes = Axes(46 + 262 * across, 56 + 226 * down, 206, 160, (0, farthest), span(heights))
+        parts += axes.frame(row.split("/")[-1], "d = √KL")
+        parts += axes.seeds_and_mean(curves["d"], curves["proxy"], "c1")
+        parts += axes.seeds_and_mean(curves["d"], curves["gold"], "c0")
+        for form, look in looks.items():
+            fits = [of_seed[form] for of_seed in curves["fits"] if form in of_seed]
+            if fits:
+                parts.append(fitted(axes, fits, form, start, look))
+    return drawing(832, 46 + 226 * math.ceil(len(found) / 3), parts, overoptimization.__doc__)
 
 
 def fitted(axes, fits, form, start, look):
     """A form with the mean coefficients of the seeds, where it is inside the axes."""
-    coefficients = [fit[form] for fit in fits if form in fit]
-    if not coefficients:
-        return []
-    alpha, beta = (mean([c[name] for c in coefficients]) for name in ("alpha", "beta"))
+    alpha, beta = (mean([fit[name] for fit in fits]) for name in ("alpha", "beta"))
     low, high = axes.y_range
     xs, ys = [], []
-    for i in range(1, 41):
-        x = axes.x_range[1] * i / 40
+    for i in range(1, 25):
+        x = axes.x_range[1] * i / 24
         y = start + FORMS[form](x, alpha, beta)
         if low <= y <= high:
             xs.append(x)
             ys.append(y)
-    return [axes.curve(xs, ys, look)]
+    return axes.curve(xs, ys, look)
 
 
 def scaling():
     """o1.sh: sums right against the number of samples, after more and more steps of RL."""
     found = rows_from("o1")
-    parts, shown = [], []
-    for i, (kind, title) in enumerate([("pass@", "one right among k: pass@k"), ("maj@", "the majority of k: maj@k")]):
-        curves = {}
-        for row, metrics in found.items():
-            names = sorted((name for name in metrics if name.startswith(kind)), key=lambda name: int(name[len(kind):]))
-            counts = [int(name[len(kind):]) for name in names]
-            curves[row] = list(zip(*(metrics[name] for name in names)))     # a curve a seed
-            shown += [value for curve in curves[row] for value in curve]
-        axes = Axes(48 + 300 * i, 60, 240, 190, (1, max(counts)), span(shown), x_log=True)
-        parts += axes.frame(title, "k, samples to a prompt", counts)
-        for j, per_seed in enumerate(curves.values()):
-            parts += axes.seeds_and_mean(counts, per_seed, f"c{j % COLORS}")
-    entries = [(f"c{j % COLORS}", row.removeprefix("o1/")) for j, row in enumerate(found)]
-    return drawing(610, 300, legend(48, 22, entries, 120) + parts, scaling.__doc__)
+    names = [row.split("/")[-1] for row in found]
+    parts = legend(48, 22, 120, {name: f"c{i % COLORS}" for i, name in enumerate(names)})
+    for panel, (kind, title) in enumerate({"pass": "one right among k: pass@k", "maj": "the majority of k: maj@k"}.items()):
+        ks = sorted(int(name.split("@")[1]) for name in next(iter(found.values())) if name.startswith(f"{kind}@"))
+        curves = []     # a row's: a curve a seed
+        for metrics in found.values():
+            curves.append(list(zip(*(metrics[f"{kind}@{k}"] for k in ks))))
+        shown = [value for row in curves for curve in row for value in curve]
+        axes = Axes(48 + 300 * panel, 60, 240, 190, (1, ks[-1]), span(shown), x_log=True)
+        parts += axes.frame(title, "k, samples to a prompt", ks)
+        for i, row in enumerate(curves):
+            parts += axes.seeds_and_mean([ks] * len(row), row, f"c{i % COLORS}")
+    return drawing(610, 300, parts, scaling.__doc__)
 
 
 def thinking():
     """compare.sh: the share of sums that are right while GRPO learns them, and how much the model thinks."""
     curves = rows_from("compare.curves")["grpo"]
-    thinks = "reward/format" if "reward/format" in curves else "response_length"
     titles = {"gold": "share of sums right", "reward/format": "share of answers that think",
               "response_length": "tokens of an answer"}
     parts = []
-    for i, metric in enumerate(("gold", thinks)):
+    for panel, metric in enumerate([name for name in titles if name in curves][:2]):
         per_seed = curves[metric]
-        axes = Axes(48 + 300 * i, 36, 240, 180, (0, len(per_seed[0]) - 1), span([y for ys in per_seed for y in ys]))
+        steps = range(len(per_seed[0]))
+        axes = Axes(48 + 300 * panel, 36, 240, 180, (0, len(steps) - 1), span(sum(per_seed, [])))
         parts += axes.frame(titles[metric], "steps of GRPO")
-        parts += axes.seeds_and_mean(range(len(per_seed[0])), per_seed, f"c{i}")
+        parts += axes.seeds_and_mean([steps] * len(per_seed), per_seed, f"c{panel}")
     return drawing(610, 266, parts, thinking.__doc__)
 
 
@@ -784,46 +818,33 @@ class Figures(Options):
 
 def figures(cfg):
     """Every figure whose results are there."""
-    stale, drawn = [], 0
+    drawn, stale = 0, []
     for name, draw in FIGURES.items():
         path = RESULTS / f"{name}.svg"
         try:
             text = draw()
         except UserError as e:
-            tell(f"{name}.svg is not drawn: {e}")
+            tell(f"{path.name} is not drawn: {e}")
             continue
         drawn += 1
-        was = path.read_text(encoding="utf-8") if path.exists() else ""
-        if was != text:
-            stale.append(path.name)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(str(path))
             if not cfg.check:
                 write_text(path, text)
-    report_stale(stale, cfg.check, f"{drawn} figures")
+    tell_stale(stale, cfg.check, f"{drawn} figures")
 
 
-# ---------------------------------------------------------------- the page of some runs
-
-@dataclass
-class Page(Options):
-    """One HTML file of any run folders, that needs nothing else: curves, options that differ, samples, tables.
-
-    A folder that is no run stands for the runs in it. Tables are *.json with "rows", given, in a folder tables, or beside
-    the runs.
-    """
-    out: str = "out/report.html"  # the file to write
-
-
-KEEP = 160      # points of a curve; a longer one is drawn by the means of neighbours
-
+# ---------------------------------------------------------------- runs, as a page shows them
 
 def read_log(folder):
-    """The rows of a metrics.jsonl, {} of them damaged or not -> (rows, how many lines are no rows)."""
+    """The rows of a run's metrics.jsonl, and how many of its lines are none."""
     path, rows, bad = Path(folder) / "metrics.jsonl", [], 0
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for text_line in text.splitlines():
+    for said in text.splitlines():
         try:
-            row = json.loads(text_line)
-            row["step"] + row.get("seconds", 0)     # both are numbers
+            row = json.loads(said)
+            if not is_number(row["step"]) or not is_number(row.get("seconds", 0)):
+                raise ValueError
             rows.append(row)
         except (ValueError, TypeError, KeyError, RecursionError):
             bad += 1
@@ -831,28 +852,28 @@ def read_log(folder):
 
 
 class RunFolder:
-    """What a run's folder says: its options, its curves, its samples."""
+    """What a run's folder says: options, rows, samples."""
 
     def __init__(self, folder):
         self.folder, self.name = folder, str(folder)
         self.options = read_json(folder / "run.json")
         if not isinstance(self.options, dict):
             raise UserError(f"{folder}/run.json: not a run's options")
-        for made_of in ("code", "inputs"):
-            self.options.pop(made_of, None)
+        self.options = {name: value for name, value in self.options.items() if name not in ("code", "inputs")}
         self.script = script_of(self.options)
         self.rows, self.bad = read_log(folder)
         self.samples = sorted((folder / "samples").glob("*.txt"))
-        self.unfinished = not (folder / "summary.json").exists()
+        self.finished = (folder / "summary.json").exists()
 
-    def curve(self, metric):
-        """(steps, values) of a metric, where it is a number."""
+    def curve(self, metric, most=160):
+        """(steps, values) of a metric, where it is a number; of more than `most` the means of neighbours."""
+        rows = [row for row in self.rows if is_number(row.get(metric))]
+        size = math.ceil(len(rows) / most) or 1
         steps, values = [], []
-        for row in self.rows:
-            value = row.get(metric)
-            if type(value) in (int, float) and math.isfinite(value):
-                steps.append(row["step"])
-                values.append(value)
+        for i in range(0, len(rows), size):
+            near = rows[i:i + size]
+            steps.append(mean([row["step"] for row in near]))
+            values.append(mean([row[metric] for row in near]))
         return steps, values
 
 
@@ -862,9 +883,9 @@ def option_names():
     found = {}
     for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("configs/*.py")]):
         for text in re.split(r"(?m)^class ", path.read_text(encoding="utf-8"))[1:]:
-            name = re.match(r"\w+", text)[0]
+            name = re.match(r"\w+", text)[0].lower()
+            script = path.name if name == "config" else f"{path.name} {name}"
             body, _, _ = text.partition("\n\n\n")
-            script = path.name if name == "Config" else f"{path.name} {name.lower()}"
             found[script] = set(re.findall(r"(?m)^    (\w+): .*?  # ", body))
     shared = found.pop("data.py runconfig") | found.pop("data.py trainconfig")
     return {script: names - shared for script, names in found.items() if names - shared}
@@ -879,98 +900,152 @@ def script_of(options):
 
 
 def collect(paths):
-    """(runs, files of tables, what is neither) of the words of a command line."""
-    runs, found_tables, skipped = [], [], []
+    """(run folders, files of tables, what is neither) of the words of a command line."""
+    folders, files, skipped = [], [], []
     for path in map(Path, paths):
-        if path.suffix == ".json":
-            found_tables.append(path)
-            continue
         inside = sorted(file.parent for file in path.rglob("run.json"))
-        runs += [path] if path in inside else inside
-        found_tables += sorted(path.glob("tables/*.json")) + sorted(path.glob("*.json")) * (path.name == "tables")
-        if not inside and path.name != "tables":
+        if path.suffix == ".json":
+            files.append(path)
+        elif path.name == "tables":
+            files += sorted(path.glob("*.json"))
+        elif inside:
+            folders += [path] if path in inside else inside
+        else:
             skipped.append(f"{path} is skipped: there is no run in it")
-    for parent in dict.fromkeys(run.parent for run in runs):
-        found_tables += sorted(parent.glob("*.json")) + sorted(parent.glob("tables/*.json"))
-    return list(dict.fromkeys(runs)), list(dict.fromkeys(found_tables)), skipped
+    for parent in dict.fromkeys(folder.parent for folder in folders):
+        files += sorted(parent.glob("tables/*.json"))
+    return list(dict.fromkeys(folders)), list(dict.fromkeys(files)), skipped
+
+
+@functools.cache
+def glossary():
+    """[(scripts, pattern of the name, [what it is, healthy, if not])]: the tables of "Metrics" in configs/README.md."""
+    text = READMES[1].read_text(encoding="utf-8")
+    _, _, text = text.partition("\n## Metrics\n")
+    text, _, _ = text.partition("\n## ")
+    heading, found = "", []
+    for row in text.splitlines():
+        if row.startswith("### "):
+            heading = row
+        parts = re.split(r"(?<!\\)\|", row)
+        if len(parts) != 6:
+            continue
+        names, *texts = (part.strip().replace("\\|", "|") for part in parts[1:5])
+        scripts = re.findall(r"\w+\.py", names) or re.findall(r"\w+\.py", heading)
+        for name in re.findall(r"`([^`]+)`", names):
+            pattern = re.sub(r"NAME|\\\*|a\\\|b|\bK\b", ".+", re.escape(name))
+            found.append((scripts, pattern, texts))
+    return found
+
+
+def meaning(script, metric):
+    """What the glossary says of a metric of a script, as HTML; nothing if it does not know it."""
+    known = {}
+    for scripts, pattern, texts in glossary():
+        if script.split()[0] in scripts and re.fullmatch(pattern, metric):
+            known[pattern] = texts
+    if not known:
+        held = metric.startswith("val_") and meaning(script, metric.removeprefix("val_"))
+        return f"On what is held out: {held}" if held else ""
+    exact = min(known, key=lambda pattern: (".+" in pattern, -len(pattern)))
+    said = ""
+    for title, text in zip(("", "Healthy", "If not"), known[exact]):
+        if text not in ("", "–"):
+            title = f" <b>{title}:</b> " if title else ""
+            text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+            said += f"{title}{text}."
+    return said
+
+
+# ---------------------------------------------------------------- the page
+
+@dataclass
+class Page(Options):
+    """One HTML file of any runs, that needs nothing else: curves, options that differ, samples early and late, tables.
+
+    A folder that is no run stands for the runs in it. Tables are files *.json with "rows", or a folder `tables` of them;
+    the one beside the runs is shown too.
+    """
+    out: str = "out/report.html"  # the file to write
 
 
 def page(cfg, paths):
-    """Write the page of these runs."""
-    folders, table_files, skipped = collect(paths)
-    groups = defaultdict(list)
+    """Write the page of these runs and tables."""
+    folders, files, notes = collect(paths)
+    sections, groups = {}, defaultdict(list)    # {title: HTML}, {script: its runs}
+    for file in files:
+        try:
+            sections[str(file)] = numbers_of(table_rows(file))
+        except UserError as e:
+            notes.append(f"skipped: {e}")
     for folder in folders:
         try:
             run = RunFolder(folder)
         except UserError as e:
-            skipped.append(f"{folder} is skipped: {e}")
+            notes.append(f"skipped: {e}")
             continue
         groups[run.script].append(run)
         if run.bad:
-            skipped.append(f"{folder}/metrics.jsonl: {run.bad} lines are no rows and left out")
-    sections = []
-    for path in table_files:
-        try:
-            sections.append(table_section(path))
-        except UserError as e:
-            skipped.append(f"{path} is skipped: {e}")
-    if not groups and not sections:
-        raise UserError(f"{', '.join(paths)}: no run there, which is a folder with run.json and metrics.jsonl")
-    sections += [group_section(script, runs) for script, runs in groups.items()]
-    for text in skipped:
-        tell(text)
-    write_text(cfg.out, whole_page(sections, skipped))
-    print(f"{cfg.out}: {sum(map(len, groups.values()))} runs of {len(groups)} kinds, {len(sections) - len(groups)} "
-          f"tables")
+            notes.append(f"{folder}/metrics.jsonl: {run.bad} lines are no rows and left out")
+    for script, runs in groups.items():
+        sections[script] = group_of(script, runs)
+    for note in notes:
+        tell(note)
+    if not sections:
+        raise UserError("no run to show: a folder with run.json and metrics.jsonl")
+    write_text(cfg.out, whole_page(sections, notes))
+    runs = sum(map(len, groups.values()))
+    print(f"{cfg.out}: {runs} runs, {len(sections) - len(groups)} tables")
 
 
 def whole_page(sections, notes):
-    """HTML of all sections [(title, anchor, html)], with a list of them on top."""
-    links = " · ".join(f'<a href="#{anchor}">{html.escape(title)}</a>' for title, anchor, _ in sections)
-    body = "".join(f'<section id="{anchor}"><h2>{html.escape(title)}</h2>{text}</section>'
-                   for title, anchor, text in sections)
-    said = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Runs</title>'
-            f'<meta name="viewport" content="width=device-width"><style>{style()}{PAGE_STYLE}</style>'
-            f"<h1>Runs</h1><p>{links}</p>{body}<ul>{said}</ul><script>{SCRIPT}</script></html>\n")
+    """HTML of all sections {title: HTML}, with a list of them on top."""
+    links, parts = [], []
+    for i, (title, text) in enumerate(sections.items()):
+        title = html.escape(title)
+        links.append(tag("a", title, href=f"#part{i}"))
+        parts.append(tag("section", tag("h2", title), text, id=f"part{i}"))
+    said = [tag("li", html.escape(note)) for note in notes]
+    head = [tag("title", "Runs"), tag("style", style() + PAGE_STYLE)]
+    body = [tag("h1", "Runs"), tag("p", " · ".join(links)), *parts, tag("ul", *said), tag("script", SCRIPT)]
+    return ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+            + "\n".join(head + body) + "</html>\n")
 
 
 PAGE_STYLE = """
 :root{color-scheme:light dark}
 body{font:15px/1.45 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;
   background:var(--paper);color:var(--ink)}
-a{color:var(--c0)} h1,h2{line-height:1.2} h2{border-top:1px solid var(--grid);padding-top:1em;margin-top:2em}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(350px,1fr));gap:1.2em 1.5em}
+a{color:var(--0)} h2{border-top:1px solid var(--grid);padding-top:1em;margin-top:2em}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(340px,1fr));gap:1em 1.5em}
 figure{margin:0} figcaption,.note{color:var(--soft);font-size:13px} figcaption b{color:var(--ink);font-weight:600}
-svg{width:100%;height:auto;display:block} .hover{min-height:1.4em;font-variant-numeric:tabular-nums}
-.scroll{overflow-x:auto} table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}
+svg{width:100%;height:auto;display:block} .hover{min-height:1.5em}
+.scroll{overflow-x:auto;margin:.6em 0} table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}
 td,th{padding:.25em .7em;text-align:right;border-bottom:1px solid var(--grid);white-space:nowrap}
 td:first-child,th:first-child{text-align:left}
 .two{display:grid;grid-template-columns:1fr 1fr;gap:1em} @media (max-width:700px){.two{grid-template-columns:1fr}}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:13px;margin:.3em 0;padding:.7em;border:1px solid var(--grid)}
-.runs label{margin-right:1.2em;white-space:nowrap} .runs svg{display:inline;width:24px;height:10px}
+label{margin-right:1.2em} label svg{display:inline;width:24px} label line{stroke-width:3}
 summary{cursor:pointer;margin:.6em 0}
 """
 
 # Without it the page is complete; with it a curve can be hidden, and the values under the pointer are told.
 SCRIPT = """
-document.querySelectorAll(".runs input").forEach(box => box.onchange = () =>
+document.querySelectorAll("label input").forEach(box => box.onchange = () =>
   box.closest("section").querySelectorAll(".charts ." + box.value).forEach(curve =>
     curve.style.display = box.checked ? "" : "none"));
-document.querySelectorAll(".charts figure").forEach(figure => {
+document.querySelectorAll("figure").forEach(figure => {
   const svg = figure.querySelector("svg"), told = figure.querySelector(".hover");
   const [top, height, low, high] = svg.dataset.y.split(" ").map(Number);
   svg.onmouseleave = () => told.textContent = "";
   svg.onmousemove = event => {
-    const at = svg.createSVGPoint();
-    at.x = event.clientX;
-    const x = at.matrixTransform(svg.getScreenCTM().inverse()).x, said = [];
+    const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
+    const said = [];
     svg.querySelectorAll("polyline").forEach(curve => {
-      let best = null;
-      for (const point of curve.points)
-        if (!best || Math.abs(point.x - x) < Math.abs(best.x - x)) best = point;
-      const value = high - (best.y - top) / height * (high - low);
-      if (curve.style.display != "none") said.push(curve.dataset.name + " " + value.toPrecision(3));
+      if (curve.style.display == "none") return;
+      const points = [...curve.points].sort((a, b) => Math.abs(a.x - at.x) - Math.abs(b.x - at.x));
+      const value = high - (points[0].y - top) / height * (high - low);
+      said.push(curve.dataset.name + " " + value.toPrecision(3));
     });
     told.textContent = said.join(", ");
   };
@@ -978,110 +1053,71 @@ document.querySelectorAll(".charts figure").forEach(figure => {
 """
 
 
-def anchor_of(text):
-    return re.sub(r"\W+", "-", text)
-
-
-def group_section(script, runs):
+def group_of(script, runs):
     """The runs of one script: who they are, options, curves, samples."""
-    boxes = []
+    labels = []
     for i, run in enumerate(runs):
-        steps = f"{len(run.rows)} steps" + ", unfinished" * run.unfinished
-        boxes.append(f'<label><input type="checkbox" value="r{i}" checked> <svg viewBox="0 0 24 10">'
-                     f"{line(0, 5, 24, 5, look_of(i))}</svg> {html.escape(run.name)} "
-                     f'<span class="note">({steps})</span></label>')
-    metrics = dict.fromkeys(metric for run in runs for row in run.rows for metric in row)
+        box = '<input type="checkbox" checked value="' + f'r{i}">'
+        key = tag("svg", line(0, 5, 24, 5, look_of(i)), viewBox="0 0 24 10")
+        length = f"{len(run.rows)} steps" if run.finished else f"{len(run.rows)} steps, unfinished"
+        labels.append(tag("label", box, key, f" {html.escape(run.name)} ", tag("span", f"({length})", look="note")))
+    metrics = {}
+    for run in runs:
+        for row in run.rows:
+            metrics |= dict.fromkeys(row)
+    for boring in ("lr", "seconds"):    # last
+        if boring in metrics:
+            metrics[boring] = metrics.pop(boring)
     charts = [chart(script, metric, runs) for metric in metrics if metric != "step"]
-    text = (f'<p class="runs">{"".join(boxes)}</p>{options_table(runs)}<div class="charts">{"".join(charts)}</div>'
-            + "".join(map(samples_of, runs)))
-    return script, anchor_of(script), text
+    samples = [samples_of(run) for run in runs]
+    return "".join([tag("p", *labels), options_of(runs), tag("div", *charts, look="charts"), *samples])
 
 
 def look_of(i):
-    """The classes of the i-th run's curve: a colour, dashed the second time round."""
-    return f"c{i % COLORS}" + " dash" * (i // COLORS % 2) + f" r{i}"
+    """The classes of the i-th run's curves: a colour, dashed the second time round, and r0, r1, ..."""
+    dash = " dash" if i // COLORS % 2 else ""
+    return f"c{i % COLORS}{dash} r{i}"
 
 
 def chart(script, metric, runs):
-    """A metric's figure with a curve for each run that has it, and what it means; nothing if none has a number."""
-    curves = {i: thinned(*run.curve(metric)) for i, run in enumerate(runs)}
-    curves = {i: curve for i, curve in curves.items() if curve[0]}
+    """A metric's figure, with a curve for each run that has it, and what it means; nothing if none has a number."""
+    curves, steps, values = {}, [], []
+    for i, run in enumerate(runs):
+        xs, ys = run.curve(metric)
+        if xs:
+            curves[i] = xs, ys
+            steps += xs
+            values += ys
     if not curves:
         return ""
-    all_steps = [step for steps, _ in curves.values() for step in steps]
-    all_values = [value for _, values in curves.values() for value in values]
-    axes = Axes(52, 24, 326, 140, (min(all_steps), max(all_steps)), span(all_values))
+    axes = Axes(52, 24, 326, 140, (min(steps), max(steps)), span(values))
+    parts = axes.frame(metric, "step", [steps[0]] if len(set(steps)) == 1 else None)
+    for i, (xs, ys) in curves.items():
+        name = runs[i].name
+        about = tag("title", html.escape(f"{name}: {ys[0]:.4g} → {ys[-1]:.4g}"))
+        parts.append(axes.curve(xs, ys, look_of(i), about, data_name=name))
+        if len(xs) < 10:
+            parts += [dot(axes.x(x), axes.y(y), f"f{i % COLORS} r{i}") for x, y in zip(xs, ys)]
     low, high = axes.y_range
-    parts = axes.frame(metric, "step", None if len(set(all_steps)) > 1 else [all_steps[0]])
-    for i, (steps, values) in curves.items():
-        name = f"{html.escape(runs[i].name)}: {values[0]:.4g} → {values[-1]:.4g}"
-        parts.append(f'<polyline class="{look_of(i)}" data-name="{html.escape(runs[i].name)}" '
-                     f'points="{axes.points(steps, values)}"><title>{name}</title></polyline>')
-        if len(steps) == 1:
-            parts.append(dot(axes.x(steps[0]), axes.y(values[0]), f"f{i % COLORS} r{i}"))
-    return (f'<figure><svg viewBox="0 0 390 200" data-y="{axes.top} {axes.height} {low} {high}">{"".join(parts)}</svg>'
-            f'<div class="hover note"></div><figcaption>{meaning(script, metric)}</figcaption></figure>')
+    svg = tag("svg", *parts, viewBox="0 0 390 200", data_y=f"{axes.top} {axes.height} {low} {high}")
+    return tag("figure", svg, tag("div", look="hover note"), tag("figcaption", meaning(script, metric)))
 
 
-def thinned(steps, values):
-    """A curve of at most KEEP points: means of neighbours."""
-    size = math.ceil(len(steps) / KEEP) or 1
-    starts = range(0, len(steps), size)
-    return [steps[i:i + size][-1] for i in starts], [mean(values[i:i + size]) for i in starts]
-
-
-@functools.cache
-def glossary():
-    """[(heading, pattern of names, [what it is, healthy, if not])], the tables of "Metrics" in configs/README.md."""
-    text = PAGES[1].read_text(encoding="utf-8")
-    _, _, text = text.partition("\n## Metrics\n")
-    text, _, _ = text.partition("\n## ")
-    heading, found = "", []
-    for row in text.splitlines():
-        if row.startswith("### "):
-            heading = row[4:]
-        cells = [part.strip().replace(r"\|", "|") for part in re.split(r"(?<!\\)\|", row)]
-        if len(cells) != 6 or "`" not in cells[1]:
-            continue
-        scripts = " ".join(re.findall(r"`(\w+\.py)`", cells[1]))
-        for name in re.findall(r"`([^`]+)`", cells[1]):
-            pattern = re.sub(r"NAME|\\\*|a\\\|b|\bK\b", ".+", re.escape(name))
-            found.append((scripts or heading, pattern, cells[2:5]))
-    return found
-
-
-def meaning(script, metric):
-    """What the glossary says of a metric of a script, as HTML; nothing if it is not in there."""
-    file = script.split()[0]
-    fitting = [(pattern, texts) for scripts, pattern, texts in glossary()
-               if file in scripts and re.fullmatch(pattern, metric)]
-    if not fitting:
-        return ""
-    _, (what, healthy, if_not) = min(fitting, key=lambda entry: entry[0].count(".+") * 100 - len(entry[0]))
-    said = []
-    for title, text in (("", what), ("Healthy: ", healthy), ("If not: ", if_not)):
-        if text not in ("", "–"):
-            text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
-            said.append(f"<b>{title}</b>{text}." if title else f"{text}.")
-    return " ".join(said)
-
-
-def options_table(runs):
+def options_of(runs):
     """The options in which the runs differ; the others folded away."""
-    names = dict.fromkeys(name for run in runs for name in run.options)
     common, differ = [], []
-    for name in names:
-        values = [shown(run.options.get(name, "–")) for run in runs]
-        (differ if len(set(values)) > 1 else common).append([f"--{name}", *values])
-    text = ""
-    if differ:
-        text = html_table(["option", *(run.name for run in runs)], differ)
-    rows = [row[:2] for row in common]
-    return f"{text}<details><summary>{len(rows)} options {'in common' if len(runs) > 1 else ''}</summary>" \
-           f"{html_table(['option', 'value'], rows)}</details>"
+    for name in dict.fromkeys(name for run in runs for name in run.options):
+        values = [text_of(run.options.get(name, "–")) for run in runs]
+        if len(set(values)) > 1:
+            differ.append([f"--{name}", *values])
+        else:
+            common.append([f"--{name}", values[0]])
+    shown = html_table(["option", *(run.name for run in runs)], differ) if differ else ""
+    what = f"{len(common)} options that all have" if len(runs) > 1 else f"{len(common)} options"
+    return shown + tag("details", tag("summary", what), html_table(["option", "value"], common))
 
 
-def shown(value):
+def text_of(value):
     """A value of JSON as a cell: numbers short, texts as they are."""
     if type(value) is float:
         return f"{value:.4g}"
@@ -1090,69 +1126,63 @@ def shown(value):
 
 def html_table(heads, rows):
     """A table of texts, which may be hostile."""
-    def cells(tag, texts):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts) + "</tr>"
-    body = "".join(cells("td", row) for row in rows)
-    return f'<div class="scroll"><table>{cells("th", heads)}{body}</table></div>'
+    lines = [tag("tr", *(tag("th", html.escape(text)) for text in heads))]
+    for row in rows:
+        lines.append(tag("tr", *(tag("td", html.escape(text)) for text in row)))
+    return tag("div", tag("table", *lines), look="scroll")
 
 
 def samples_of(run):
     """The first and the last samples of a run, side by side."""
-    if not run.samples:
-        return ""
     blocks = []
-    for path in dict.fromkeys([run.samples[0], run.samples[-1]]):
+    for path in dict.fromkeys(run.samples[:1] + run.samples[-1:]):
         text = path.read_text(encoding="utf-8", errors="replace").strip()
-        step = path.stem.lstrip("0") or "0"
-        blocks.append(f'<div><div class="note">step {html.escape(step)}</div><pre>{html.escape(text)}</pre></div>')
-    return (f'<details open><summary>samples of {html.escape(run.name)}</summary><div class="two">{"".join(blocks)}</div>'
-            "</details>")
-
-
-def table_section(path):
-    """A table that compare or a recipe has left, all its numbers."""
-    rows = table_rows(path)
-    names = dict.fromkeys(key for row in rows for key, value in row.items() if is_number_or_pair(value))
-    lines = []
-    for row in rows:
-        name = str(row.get("checkpoint", row.get("name", "")))
-        lines.append([name, *(number_or_pair(row.get(key)) for key in names)])
-    return str(path), anchor_of(str(path)), html_table(["", *names], lines)
-
-
-def is_number_or_pair(value):
-    return type(value) in (int, float) or (isinstance(value, list) and len(value) == 2 and is_numeric(value))
-
-
-def number_or_pair(value):
-    """A number, or the two ends of an interval, as text; nothing for anything else."""
-    if not is_number_or_pair(value):
+        step = html.escape(f"step {path.stem.lstrip('0') or 0}")
+        blocks.append(tag("div", tag("div", step, look="note"), tag("pre", html.escape(text))))
+    if not blocks:
         return ""
-    if isinstance(value, list):
-        low, high = value
-        return f"[{low:.3f}, {high:.3f}]"
+    title = tag("summary", f"samples of {html.escape(run.name)}")
+    return tag("details", title, tag("div", *blocks, look="two"), open="")
+
+
+def numbers_of(rows):
+    """The numbers of a table's rows, and its intervals, as HTML."""
+    heads, lines = {}, []
+    for row in rows:
+        heads |= {name: True for name, value in row.items() if in_cell(value)}
+    for row in rows:
+        lines.append([name_of(row), *(in_cell(row.get(name)) for name in heads)])
+    return html_table(["", *heads], lines)
+
+
+def in_cell(value):
+    """A number or the two ends of an interval as text; nothing for anything else."""
+    if isinstance(value, list) and len(value) == 2 and all(map(is_number, value)):
+        return f"[{in_cell(value[0])}, {in_cell(value[1])}]"
+    if not is_number(value):
+        return ""
     return f"{value:.3f}" if type(value) is float else str(value)
 
 
 # ---------------------------------------------------------------- the command line
 
-COMMANDS = {"record": (Record, record, ["recipe"]), "tables": (Tables, tables, []), "figures": (Figures, figures, []),
-            "page": (Page, page, ["run", "run..."])}
+COMMANDS = {"record": (Record, record), "tables": (Tables, tables), "figures": (Figures, figures), "page": (Page, page)}
+TAKES = dict(record=["recipe"], page=["run", "run..."])
 
 
 def main():
-    """Run the command that the first word names; other words are the folders of a page."""
+    """Run the command that the first word names; anything else that exists is a run to show on a page."""
     first, *rest = sys.argv[1:] or [""]
     if first in ("-h", "--help"):
         return print(f"{__doc__}\n--help after a command lists its options: {', '.join(COMMANDS)}")
     if first not in COMMANDS:
-        if not Path(first).exists() or not first:
-            raise OptionError(f"say what to do: python configs/report.py {'|'.join(COMMANDS)} (--help after it lists its "
-                              f"options), or name run folders{f'; there is no {first}' * bool(first)}")
+        if not first or not Path(first).exists():
+            raise OptionError(f"{first or 'nothing'} to do: python configs/report.py {'|'.join(COMMANDS)}, or run folders "
+                              "(--help says more)")
         first, rest = "page", sys.argv[1:]
-    Config, run, takes = COMMANDS[first]
-    got = parse(Config, takes, rest, first)
-    run(*got) if takes else run(got)
+    Config, run = COMMANDS[first]
+    got = parse(Config, TAKES.get(first, ()), rest, first)
+    run(*got) if first in TAKES else run(got)
 
 
 if __name__ == "__main__":
