@@ -1,13 +1,13 @@
 """Results as data: run recipes over seeds, and make every table, every figure and a page of what they left.
 
-    python configs/report.py record compare --seeds 0,1,2   configs/compare.sh once a seed -> configs/results/compare.json
-    python configs/report.py tables                         those files -> the tables of README.md and configs/README.md
-    python configs/report.py figures                        those files -> configs/results/*.svg
-    python configs/report.py page out/*                     run folders -> out/report.html (--out); `page` can be left out
+    python configs/report.py record compare --seeds 0,1,2   runs compare.sh once a seed -> configs/results/compare.json
+    python configs/report.py tables     such files -> the tables of README.md and configs/README.md
+    python configs/report.py figures    such files -> configs/results/*.svg
+    python configs/report.py page out/* run folders -> one page of them, out/report.html (--out); `page` can be left out
 
-A recipe leaves its tables as $OUT/tables/NAME.json or NAME.PART.json, NAME that of the recipe: {"rows": [{"checkpoint":
-"out/seed0/dpo", "arith": 0.31, ...}, ...]}. A row that is no checkpoint has a "name". Its numbers are gathered, and lists
-and dicts of numbers; texts are not.
+A recipe NAME.sh leaves its tables as $OUT/tables/NAME.json or NAME.PART.json: {"rows": [{"checkpoint": "out/seed0/dpo",
+"arith": 0.31, ...}, ...]}. A row that is no checkpoint has a "name". Its numbers are gathered, and lists and dicts of
+numbers; texts are not.
 
     configs/results/NAME.json   {"recipe", "commit", "machine", "torch", "seeds", "seconds": one a seed,
                                  "tables": {"NAME": {"dpo": {"arith": [one a seed], ...}, ...}, "NAME.PART": ...}}
@@ -187,7 +187,7 @@ def run_all(runs, jobs, made):
             while waiting and len(running) < jobs:
                 running.append(waiting.pop(0))
                 running[-1].begin(made)
-            time.sleep(0.2)
+            time.sleep(0.1)
             for run in list(running):
                 if run.process.poll() is not None:
                     running.remove(run)
@@ -373,8 +373,10 @@ class Cell:
         self.share = SHARES.match(self.metric) is not None
 
     def number(self, x):
-        rounded_x = round(x, self.digits) + 0.0     # no -0
-        return re.sub(r"^([+-]?)0\.", r"\1.", f"{rounded_x:{self.sign}.{self.digits}f}")
+        text = f"{x:{self.sign}.{self.digits}f}"
+        if float(text) == 0:
+            text = text.strip("+-")
+        return re.sub(r"^([+-]?)0\.", r"\1.", text)
 
     def __call__(self, values):
         """values: one a seed. A dash where a seed has none."""
@@ -404,8 +406,8 @@ SHARES = re.compile(r"arith|pass@|maj@|win|greedy_win|harmless|over_refusal|help
 
 @dataclass
 class Table:
-    """A printed table. source: a table of a results file, NAME or NAME.PART. columns: {title: what Cell reads}. rows: {row:
-    what is printed for it}, with | between several cells, whose titles are in head; without, all under their own names."""
+    """A printed table. source: a table of a results file, NAME or NAME.PART. columns: {title: what Cell reads}. rows:
+    {row: what is printed for it}, with | between several cells, whose titles are in head; without, all of them."""
     source: str
     columns: dict
     rows: dict | None = None
@@ -421,7 +423,7 @@ MAIN = {"sums right": "arith new", "`write`: true reward": "write new", "greedy"
 ALL = {"`arith`": "arith", "`write`": "write", "`safe`": "safe", "`fmt`": "fmt", "nll": "nll", "proxy": "proxy",
        "win": "win", "KL": "kl", "length": "length sd 1", "greedy": "greedy", "greedy win": "greedy_win"}
 
-# {NAME of a block in a README: what it shows}. A recipe's is a line: "dapo": Table("dapo", {"sums right": "arith seeds"}).
+# {NAME of a block in a README: what it shows}. A recipe's is a line: "dapo": Table("dapo", {"sums right": "arith"}).
 TABLES = {
     "algorithms": Table("compare", MAIN, ALGORITHMS, " | learns from"),
     "compare": Table("compare", ALL),
@@ -459,7 +461,7 @@ def tell_stale(stale, check, count):
         raise UserError("not all is as configs/results has it; the same command without --check makes it so")
 
 
-BLOCK = re.compile(r"(?ms)^(<!-- table (\S+)[^\n]*-->\n)(.*?)^(<!-- end -->)$")
+BLOCK = re.compile(r"(?ms)^(<!-- table ([\w.-]+)[^\n]*-->\n)(.*?)^(<!-- end -->)$")
 
 
 def rewrite(page):
@@ -481,7 +483,7 @@ def rewrite(page):
     begun = len(re.findall("(?m)^<!-- table ", text))
     ended = len(re.findall("(?m)^<!-- end -->", text))
     if not begun == ended == len(names):
-        raise UserError(f"{page}: {begun} times <!-- table NAME -->, {ended} times <!-- end -->: one of each to a table")
+        raise UserError(f"{page}: {begun} times <!-- table NAME -->, {ended} times <!-- end -->: each table has one")
     return new, names, changed
 
 
@@ -740,9 +742,12 @@ def overoptimization():
 
 
 def draw_curves(found):
-    """A panel for each row {"d": [a list a seed], "gold": ..., "proxy": ..., "fits": [{form: {"alpha", "beta"}}, ...]}."""
+    """A panel for each row {"d": [a list a seed], "gold", "proxy" alike, "fits": [{form: {"alpha", "beta"}}, ...]}."""
     looks = dict(zip(FORMS, ("c2 dash", "c3 dots")))
-    parts = legend(46, 20, 160, {"gold, the truth": "c0", "proxy": "c1"} | {f"fit {form}": looks[form] for form in FORMS})
+    entries = {"gold, the truth": "c0", "proxy": "c1"}
+    for form, look in looks.items():
+        entries[f"fit {form}"] = look
+    parts = legend(46, 20, 160, entries)
     first = next(iter(found.values()))
     start = mean([gold[0] for gold in first["gold"]])   # of the policy before any optimisation
     for i, (row, curves) in enumerate(found.items()):
@@ -777,18 +782,20 @@ def fitted(axes, fits, form, start, look):
 def scaling():
     """o1.sh: sums right against the number of samples, after more and more steps of RL."""
     found = rows_from("o1")
-    names = [row.split("/")[-1] for row in found]
-    parts = legend(48, 22, 120, {name: f"c{i % COLORS}" for i, name in enumerate(names)})
-    for panel, (kind, title) in enumerate({"pass": "one right among k: pass@k", "maj": "the majority of k: maj@k"}.items()):
-        ks = sorted(int(name.split("@")[1]) for name in next(iter(found.values())) if name.startswith(f"{kind}@"))
-        curves = []     # a row's: a curve a seed
+    entries = {row.split("/")[-1]: f"c{i % COLORS}" for i, row in enumerate(found)}
+    parts = legend(48, 22, 120, entries)
+    for left, kind, title in ((48, "pass@", "one right among k: pass@k"), (348, "maj@", "the majority of k: maj@k")):
+        first = next(iter(found.values()))
+        ks = sorted(int(name.removeprefix(kind)) for name in first if name.startswith(kind))
+        curves, shown = [], []      # of a row: a curve a seed
         for metrics in found.values():
-            curves.append(list(zip(*(metrics[f"{kind}@{k}"] for k in ks))))
-        shown = [value for row in curves for curve in row for value in curve]
-        axes = Axes(48 + 300 * panel, 60, 240, 190, (1, ks[-1]), span(shown), x_log=True)
+            columns = [metrics[f"{kind}{k}"] for k in ks]
+            curves.append(list(zip(*columns)))
+            shown += sum(columns, [])
+        axes = Axes(left, 60, 240, 190, (1, ks[-1]), span(shown), x_log=True)
         parts += axes.frame(title, "k, samples to a prompt", ks)
-        for i, row in enumerate(curves):
-            parts += axes.seeds_and_mean([ks] * len(row), row, f"c{i % COLORS}")
+        for per_seed, look in zip(curves, entries.values()):
+            parts += axes.seeds_and_mean([ks] * len(per_seed), per_seed, look)
     return drawing(610, 300, parts, scaling.__doc__)
 
 
@@ -797,8 +804,9 @@ def thinking():
     curves = rows_from("compare.curves")["grpo"]
     titles = {"gold": "share of sums right", "reward/format": "share of answers that think",
               "response_length": "tokens of an answer"}
+    thinks = "reward/format" if "reward/format" in curves else "response_length"
     parts = []
-    for panel, metric in enumerate([name for name in titles if name in curves][:2]):
+    for panel, metric in enumerate(("gold", thinks)):
         per_seed = curves[metric]
         steps = range(len(per_seed[0]))
         axes = Axes(48 + 300 * panel, 36, 240, 180, (0, len(steps) - 1), span(sum(per_seed, [])))
@@ -823,8 +831,8 @@ def figures(cfg):
         path = RESULTS / f"{name}.svg"
         try:
             text = draw()
-        except UserError as e:
-            tell(f"{path.name} is not drawn: {e}")
+        except (UserError, LookupError) as e:
+            tell(f"{path.name} is not drawn: {e if isinstance(e, UserError) else f'its results lack {e}'}")
             continue
         drawn += 1
         if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -963,8 +971,8 @@ def meaning(script, metric):
 class Page(Options):
     """One HTML file of any runs, that needs nothing else: curves, options that differ, samples early and late, tables.
 
-    A folder that is no run stands for the runs in it. Tables are files *.json with "rows", or a folder `tables` of them;
-    the one beside the runs is shown too.
+    A folder that is no run stands for the runs in it. Tables are files *.json with "rows", or a folder `tables` of them. The
+    one beside the runs is shown, too.
     """
     out: str = "out/report.html"  # the file to write
 
@@ -1081,21 +1089,18 @@ def look_of(i):
 
 def chart(script, metric, runs):
     """A metric's figure, with a curve for each run that has it, and what it means; nothing if none has a number."""
-    curves, steps, values = {}, [], []
-    for i, run in enumerate(runs):
-        xs, ys = run.curve(metric)
-        if xs:
-            curves[i] = xs, ys
-            steps += xs
-            values += ys
-    if not curves:
+    curves = [run.curve(metric) for run in runs]
+    values = sum((ys for _, ys in curves), [])
+    if not values:
         return ""
-    axes = Axes(52, 24, 326, 140, (min(steps), max(steps)), span(values))
-    parts = axes.frame(metric, "step", [steps[0]] if len(set(steps)) == 1 else None)
-    for i, (xs, ys) in curves.items():
-        name = runs[i].name
-        about = tag("title", html.escape(f"{name}: {ys[0]:.4g} → {ys[-1]:.4g}"))
-        parts.append(axes.curve(xs, ys, look_of(i), about, data_name=name))
+    last = max(run.rows[-1]["step"] for run in runs if run.rows)
+    axes = Axes(52, 24, 326, 140, (0, max(1, last)), span(values))
+    parts = axes.frame(metric, "step")
+    for i, (run, (xs, ys)) in enumerate(zip(runs, curves)):
+        if not xs:
+            continue
+        about = tag("title", html.escape(f"{run.name}: {ys[0]:.4g} → {ys[-1]:.4g}"))
+        parts.append(axes.curve(xs, ys, look_of(i), about, data_name=run.name))
         if len(xs) < 10:
             parts += [dot(axes.x(x), axes.y(y), f"f{i % COLORS} r{i}") for x, y in zip(xs, ys)]
     low, high = axes.y_range
@@ -1113,7 +1118,7 @@ def options_of(runs):
         else:
             common.append([f"--{name}", values[0]])
     shown = html_table(["option", *(run.name for run in runs)], differ) if differ else ""
-    what = f"{len(common)} options that all have" if len(runs) > 1 else f"{len(common)} options"
+    what = f"{len(common)} options in which they agree" if len(runs) > 1 else f"{len(common)} options"
     return shown + tag("details", tag("summary", what), html_table(["option", "value"], common))
 
 
@@ -1177,8 +1182,9 @@ def main():
         return print(f"{__doc__}\n--help after a command lists its options: {', '.join(COMMANDS)}")
     if first not in COMMANDS:
         if not first or not Path(first).exists():
-            raise OptionError(f"{first or 'nothing'} to do: python configs/report.py {'|'.join(COMMANDS)}, or run folders "
-                              "(--help says more)")
+            what = f"there is no {first}; " if first else ""
+            raise OptionError(f"{what}say what to do: python configs/report.py {'|'.join(COMMANDS)} (--help after it "
+                              "lists its options), or name run folders")
         first, rest = "page", sys.argv[1:]
     Config, run = COMMANDS[first]
     got = parse(Config, TAKES.get(first, ()), rest, first)
