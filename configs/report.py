@@ -81,8 +81,8 @@ class SeedRun:
     def bash(self, *words, **options):
         """Start bash in ROOT, for this seed's folder; its `python` is the one that runs this."""
         path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
-        return subprocess.Popen(["bash", *words], cwd=ROOT, env=os.environ | dict(OUT=self.out, PATH=path), text=True,
-                                stdin=subprocess.DEVNULL, **options)
+        env = os.environ | dict(OUT=self.out, PATH=path)
+        return subprocess.Popen(["bash", *words], cwd=ROOT, env=env, text=True, stdin=subprocess.DEVNULL, **options)
 
     def tables(self):
         """The files of the tables that the recipe has left."""
@@ -154,13 +154,12 @@ def record(cfg, names):
     to_do = []
     for run in runs:
         if run.finished():
-            print(f"seed {run.seed} is only gathered: {run.note} is there")
+            print(f"seed {run.seed} is only gathered, as {run.note} says")
         else:
             to_do.append(run)
     failed = run_all(to_do, cfg.jobs, made)
     if failed:
-        raise UserError(f"{name}: {failed} of {len(seeds)} seeds failed, nothing is written; the same command goes on "
-                        "from here")
+        raise UserError(f"{name}: {failed} seeds failed, nothing is written; the same command goes on from here")
     path = RESULTS / f"{name}.json"
     write_text(path, to_json(gather(name, runs)))
     print(f"{path}: {len(seeds)} seeds")
@@ -204,7 +203,8 @@ def run_all(runs, jobs, made):
 def commit():
     """The commit of the code, with a + if files that results depend on differ from it; unknown outside git."""
     def git(*words):
-        return subprocess.check_output(["git", *words], cwd=ROOT, stderr=subprocess.DEVNULL, text=True).strip()
+        said = subprocess.check_output(["git", *words], cwd=ROOT, stderr=subprocess.DEVNULL, text=True)
+        return said.strip()
     try:
         changed = git("status", "--porcelain", "--", ".", ":!configs/results", ":!*.md")
         return git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
@@ -229,10 +229,10 @@ def gather(name, runs):
     notes = [read_json(run.note) for run in runs]
     result = dict(recipe=name)
     for key in ("commit", "machine", "torch"):
-        different = dict.fromkeys(note[key] for note in notes)
+        different = dict.fromkeys(each(notes, key))
         result[key] = " and ".join(different)
     result["seeds"] = [run.seed for run in runs]
-    result["seconds"] = [note["seconds"] for note in notes]
+    result["seconds"] = each(notes, "seconds")
 
     seeds_of_table = defaultdict(dict)      # {table: {seed: {row: {metric: value}}}}
     for run in runs:
@@ -243,7 +243,7 @@ def gather(name, runs):
     result["tables"] = {}
     for table, of_seed in seeds_of_table.items():
         if len(of_seed) < len(runs):
-            raise UserError(f"only seeds {', '.join(map(str, of_seed))} have left the table {table}")
+            raise UserError(f"the table {table} is only there for {len(of_seed)} of {len(runs)} seeds")
         result["tables"][table] = over_seeds(of_seed, table)
     return result
 
@@ -274,6 +274,11 @@ def table_rows(path):
 def name_of(row):
     """What a row is called."""
     return str(row.get("checkpoint", row.get("name", "")))
+
+
+def each(rows, key):
+    """What every row has under a key."""
+    return [row[key] for row in rows]
 
 
 def is_number(value):
@@ -329,9 +334,10 @@ def over_seeds(of_seed, table):
 def to_json(result):
     """JSON with a metric a line."""
     def in_a_line(found):
-        return "[" + " ".join(found[0][1:-1].split()) + "]"
+        numbers = found[1].split()
+        return f"[{' '.join(numbers)}]"
     text = json.dumps(result, indent=1, ensure_ascii=False)
-    return re.sub(r"\[[^][{}]*\]", in_a_line, text) + "\n"
+    return re.sub(r"\[([^][{}]*)\]", in_a_line, text) + "\n"
 
 
 # ---------------------------------------------------------------- what is in a cell
@@ -575,9 +581,9 @@ polyline{fill:none;stroke-width:2;stroke-linejoin:round} .thin{stroke-width:1;op
 def style():
     """The CSS that all drawings share."""
     def variables(colors):
-        lines = [f"--{name}:{color};" for name, color in colors.items()]
-        return ":root{" + "".join(lines) + "}"
-    css = variables(LIGHT) + "\n@media (prefers-color-scheme:dark){" + variables(DARK) + "}" + LOOKS
+        said = "".join(f"--{name}:{color};" for name, color in colors.items())
+        return f":root{{{said}}}"
+    css = f"{variables(LIGHT)}\n@media (prefers-color-scheme:dark){{{variables(DARK)}}}{LOOKS}"
     for i in range(COLORS):
         css += f".c{i}{{stroke:var(--{i})}} .f{i}{{fill:var(--{i})}}\n"
     return css
@@ -603,8 +609,9 @@ def place(value):
 def drawing(width, height, parts, about):
     """A whole SVG file. It has its own background: an <img> sees the reader's colour scheme, but not the page's."""
     back = tag("rect", look="paper", width=width, height=height)
-    inside = [tag("title", html.escape(about)), tag("style", style()), back, *parts]
-    return tag("svg", *(f"\n{part}" for part in inside), xmlns="http://www.w3.org/2000/svg", width=width, height=height,
+    title = tag("title", html.escape(about))
+    inside = "\n".join(["", title, tag("style", style()), back, *parts, ""])
+    return tag("svg", inside, xmlns="http://www.w3.org/2000/svg", width=width, height=height,
                viewBox=f"0 0 {width} {height}", role="img") + "\n"
 
 
@@ -690,16 +697,19 @@ class Axes:
 
     def curve(self, xs, ys, look, *inside, **attributes):
         """A line through points."""
-        points = [f"{place(self.x(x))},{place(self.y(y))}" for x, y in zip(xs, ys)]
+        points = []
+        for x, y in zip(xs, ys):
+            points.append(place(self.x(x)) + "," + place(self.y(y)))
         return tag("polyline", *inside, look=look, points=" ".join(points), **attributes)
 
     def seeds_and_mean(self, xs_of_seed, ys_of_seed, look):
         """A thin line a seed, and a thick one through the means of their first points, of their second ones, ..."""
         parts = []
-        if len(ys_of_seed) > 1:
-            parts = [self.curve(xs, ys, f"{look} thin") for xs, ys in zip(xs_of_seed, ys_of_seed)]
-        means = [map(mean, zip(*lists)) for lists in (xs_of_seed, ys_of_seed)]
-        return [*parts, self.curve(*means, look)]
+        for xs, ys in zip(xs_of_seed, ys_of_seed):
+            if len(ys_of_seed) > 1:
+                parts.append(self.curve(xs, ys, f"{look} thin"))
+        mean_x, mean_y = map(mean, zip(*xs_of_seed)), map(mean, zip(*ys_of_seed))
+        return [*parts, self.curve(mean_x, mean_y, look)]
 
 
 # ---------------------------------------------------------------- the figures
@@ -727,7 +737,8 @@ def gains():
         center = axes.x(mean(values))
         parts.append(line(low, y, high, y, f"c{i} wide"))
         parts.append(line(center, y - 6, center, y + 6, f"c{i} mean"))
-        parts += [dot(axes.x(value), y, f"f{i}") for value in values]
+        for value in values:
+            parts.append(dot(axes.x(value), y, f"f{i}"))
     return drawing(640, axes.bottom + 44, parts, gains.__doc__)
 
 
@@ -767,7 +778,7 @@ def draw_curves(found):
 
 def fitted(axes, fits, form, start, look):
     """A form with the mean coefficients of the seeds, where it is inside the axes."""
-    alpha, beta = (mean([fit[name] for fit in fits]) for name in ("alpha", "beta"))
+    alpha, beta = mean(each(fits, "alpha")), mean(each(fits, "beta"))
     low, high = axes.y_range
     xs, ys = [], []
     for i in range(1, 25):
@@ -831,8 +842,8 @@ def figures(cfg):
         path = RESULTS / f"{name}.svg"
         try:
             text = draw()
-        except (UserError, LookupError) as e:
-            tell(f"{path.name} is not drawn: {e if isinstance(e, UserError) else f'its results lack {e}'}")
+        except (UserError, LookupError) as e:   # no such file; or nothing in it of what the figure shows
+            tell(f"{path.name} is not drawn: {e}")
             continue
         drawn += 1
         if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -867,7 +878,8 @@ class RunFolder:
         self.options = read_json(folder / "run.json")
         if not isinstance(self.options, dict):
             raise UserError(f"{folder}/run.json: not a run's options")
-        self.options = {name: value for name, value in self.options.items() if name not in ("code", "inputs")}
+        for no_option in ("code", "inputs"):
+            self.options.pop(no_option, None)
         self.script = script_of(self.options)
         self.rows, self.bad = read_log(folder)
         self.samples = sorted((folder / "samples").glob("*.txt"))
@@ -880,8 +892,8 @@ class RunFolder:
         steps, values = [], []
         for i in range(0, len(rows), size):
             near = rows[i:i + size]
-            steps.append(mean([row["step"] for row in near]))
-            values.append(mean([row[metric] for row in near]))
+            steps.append(mean(each(near, "step")))
+            values.append(mean(each(near, metric)))
         return steps, values
 
 
@@ -911,6 +923,8 @@ def collect(paths):
     """(run folders, files of tables, what is neither) of the words of a command line."""
     folders, files, skipped = [], [], []
     for path in map(Path, paths):
+        if path.suffix == ".html":      # an earlier page
+            continue
         inside = sorted(file.parent for file in path.rglob("run.json"))
         if path.suffix == ".json":
             files.append(path)
@@ -938,7 +952,7 @@ def glossary():
         parts = re.split(r"(?<!\\)\|", row)
         if len(parts) != 6:
             continue
-        names, *texts = (part.strip().replace("\\|", "|") for part in parts[1:5])
+        names, *texts = (part.replace("\\|", "|").strip() for part in parts[1:5])
         scripts = re.findall(r"\w+\.py", names) or re.findall(r"\w+\.py", heading)
         for name in re.findall(r"`([^`]+)`", names):
             pattern = re.sub(r"NAME|\\\*|a\\\|b|\bK\b", ".+", re.escape(name))
@@ -971,8 +985,8 @@ def meaning(script, metric):
 class Page(Options):
     """One HTML file of any runs, that needs nothing else: curves, options that differ, samples early and late, tables.
 
-    A folder that is no run stands for the runs in it. Tables are files *.json with "rows", or a folder `tables` of them. The
-    one beside the runs is shown, too.
+    A folder that is no run stands for the runs in it. Tables are files *.json with "rows", or a folder `tables` of such
+    files. The one beside the runs is shown, too.
     """
     out: str = "out/report.html"  # the file to write
 
@@ -1014,12 +1028,12 @@ def whole_page(sections, notes):
         links.append(tag("a", title, href=f"#part{i}"))
         parts.append(tag("section", tag("h2", title), text, id=f"part{i}"))
     said = [tag("li", html.escape(note)) for note in notes]
-    head = [tag("title", "Runs"), tag("style", style() + PAGE_STYLE)]
-    body = [tag("h1", "Runs"), tag("p", " · ".join(links)), *parts, tag("ul", *said), tag("script", SCRIPT)]
-    return ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            + "\n".join(head + body) + "</html>\n")
+    head = [HEAD, tag("title", "Runs"), tag("style", style() + PAGE_STYLE), tag("h1", "Runs")]
+    body = [tag("p", " · ".join(links)), *parts, tag("ul", *said), tag("script", SCRIPT), "</html>\n"]
+    return "\n".join(head + body)
 
 
+HEAD = '<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
 PAGE_STYLE = """
 :root{color-scheme:light dark}
 body{font:15px/1.45 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;
@@ -1065,10 +1079,11 @@ def group_of(script, runs):
     """The runs of one script: who they are, options, curves, samples."""
     labels = []
     for i, run in enumerate(runs):
-        box = '<input type="checkbox" checked value="' + f'r{i}">'
+        box = f'<input type="checkbox" checked value="r{i}">'
         key = tag("svg", line(0, 5, 24, 5, look_of(i)), viewBox="0 0 24 10")
-        length = f"{len(run.rows)} steps" if run.finished else f"{len(run.rows)} steps, unfinished"
-        labels.append(tag("label", box, key, f" {html.escape(run.name)} ", tag("span", f"({length})", look="note")))
+        state = "" if run.finished else ", unfinished"
+        length = tag("span", f" ({len(run.rows)} steps{state})", look="note")
+        labels.append(tag("label", box, key, html.escape(run.name), length))
     metrics = {}
     for run in runs:
         for row in run.rows:
@@ -1078,7 +1093,8 @@ def group_of(script, runs):
             metrics[boring] = metrics.pop(boring)
     charts = [chart(script, metric, runs) for metric in metrics if metric != "step"]
     samples = [samples_of(run) for run in runs]
-    return "".join([tag("p", *labels), options_of(runs), tag("div", *charts, look="charts"), *samples])
+    parts = [tag("p", *labels), options_of(runs), tag("div", *charts, look="charts")]
+    return "".join(parts + samples)
 
 
 def look_of(i):
@@ -1099,27 +1115,33 @@ def chart(script, metric, runs):
     for i, (run, (xs, ys)) in enumerate(zip(runs, curves)):
         if not xs:
             continue
-        about = tag("title", html.escape(f"{run.name}: {ys[0]:.4g} → {ys[-1]:.4g}"))
-        parts.append(axes.curve(xs, ys, look_of(i), about, data_name=run.name))
-        if len(xs) < 10:
-            parts += [dot(axes.x(x), axes.y(y), f"f{i % COLORS} r{i}") for x, y in zip(xs, ys)]
-    low, high = axes.y_range
-    svg = tag("svg", *parts, viewBox="0 0 390 200", data_y=f"{axes.top} {axes.height} {low} {high}")
-    return tag("figure", svg, tag("div", look="hover note"), tag("figcaption", meaning(script, metric)))
+        about = f"{run.name}: {ys[0]:.4g} → {ys[-1]:.4g}"
+        parts.append(axes.curve(xs, ys, look_of(i), tag("title", html.escape(about)), data_name=run.name))
+        for x, y in zip(xs, ys):
+            if len(xs) < 10:
+                parts.append(dot(axes.x(x), axes.y(y), f"f{i % COLORS} r{i}"))
+    scale = [axes.top, axes.height, *axes.y_range]      # for SCRIPT
+    svg = tag("svg", *parts, viewBox="0 0 390 200", data_y=" ".join(map(str, scale)))
+    caption = tag("figcaption", meaning(script, metric))
+    return tag("figure", svg, tag("div", look="hover note"), caption)
 
 
 def options_of(runs):
     """The options in which the runs differ; the others folded away."""
-    common, differ = [], []
-    for name in dict.fromkeys(name for run in runs for name in run.options):
+    common, differ, names = [], [], {}
+    for run in runs:
+        names |= run.options
+    for name in names:
         values = [text_of(run.options.get(name, "–")) for run in runs]
         if len(set(values)) > 1:
             differ.append([f"--{name}", *values])
         else:
             common.append([f"--{name}", values[0]])
-    shown = html_table(["option", *(run.name for run in runs)], differ) if differ else ""
-    what = f"{len(common)} options in which they agree" if len(runs) > 1 else f"{len(common)} options"
-    return shown + tag("details", tag("summary", what), html_table(["option", "value"], common))
+    heads = ["option", *(run.name for run in runs)]
+    shown = html_table(heads, differ) if differ else ""
+    agree = " in which they agree" if len(runs) > 1 else ""
+    folded = tag("summary", f"{len(common)} options{agree}") + html_table(["option", "value"], common)
+    return shown + tag("details", folded)
 
 
 def text_of(value):
@@ -1131,9 +1153,10 @@ def text_of(value):
 
 def html_table(heads, rows):
     """A table of texts, which may be hostile."""
-    lines = [tag("tr", *(tag("th", html.escape(text)) for text in heads))]
-    for row in rows:
-        lines.append(tag("tr", *(tag("td", html.escape(text)) for text in row)))
+    lines = []
+    for kind, texts in [("th", heads), *(("td", row) for row in rows)]:
+        cells = [tag(kind, html.escape(text)) for text in texts]
+        lines.append(tag("tr", *cells))
     return tag("div", tag("table", *lines), look="scroll")
 
 
@@ -1142,8 +1165,9 @@ def samples_of(run):
     blocks = []
     for path in dict.fromkeys(run.samples[:1] + run.samples[-1:]):
         text = path.read_text(encoding="utf-8", errors="replace").strip()
-        step = html.escape(f"step {path.stem.lstrip('0') or 0}")
-        blocks.append(tag("div", tag("div", step, look="note"), tag("pre", html.escape(text))))
+        step = path.stem.lstrip("0") or "0"
+        note = tag("div", html.escape(f"step {step}"), look="note")
+        blocks.append(tag("div", note, tag("pre", html.escape(text))))
     if not blocks:
         return ""
     title = tag("summary", f"samples of {html.escape(run.name)}")
@@ -1156,14 +1180,16 @@ def numbers_of(rows):
     for row in rows:
         heads |= {name: True for name, value in row.items() if in_cell(value)}
     for row in rows:
-        lines.append([name_of(row), *(in_cell(row.get(name)) for name in heads)])
+        numbers = [in_cell(row.get(name)) for name in heads]
+        lines.append([name_of(row), *numbers])
     return html_table(["", *heads], lines)
 
 
 def in_cell(value):
     """A number or the two ends of an interval as text; nothing for anything else."""
-    if isinstance(value, list) and len(value) == 2 and all(map(is_number, value)):
-        return f"[{in_cell(value[0])}, {in_cell(value[1])}]"
+    if isinstance(value, list) and len(value) == 2:
+        low, high = map(in_cell, value)
+        return f"[{low}, {high}]" if low and high else ""
     if not is_number(value):
         return ""
     return f"{value:.3f}" if type(value) is float else str(value)
