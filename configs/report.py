@@ -1047,7 +1047,7 @@ td,th{padding:.25em .7em;text-align:right;border-bottom:1px solid var(--grid);wh
 td:first-child,th:first-child{text-align:left}
 .two{display:grid;grid-template-columns:1fr 1fr;gap:1em} @media (max-width:700px){.two{grid-template-columns:1fr}}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:13px;margin:.3em 0;padding:.7em;border:1px solid var(--grid)}
-label{margin-right:1.2em} label svg{display:inline;width:24px} label line{stroke-width:3}
+label{margin-right:1.2em} label svg{display:inline;width:24px;margin:0 .4em} label line{stroke-width:3}
 summary{cursor:pointer;margin:.6em 0}
 """
 

@@ -300,6 +300,7 @@ def test_the_fitted_form_is_drawn_through_its_values():
 # ---------------------------------------------------------------- the page
 
 EVIL = "</pre><script>alert('x')</script><img src=http://evil onerror=alert(1)>"
+QUOTED = 'out/b" onerror="x'     # a folder
 
 
 def make_run(folder, rows, **options):
@@ -331,7 +332,7 @@ class Seen(HTMLParser):
 def runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "out/a", [{"kl": 0.5, EVIL: 1.0}, {"kl": math.nan}, {"kl": 1.5}], lr=1e-3)
-    make_run(tmp_path / "out/b", [{"kl": 0.5}] * 500, lr=2e-3, reward=EVIL)
+    make_run(tmp_path / QUOTED, [{"kl": 0.5}] * 500, lr=2e-3, reward=EVIL)
     with open(tmp_path / "out/a/metrics.jsonl", "a") as f:
         f.write('{"step": "one"}\n[' * 3)
     (tmp_path / "out/empty").mkdir()
@@ -341,7 +342,7 @@ def runs(tmp_path, monkeypatch):
 
 
 def test_a_page_has_everything_and_runs_nothing_of_theirs(runs, monkeypatch, capsys):
-    assert run("out/a", "out/b", "out/empty", monkeypatch=monkeypatch) == 0     # `page` left out
+    assert run("out/a", QUOTED, "out/empty", monkeypatch=monkeypatch) == 0     # `page` left out
     said = capsys.readouterr().err
     assert "out/empty is skipped" in said and "4 lines" in said
     seen = Seen((runs / "out/report.html").read_text())
@@ -354,19 +355,19 @@ def test_a_page_has_everything_and_runs_nothing_of_theirs(runs, monkeypatch, cap
     assert "grows to a few nats" in text, "what a metric means is said under it"
     curves = [own for tag, own in seen.tags if tag == "polyline"]
     lengths = {own["data-name"]: len(own["points"].split()) for own in curves if own["class"].startswith("c")}
-    assert lengths["out/b"] <= 160, "a long run is thinned"
+    assert lengths[QUOTED] <= 160, "a long run is thinned"
     assert [len(own["points"].split()) for own in curves if own["data-name"] == "out/a"][0] == 2, "NaN is no point"
 
 
 def test_options_are_listed_where_the_runs_differ(runs):
-    found = [report.RunFolder(runs / "out" / name) for name in "ab"]
+    found = [report.RunFolder(runs / name) for name in ("out/a", QUOTED)]
     differ, _, common = report.options_of(found).partition("<details>")
     assert set(re.findall(r"<td>--(\w+)", differ)) == {"lr", "reward"} and "--gamma" in common
 
 
 def test_a_folder_stands_for_the_runs_in_it(runs):
     folders, files, skipped = report.collect(["out", "out/a", "out/tables/compare.json"])
-    assert folders == [Path("out/a"), Path("out/b")] and files == [Path("out/tables/compare.json")] and not skipped
+    assert folders == [Path("out/a"), Path(QUOTED)] and files == [Path("out/tables/compare.json")] and not skipped
 
 
 @pytest.mark.parametrize("script, name", [
