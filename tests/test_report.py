@@ -32,7 +32,8 @@ if not os.path.exists(out + "/summary.json"):
             json.dump(dict(step=0, gold=seed, seconds=1000 + seed), f)
 tables = os.environ["OUT"] + "/tables"
 os.makedirs(tables, exist_ok=True)
-row = dict(checkpoint=out, arith=seed / 8, interval=[0, 1 / 3], answers=[dict(text="no number")], threads=options.get("--threads"))
+row = dict(checkpoint=out, arith=seed / 8, interval=[0, 1 / 3], answers=[dict(text="no number")])
+row["threads"] = options.get("--threads", "")
 for name in ("tiny", "tiny.part", "tinyother"):
     with open(f"{tables}/{name}.json", "w") as f:
         json.dump(dict(rows=[row, dict(name="best of n", curves=dict(d=[0.5, None]))]), f)
@@ -147,14 +148,15 @@ def test_the_quantiles_of_t_leave_a_fortieth_above(df):
 def test_intervals_by_hand():
     """Of 1, 2, 4: mean 7/3, sd √(7/3), t 4.303."""
     half = 4.303 * math.sqrt(7 / 3)
-    assert report.interval([1, 2, 4]) == pytest.approx((7 / 3 - half * math.sqrt(4 / 3), 7 / 3 + half * math.sqrt(4 / 3)))
-    assert report.interval([1, 2, 4], new=False) == pytest.approx((7 / 3 - half / math.sqrt(3), 7 / 3 + half / math.sqrt(3)))
+    for new, share in ((True, math.sqrt(4 / 3)), (False, math.sqrt(1 / 3))):
+        assert report.interval([1, 2, 4], new) == pytest.approx((7 / 3 - half * share, 7 / 3 + half * share))
     assert report.interval([5]) == (5, 5)
 
 
 @pytest.mark.parametrize("column, values, text", [
     ("write", [0.5, 1.0, 1.5], "1.00 ± .50"), ("write", [-0.001, -0.001], ".00"), ("write", [2.0], "2.00"),
-    ("+write sd", [0.1, 0.3], "+.20 ± .14"), ("write seeds", [-0.25, 1.5], "-.25 / 1.50"), ("kl mean 1", [0.1, 0.2], ".2"),
+    ("+write sd", [0.1, 0.3], "+.20 ± .14"), ("write seeds", [-0.25, 1.5], "-.25 / 1.50"),
+    ("kl mean 1", [0.1, 0.2], ".2"),
     ("length mean 0", [23.4, 24.4], "24"), ("write new", [0.0, 1.0, 2.0], "1.00 [-3.97, 5.97]"),
     ("write sure", [0.0, 1.0, 2.0], "1.00 [-1.48, 3.48]"), ("win new", [0.4, 0.5, 0.6], ".50 [.00, 1.00]"),
     ("write sd", [0.5, None], "–")])
@@ -305,7 +307,8 @@ QUOTED = 'out/b" onerror="x'     # a folder
 
 def make_run(folder, rows, **options):
     """A run's folder; its samples are hostile."""
-    data.write_text(folder / "run.json", json.dumps(dataclasses.asdict(ppo.Config()) | options | dict(code="c", inputs={})))
+    options = dataclasses.asdict(ppo.Config()) | options | dict(code="c", inputs={})
+    data.write_text(folder / "run.json", json.dumps(options))
     text = "".join(json.dumps(dict(step=step, seconds=step) | row) + "\n" for step, row in enumerate(rows))
     data.write_text(folder / "metrics.jsonl", text)
     data.write_text(folder / "samples/000001.txt", f"early {EVIL}")
@@ -348,10 +351,12 @@ def test_a_page_has_everything_and_runs_nothing_of_theirs(runs, monkeypatch, cap
     seen = Seen((runs / "out/report.html").read_text())
     names = [tag for tag, _ in seen.tags]
     assert names.count("script") == 1 and "img" not in names
-    assert not any(key in ("src", "onerror") or "http" in (value or "") for _, own in seen.tags for key, value in own.items())
+    for _, own in seen.tags:
+        assert not own.keys() & {"src", "onerror"} and "http" not in own.get("href", "")
     text = " ".join(seen.texts)
     assert f"early {EVIL}" in text and f"late {EVIL}" in text and "between" not in text, "samples early and late"
-    assert {"ppo.py", "--lr", "0.001", "0.002", "0.625", "[0.250, 0.750]", "kl", EVIL} <= set(map(str.strip, seen.texts))
+    wanted = {"ppo.py", "--lr", "0.001", "0.002", "0.625", "[0.250, 0.750]", "kl", EVIL}
+    assert wanted <= set(map(str.strip, seen.texts))
     assert "grows to a few nats" in text, "what a metric means is said under it"
     curves = [own for tag, own in seen.tags if tag == "polyline"]
     lengths = {own["data-name"]: len(own["points"].split()) for own in curves if own["class"].startswith("c")}
@@ -371,8 +376,8 @@ def test_a_folder_stands_for_the_runs_in_it(runs):
 
 
 @pytest.mark.parametrize("script, name", [
-    (sft.Config, "sft.py"), (reward.Train, "reward.py train"), (reward.Label, "reward.py label"), (ppo.Config, "ppo.py"),
-    (grpo.Config, "grpo.py"), (dpo.Config, "dpo.py"), (orpo.Config, "orpo.py")])
+    (sft.Config, "sft.py"), (reward.Train, "reward.py train"), (reward.Label, "reward.py label"),
+    (ppo.Config, "ppo.py"), (grpo.Config, "grpo.py"), (dpo.Config, "dpo.py"), (orpo.Config, "orpo.py")])
 def test_a_run_is_known_by_its_options(script, name):
     assert report.script_of(dataclasses.asdict(script())) == name
 
