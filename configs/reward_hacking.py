@@ -6,7 +6,7 @@ Gao et al. 2210.10760, sec. 3.
 
     python configs/reward_hacking.py out/ppo       out/sft's best of n, and the run -> out/overoptimize/curves.json
 
-Where matplotlib is installed it draws curves.png too. The two rules are a remedy: --reward "out/reward +
+curves.svg beside it is the figure. The two rules are a remedy: --reward "out/reward +
 configs.reward_hacking:named + configs.reward_hacking:sentences".
 """
 import json
@@ -20,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs.report import draw_curves
 from data import (Count, Families, Run, RunConfig, Sum, Temperature, UserError, family_list, guard, mean,
                   parse, read_rows, sparkline, write_text)
 from model import Reward, load_model, seed_step, setup
@@ -45,7 +46,7 @@ named.needs = ["key"]
 @dataclass
 class Config(RunConfig):
     """Gold and proxy reward against d = √KL, for best-of-n and for RL runs (2210.10760)."""
-    out: str = "out/overoptimize"  # folder of the run: curves.json, and curves.png where matplotlib is installed
+    out: str = "out/overoptimize"  # folder of the run: curves.json, and the figure, curves.svg
     policy: str = "out/sft"     # best-of-n samples from it
     proxy: Sum = "out/reward"   # what best-of-n and the runs optimise
     judge: Sum = "gold"         # what counts
@@ -155,20 +156,11 @@ def show(name, curve):
 
 
 def draw(curves, path):
-    """The curves as a figure, where matplotlib is installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return print(f"{path}: no figure without matplotlib; the numbers are in {path.with_suffix('.json')}")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 4), squeeze=False)
-    for axis, (name, curve) in zip(axes[0], curves.items()):
-        axis.plot(curve["d"], curve["gold"], label="gold")
-        axis.plot(curve["d"], curve["proxy"], "--", label="proxy")
-        axis.set(title=name, xlabel="d = √KL", ylabel="reward")
-        axis.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    """The curves as a figure."""
+    of_one_seed = {}
+    for name, curve in curves.items():
+        of_one_seed[name] = {key: [value] for key, value in curve.items()}
+    write_text(path, draw_curves(of_one_seed))
 
 
 def save_table(run, path):
@@ -216,7 +208,7 @@ def overoptimize(cfg, folders):
     # 3. Numbers and figure.
     write_text(run.folder / "curves.json", json.dumps(curves, indent=1))
     save_table(run, cfg.save)
-    draw(curves, run.folder / "curves.png")
+    draw(curves, run.folder / "curves.svg")
     then = ["reward.py", "compare", cfg.policy, *folders, "--proxy", cfg.proxy, "--families", cfg.families]
     if cfg.data != "toy":
         then += ["--data", cfg.data, "--judge", cfg.judge, "--max_new", cfg.max_new]
