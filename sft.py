@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from data import (THINK, Count, Families, Natural, NonNegative, OptionError, Positive, Run, Share,
+from data import (THINK, Count, Families, Natural, NonNegative, OptionError, Run, Share,
                   TrainConfig, collate, encode, guard, late_rows, micro_batches, open_stream, pad, parse)
 from model import GPTConfig, Optimizer, load_model, new_model, setup, steps, token_logprobs
 
