@@ -52,7 +52,7 @@ class Config(TrainConfig):
     epochs: Positive = 1.0      # passes over the records
     steps: Natural = 0          # updates; 0: what the epochs take
     batch: Count = 32           # pairs an update
-    lr: Positive = 5e-4         # peak learning rate
+    lr: Positive = 1e-4         # peak learning rate
     weight_decay: NonNegative = 0.0  # on matrices
     warmup: Natural = 10        # updates of linear warm-up, before the cosine
     clip_grad: NonNegative = 1.0  # global gradient norm; 0 never clips

@@ -19,5 +19,5 @@ OUT=${OUT:-out}
 python sft.py --loss_on all --init new --out $OUT/base "$@"
 python sft.py --init $OUT/base --out $OUT/sft "$@"
 python reward.py label --policy $OUT/sft --out $OUT/pairs "$@"
-python orpo.py --init $OUT/base --data $OUT/pairs/pairs.jsonl --out $OUT/zephyr_orpo/orpo "$@"
+python orpo.py --init $OUT/base --data $OUT/pairs/pairs.jsonl --lr 5e-4 --out $OUT/zephyr_orpo/orpo "$@"
 python reward.py compare $OUT/sft $OUT/base $OUT/zephyr_orpo/orpo --save $OUT/tables/zephyr_orpo.json "$@"
