@@ -750,7 +750,7 @@ def test_pool_keeps_to_its_prompts(pool, prompts, whole, each, tiny, tmp_path, m
 
 
 def test_curriculum_starts_with_the_easiest(tiny, tmp_path, monkeypatch):
-    """Sums of level 1 to 4: a quarter of the pool at first, all of it from half of the steps on."""
+    """Sums of level 2 to 4: a quarter of the pool at first, all of it from half of the steps on."""
     calls, steps = watch(monkeypatch, grpo, "draw_prompts"), runs.watch_steps(monkeypatch)
     train(tmp_path / "a", tiny, families="arith", pool=16, prompts=4, steps=8, curriculum=.5, max_new=1)
     shares = [args[1] for args, _ in calls["draw_prompts"]]

@@ -181,7 +181,8 @@ def test_44_loop_equals_a_slow_loop(name, tiny, tmp_path, float64):
     stream, held = open_stream(cfg.data, kind, cfg.seed, n_held=128, prepare=prepare, think=cfg.think)
     net = tiny_model(cfg.seed) if cfg.init == "new" else load_model(tiny)
     total = cfg.steps or math.ceil(48 / cfg.batch)
-    optimizer = runs.SlowOptimizer(net, cfg.lr, total, cfg, betas=(.9, cfg.beta2))
+    floor = .1 if cfg.loss_on == "all" else 0
+    optimizer = runs.SlowOptimizer(net, cfg.lr, total, cfg, betas=(.9, cfg.beta2), floor=floor)
     assert len(rows) == total, f"{len(rows)} steps instead of {total}"
     for step, row in enumerate(rows):
         batch = stream.batch(step, cfg.batch)
@@ -203,7 +204,7 @@ def test_it_overfits_eight_examples_and_5_stops(tmp_path):
                 "Go on.": "I will."}
     records = [chat(ask, says) for ask, says in examples.items()]
     path = write(tmp_path / "d.jsonl", [*records, chat("held", "out")])
-    folder, rows = fit(tmp_path, data=path, steps=120, batch=9, lr=1e-2, warmup=5)
+    folder, rows = fit(tmp_path, data=path, steps=120, batch=9, lr=1e-2, muon_lr=.02, warmup=5)
     assert abs(rows[0]["loss"] - math.log(TOK.n_vocab)) < .1, "a new model knows nothing"
     assert rows[-1]["loss"] < .01
     prompts = [TOK.prompt(record["messages"][:1]) for record in records]
@@ -270,6 +271,18 @@ def test_refusals(flags, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, error = runs.refuse(sft, flags.split(), monkeypatch, capsys)
     assert code in (1, 2) and word in error
+
+
+@pytest.mark.parametrize("loss_on, chosen", [("all", sft.PRETRAINING), ("assistant", sft.FINE_TUNING)])
+def test_rates_and_steps_that_are_0_are_those_of_the_stage(loss_on, chosen):
+    """And a file is read once. What somebody asks for is left alone."""
+    def options(**given):
+        cfg = sft.Config(loss_on=loss_on, **given)
+        return dict(steps=cfg.steps, lr=cfg.lr, muon_lr=cfg.muon_lr)
+    assert options() == chosen
+    assert options(data="my.jsonl") == chosen | dict(steps=0)
+    asked = dict(steps=7, lr=.5, muon_lr=.25)
+    assert options(**asked) == asked
 
 
 def test_think_reaches_the_demonstrations(tmp_path, monkeypatch):
