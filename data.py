@@ -419,7 +419,7 @@ def toy_task(split: str, family: str, rng: random.Random) -> dict:
 
 def toy_demo(task: dict, rng: random.Random) -> str:
     """One human demonstration for SFT, imperfect on purpose: alignment needs something left to improve.
-    Mean gold and its spread: arith 1 and 0, write .8 and 1.1, safe .4 and .8, fmt .7 and .2."""
+    Mean gold and its spread: arith 1 and 0, write .6 and 1.2, safe .4 and .8, fmt .7 and .2."""
     return WORLD[task["family"]].demo(task, rng)
 
 

@@ -1300,7 +1300,7 @@ class Optimizer:
     """AdamW, or Muon for the hidden matrices with AdamW for the rest; linear warm-up, then cosine to `floor` · lr.
 
     Decay applies to matrices only, never to biases and norms. Muon (Jordan et al. 2024) steps along the orthogonalised
-    momentum of each matrix. In the 700 steps of the toy's pretraining it learns sums; AdamW does not.
+    momentum of each matrix. The toy's pretraining learns sums with it; with AdamW, in as many steps, hardly.
     Gradients are clipped to a global norm before either sees them.
 
     With model.fused_bwd every parameter has an optimizer of its own, which steps as soon as its gradient is whole and

@@ -285,7 +285,7 @@ TARGETS = [  # the most telling first
     Target("sample8", "sampling gpt2 8 × 128, of the bytes' bound", "generate", GPT2 | dict(batch=8, new=128),
            "bound_share", "1 %", "8 %", "20 %"),
     Target("tiny", "sampling tiny 256 × 64", "generate", dict(batch=256), "seconds", ".15-.26 s", ".03 s", ".015 s"),
-    Target("base", "the toy's base, 700 steps", "python sft.py --loss_on all --init new --out $OUT/base", {},
+    Target("base", "the toy's base, 700 steps", "python sft.py --loss_on all --init new --steps 700 --out $OUT/base", {},
            "seconds", "27 s", "10 s", "6 s"),
     Target("compare", "configs/compare.sh", "bash configs/compare.sh", {}, "seconds", "over 300 s", "120 s", "90 s")]
 SMALLEST = dict(size="tiny", batch=4, group=2, prompt=16, new=8, length=32, repeats=1)
