@@ -252,7 +252,7 @@ def rows_of(path, out):
     """{row: {metric: number, or list or dict of numbers}} of a table that a recipe has left in $OUT."""
     rows = {}
     for row in table_rows(path):
-        name = name_of(row).removeprefix(f"{out}/")
+        name = name_of(row).replace(f"{out}/", "")
         if name in rows:
             raise UserError(f"{path}: two rows are called {name}; delete the file, and the recipe makes it anew")
         rows[name] = {}
@@ -272,8 +272,9 @@ def table_rows(path):
 
 
 def name_of(row):
-    """What a row is called."""
-    return str(row.get("checkpoint", row.get("name", "")))
+    """What a row is called; one of reward.py accuracy, by the file that it is about, too."""
+    name = str(row.get("checkpoint", row.get("name", "")))
+    return f"{name} on {row['data']}" if "data" in row else name
 
 
 def each(rows, key):

@@ -36,10 +36,11 @@ if not os.path.exists(out + "/summary.json"):
 tables = os.environ["OUT"] + "/tables"
 os.makedirs(tables, exist_ok=True)
 row = dict(checkpoint=out, arith=seed / 8, interval=[0, 1 / 3], answers=[dict(text="no number")])
+ensemble = dict(name="{0}/a|{0}/b".format(os.environ["OUT"]), data=os.environ["OUT"] + "/pairs.jsonl", right=1)
 row["threads"] = options.get("--threads", "")
 for name in ("tiny", "tiny.part", "tinyother"):
     with open(f"{tables}/{name}.json", "w") as f:
-        json.dump(dict(rows=[row, dict(name="best of n", curves=dict(d=[0.5, None]))]), f)
+        json.dump(dict(rows=[row, ensemble, dict(name="best of n", curves=dict(d=[0.5, None]))]), f)
 '''
 RECIPE = 'set -e\npython stage.py --out $OUT/base "$@"\npython stage.py --out $OUT/tiny/a "$@"\n'
 
@@ -81,7 +82,7 @@ def test_a_recipe_is_run_once_a_seed_and_its_numbers_are_gathered(house, monkeyp
     assert "1 thread" in got["machine"] and got["torch"][0].isdigit()
     assert got["tables"] == {
         "tiny": {"tiny/a": {"arith": [0.125, 0.375], "interval": [[0, 0.333333]] * 2},
-                 "best of n": {"curves": [{"d": [0.5, None]}] * 2}},
+                 "a|b on pairs.jsonl": {"right": [1, 1]}, "best of n": {"curves": [{"d": [0.5, None]}] * 2}},
         "tiny.part": got["tables"]["tiny"],
         "tiny.curves": {"base": {"gold": [[1], [3]]}}}, "names without OUT, numbers of both seeds, no texts"
     with open(house / "out/seed1/tables/tiny.json") as f:
