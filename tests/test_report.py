@@ -162,7 +162,7 @@ def test_intervals_by_hand():
     ("+write sd", [0.1, 0.3], "+.20 ± .14"), ("write seeds", [-0.25, 1.5], "-.25 / 1.50"),
     ("kl mean 1", [0.1, 0.2], ".2"),
     ("length mean 0", [23.4, 24.4], "24"), ("write new", [0.0, 1.0, 2.0], "1.00 [-3.97, 5.97]"),
-    ("write sure", [0.0, 1.0, 2.0], "1.00 [-1.48, 3.48]"), ("win new", [0.4, 0.5, 0.6], ".50 [.00, 1.00]"),
+    ("write sure", [0.0, 1.0, 2.0], "1.00 [-1.48, 3.48]"), ("win new", [0.3, 0.5, 0.7], ".50 [.00, 1.00]"),
     ("write sd", [0.5, None], "–")])
 def test_cells_by_hand(column, values, text):
     assert report.Cell(column)(values) == text
