@@ -902,12 +902,15 @@ class RunFolder:
 def option_names():
     """{"ppo.py": the options of its own, "reward.py label": ...} of all that makes a run, read from the sources."""
     found = {}
-    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("configs/*.py")]):
+    for path in [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("configs/*.py"))]:
         for text in re.split(r"(?m)^class ", path.read_text(encoding="utf-8"))[1:]:
             name = re.match(r"\w+", text)[0].lower()
             script = path.name if name == "config" else f"{path.name} {name}"
             body, _, _ = text.partition("\n\n\n")
             found[script] = set(re.findall(r"(?m)^    (\w+): .*?  # ", body))
+            adds_to = re.match(r"Config\((\w+)\.Config\)", text)    # another script's options
+            if adds_to:
+                found[script] |= found[f"{adds_to[1]}.py"]
     shared = found.pop("data.py runconfig") | found.pop("data.py trainconfig")
     return {script: names - shared for script, names in found.items() if names - shared}
 

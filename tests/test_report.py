@@ -13,8 +13,11 @@ import pytest
 import data
 import dpo
 import grpo
+import nemotron4
 import orpo
 import ppo
+import quark
+import qwen2
 import report
 import reward
 import sft
@@ -33,10 +36,11 @@ if not os.path.exists(out + "/summary.json"):
 tables = os.environ["OUT"] + "/tables"
 os.makedirs(tables, exist_ok=True)
 row = dict(checkpoint=out, arith=seed / 8, interval=[0, 1 / 3], answers=[dict(text="no number")])
+ensemble = dict(name="{0}/a|{0}/b".format(os.environ["OUT"]), data=os.environ["OUT"] + "/pairs.jsonl", right=1)
 row["threads"] = options.get("--threads", "")
 for name in ("tiny", "tiny.part", "tinyother"):
     with open(f"{tables}/{name}.json", "w") as f:
-        json.dump(dict(rows=[row, dict(name="best of n", curves=dict(d=[0.5, None]))]), f)
+        json.dump(dict(rows=[row, ensemble, dict(name="best of n", curves=dict(d=[0.5, None]))]), f)
 '''
 RECIPE = 'set -e\npython stage.py --out $OUT/base "$@"\npython stage.py --out $OUT/tiny/a "$@"\n'
 
@@ -78,7 +82,7 @@ def test_a_recipe_is_run_once_a_seed_and_its_numbers_are_gathered(house, monkeyp
     assert "1 thread" in got["machine"] and got["torch"][0].isdigit()
     assert got["tables"] == {
         "tiny": {"tiny/a": {"arith": [0.125, 0.375], "interval": [[0, 0.333333]] * 2},
-                 "best of n": {"curves": [{"d": [0.5, None]}] * 2}},
+                 "a|b on pairs.jsonl": {"right": [1, 1]}, "best of n": {"curves": [{"d": [0.5, None]}] * 2}},
         "tiny.part": got["tables"]["tiny"],
         "tiny.curves": {"base": {"gold": [[1], [3]]}}}, "names without OUT, numbers of both seeds, no texts"
     with open(house / "out/seed1/tables/tiny.json") as f:
@@ -158,7 +162,7 @@ def test_intervals_by_hand():
     ("+write sd", [0.1, 0.3], "+.20 ± .14"), ("write seeds", [-0.25, 1.5], "-.25 / 1.50"),
     ("kl mean 1", [0.1, 0.2], ".2"),
     ("length mean 0", [23.4, 24.4], "24"), ("write new", [0.0, 1.0, 2.0], "1.00 [-3.97, 5.97]"),
-    ("write sure", [0.0, 1.0, 2.0], "1.00 [-1.48, 3.48]"), ("win new", [0.4, 0.5, 0.6], ".50 [.00, 1.00]"),
+    ("write sure", [0.0, 1.0, 2.0], "1.00 [-1.48, 3.48]"), ("win new", [0.3, 0.5, 0.7], ".50 [.00, 1.00]"),
     ("write sd", [0.5, None], "–")])
 def test_cells_by_hand(column, values, text):
     assert report.Cell(column)(values) == text
@@ -377,9 +381,10 @@ def test_a_folder_stands_for_the_runs_in_it(runs):
 
 @pytest.mark.parametrize("script, name", [
     (sft.Config, "sft.py"), (reward.Train, "reward.py train"), (reward.Label, "reward.py label"),
-    (ppo.Config, "ppo.py"), (grpo.Config, "grpo.py"), (dpo.Config, "dpo.py"), (orpo.Config, "orpo.py")])
+    (ppo.Config, "ppo.py"), (grpo.Config, "grpo.py"), (dpo.Config, "dpo.py"), (orpo.Config, "orpo.py"),
+    (nemotron4.Config, "nemotron4.py"), (qwen2.Config, "qwen2.py"), (quark.Config, "quark.py")])
 def test_a_run_is_known_by_its_options(script, name):
-    assert report.script_of(dataclasses.asdict(script())) == name
+    assert report.script_of({option.name: 0 for option in dataclasses.fields(script)}) == name
 
 
 @pytest.mark.parametrize("script, metric, word", [
