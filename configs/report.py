@@ -46,6 +46,8 @@ READMES = [ROOT / "README.md", ROOT / "configs/README.md"]
 
 # Curves that become a table NAME.curves beside those that the recipe leaves: {recipe: {run: its metrics}}.
 CURVES = {"compare": {"grpo": ["gold", "reward/format", "response_length"]}}
+# And what each stage logged last of these becomes a table NAME.stages.
+ENDS = ("seconds", "val_loss", "val_accuracy", "val_gold")
 
 
 @dataclass
@@ -240,6 +242,7 @@ def gather(name, runs):
             seeds_of_table[path.stem][run.seed] = rows_of(path, run.out)
         if name in CURVES:
             seeds_of_table[f"{name}.curves"][run.seed] = curves_of(run, CURVES[name])
+        seeds_of_table[f"{name}.stages"][run.seed] = ends_of(run)
     result["tables"] = {}
     for table, of_seed in seeds_of_table.items():
         if len(of_seed) < len(runs):
@@ -315,6 +318,17 @@ def curves_of(run, wanted):
             if values and None not in values:
                 curves[folder][metric] = rounded(values)
     return curves
+
+
+def ends_of(run):
+    """{stage: {metric: what it logged last}} of the metrics in ENDS."""
+    ends = {}
+    for folder in run.stages:
+        last = {}
+        for row in read_log(folder)[0]:
+            last |= {metric: rounded(row[metric]) for metric in ENDS if is_number(row.get(metric))}
+        ends[os.path.relpath(folder, run.folder)] = last
+    return ends
 
 
 def over_seeds(of_seed, table):

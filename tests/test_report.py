@@ -84,7 +84,8 @@ def test_a_recipe_is_run_once_a_seed_and_its_numbers_are_gathered(house, monkeyp
         "tiny": {"tiny/a": {"arith": [0.125, 0.375], "interval": [[0, 0.333333]] * 2},
                  "a|b on pairs.jsonl": {"right": [1, 1]}, "best of n": {"curves": [{"d": [0.5, None]}] * 2}},
         "tiny.part": got["tables"]["tiny"],
-        "tiny.curves": {"base": {"gold": [[1], [3]]}}}, "names without OUT, numbers of both seeds, no texts"
+        "tiny.curves": {"base": {"gold": [[1], [3]]}},
+        "tiny.stages": dict.fromkeys(["base", "tiny/a"], {"seconds": [1001, 1003]})}, "names without OUT, numbers of both seeds, no texts"
     with open(house / "out/seed1/tables/tiny.json") as f:
         assert "1" == json.load(f)["rows"][0]["threads"], "two runs at a time have one thread each"
 

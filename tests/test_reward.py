@@ -1654,8 +1654,7 @@ def run_of(folder, rows):
 
 
 def test_overoptimize_against_every_choice_of_k_and_the_metrics_of_runs(letters, tmp_path, monkeypatch):
-    """The run lies on the curve of RL's form, which comes back; without matplotlib there is no figure."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    """The run lies on the curve of RL's form, which comes back, and there is a figure."""
     calls = runs.watch(monkeypatch, models, "respond")["respond"]
     d = [.2 * i for i in range(20)]
     cfg = reward_hacking.Config(out=str(tmp_path / "a"), policy=letters, proxy="runs:vowels", judge="runs:price",
@@ -1665,7 +1664,7 @@ def test_overoptimize_against_every_choice_of_k_and_the_metrics_of_runs(letters,
     groups = groups_of(calls)
     assert len(groups) == 20
     assert len(first["fits"]) == 2
-    assert not (tmp_path / "a" / "curves.png").exists()
+    assert (tmp_path / "a" / "curves.svg").exists()
     for place, k in enumerate((1, 2, 4, 8)):
         best = []
         for _, answers in groups:
