@@ -384,8 +384,9 @@ class Cell:
 
     def __init__(self, text):
         """text: "metric how digits", how one of HOW; the last two can be left out. "+metric" is the gain over the first
-        row."""
-        self.metric, *rest = text.split()
+        row, "NAME.PART:metric" is of another table."""
+        metric, *rest = text.split()
+        self.source, _, self.metric = metric.rpartition(":")
         self.how = rest[0] if rest else "sd"
         self.digits = int(rest[1]) if len(rest) > 1 else 2
         if self.how not in HOW:
@@ -448,6 +449,10 @@ ALL = {"`arith`": "arith", "`write`": "write", "`safe`": "safe", "`fmt`": "fmt",
 TABLES = {
     "algorithms": Table("compare", MAIN, ALGORITHMS, " | learns from"),
     "compare": Table("compare", ALL),
+    "reward": Table("compare.stages", {"of the labels": "val_accuracy", "of the truth": "val_gold"}, {"reward": "right"}),
+    "thinking": Table("thinking", {"sampled": "arith new", "greedy": "thinking.greedy:arith new",
+                                   "four steps, sampled": "arith4 new", "made to think": "thinking.made:arith new",
+                                   "thinks": "thinking.who:arith new"}),
     "variants": Table("variants", ALL),
 }
 
@@ -547,7 +552,8 @@ def printed_table(table):
     for row, printed in (table.rows or own_names(found)).items():
         texts = printed.split("|")
         for cell in cells:
-            texts.append(cell(values_of(found, row, cell.metric, table.source)))
+            source = cell.source or table.source
+            texts.append(cell(values_of(rows_from(source), row, cell.metric, source)))
         lines.append(markdown(texts))
     lines += ["", provenance(results_of(table.source), [cell.how for cell in cells])]
     return "\n".join(lines) + "\n"
