@@ -53,9 +53,11 @@ BESIDE = dict(
     merge=("merge", "model.safetensors"), superficial=("mark_all", "pairs.jsonl"),
     chatglm_rlhf=("balance", "pairs.jsonl"), nemotron4=("rate", "ratings.jsonl"),
     long2short=("shorten", "shortest.jsonl"), judging=("write", "demos.jsonl"), lookahead=("write", "demos.jsonl"),
-    long_thinking=("write", "demos.jsonl"))
+    long_thinking=("write", "demos.jsonl"), losses=("write", "digits.jsonl"), pick=("pick", "summary.json"),
+    last_rows=("show", "summary.json"), when=("when", "summary.json"))
 TAKES = reward.TAKES | dict(merge=["checkpoint", "checkpoint..."], reward_hacking=["run..."],
-                            nemotron4=["reward", "reward..."])
+                            nemotron4=["reward", "reward..."], last_rows=["run", "run..."],
+                            when=["method", "method..."])
 
 
 @functools.cache
@@ -143,7 +145,7 @@ def reads(name, cfg, folders):
     for folder in folders:
         found += terms(folder) if name in ("accuracy", "nemotron4") else [folder]
     for option, value in vars(cfg).items():
-        if option in ("init", "policy", "critic", "ref", "merge_base") or option.endswith("data"):
+        if option in ("init", "policy", "critic", "ref", "merge_base", "table", "best_of") or option.endswith("data"):
             found += value.split(",")
         if option in ("reward", "judge", "proxy", "by", "cost", "base", "rules") and getattr(cfg, "online", True):
             found += terms(value)
@@ -161,17 +163,19 @@ def problems(commands):
             found.append(f"{line}: {error}")
             continue
         for path in reads(name, cfg, folders):
-            maker = made.get(path) or made.get(str(Path(path).parent))
+            place = Path(path)
+            maker = made.get(path) or made.get(str(place.parent)) or made.get(str(place.parent.parent))
             if maker is None or (path in made and maker in ("label", "kimi_k15")):  # the folder, not the file in it
                 found.append(f"{line}: nothing before it makes {path}")
-        if getattr(cfg, "out", None):
-            made[cfg.out] = name
+        for option in ("out", "save"):
+            if getattr(cfg, option, None):
+                made[getattr(cfg, option)] = name
     return found
 
 
 # ---- what a recipe says
 
-SHELL = "python set for do done if fi mkdir echo stage() stage row() row }".split()  # what a line may begin with
+SHELL = "python set for do done if fi mkdir echo stage() stage row() row learn() learn }".split()  # what a line may begin with
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -325,7 +329,7 @@ def fluent(monkeypatch):
     def odd(record, text, finished):
         return len(text) % 2
     monkeypatch.setattr(model.GPT, "logits", logits)
-    for name in ("no_filler", "exact", "format"):
+    for name in ("no_filler", "exact", "format", "harm"):
         monkeypatch.setitem(VERIFIERS, name, odd)
     monkeypatch.setitem(VERIFIERS, "gold", lambda record, text, finished: len(text) % 7)
     monkeypatch.setattr("configs.judging.right", odd)
