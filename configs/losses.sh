@@ -10,9 +10,9 @@
 #   NPO 2404.05868 and D2O 2403.03419: only bad answers are labelled. SLiC-HF 2305.10425 and CPO 2401.08417: no
 #   reference. cDPO (Mitchell 2023) and robust DPO 2403.00409: some labels are flipped.
 # reconstruction
-#   All of it is on the toy, with one model size and short runs (40 updates). SPPO, DNO and DRO need to know how good an
-#   answer is, and RSO and SPO what is to be accepted or preferred: that is the learned reward model's view, never the
-#   truth. D2O's anchors are samples of the SFT model, drawn once.
+#   All of it is on the toy, in short runs: 48 updates of 16 pairs each. SPPO, DNO and DRO need to know how good an answer
+#   is, RSO what is to be accepted, SPO what is preferred: that is the view of the reward model that learned from the same
+#   pairs, never the truth. D2O's anchors are samples of the SFT model, drawn once. SPO samples 64 answers an update.
 #
 # Effect to look for: in the first table most losses gain much the same, at rates that differ. Then, one table each:
 # with labels flipped, robust DPO and cDPO against DPO; D2O against NPO where only harm is labelled (harmless rises; does
@@ -33,7 +33,7 @@ BEST=($SFT)
 
 learn() {  # NAME SCRIPT OPTIONS...: trains it at every rate
   for lr in 5e-5 1.5e-4 5e-4; do
-    python "$2" --init $SFT --lr $lr --steps 40 --eval_every 1000 --out $L/$1/$lr "${@:3}"
+    python "$2" --init $SFT --lr $lr --steps 48 --eval_every 1000 --out $L/$1/$lr "${@:3}"
     RUNS+=($L/$1/$lr)
   done
   BEST+=($L/best/$1)
@@ -46,42 +46,39 @@ python reward.py train --init $SFT --data $PAIRS --out $OUT/reward "$@"
 python reward.py label --policy "" --data $PAIRS --by $OUT/reward --scale 0 --flip 0 --out $L/scored "$@"
 
 # One table.
-learn dpo dpo.py --data $PAIRS "$@"
-learn rso dpo.py --data $PAIRS --loss rso "$@"
-learn gpo_exponential dpo.py --data $PAIRS --loss gpo_exponential "$@"
-learn gpo_truncated dpo.py --data $PAIRS --loss gpo_truncated "$@"
-learn gpo_savage dpo.py --data $PAIRS --loss gpo_savage "$@"
-learn apo_zero dpo.py --data $PAIRS --loss apo_zero "$@"
-learn dpop dpo.py --data $PAIRS --loss dpop "$@"
-learn tdpo2 dpo.py --data $PAIRS --loss tdpo2 "$@"
-learn sppo_hard dpo.py --data $PAIRS --loss sppo_hard "$@"
-learn sppo dpo.py --data $SCORED --loss sppo --eta 5 "$@"
-learn dno dpo.py --data $SCORED --loss dno "$@"
-learn dro dpo.py --data $SCORED --loss dro --beta 1 --batch 64 "$@"
-learn npo dpo.py --data $PAIRS --loss npo --batch 64 "$@"
-learn d2o dpo.py --data $PAIRS --loss d2o --alpha 0.3 "$@"
-learn slic orpo.py --data $PAIRS --loss slic "$@"
-learn cpo orpo.py --data $PAIRS --loss cpo "$@"
-learn spo grpo.py --families write --reward $OUT/reward --prefer score --prompts 16 "$@"
+learn dpo dpo.py --data $PAIRS --batch 16 "$@"
+learn rso dpo.py --data $PAIRS --batch 16 --loss rso "$@"
+learn gpo_exponential dpo.py --data $PAIRS --batch 16 --loss gpo_exponential "$@"
+learn gpo_savage dpo.py --data $PAIRS --batch 16 --loss gpo_savage "$@"
+learn dpop dpo.py --data $PAIRS --batch 16 --loss dpop "$@"
+learn tdpo2 dpo.py --data $PAIRS --batch 16 --loss tdpo2 "$@"
+learn sppo dpo.py --data $SCORED --batch 16 --loss sppo --eta 5 "$@"
+learn dno dpo.py --data $SCORED --batch 16 --loss dno "$@"
+learn dro dpo.py --data $SCORED --batch 32 --loss dro --beta 1 "$@"
+learn npo dpo.py --data $PAIRS --batch 32 --loss npo "$@"
+learn d2o dpo.py --data $PAIRS --batch 16 --loss d2o --alpha 0.3 "$@"
+learn slic orpo.py --data $PAIRS --batch 16 --loss slic "$@"
+learn cpo orpo.py --data $PAIRS --batch 16 --loss cpo "$@"
+learn spo grpo.py --families write --reward $OUT/reward --prefer score --prompts 8 "$@"
 python reward.py compare "${RUNS[@]}" --split val --families write --n 200 --show 0 --save $L/val.json "$@"
 python configs/pick.py --table $L/val.json --save $OUT/tables/losses.rates.json --out $L/best "$@"
 python reward.py compare "${BEST[@]}" --proxy $OUT/reward --families write --show 0 --save $OUT/tables/losses.json "$@"
 
 # Three labels of ten are flipped, and nothing else is wrong with them.
-python reward.py label --policy $SFT --n 1200 --skip 6000 --scale 0 --flip 0.3 --out $L/flipped/pairs "$@"
+python reward.py label --policy $SFT --n 1000 --skip 6000 --scale 0 --flip 0.3 --out $L/flipped/pairs "$@"
 for loss in dpo cdpo robust; do
-  python dpo.py --init $SFT --data $L/flipped/pairs/pairs.jsonl --loss $loss --eps 0.3 --beta 0.1 --lr 2e-4 --epochs 3 --eval_every 1000 --out $L/flipped/$loss "$@"
+  python dpo.py --init $SFT --data $L/flipped/pairs/pairs.jsonl --loss $loss --eps 0.3 --beta 0.1 --lr 2e-4 --epochs 2 --eval_every 1000 --out $L/flipped/$loss "$@"
 done
 python reward.py compare $SFT $L/flipped/dpo $L/flipped/cdpo $L/flipped/robust --families write --show 0 --save $OUT/tables/losses.flipped.json "$@"
 
 # Data that some losses are for: only what is bad, thumbs, pairs that differ in one digit.
-python reward.py label --policy $SFT --families safe --n 1000 --k 4 --select all --by "-1*harm" --out $L/unsafe "$@"
+python reward.py label --policy $SFT --families safe --n 800 --k 4 --select all --by "-1*harm" --out $L/unsafe "$@"
 python configs/losses.py --data $PAIRS --unsafe_data $L/unsafe/pairs.jsonl --out $L/special "$@"
 python dpo.py --init $SFT --data $L/special/bad.jsonl --loss npo --beta 0.1 --batch 64 --steps 30 --lr 1e-4 --eval_every 1000 --out $L/bad/npo "$@"
 python dpo.py --init $SFT --data $L/special/bad.jsonl --loss d2o --alpha 0.3 --steps 30 --lr 1e-4 --eval_every 1000 --out $L/bad/d2o "$@"
 python reward.py compare $SFT $L/bad/npo $L/bad/d2o --on safe --show 0 --save $OUT/tables/losses.bad.json "$@"
-python dpo.py --init $SFT --data $L/special/thumbs.jsonl --loss kto --batch 64 --lr 1.5e-4 --steps 60 --eval_every 1000 --out $L/thumbs/kto "$@"
-python dpo.py --init $SFT --data $L/special/thumbs.jsonl --loss dro --beta 1 --batch 64 --lr 1.5e-4 --steps 60 --eval_every 1000 --out $L/thumbs/dro "$@"
+python dpo.py --init $SFT --data $L/special/thumbs.jsonl --loss kto --batch 32 --lr 1.5e-4 --steps 60 --eval_every 1000 --out $L/thumbs/kto "$@"
+python dpo.py --init $SFT --data $L/special/thumbs.jsonl --loss dro --beta 1 --batch 32 --lr 1.5e-4 --steps 60 --eval_every 1000 --out $L/thumbs/dro "$@"
 python reward.py compare $SFT $L/thumbs/kto $L/thumbs/dro --families write --show 0 --save $OUT/tables/losses.thumbs.json "$@"
 for loss in dpo dpop tdpo1 tdpo2; do
   python dpo.py --init $SFT --data $L/special/digits.jsonl --loss $loss --steps 40 --lr 3e-4 --eval_every 1000 --out $L/digits/$loss "$@"
@@ -89,17 +86,17 @@ done
 python configs/last_rows.py $L/digits/dpo $L/digits/dpop $L/digits/tdpo1 $L/digits/tdpo2 --metrics val_rewards/chosen,val_rewards/rejected,val_rewards/accuracy,kl --save $OUT/tables/losses.digits.json --out $L/digits/table "$@"
 
 # Self-play: pairs of the policy's own samples, twice; the policy of each round is the reference of the next.
-python reward.py label --policy $SFT --k 4 --n 600 --skip 8000 --select ends --by $OUT/reward --scale 0 --flip 0 --out $L/rounds/pairs "$@"
+python reward.py label --policy $SFT --k 4 --n 400 --skip 8000 --select ends --by $OUT/reward --scale 0 --flip 0 --out $L/rounds/pairs "$@"
 for loss in dpo sppo dno; do
   python dpo.py --init $SFT --data $L/rounds/pairs/pairs.jsonl --loss $loss --eta 5 --lr 1.5e-4 --eval_every 1000 --out $L/rounds/${loss}1 "$@"
-  python reward.py label --policy $L/rounds/${loss}1 --k 4 --n 600 --skip 9000 --select ends --by $OUT/reward --scale 0 --flip 0 --out $L/rounds/${loss}_pairs "$@"
+  python reward.py label --policy $L/rounds/${loss}1 --k 4 --n 400 --skip 9000 --select ends --by $OUT/reward --scale 0 --flip 0 --out $L/rounds/${loss}_pairs "$@"
   python dpo.py --init $L/rounds/${loss}1 --data $L/rounds/${loss}_pairs/pairs.jsonl --loss $loss --eta 5 --lr 1.5e-4 --eval_every 1000 --out $L/rounds/${loss}2 "$@"
 done
 python reward.py compare $SFT $L/rounds/dpo1 $L/rounds/dpo2 $L/rounds/sppo1 $L/rounds/sppo2 $L/rounds/dno1 $L/rounds/dno2 --proxy $OUT/reward --families write --show 0 --save $OUT/tables/losses.rounds.json "$@"
 
 # RSO's own pairs: of eight samples those that rejection sampling accepts, in the reward model's order. And SPO without
 # a reward model: a function says how often people would prefer one answer to another.
-python reward.py label --policy $SFT --k 8 --n 600 --skip 10000 --select rso --by $OUT/reward --scale 0 --flip 0 --out $L/own/pairs "$@"
+python reward.py label --policy $SFT --k 8 --n 400 --skip 10000 --select rso --by $OUT/reward --scale 0 --flip 0 --out $L/own/pairs "$@"
 python dpo.py --init $SFT --data $L/own/pairs/pairs.jsonl --loss rso --lr 1.5e-4 --steps 40 --eval_every 1000 --out $L/own/rso "$@"
-python grpo.py --init $SFT --families write --reward $OUT/reward --prefer configs.losses:people --prompts 16 --steps 40 --lr 1.5e-4 --out $L/own/spo "$@"
+python grpo.py --init $SFT --families write --reward $OUT/reward --prefer configs.losses:people --prompts 8 --steps 40 --lr 1.5e-4 --out $L/own/spo "$@"
 python reward.py compare $SFT $L/best/rso $L/own/rso $L/best/spo $L/own/spo --proxy $OUT/reward --families write --show 0 --save $OUT/tables/losses.own.json "$@"

@@ -4,9 +4,7 @@
     python configs/pick.py --table out/x/val.json --out out/x/best
 
 Checkpoints are called METHOD/RATE, in the folder that holds --out. out/x/best/dpo then leads to the best of
-out/x/dpo/*, and recipes go on with it, whichever rate it is. Where there are several runs at a rate, METHOD/RATE/STEPS,
-the rate is as good as the best of them, and the link leads to the folder of them all. Of equal ones the first in the
-table is taken.
+out/x/dpo/*, and recipes go on with it, whichever rate it is. Of equal ones the first in the table is taken.
 """
 import json
 import os
@@ -38,15 +36,13 @@ def rows_of(path):
 
 
 def best_rates(rows, folder, number):
-    """{method: (its best rate, that row's number)} of the rows whose checkpoints are folder/METHOD/RATE or a folder in
-    it; others are left out, as the model that all began from."""
+    """{method: (its best rate, that row's number)} of the rows whose checkpoints are folder/METHOD/RATE; others are left
+    out, as the model that all began from."""
     best = {}
     for row in rows:
         place = Path(row["checkpoint"])
-        if not place.is_relative_to(folder):
-            continue
-        method, rate, *_ = place.relative_to(folder).parts
-        if method not in best or row[number] > best[method][1]:
+        method, rate = place.parent.name, place.name
+        if place.parent.parent == Path(folder) and (method not in best or row[number] > best[method][1]):
             best[method] = rate, row[number]
     return best
 

@@ -1,17 +1,18 @@
 """DPO, PPO and GRPO at equal KL and at equal compute: curves through finished runs of growing length, and two tables.
 
-    python configs/when.py out/when/best/dpo out/when/best/ppo --table out/when/test.json
+    python configs/when.py out/when/dpo out/when/ppo --val out/when/val.json --test out/when/test.json
 
-A method's folder holds its runs, each as long as its name says. What they score comes from one table of `reward.py
-compare`: the same test prompts for all. KL and compute are read off between two runs:
+A method's folder holds its runs, RATE/STEPS. What they score comes from tables of `reward.py compare`: the same prompts
+for all. Of each rate there is a curve, and rewards are read off between two of its runs:
 
 * At a KL. Rewards are nearly a line in d = √KL, and both of Gao's forms are functions of it (2210.10760), so the line
-  between two runs is drawn in d. Where noise makes KL fall on the way, the first crossing counts: where a training with
-  one eye on the KL would have stopped.
+  between two runs is drawn in d. Where noise makes KL fall on the way, the first crossing counts: where somebody who
+  watches the KL would have stopped.
 * At a number of FLOPs. A longer run is no continuation of a shorter one, since its rate falls later. So a point says
   what a budget buys. The line is drawn in FLOPs, from the SFT model, which costs nothing.
 
-Beyond the last run there is no number: nothing is extrapolated.
+At each place the rate with the most true reward on the validation split is taken, and its reward on the test split is
+what is told. Beyond the last run there is no number: nothing is extrapolated.
 
 FLOPs are by formula: 2 a weight and token forward, three times that in training, and attention. Padding, evaluations and
 optimizers do not count. What was there before, the pairs and the reward model, is told apart.
@@ -34,11 +35,12 @@ from reward import print_table
 class Config(RunConfig):
     """Tables at equal KL and at equal compute, from runs of growing length."""
     out: str = "out/when/curves"  # folder of the tables
-    table: str = "out/when/test.json"  # what reward.py compare --save says of the runs; its first row is the start
+    test: str = "out/when/test.json"  # what reward.py compare --save says of the runs; its first row is the start
+    val: str = "out/when/val.json"  # the same on the validation split, which chooses the rates
     best_of: str = ""           # a table of compare --samples: best-of-n as one more curve over KL
     data: str = "out/pairs/pairs.jsonl"  # the pairs that all learned from
     kl: str = "0.25,0.5,1,2,4"  # nats at which rewards are told
-    tflops: str = "0.25,0.5,1,2,4"  # 10¹² FLOPs at which they are told
+    tflops: str = "0.125,0.25,0.5,1,2"  # 10¹² FLOPs at which they are told
     save: str = ""              # a JSON file for the curves and tables, as tables/when.json
 
 
@@ -46,13 +48,23 @@ class Config(RunConfig):
 # shape: config.json of the model. p, n: tokens of a prompt and of an answer, on average; numbers, not whole ones.
 
 def forward_flops(shape, p, n, head, read):
-    """One forward pass of a prompt with its answer: 2 a weight and token, and for attention 4 C a layer, token and token
-    before it, which are half of the row on average. head: tokens that need logits; read: those whose last state is used,
-    and the last layer's MLP runs for these only."""
+    """One forward pass of a prompt with its answer: 2 a weight and token, and attention. head: tokens that need logits;
+    read: those whose last state is used, and the last layer's MLP runs for these only."""
     C, layers, T = shape["n_embd"], shape["n_layer"], p + n
     weights = T * (12 * layers - 8) * C ** 2 + read * 8 * C ** 2 + head * shape["vocab_size"] * C
-    attention = T * 4 * layers * C * T / 2
-    return 2 * weights + attention
+    return 2 * weights + attention_flops(shape, T)
+
+
+def attention_flops(shape, T):
+    """Of each of T tokens to those before it, which are half of the row on average: 4 C a layer and pair."""
+    return T * 4 * shape["n_layer"] * shape["n_embd"] * T / 2
+
+
+def sample_flops(shape, p, n, k):
+    """k answers to a prompt, which is read once for all of them."""
+    prompt = forward_flops(shape, p, 0, head=1, read=1)
+    answer = forward_flops(shape, p, n, head=n, read=n) - forward_flops(shape, p, 0, head=0, read=0)
+    return prompt + k * answer
 
 
 def passes(shape, p, n):
@@ -65,6 +77,8 @@ def passes(shape, p, n):
 TRAIN = 3   # a forward and a backward pass, in forward passes
 
 
+# Each gives the FLOPs of a step of a trainer, from its options and the row that it logged.
+
 def dpo_step(options, row, shape, pairs):
     """Both answers of a pair are read by the reference, once, and trained on."""
     one = passes(shape, pairs.p, pairs.n)
@@ -72,26 +86,30 @@ def dpo_step(options, row, shape, pairs):
 
 
 def online_dpo_step(options, row, shape, pairs):
-    """k answers to each prompt are sampled and scored; best and worst make a pair."""
-    one = passes(shape, pairs.p, pairs.n)  # no length is logged; the policy begins as who wrote the pairs
-    sampled = options["batch"] * options["k"] * (one.logps + one.score)
-    return sampled + row["items"] * 2 * (1 + TRAIN) * one.logps
+    """k answers to each prompt are sampled and scored; best and worst make a pair. No length of them is logged: they
+    count as long as the answers of the pairs."""
+    one, k = passes(shape, pairs.p, pairs.n), options["k"]
+    sampled = sample_flops(shape, pairs.p, pairs.n, k) + k * one.score
+    return options["batch"] * sampled + row["items"] * 2 * (1 + TRAIN) * one.logps
 
 
 def ppo_step(options, row, shape, pairs):
     """Sampled, read by policy and reference, scored, valued; then each epoch trains policy and critic."""
-    one = passes(shape, pairs.p, row["response_length"])
-    read = 3 * one.logps + one.score + one.values
-    return options["prompts"] * (read + options["epochs"] * TRAIN * (one.logps + one.values))
+    n, epochs = row["response_length"], options["epochs"]
+    one = passes(shape, pairs.p, n)
+    read = sample_flops(shape, pairs.p, n, 1) + 2 * one.logps + one.score + one.values
+    return options["prompts"] * (read + epochs * TRAIN * (one.logps + one.values))
 
 
 def grpo_step(options, row, shape, pairs):
-    """Sampled, scored, trained on where the group's rewards differ; the reference only reads if there is a KL penalty."""
-    one = passes(shape, pairs.p, row["response_length"])
-    extra = bool(options["kl_coef"]) + (options["epochs"] * options["minibatches"] > 1)
-    drawn = row["groups"] * options["group"] * (one.logps + one.score)
-    kept = options["prompts"] * options["group"]
-    return drawn + kept * (extra + options["epochs"] * TRAIN * (1 - row["zero_std"])) * one.logps
+    """Sampled, scored, trained on. Groups of equal rewards are left out, but with a KL penalty they teach as well; then
+    the reference reads, too. A second update of a rollout needs log π_old of the first."""
+    n, group, updates = row["response_length"], options["group"], options["epochs"] * options["minibatches"]
+    one, penalty = passes(shape, pairs.p, n), options["kl_coef"] > 0
+    drawn = sample_flops(shape, pairs.p, n, group) + group * one.score
+    taught = 1 if penalty else 1 - row["zero_std"]
+    learned = (penalty + (updates > 1) + taught * options["epochs"] * TRAIN) * one.logps
+    return row["groups"] * drawn + options["prompts"] * group * learned
 
 
 def step_cost(options):
@@ -140,24 +158,81 @@ def distance(kl):
 REWARDS = {"gold": "write", "greedy": "greedy", "proxy": "proxy"}   # our name, and that of compare
 
 
-def curve_of(folder, table, shape, pairs):
-    """The curve of a method, from the start on: steps, kl, gold, greedy, proxy and flops, a list each."""
-    runs = sorted((int(path.name), path) for path in Path(folder).iterdir() if path.name.isdigit())
-    start, by_name = table[0], {row["checkpoint"]: row for row in table}
-    curve = dict(steps=[0], kl=[0.0], flops=[0.0])
-    curve |= {ours: [start[theirs]] for ours, theirs in REWARDS.items()}
-    for steps, path in runs:
-        row = by_name.get(str(path))
+def curve_of(folder, table, path):
+    """KL and rewards, a list each, of the runs of one rate, from the start on; table: rows by checkpoint, from path."""
+    start = next(iter(table.values()))
+    names = [name for name in REWARDS if REWARDS[name] in start]
+    curve = dict(kl=[0.0]) | {name: [start[REWARDS[name]]] for name in names}
+    for run in runs_of(folder):
+        row = table.get(str(run))
         if row is None:
-            raise UserError(f"{path}: --table has no row of it; reward.py compare ... --save makes one")
-        curve["steps"].append(steps)
+            raise UserError(f"{path}: no row of {run}; reward.py compare ... --save makes one")
         curve["kl"].append(row["kl"])
-        curve["flops"].append(run_flops(path, shape, pairs))
-        for ours, theirs in REWARDS.items():
-            curve[ours].append(row[theirs])
-    if not runs:
-        raise UserError(f"{folder}: no run in it whose name is a number of steps")
+        for name in names:
+            curve[name].append(row[REWARDS[name]])
     return curve
+
+
+def runs_of(folder):
+    """The runs in a folder, whose names are numbers of steps, the shortest first."""
+    runs = [path for path in Path(folder).iterdir() if path.name.isdigit()]
+    return sorted(runs, key=lambda path: int(path.name))
+
+
+def curves_of(method, test, val, shape, pairs, cfg):
+    """{rate: its curve} of a method's folder: steps, flops, kl, gold, greedy, proxy, and of the validation split val_kl
+    and val_gold."""
+    curves = {}
+    for folder in sorted(Path(method).iterdir()):
+        runs = runs_of(folder) if folder.is_dir() else []
+        if not runs:
+            continue
+        curve = dict(steps=[0] + [int(run.name) for run in runs])
+        curve["flops"] = [0.0] + [run_flops(run, shape, pairs) for run in runs]
+        chosen_by = curve_of(folder, val, cfg.val)
+        curves[folder.name] = curve | curve_of(folder, test, cfg.test) | dict(
+            val_kl=chosen_by["kl"], val_gold=chosen_by["gold"])
+    if not curves:
+        raise UserError(f"{method}: no runs RATE/STEPS in it")
+    return curves
+
+
+def best_rate(curves, axis, x):
+    """The rate with the most reward at a place, on the validation split, among those that come so far on both splits;
+    None if none does. axis: a function (curve, the split's prefix) -> where the runs are."""
+    best, most = None, -math.inf
+    for rate, curve in curves.items():
+        there = read_off(axis(curve, "val_"), curve["val_gold"], x)
+        here = read_off(axis(curve, ""), curve["gold"], x)
+        if None not in (there, here) and there > most:
+            best, most = rate, there
+    return best
+
+
+def by_kl(curve, split):
+    """d = √KL of the runs on a split."""
+    return [distance(kl) for kl in curve[f"{split}kl"]]
+
+
+def by_flops(curve, split):
+    """Their FLOPs, whatever the split."""
+    return curve["flops"]
+
+
+def told(curves, kls, tflops):
+    """{reward@place: number} of a method: at each KL and number of FLOPs that it comes to, and the rate chosen there."""
+    places = [(f"kl{kl:g}", by_kl, distance(kl)) for kl in kls]
+    places += [(f"{amount:g}T", by_flops, amount * 1e12) for amount in tflops]
+    out = {}
+    for place, axis, x in places:
+        rate = best_rate(curves, axis, x)
+        if rate is None:
+            continue
+        curve = curves[rate]
+        out[f"rate@{place}"] = float(rate)
+        for name in curve.keys() & REWARDS.keys():
+            out[f"{name}@{place}"] = read_off(axis(curve, ""), curve[name], x)
+    return out
 
 
 def best_of_n(row):
@@ -168,6 +243,14 @@ def best_of_n(row):
     return dict(n=ns, kl=kl, gold=[row[f"best@{n}"] for n in ns])
 
 
+def told_of_best(curve, kls):
+    """Its gold at each KL that it comes to."""
+    out, d = {}, by_kl(curve, "")
+    for kl in kls:
+        out[f"gold@kl{kl:g}"] = read_off(d, curve["gold"], distance(kl))
+    return {place: number for place, number in out.items() if number is not None}
+
+
 def grid(text, name):
     """'0.5,1' as numbers."""
     try:
@@ -176,20 +259,16 @@ def grid(text, name):
         raise OptionError(f"--{name} {text}: numbers with commas between them") from None
 
 
-def told(curve, kls, tflops):
-    """{name@place: number} of a curve: its rewards at each KL, and gold and greedy at each number of FLOPs, those that it
-    reaches."""
-    out, d = {}, [distance(kl) for kl in curve["kl"]]
-    for name in curve.keys() & REWARDS.keys():
-        for kl in kls:
-            out[f"{name}@kl{kl:g}"] = read_off(d, curve[name], distance(kl))
-        for amount in tflops if "flops" in curve and name != "proxy" else ():
-            out[f"{name}@{amount:g}T"] = read_off(curve["flops"], curve[name], amount * 1e12)
-    return {key: value for key, value in out.items() if value is not None}
+def by_checkpoint(path):
+    """The rows of a table that compare saved, by checkpoint; the first is the model that all began from."""
+    return {row["checkpoint"]: row for row in rows_of(path)}
 
 
 def show(rows, keys, title):
-    """One table: a row a method, – where its curve does not reach."""
+    """One table: a row for each method that comes to one of the places, – where it does not."""
+    rows = [row for row in rows if row.keys() & set(keys)]
+    if not rows:
+        return
     print(f"\n{title}")
     names, cells = [row["name"] for row in rows], []
     for row in rows:
@@ -202,37 +281,40 @@ def when(cfg, folders):
     run = Run(cfg)
     if run.finished:
         return run.rows
-    kls, tflops, table = grid(cfg.kl, "kl"), grid(cfg.tflops, "tflops"), rows_of(cfg.table)
-    shape = json.loads((Path(table[0]["checkpoint"]) / "config.json").read_text(encoding="utf-8"))
+    kls, tflops = grid(cfg.kl, "kl"), grid(cfg.tflops, "tflops")
+    test, val = by_checkpoint(cfg.test), by_checkpoint(cfg.val)
+    start = next(iter(test))
+    shape = json.loads((Path(start) / "config.json").read_text(encoding="utf-8"))
     records = []
     for path in files(cfg.data):
         records += read_records(path, "preference", cfg.skip_bad)
     pairs = lengths(records, run.tok)
 
-    # 1. A curve for each method, and its numbers at the places of the grids.
-    rows = []
+    # 1. The curves of each method, and its numbers at the places of the grids.
+    rows, curves = [], []
     for step in run.progress(0, len(folders)):
-        curve = curve_of(folders[step], table, shape, pairs)
-        numbers = told(curve, kls, tflops)
-        rows.append(dict(name=Path(folders[step]).name) | numbers | curve)
+        name, of_rate = Path(folders[step]).name, curves_of(folders[step], test, val, shape, pairs, cfg)
+        numbers = told(of_rate, kls, tflops)
+        rows.append(dict(name=name) | numbers)
+        curves += [dict(name=f"{name} {rate}") | curve for rate, curve in of_rate.items()]
         run.log(step, (), **numbers)
     if cfg.best_of:
         curve = best_of_n(rows_of(cfg.best_of)[0])
-        rows.append(dict(name="best of n") | told(curve, kls, tflops) | curve)
+        rows.append(dict(name="best of n") | told_of_best(curve, kls))
+        curves.append(dict(name="best of 1, 2, 4, ...") | curve)
 
     # 2. The tables.
-    trained = [row for row in rows if "flops" in row]
     for name in REWARDS:
-        some = [row for row in rows if name in row]
-        show(some, [f"{name}@kl{kl:g}" for kl in kls], f"{name} at a KL of so many nats")
+        show(rows, [f"{name}@kl{kl:g}" for kl in kls], f"{name} at a KL of so many nats")
     for name in ("gold", "greedy"):
-        show(trained, [f"{name}@{amount:g}T" for amount in tflops], f"{name} at so many TFLOPs of training")
+        show(rows, [f"{name}@{amount:g}T" for amount in tflops], f"{name} at so many TFLOPs of training")
 
     # 3. What was there before.
-    one = passes(shape, pairs.p, pairs.n)
-    before = {"sampling the pairs": pairs.answers * one.logps, "the reward model, an epoch": pairs.answers * TRAIN * one.score}
+    scored = TRAIN * passes(shape, pairs.p, pairs.n).score
+    before = {"sampling the pairs": len(records) * sample_flops(shape, pairs.p, pairs.n, pairs.answers / len(records)),
+              "the reward model, an epoch": pairs.answers * scored}
     print("\nbefore that, in TFLOPs: " + ", ".join(f"{name} {flops / 1e12:.2f}" for name, flops in before.items()))
-    rows += [dict(name=name, tflops=flops / 1e12) for name, flops in before.items()]
+    rows += [dict(name=name, tflops=flops / 1e12) for name, flops in before.items()] + curves
     if cfg.save:
         write_text(cfg.save, json.dumps(dict(rows=rows), indent=1))
     return run.finish(())

@@ -145,7 +145,7 @@ def reads(name, cfg, folders):
     for folder in folders:
         found += terms(folder) if name in ("accuracy", "nemotron4") else [folder]
     for option, value in vars(cfg).items():
-        if option in ("init", "policy", "critic", "ref", "merge_base", "table", "best_of") or option.endswith("data"):
+        if option in ("init", "policy", "critic", "ref", "merge_base", "table", "val", "test", "best_of") or option.endswith("data"):
             found += value.split(",")
         if option in ("reward", "judge", "proxy", "by", "cost", "base", "rules") and getattr(cfg, "online", True):
             found += terms(value)
@@ -163,8 +163,8 @@ def problems(commands):
             found.append(f"{line}: {error}")
             continue
         for path in reads(name, cfg, folders):
-            place = Path(path)
-            maker = made.get(path) or made.get(str(place.parent)) or made.get(str(place.parent.parent))
+            inside = [maker for place, maker in made.items() if place.startswith(path + "/")]
+            maker = made.get(path) or made.get(str(Path(path).parent)) or (inside or [None])[0]
             if maker is None or (path in made and maker in ("label", "kimi_k15")):  # the folder, not the file in it
                 found.append(f"{line}: nothing before it makes {path}")
         for option in ("out", "save"):
