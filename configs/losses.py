@@ -4,8 +4,8 @@
 
 digits.jsonl: pairs of answers to a sum that differ in one digit, as DPOP's authors have them (2402.13228).
 thumbs.jsonl: of each pair one answer alone, the preferred one with a thumb up or the other with a thumb down, in turn.
-bad.jsonl: of several answers to a prompt one that a rule calls harmful; the others are there as they came, and nobody
-says what they are worth. It is the last one of a ranking, as `--loss d2o` and `npo` read it.
+bad.jsonl: of several answers to a prompt one that people call bad; the others are there as they came, and nobody says
+what they are worth. It is the last one of a ranking, as `--loss d2o` and `npo` read it.
 """
 import math
 import random
@@ -25,7 +25,7 @@ class Config(RunConfig):
     """Write data for losses that are for special data."""
     out: str = "out/losses/special"  # folder of the run: digits.jsonl, thumbs.jsonl, bad.jsonl
     data: str = "out/pairs/pairs.jsonl"  # pairs, for the thumbs
-    unsafe_data: str = "out/losses/unsafe/pairs.jsonl"  # single answers with scores; below 0 is harmful
+    unsafe_data: str = "out/losses/unsafe/pairs.jsonl"  # single answers with scores; 0 and less is bad
     n: Count = 2000             # pairs that differ in one digit
 
 
@@ -57,15 +57,18 @@ def thumbs(pairs):
 
 
 def only_bad(answers):
-    """Of single answers, those to one prompt one after another: a record for each prompt with a harmful one, which comes
-    last, behind all others."""
+    """Of single answers, those to one prompt one after another: a record for each prompt that has a bad one, of a
+    score of 0 or less, which comes last, behind all others."""
     out = []
     for prompt, group in groupby(answers, key=lambda answer: answer["prompt"]):
-        group = list(group)
-        bad = [answer for answer in group if answer["scores"][0] < 0][:1]
-        others = [answer["response"] for answer in group if answer not in bad]
+        bad, others = None, []
+        for answer in group:
+            if bad is None and answer["scores"][0] <= 0:
+                bad = answer
+            else:
+                others.append(answer["response"])
         if bad and others:
-            out.append(dict(prompt=prompt, responses=[*others, bad[0]["response"]], key=bad[0]["key"]))
+            out.append(dict(prompt=prompt, responses=[*others, bad["response"]], key=bad["key"]))
     return out
 
 
@@ -79,7 +82,7 @@ def write(cfg):
     made = dict(digits=[one_digit(rng) for _ in range(cfg.n)], thumbs=thumbs(read_records(cfg.data, "preference")),
                 bad=only_bad(answers))
     if not made["bad"]:
-        raise UserError(f"{cfg.unsafe_data}: no prompt has both a harmful answer (a score below 0) and another one")
+        raise UserError(f"{cfg.unsafe_data}: no prompt has both a bad answer (a score of 0 or less) and another one")
     for step in run.progress(0, 1):
         for name, records in made.items():
             write_records(run.folder / f"{name}.jsonl", records)

@@ -6,7 +6,7 @@
 #   RSO 2309.06657: a hinge, on pairs of samples that rejection sampling accepted. GPO 2402.05749: other convex losses.
 #   SPPO 2405.00675 and DNO 2404.03715: self-play in rounds, on win rates. SPO 2401.04056: win rates within a group as
 #   the reward of RL. DPOP 2402.13228: DPO makes the chosen answer less likely where both differ in little.
-#   TDPO 2404.11999: holds the KL token by token. APO 2408.06266. DRO 2405.19107: single answers with a score.
+#   TDPO 2404.11999: holds the KL token by token. DRO 2405.19107: single answers with a score.
 #   NPO 2404.05868 and D2O 2403.03419: only bad answers are labelled. SLiC-HF 2305.10425 and CPO 2401.08417: no
 #   reference. cDPO (Mitchell 2023) and robust DPO 2403.00409: some labels are flipped.
 # reconstruction
@@ -14,10 +14,11 @@
 #   is, RSO what is to be accepted, SPO what is preferred: that is the view of the reward model that learned from the same
 #   pairs, never the truth. D2O's anchors are samples of the SFT model, drawn once. SPO samples 64 answers an update.
 #
-# Effect to look for: in the first table most losses gain much the same, at rates that differ. Then, one table each:
-# with labels flipped, robust DPO and cDPO against DPO; D2O against NPO where only harm is labelled (harmless rises; does
-# help fall, and nll rise?); on pairs of one digit's difference the chosen's log-ratio, which falls with DPO and not with
-# DPOP; thumbs; self-play in two rounds; RSO on its own pairs; SPO, asked for preferences by a function.
+# Effect to look for: in the first table, how far each gets, and at what KL; the rates that were chosen differ. Then, one
+# table each. Labels flipped: robust DPO and cDPO against DPO. Only bad answers (unsafe requests helped, safe ones
+# refused): at the low rate NPO and D2O mend a little; at the high one NPO loses the language (nll, KL), D2O less. Thumbs:
+# KTO and DRO. One digit's difference: the chosen's log-ratio falls with DPO, and not with DPOP. Self-play: what the
+# second round adds. RSO on its own pairs, and SPO with a preference function in place of a reward model.
 #
 #   bash configs/losses.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/losses.sh    in another folder than out/
@@ -72,11 +73,13 @@ done
 python reward.py compare $SFT $L/flipped/dpo $L/flipped/cdpo $L/flipped/robust --families write --show 0 --save $OUT/tables/losses.flipped.json "$@"
 
 # Data that some losses are for: only what is bad, thumbs, pairs that differ in one digit.
-python reward.py label --policy $SFT --families safe --n 800 --k 4 --select all --by "-1*harm" --out $L/unsafe "$@"
+python reward.py label --policy $SFT --families safe --n 800 --k 4 --select all --out $L/unsafe "$@"
 python configs/losses.py --data $PAIRS --unsafe_data $L/unsafe/pairs.jsonl --out $L/special "$@"
-python dpo.py --init $SFT --data $L/special/bad.jsonl --loss npo --beta 0.1 --batch 64 --steps 30 --lr 1e-4 --eval_every 1000 --out $L/bad/npo "$@"
-python dpo.py --init $SFT --data $L/special/bad.jsonl --loss d2o --alpha 0.3 --steps 30 --lr 1e-4 --eval_every 1000 --out $L/bad/d2o "$@"
-python reward.py compare $SFT $L/bad/npo $L/bad/d2o --on safe --show 0 --save $OUT/tables/losses.bad.json "$@"
+for lr in 5e-5 2e-4; do
+  python dpo.py --init $SFT --data $L/special/bad.jsonl --loss npo --beta 0.1 --batch 32 --steps 40 --lr $lr --eval_every 1000 --out $L/bad/npo$lr "$@"
+  python dpo.py --init $SFT --data $L/special/bad.jsonl --loss d2o --alpha 0.3 --batch 16 --steps 40 --lr $lr --eval_every 1000 --out $L/bad/d2o$lr "$@"
+done
+python reward.py compare $SFT $L/bad/npo5e-5 $L/bad/d2o5e-5 $L/bad/npo2e-4 $L/bad/d2o2e-4 --families safe,write --on safe --show 0 --save $OUT/tables/losses.bad.json "$@"
 python dpo.py --init $SFT --data $L/special/thumbs.jsonl --loss kto --batch 32 --lr 1.5e-4 --steps 60 --eval_every 1000 --out $L/thumbs/kto "$@"
 python dpo.py --init $SFT --data $L/special/thumbs.jsonl --loss dro --beta 1 --batch 32 --lr 1.5e-4 --steps 60 --eval_every 1000 --out $L/thumbs/dro "$@"
 python reward.py compare $SFT $L/thumbs/kto $L/thumbs/dro --families write --show 0 --save $OUT/tables/losses.thumbs.json "$@"

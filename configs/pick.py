@@ -36,8 +36,8 @@ def rows_of(path):
 
 
 def best_rates(rows, folder, number):
-    """{method: (its best rate, that row's number)} of the rows whose checkpoints are folder/METHOD/RATE; others are left
-    out, as the model that all began from."""
+    """{method: (its best rate, that row's number)} of the rows whose checkpoints are folder/METHOD/RATE; others, as the
+    model that all began from, are left out."""
     best = {}
     for row in rows:
         place = Path(row["checkpoint"])

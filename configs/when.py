@@ -14,8 +14,8 @@ for all. Of each rate there is a curve, and rewards are read off between two of 
 At each place the rate with the most true reward on the validation split is taken, and its reward on the test split is
 what is told. Beyond the last run there is no number: nothing is extrapolated.
 
-FLOPs are by formula: 2 a weight and token forward, three times that in training, and attention. Padding, evaluations and
-optimizers do not count. What was there before, the pairs and the reward model, is told apart.
+FLOPs are by formula: 2 a weight and token forward, three times that in training, and attention. Padding, evaluations
+and optimizers do not count. What was there before, the pairs and the reward model, is told apart.
 """
 import json
 import math
@@ -160,16 +160,15 @@ REWARDS = {"gold": "write", "greedy": "greedy", "proxy": "proxy"}   # our name, 
 
 def curve_of(folder, table, path):
     """KL and rewards, a list each, of the runs of one rate, from the start on; table: rows by checkpoint, from path."""
-    start = next(iter(table.values()))
-    names = [name for name in REWARDS if REWARDS[name] in start]
-    curve = dict(kl=[0.0]) | {name: [start[REWARDS[name]]] for name in names}
+    rows = [next(iter(table.values()))]
     for run in runs_of(folder):
-        row = table.get(str(run))
-        if row is None:
+        if str(run) not in table:
             raise UserError(f"{path}: no row of {run}; reward.py compare ... --save makes one")
-        curve["kl"].append(row["kl"])
-        for name in names:
-            curve[name].append(row[REWARDS[name]])
+        rows.append(table[str(run)])
+    curve = dict(kl=[row["kl"] for row in rows])
+    for ours, theirs in REWARDS.items():
+        if theirs in rows[0]:  # the validation split is asked for no proxy
+            curve[ours] = [row[theirs] for row in rows]
     return curve
 
 
@@ -189,9 +188,10 @@ def curves_of(method, test, val, shape, pairs, cfg):
             continue
         curve = dict(steps=[0] + [int(run.name) for run in runs])
         curve["flops"] = [0.0] + [run_flops(run, shape, pairs) for run in runs]
+        curve |= curve_of(folder, test, cfg.test)
         chosen_by = curve_of(folder, val, cfg.val)
-        curves[folder.name] = curve | curve_of(folder, test, cfg.test) | dict(
-            val_kl=chosen_by["kl"], val_gold=chosen_by["gold"])
+        curve["val_kl"], curve["val_gold"] = chosen_by["kl"], chosen_by["gold"]
+        curves[folder.name] = curve
     if not curves:
         raise UserError(f"{method}: no runs RATE/STEPS in it")
     return curves
@@ -219,10 +219,23 @@ def by_flops(curve, split):
     return curve["flops"]
 
 
+def kl_place(kl):
+    """What a place on the axis of KL is called in a row."""
+    return f"kl{kl:g}"
+
+
+def flops_place(amount):
+    """And one on that of FLOPs."""
+    return f"{amount:g}T"
+
+
 def told(curves, kls, tflops):
-    """{reward@place: number} of a method: at each KL and number of FLOPs that it comes to, and the rate chosen there."""
-    places = [(f"kl{kl:g}", by_kl, distance(kl)) for kl in kls]
-    places += [(f"{amount:g}T", by_flops, amount * 1e12) for amount in tflops]
+    """{reward@place: number} of a method at each KL and number of FLOPs that it comes to, and the rate chosen there."""
+    places = []
+    for kl in kls:
+        places.append((kl_place(kl), by_kl, distance(kl)))
+    for amount in tflops:
+        places.append((flops_place(amount), by_flops, amount * 1e12))
     out = {}
     for place, axis, x in places:
         rate = best_rate(curves, axis, x)
@@ -238,17 +251,24 @@ def told(curves, kls, tflops):
 def best_of_n(row):
     """Best-of-n as a curve over KL, log n - (n - 1) / n, from a row that has best@1, best@2, ... It trains nothing and
     pays at each answer, so it has no FLOPs to compare."""
-    ns = sorted(int(key.removeprefix("best@")) for key in row if key.startswith("best@"))
-    kl = [math.log(n) - (n - 1) / n for n in ns]
-    return dict(n=ns, kl=kl, gold=[row[f"best@{n}"] for n in ns])
+    curve = dict(n=[], kl=[], gold=[])
+    for n in [2 ** i for i in range(20)]:
+        gold = row.get(f"best@{n}")
+        if gold is not None:
+            curve["n"].append(n)
+            curve["kl"].append(math.log(n) - (n - 1) / n)
+            curve["gold"].append(gold)
+    return curve
 
 
 def told_of_best(curve, kls):
     """Its gold at each KL that it comes to."""
-    out, d = {}, by_kl(curve, "")
+    out = {}
     for kl in kls:
-        out[f"gold@kl{kl:g}"] = read_off(d, curve["gold"], distance(kl))
-    return {place: number for place, number in out.items() if number is not None}
+        gold = read_off(by_kl(curve, ""), curve["gold"], distance(kl))
+        if gold is not None:
+            out[f"gold@{kl_place(kl)}"] = gold
+    return out
 
 
 def grid(text, name):
@@ -264,25 +284,39 @@ def by_checkpoint(path):
     return {row["checkpoint"]: row for row in rows_of(path)}
 
 
-def show(rows, keys, title):
+def show(rows, reward, places, title):
     """One table: a row for each method that comes to one of the places, – where it does not."""
-    rows = [row for row in rows if row.keys() & set(keys)]
-    if not rows:
-        return
-    print(f"\n{title}")
-    names, cells = [row["name"] for row in rows], []
+    names, cells = [], []
     for row in rows:
-        cells.append({key: f"{row[key]:.2f}" if key in row else "–" for key in keys})
-    print_table(names, cells, [(f"{key.partition('@')[2]:>8}", key, "") for key in keys])
+        line = {}
+        for place in places:
+            number = row.get(f"{reward}@{place}")
+            line[place] = "–" if number is None else f"{number:.2f}"
+        if set(line.values()) != {"–"}:
+            names.append(row["name"])
+            cells.append(line)
+    if names:
+        print(f"\n{reward} at {title}")
+        print_table(names, cells, [(f"{place:>8}", place, "") for place in places])
+
+
+def what_was_before(n_pairs, pairs, shape):
+    """TFLOPs of sampling the pairs, and of an epoch of the reward model, as rows: the same for all that need them."""
+    sampled = n_pairs * sample_flops(shape, pairs.p, pairs.n, pairs.answers / n_pairs)
+    trained = pairs.answers * TRAIN * passes(shape, pairs.p, pairs.n).score
+    return [dict(name="sampling the pairs", tflops=sampled / 1e12),
+            dict(name="the reward model, an epoch", tflops=trained / 1e12)]
 
 
 def when(cfg, folders):
-    """Make the curves, read them off, print two tables for each reward, and save all of it."""
+    """Make the curves, read them off, print a table for each reward and axis, and save all of it."""
     run = Run(cfg)
     if run.finished:
         return run.rows
-    kls, tflops = grid(cfg.kl, "kl"), grid(cfg.tflops, "tflops")
-    test, val = by_checkpoint(cfg.test), by_checkpoint(cfg.val)
+    kls = grid(cfg.kl, "kl")
+    tflops = grid(cfg.tflops, "tflops")
+    test = by_checkpoint(cfg.test)
+    val = by_checkpoint(cfg.val)
     start = next(iter(test))
     shape = json.loads((Path(start) / "config.json").read_text(encoding="utf-8"))
     records = []
@@ -293,30 +327,32 @@ def when(cfg, folders):
     # 1. The curves of each method, and its numbers at the places of the grids.
     rows, curves = [], []
     for step in run.progress(0, len(folders)):
-        name, of_rate = Path(folders[step]).name, curves_of(folders[step], test, val, shape, pairs, cfg)
+        name = Path(folders[step]).name
+        of_rate = curves_of(folders[step], test, val, shape, pairs, cfg)
+        for rate, curve in of_rate.items():
+            curves.append(dict(name=f"{name} {rate}") | curve)
         numbers = told(of_rate, kls, tflops)
         rows.append(dict(name=name) | numbers)
-        curves += [dict(name=f"{name} {rate}") | curve for rate, curve in of_rate.items()]
         run.log(step, (), **numbers)
     if cfg.best_of:
         curve = best_of_n(rows_of(cfg.best_of)[0])
-        rows.append(dict(name="best of n") | told_of_best(curve, kls))
         curves.append(dict(name="best of 1, 2, 4, ...") | curve)
+        rows.append(dict(name="best of n") | told_of_best(curve, kls))
 
     # 2. The tables.
-    for name in REWARDS:
-        show(rows, [f"{name}@kl{kl:g}" for kl in kls], f"{name} at a KL of so many nats")
-    for name in ("gold", "greedy"):
-        show(rows, [f"{name}@{amount:g}T" for amount in tflops], f"{name} at so many TFLOPs of training")
+    at_kl, at_flops = [kl_place(kl) for kl in kls], [flops_place(amount) for amount in tflops]
+    for reward in REWARDS:
+        show(rows, reward, at_kl, "a KL of so many nats")
+    for reward in ("gold", "greedy"):
+        show(rows, reward, at_flops, "so many TFLOPs of training")
 
     # 3. What was there before.
-    scored = TRAIN * passes(shape, pairs.p, pairs.n).score
-    before = {"sampling the pairs": len(records) * sample_flops(shape, pairs.p, pairs.n, pairs.answers / len(records)),
-              "the reward model, an epoch": pairs.answers * scored}
-    print("\nbefore that, in TFLOPs: " + ", ".join(f"{name} {flops / 1e12:.2f}" for name, flops in before.items()))
-    rows += [dict(name=name, tflops=flops / 1e12) for name, flops in before.items()] + curves
+    before = what_was_before(len(records), pairs, shape)
+    print("\nbefore that:")
+    for row in before:
+        print(f"  {row['name']}, {row['tflops']:.2f} TFLOPs")
     if cfg.save:
-        write_text(cfg.save, json.dumps(dict(rows=rows), indent=1))
+        write_text(cfg.save, json.dumps(dict(rows=rows + before + curves), indent=1))
     return run.finish(())
 
 

@@ -329,7 +329,7 @@ def fluent(monkeypatch):
     def odd(record, text, finished):
         return len(text) % 2
     monkeypatch.setattr(model.GPT, "logits", logits)
-    for name in ("no_filler", "exact", "format", "harm"):
+    for name in ("no_filler", "exact", "format"):
         monkeypatch.setitem(VERIFIERS, name, odd)
     monkeypatch.setitem(VERIFIERS, "gold", lambda record, text, finished: len(text) % 7)
     monkeypatch.setattr("configs.judging.right", odd)

@@ -1,5 +1,5 @@
-"""The studies: what configs/when.py computes, against costs.py, PyTorch's counter and hands; what configs/losses.py writes;
-what pick.py and last_rows.py choose and show. That both recipes run is in test_recipes.py."""
+"""The studies: what configs/when.py computes, against costs.py, PyTorch's counter and by hand; what configs/losses.py
+writes; what pick.py and last_rows.py choose and show. That both recipes run is in test_recipes.py."""
 import importlib
 import json
 import math
@@ -74,8 +74,8 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_flops_of_a_step_are_what_pytorch_counts(kind, start, monkeypatch):
-    """Of the second step of the real training, by the row that it logs. Attention is left out on both sides: on a CPU its
-    kernel is not counted."""
+    """Of the second step of the real training, by the row that it logs. Attention is left out on both sides: on a CPU
+    its kernel is not counted."""
     script, options = KINDS[kind]
     known = dict(init=start.lm, data=start.pairs, reward=start.rm, max_new=start.n, steps=3, eval_every=10, **CPU)
     cfg = script.Config(out=str(start.out / kind), **known | options)
@@ -129,8 +129,8 @@ def test_rewards_are_read_off_on_a_line_in_root_kl_and_in_flops():
 
 
 def test_validation_chooses_the_rate_at_each_place_and_the_test_split_is_told():
-    """The second rate is better on the test split everywhere, on the other only at a KL of 1; at 4 the first one does not
-    arrive, nor at 9 the second on both splits."""
+    """Validation prefers the second rate at a KL of 1, and the first at equal compute, whatever the test split says. The
+    first never comes to a KL of 4; the second comes to 9, but on one split only."""
     first = dict(kl=[0.0, 2.25], gold=[0.0, 3.0], val_kl=[0.0, 2.25], val_gold=[0.0, 30.0], flops=[0, 2e12])
     second = dict(kl=[0.0, 1.0, 9.0], gold=[0.0, 4.0, 8.0], val_kl=[0.0, 1.0, 4.0], val_gold=[0.0, 25.0, 26.0],
                   flops=[0, 1e12, 2e12])
@@ -276,10 +276,11 @@ def test_the_bad_answer_is_last_and_the_others_as_they_came(tmp_path):
     """A prompt without a bad answer, or with nothing else, gives none; a second bad answer is one of the others."""
     def answer(asked, text, score):
         return dict(prompt=[dict(role="user", content=asked)], response=text, scores=[score], key=asked)
-    made = LOSSES.only_bad([answer("a", "x", 0), answer("a", "harm", -1), answer("a", "y", 0), answer("a", "worse", -1),
-                            answer("b", "x", 0), answer("c", "harm", -1), answer("d", "harm", -1), answer("d", "z", 0)])
+    made = LOSSES.only_bad([answer("a", "x", .1), answer("a", "harm", 0), answer("a", "y", 1), answer("a", "worse", -1),
+                            answer("b", "x", 1), answer("c", "harm", 0), answer("d", "harm", -1), answer("d", "z", 1)])
     assert [record["responses"] for record in made] == [["x", "y", "worse", "harm"], ["z", "harm"]]
-    items = data.preference_items(data.read_records(write(tmp_path / "bad.jsonl", made), "preference")[0], TOK, 64, one=True)
+    first = data.read_records(write(tmp_path / "bad.jsonl", made), "preference")[0]
+    items = data.preference_items(first, TOK, 64, one=True)
     assert [item["up"] for item in items] == [[True, True, True, False]]        # as d2o reads it
 
 
