@@ -42,7 +42,7 @@ def show(cfg, folders):
             if last.get(name) is None:
                 raise UserError(f"{folders[step]}: its last row has no {name}, but {', '.join(last)}")
         table.append({name: last[name] for name in names})
-        run.log(step, (), **table[-1])
+        run.log(step)
     print_table(folders, table, [(f"  {name}", name, ".3f") for name in names])
     if cfg.save:
         rows = [dict(checkpoint=folder) | row for folder, row in zip(folders, table)]

@@ -86,7 +86,7 @@ def write(cfg):
     for step in run.progress(0, 1):
         for name, records in made.items():
             write_records(run.folder / f"{name}.jsonl", records)
-        run.log(step, (), **{name: len(records) for name, records in made.items()})
+        run.log(step, records=sum(map(len, made.values())))
     return run.finish(())
 
 

@@ -71,7 +71,7 @@ def pick(cfg):
         method, (rate, score) = best[step]
         lead(run.folder / method, beside / method / rate)
         table.append(dict(name=method, rate=float(rate), val=score))
-        run.log(step, (), rate=float(rate), val=score)
+        run.log(step)
     print_table([row["name"] for row in table], table, [("    rate", "rate", "g"), (f"{cfg.number:>8}", "val", ".3f")])
     if cfg.save:
         write_text(cfg.save, json.dumps(dict(rows=table), indent=1))

@@ -331,9 +331,8 @@ def when(cfg, folders):
         of_rate = curves_of(folders[step], test, val, shape, pairs, cfg)
         for rate, curve in of_rate.items():
             curves.append(dict(name=f"{name} {rate}") | curve)
-        numbers = told(of_rate, kls, tflops)
-        rows.append(dict(name=name) | numbers)
-        run.log(step, (), **numbers)
+        rows.append(dict(name=name) | told(of_rate, kls, tflops))
+        run.log(step)
     if cfg.best_of:
         curve = best_of_n(rows_of(cfg.best_of)[0])
         curves.append(dict(name="best of 1, 2, 4, ...") | curve)
