@@ -12,7 +12,9 @@
 # reconstruction
 #   All of it is on the toy, in short runs: 48 updates of 16 pairs each. SPPO, DNO and DRO need to know how good an answer
 #   is, RSO what is to be accepted, SPO what is preferred: that is the view of the reward model that learned from the same
-#   pairs, never the truth. D2O's anchors are samples of the SFT model, drawn once. SPO samples 64 answers an update.
+#   pairs, never the truth. On pairs D2O has one anchor, and differs from DPO by its α alone; where only bad answers are
+#   labelled its anchors are samples of the SFT model, drawn once. NPO reads the rejected answers only. SPO samples 64
+#   answers an update.
 #
 # Effect to look for: in the first table, how far each gets, and at what KL; the rates that were chosen differ. Then, one
 # table each. Labels flipped: robust DPO and cDPO against DPO. Only bad answers (unsafe requests helped, safe ones
@@ -29,11 +31,12 @@ L=$OUT/losses
 SFT=$OUT/sft
 PAIRS=$OUT/pairs/pairs.jsonl
 SCORED=$L/scored/pairs.jsonl  # the same answers, with what the reward model says of them
+RATES="5e-5 1.5e-4 5e-4"
 RUNS=($SFT)
 BEST=($SFT)
 
 learn() {  # NAME SCRIPT OPTIONS...: trains it at every rate
-  for lr in 5e-5 1.5e-4 5e-4; do
+  for lr in $RATES; do
     python "$2" --init $SFT --lr $lr --steps 48 --eval_every 1000 --out $L/$1/$lr "${@:3}"
     RUNS+=($L/$1/$lr)
   done
@@ -56,10 +59,11 @@ learn tdpo2 dpo.py --data $PAIRS --batch 16 --loss tdpo2 "$@"
 learn sppo dpo.py --data $SCORED --batch 16 --loss sppo --eta 5 "$@"
 learn dno dpo.py --data $SCORED --batch 16 --loss dno "$@"
 learn dro dpo.py --data $SCORED --batch 32 --loss dro --beta 1 "$@"
-learn npo dpo.py --data $PAIRS --batch 32 --loss npo "$@"
-learn d2o dpo.py --data $PAIRS --batch 16 --loss d2o --alpha 0.3 "$@"
+learn d2o dpo.py --data $PAIRS --batch 16 --loss d2o "$@"
 learn slic orpo.py --data $PAIRS --batch 16 --loss slic "$@"
 learn cpo orpo.py --data $PAIRS --batch 16 --loss cpo "$@"
+RATES="2e-5 5e-5 1.5e-4"  # nothing holds these two back
+learn npo dpo.py --data $PAIRS --batch 32 --loss npo "$@"
 learn spo grpo.py --families write --reward $OUT/reward --prefer score --prompts 8 "$@"
 python reward.py compare "${RUNS[@]}" --split val --families write --n 200 --show 0 --save $L/val.json "$@"
 python configs/pick.py --table $L/val.json --save $OUT/tables/losses.rates.json --out $L/best "$@"
