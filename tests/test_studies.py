@@ -16,7 +16,7 @@ import dpo
 import grpo
 import model as M
 import ppo
-import runs
+import reward
 from data import OptionError, UserError
 from policies import TOK, random_policy, save
 from runs import write
@@ -222,6 +222,15 @@ def test_pick_leads_to_the_best_and_says_its_rate(tmp_path):
         PICK.pick(PICK.Config(out=str(tmp_path / "best"), table=str(table), save=str(saved), overwrite=True))
         assert (tmp_path / "best/dpo").resolve() == (tmp_path / "dpo" / best).resolve()
         assert json.loads(saved.read_text())["rows"] == [dict(name="dpo", rate=float(best), val=2.0)]
+
+
+def test_a_table_keeps_both_names_of_a_model_that_is_in_it_twice(tmp_path, capsys):
+    """As out/x/dpo/1e-4 and out/x/best/dpo are; and what an earlier table had besides."""
+    folders = [save(tmp_path / name, random_policy(seed)) for name, seed in (("sft", 0), ("a", 1), ("b", 1), ("c", 2))]
+    cfg = reward.Compare(families="write", n=2, max_new=4, show=0, save=str(tmp_path / "table.json"), **CPU)
+    reward.compare(cfg, [folders[0], folders[3]])
+    reward.compare(cfg, folders[:3])
+    assert [row["checkpoint"] for row in PICK.rows_of(cfg.save)] == folders
 
 
 @pytest.mark.parametrize("rows, word", [
