@@ -1100,8 +1100,9 @@ def compare(cfg, folders):
     # 3. Show the table, and some of the answers.
     show_table(table, exam, cfg)
     show_answers(table, exam, cfg)
-    if cfg.save:
-        content = dict(asked=asked, baseline=exam.baseline, rows=list(earlier.values()))
+    if cfg.save:  # all of this table, a model with two names twice, and what an earlier one has besides
+        others = [row for row in earlier.values() if row["checkpoint"] not in folders]
+        content = dict(asked=asked, baseline=exam.baseline, rows=table + others)
         write_text(cfg.save, json.dumps(content, indent=1))
     return table
 

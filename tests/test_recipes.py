@@ -53,9 +53,11 @@ BESIDE = dict(
     merge=("merge", "model.safetensors"), superficial=("mark_all", "pairs.jsonl"),
     chatglm_rlhf=("balance", "pairs.jsonl"), nemotron4=("rate", "ratings.jsonl"),
     long2short=("shorten", "shortest.jsonl"), judging=("write", "demos.jsonl"), lookahead=("write", "demos.jsonl"),
-    long_thinking=("write", "demos.jsonl"))
+    long_thinking=("write", "demos.jsonl"), losses=("write", "digits.jsonl"), pick=("pick", "summary.json"),
+    last_rows=("show", "summary.json"), when=("when", "summary.json"))
 TAKES = reward.TAKES | dict(merge=["checkpoint", "checkpoint..."], reward_hacking=["run..."],
-                            nemotron4=["reward", "reward..."])
+                            nemotron4=["reward", "reward..."], last_rows=["run", "run..."],
+                            when=["method", "method..."])
 
 
 @functools.cache
@@ -137,13 +139,17 @@ def terms(spec):
     return [name for name in names if ":" not in name and verifier(name) is None]
 
 
+# Options that are a folder or a file to read.
+FOLDERS = ("init", "policy", "critic", "ref", "merge_base", "teacher", "table", "val", "test", "best_of")
+
+
 def reads(name, cfg, folders):
     """Every folder and file a command reads."""
     found = []
     for folder in folders:
         found += terms(folder) if name in ("accuracy", "nemotron4") else [folder]
     for option, value in vars(cfg).items():
-        if option in ("init", "policy", "critic", "ref", "merge_base", "teacher") or option.endswith("data"):
+        if option in FOLDERS or option.endswith("data"):
             found += value.split(",")
         if option in ("reward", "judge", "proxy", "by", "cost", "base", "rules") and getattr(cfg, "online", True):
             found += terms(value)
@@ -161,17 +167,19 @@ def problems(commands):
             found.append(f"{line}: {error}")
             continue
         for path in reads(name, cfg, folders):
-            maker = made.get(path) or made.get(str(Path(path).parent))
+            inside = [maker for place, maker in made.items() if place.startswith(path + "/")]
+            maker = made.get(path) or made.get(str(Path(path).parent)) or (inside or [None])[0]
             if maker is None or (path in made and maker in ("label", "kimi_k15")):  # the folder, not the file in it
                 found.append(f"{line}: nothing before it makes {path}")
-        if getattr(cfg, "out", None):
-            made[cfg.out] = name
+        for option in ("out", "save"):
+            if getattr(cfg, option, None):
+                made[getattr(cfg, option)] = name
     return found
 
 
 # ---- what a recipe says
 
-SHELL = "python set for do done if fi mkdir echo stage() stage row() row }".split()  # what a line may begin with
+SHELL = "python set for do done if fi mkdir echo stage() stage row() row learn() learn }".split()  # what a line may begin with
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

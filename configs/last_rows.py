@@ -1,0 +1,54 @@
+"""One table of what several runs logged last: the same metrics of each, side by side.
+
+    python configs/last_rows.py out/dpo out/dpop --metrics val_rewards/chosen,val_rewards/accuracy
+"""
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data import Run, RunConfig, UserError, guard, parse, write_text
+from reward import print_table
+
+
+@dataclass
+class Config(RunConfig):
+    """Show the last row of several runs."""
+    out: str = "out/last_rows"  # folder of the table
+    metrics: str = "val_loss"   # what is shown of a row, with commas between
+    save: str = ""              # a JSON file for the table, as tables/NAME.json
+
+
+def last_row(folder):
+    """What a finished run logged last."""
+    path = Path(folder) / "summary.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{folder}: no finished run") from None
+
+
+def show(cfg, folders):
+    """Print the table, and save it."""
+    run = Run(cfg)
+    if run.finished:
+        return run.rows
+    names, table = cfg.metrics.split(","), []
+    for step in run.progress(0, len(folders)):
+        last = last_row(folders[step])
+        for name in names:
+            if last.get(name) is None:
+                raise UserError(f"{folders[step]}: its last row has no {name}, but {', '.join(last)}")
+        table.append({name: last[name] for name in names})
+        run.log(step)
+    print_table(folders, table, [(f"  {name}", name, ".3f") for name in names])
+    if cfg.save:
+        rows = [dict(checkpoint=folder) | row for folder, row in zip(folders, table)]
+        write_text(cfg.save, json.dumps(dict(rows=rows), indent=1))
+    return run.finish(())
+
+
+if __name__ == "__main__":
+    guard(lambda: show(*parse(Config, ["run", "run..."])))
