@@ -170,7 +170,7 @@ def test_loop_equals_a_slow_loop(ref, float64, tmp_path):
     path = write(tmp_path / "d.jsonl", TOLD * 4)
     options = dict(data=path, init=str(tmp_path / "init"), batch=4, steps=4)
     options |= dict(warmup=1, lr=1e-2, optimizer="adamw", weight_decay=.2, beta2=.6, clip_grad=.5)
-    options |= dict(kl_coef=.7, ent_coef=.4, prompt_weight=.2, seed=3, eval_every=2)
+    options |= dict(kl_coef=.7, ent_coef=.4, prompt_weight=.25, seed=3, eval_every=2)
     options["ref"] = str(tmp_path / ref) if ref else ""
     folder, rows = fit(tmp_path, **options)
     cfg = quark.Config(**(QUARK | options))
@@ -181,7 +181,7 @@ def test_loop_equals_a_slow_loop(ref, float64, tmp_path):
     def likelihood(records):
         encoded = []
         for record in records:
-            encoded += encode(record, TOK, 64, "assistant", .2)
+            encoded += encode(record, TOK, 64, "assistant", .25)
         return by_hand(net, encoded) / weight(encoded)
     for step, row in enumerate(rows):
         records = stream.batch(step, 4)
