@@ -456,7 +456,10 @@ def test_every_printed_command_runs_on_the_toy(commands, base, tmp_path, request
         follow(monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=lambda path: path.stem)
+PROGRAMS = [path for path in sorted(ROOT.glob("configs/*.py")) if "guard(" in path.read_text()]   # report.py has parts
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
 def test_a_script_beside_a_recipe_finds_our_files_from_anywhere(path, tmp_path):
     own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run([sys.executable, path, "--help"], cwd=tmp_path, env=own, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""configs/report.py: what recipes leave is gathered as it is, printed as it is, and drawn where it belongs."""
+"""configs/report.py and its parts: what recipes leave is gathered as it is, printed as it is, drawn where it is."""
 import dataclasses
 import json
 import math
@@ -18,9 +18,9 @@ import orpo
 import ppo
 import quark
 import qwen2
-import report
 import reward
 import sft
+from configs import charts, page, record, report
 
 STAGE = '''
 import json, os, sys
@@ -62,10 +62,11 @@ def house(tmp_path, monkeypatch):
     (tmp_path / "stage.py").write_text(STAGE)
     (tmp_path / "configs/tiny.sh").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    for module in (record, report):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(report, "READMES", [tmp_path / "README.md"])
-    monkeypatch.setattr(report, "CURVES", {"tiny": {"base": ["gold", "unlogged"]}})
+    monkeypatch.setattr(record, "CURVES", {"tiny": {"base": ["gold", "unlogged"]}})
     return tmp_path
 
 
@@ -238,7 +239,7 @@ def test_the_figures_show_what_is_in_the_results():
 
 @pytest.mark.parametrize("low, high", [(0, 1), (-0.31, 1.27), (3, 3.0004), (0, 699), (-2e-5, 9e-5), (-1234, 98765)])
 def test_ticks_are_round_and_inside(low, high):
-    marks = report.ticks(low, high)
+    marks = charts.ticks(low, high)
     assert 2 <= len(marks) <= 7 and low <= marks[0] and marks[-1] <= high
     step = marks[1] - marks[0]
     digits = f"{step:.0e}"
@@ -247,9 +248,9 @@ def test_ticks_are_round_and_inside(low, high):
 
 
 def test_axes_by_hand():
-    axes = report.Axes(10, 20, 100, 50, (0, 4), (-1, 1))
+    axes = charts.Axes(10, 20, 100, 50, (0, 4), (-1, 1))
     assert (axes.x(1), axes.y(1), axes.y(-1), axes.y(0)) == (35, 20, 70, 45)
-    assert report.Axes(0, 0, 80, 1, (1, 16), (0, 1), x_log=True).x(4) == pytest.approx(40)
+    assert charts.Axes(0, 0, 80, 1, (1, 16), (0, 1), x_log=True).x(4) == pytest.approx(40)
 
 
 @pytest.fixture
@@ -298,7 +299,7 @@ def test_a_dot_stands_where_the_gain_of_its_seed_is(drawn):
 
 def test_the_fitted_form_is_drawn_through_its_values():
     """.2 + d (1 - .5 d) at the right end, d = 2, is .2, and .7 at its peak, d = 1."""
-    axes = report.Axes(0, 0, 200, 100, (0, 2), (0, 1))
+    axes = charts.Axes(0, 0, 200, 100, (0, 2), (0, 1))
     fit = report.fitted(axes, [dict(alpha=0.5, beta=0.25), dict(alpha=1.5, beta=0.75)], "d (α - β d)", 0.2, "c2")
     points = re.search('points="(.*?)"', fit)[1].split()
     assert "100,30" in points and points[-1] == "200,80"
@@ -370,13 +371,13 @@ def test_a_page_has_everything_and_runs_nothing_of_theirs(runs, monkeypatch, cap
 
 
 def test_options_are_listed_where_the_runs_differ(runs):
-    found = [report.RunFolder(runs / name) for name in ("out/a", QUOTED)]
-    differ, _, common = report.options_of(found).partition("<details>")
+    found = [page.RunFolder(runs / name) for name in ("out/a", QUOTED)]
+    differ, _, common = page.options_of(found).partition("<details>")
     assert set(re.findall(r"<td>--(\w+)", differ)) == {"lr", "reward"} and "--gamma" in common
 
 
 def test_a_folder_stands_for_the_runs_in_it(runs):
-    folders, files, skipped = report.collect(["out", "out/a", "out/tables/compare.json"])
+    folders, files, skipped = page.collect(["out", "out/a", "out/tables/compare.json"])
     assert folders == [Path("out/a"), Path(QUOTED)] and files == [Path("out/tables/compare.json")] and not skipped
 
 
@@ -385,7 +386,7 @@ def test_a_folder_stands_for_the_runs_in_it(runs):
     (ppo.Config, "ppo.py"), (grpo.Config, "grpo.py"), (dpo.Config, "dpo.py"), (orpo.Config, "orpo.py"),
     (nemotron4.Config, "nemotron4.py"), (qwen2.Config, "qwen2.py"), (quark.Config, "quark.py")])
 def test_a_run_is_known_by_its_options(script, name):
-    assert report.script_of({option.name: 0 for option in dataclasses.fields(script)}) == name
+    assert page.script_of({option.name: 0 for option in dataclasses.fields(script)}) == name
 
 
 @pytest.mark.parametrize("script, metric, word", [
@@ -394,5 +395,5 @@ def test_a_run_is_known_by_its_options(script, name):
     ("reward.py train", "val_r2/3", "attribute"), ("orpo.py", "rewards/margin", "log-prob of a token"),
     ("dpo.py", "val_rewards/margin", "On what is held out"), ("sft.py", "nothing", "")])
 def test_what_a_metric_means_is_read_from_the_readme(script, metric, word):
-    said = report.meaning(script, metric)
+    said = page.meaning(script, metric)
     assert word in said and bool(word) == bool(said)
