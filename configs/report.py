@@ -113,7 +113,7 @@ def draw_curves(found):
     for i, (row, curves) in enumerate(found.items()):
         across, down = i % 3, i // 3
         heights = sum(curves["gold"] + curves["proxy"], [])
-        farthest = max(map(max, curves["d"]))
+        farthest = max(map(max, curves["d"])) or 1      # a policy that has not moved is at 0
         axes = Axes(46 + 262 * across, 56 + 226 * down, 206, 160, (0, farthest), span(heights))
         parts += axes.frame(row.split("/")[-1], "d = √KL")
         parts += axes.seeds_and_mean(curves["d"], curves["proxy"], "c1")
