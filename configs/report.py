@@ -19,6 +19,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -292,7 +293,7 @@ def markdown(texts):
 def provenance(results, hows):
     """Where the numbers of a table are from, and how to read its cells."""
     seeds = ", ".join(map(str, results["seeds"]))
-    seconds = f"{mean(results['seconds']):.0f} s"
+    seconds = f"{median(results['seconds']):.0f} s"     # other work on the machine makes some runs slow
     made = f"{results['machine']}; commit {results['commit']}"
     if len(results["seeds"]) == 1:
         return f"Seed {seeds}; {made}; {seconds}."

@@ -11,8 +11,8 @@
 set -euo pipefail
 OUT=${OUT:-out}
 
-ask() {  # NAME OPTIONS...: how both do on sums, and on those of four steps
-  python reward.py compare $OUT/sft $OUT/grpo --families arith,arith4 --on arith --show 0 --save $OUT/tables/$1.json "${@:2}"
+ask() {  # NAME OPTIONS...: how both do on sums, and on those of four steps; many, so that the spread is that of seeds
+  python reward.py compare $OUT/sft $OUT/grpo --families arith,arith4 --on arith --n 1600 --show 0 --save $OUT/tables/$1.json "${@:2}"
 }
 
 python sft.py --loss_on all --init new --out $OUT/base "$@"
