@@ -13,7 +13,6 @@ whole batch however it is split into micro-batches: a mean of their means would 
 
 What comes out on the toy is in README.md, "What comes out".
 """
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -47,7 +46,8 @@ class Config(TrainConfig):
     block_size: Natural = 256   # of a new model
     dropout: Share = 0.0        # of a new model
     # optimisation
-    steps: Natural = 0          # updates; 0: one epoch of a file; of the toy 1,000 to pretrain, 400 to fine-tune
+    steps: Natural = 0          # updates; 0: what the epochs take, and without these 1,000 to pretrain, 400 to fine-tune
+    epochs: NonNegative = 0.0   # passes over a file
     batch: Count = 64           # sequences an update
     lr: NonNegative = 0.0       # peak learning rate of AdamW; 0: .003 to pretrain, .001 to fine-tune
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the hidden matrices, AdamW for the rest
@@ -67,8 +67,10 @@ class Config(TrainConfig):
         chosen = PRETRAINING if self.loss_on == "all" else FINE_TUNING
         self.lr = self.lr or chosen["lr"]
         self.muon_lr = self.muon_lr or chosen["muon_lr"]
-        if self.data == "toy":  # which never ends
+        if not self.epochs:
             self.steps = self.steps or chosen["steps"]
+        elif self.data == "toy":
+            raise OptionError(f"--epochs {self.epochs:g}: the toy world never ends; say --steps")
 
 
 # ---------------------------------------------------------------- the mathematics
@@ -115,11 +117,6 @@ def open_data(model, cfg):
     return open_stream(cfg.data, kind, cfg.seed, cfg.families, n_held=128, skip_bad=cfg.skip_bad,
                        think=cfg.think, context=(tok, block_size),
                        prepare=lambda record: rows_of(record, tok, block_size, cfg.loss_on, cfg.prompt_weight))
-
-
-def one_epoch(stream, cfg):
-    """How many updates see every row of a file once."""
-    return math.ceil(len(stream.items) / cfg.batch)
 
 
 def pack(rows, tok, width, device="cpu"):
@@ -199,7 +196,7 @@ def train(cfg):
         return run.rows
     model = initial_model(cfg, setup(cfg, run.tok)).prepare(cfg)
     stream, held = open_data(model, cfg)
-    total = cfg.steps or one_epoch(stream, cfg)
+    total = stream.updates(cfg)
     floor = 0.1 if cfg.loss_on == "all" else 0.0  # how often a model thinks settles only as the rate goes to 0
     optimizer = Optimizer(model, cfg.lr, total, kind=cfg.optimizer, muon_lr=cfg.muon_lr, betas=(0.9, cfg.beta2),
                           weight_decay=cfg.weight_decay, warmup=cfg.warmup, floor=floor, clip=cfg.clip_grad)

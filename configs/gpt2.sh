@@ -19,15 +19,15 @@
 set -euo pipefail
 OUT=${OUT:-out} GPT2=${GPT2:-gpt2} ALPACA=${ALPACA:-alpaca.json} HH=${HH:-hh.jsonl.gz} GSM8K=${GSM8K:-gsm8k.jsonl}
 
-python sft.py --config configs/gpt2.toml --tokenizer "$GPT2" --init "$GPT2" --data "$ALPACA" --steps 0 --out $OUT/gpt2/sft "$@"
+python sft.py --config configs/gpt2.toml --tokenizer "$GPT2" --init "$GPT2" --data "$ALPACA" --epochs 1 --out $OUT/gpt2/sft "$@"
 python reward.py train --config configs/gpt2.toml --tokenizer "$GPT2" --init $OUT/gpt2/sft --data "$HH" --out $OUT/gpt2/reward "$@"
 python ppo.py --config configs/gpt2.toml --tokenizer "$GPT2" --init $OUT/gpt2/sft --reward $OUT/gpt2/reward --data "$HH" --steps 100 --out $OUT/gpt2/ppo "$@"
 python dpo.py --config configs/gpt2.toml --tokenizer "$GPT2" --init $OUT/gpt2/sft --data "$HH" --out $OUT/gpt2/dpo "$@"
 
-python sft.py --config configs/gpt2.toml --tokenizer "$GPT2" --init "$GPT2" --data "$GSM8K" --steps 0 --out $OUT/gpt2/gsm8k_sft "$@"
+python sft.py --config configs/gpt2.toml --tokenizer "$GPT2" --init "$GPT2" --data "$GSM8K" --epochs 1 --out $OUT/gpt2/gsm8k_sft "$@"
 python grpo.py --config configs/gpt2.toml --tokenizer "$GPT2" --init $OUT/gpt2/gsm8k_sft --reward gsm8k --data "$GSM8K" --steps 100 --out $OUT/gpt2/gsm8k_grpo "$@"
 
-python sft.py --config configs/gpt2.toml --tokenizer "$GPT2" --init "$GPT2" --data "$ALPACA" --steps 0 --lora_r 16 --lr 2e-4 --out $OUT/gpt2/sft_lora "$@"
+python sft.py --config configs/gpt2.toml --tokenizer "$GPT2" --init "$GPT2" --data "$ALPACA" --epochs 1 --lora_r 16 --lr 2e-4 --out $OUT/gpt2/sft_lora "$@"
 python ppo.py --config configs/gpt2.toml --tokenizer "$GPT2" --init $OUT/gpt2/sft --reward $OUT/gpt2/reward --data "$HH" --steps 100 --lora_r 16 --lr 2e-5 --critic_lr 5e-5 --out $OUT/gpt2/ppo_lora "$@"
 python dpo.py --config configs/gpt2.toml --tokenizer "$GPT2" --init $OUT/gpt2/sft --data "$HH" --lora_r 16 --lr 2e-5 --out $OUT/gpt2/dpo_lora "$@"
 

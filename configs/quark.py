@@ -154,7 +154,7 @@ def train(cfg):
     model = sft.initial_model(cfg, like).prepare(cfg)
     data = pool(cfg, run.folder / "pool.jsonl") if cfg.quantiles else cfg.data
     stream, held = open_data(data, model, cfg)
-    total = cfg.steps or sft.one_epoch(stream, cfg)
+    total = stream.updates(cfg)
     optimizer = Optimizer(model, cfg.lr, total, kind=cfg.optimizer, muon_lr=cfg.muon_lr, betas=(0.9, cfg.beta2),
                           weight_decay=cfg.weight_decay, warmup=cfg.warmup, clip=cfg.clip_grad)
 

@@ -153,7 +153,7 @@ def test_pretraining_counts_every_token_but_the_first():
 LOOPS = {
     "fine-tuning": dict(prompt_weight=.125, seed=3),
     "schedule": dict(warmup=2, weight_decay=.3, clip_grad=.5, beta2=.6, steps=5, packing=0),
-    "an epoch": dict(steps=0, batch=7, lr=1e-3),
+    "an epoch": dict(steps=0, epochs=1., batch=7, lr=1e-3),
     "pretraining": dict(loss_on="all", texts=True),
     "conversations count whole in pretraining": dict(loss_on="all", data="toy", steps=2),
     "from a checkpoint": dict(init="CHECKPOINT", packing=128),
@@ -266,7 +266,7 @@ def test_43_evaluation_is_without_dropout():
     ("--init new --n_embd 32 --n_head 3", "n_embd"),
     ("--init new --block_size 20", "block_size"), ("--init out/nowhere", "--init new"),
     ("--init new --data no.jsonl", "no.jsonl"), ("--init new --n_head 0", "n_head"),
-    ("--init new --lora_r 2", "--lora_r")])
+    ("--init new --lora_r 2", "--lora_r"), ("--init new --epochs 1", "--epochs")])
 def test_refusals(flags, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, error = runs.refuse(sft, flags.split(), monkeypatch, capsys)
@@ -275,12 +275,13 @@ def test_refusals(flags, word, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("loss_on, chosen", [("all", sft.PRETRAINING), ("assistant", sft.FINE_TUNING)])
 def test_rates_and_steps_that_are_0_are_those_of_the_stage(loss_on, chosen):
-    """And a file is read once. What somebody asks for is left alone."""
+    """But the epochs decide how many steps a file takes. What somebody asks for is left alone."""
     def options(**given):
         cfg = sft.Config(loss_on=loss_on, **given)
         return dict(steps=cfg.steps, lr=cfg.lr, muon_lr=cfg.muon_lr)
     assert options() == chosen
-    assert options(data="my.jsonl") == chosen | dict(steps=0)
+    assert options(data="my.jsonl") == chosen
+    assert options(data="my.jsonl", epochs=.5) == chosen | dict(steps=0)
     asked = dict(steps=7, lr=.5, muon_lr=.25)
     assert options(**asked) == asked
 
