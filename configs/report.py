@@ -59,6 +59,7 @@ TABLES = {
                                    "four steps, sampled": "arith4 new", "made to think": "thinking.made:arith new",
                                    "thinks": "thinking.who:arith new"}),
     "variants": Table("variants", ALL),
+    "o1": Table("o1", {"one answer": "pass@1", "majority of 16": "maj@16", "one right of 16": "pass@16"}),
 }
 
 
