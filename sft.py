@@ -69,7 +69,7 @@ class Config(TrainConfig):
         self.muon_lr = self.muon_lr or chosen["muon_lr"]
         if not self.epochs:
             self.steps = self.steps or chosen["steps"]
-        elif self.data == "toy":
+        elif self.data == "toy" and not self.steps:
             raise OptionError(f"--epochs {self.epochs:g}: the toy world never ends; say --steps")
 
 

@@ -78,8 +78,9 @@ def write(cfg):
     if run.finished:
         return run.rows
     rng = random.Random(f"one digit {cfg.seed}")
+    pairs = read_records(cfg.data, "preference", cfg.skip_bad)
     answers = [row for _, row in read_rows(cfg.unsafe_data)]
-    made = dict(digits=[one_digit(rng) for _ in range(cfg.n)], thumbs=thumbs(read_records(cfg.data, "preference")),
+    made = dict(digits=[one_digit(rng) for _ in range(cfg.n)], thumbs=thumbs(pairs),
                 bad=only_bad(answers))
     if not made["bad"]:
         raise UserError(f"{cfg.unsafe_data}: no prompt has both a bad answer (a score of 0 or less) and another one")
