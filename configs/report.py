@@ -59,6 +59,12 @@ TABLES = {
                                    "four steps, sampled": "arith4 new", "made to think": "thinking.made:arith new",
                                    "thinks": "thinking.who:arith new"}),
     "variants": Table("variants", ALL),
+    "phi3": Table("phi3.fillers", {"answers without fillers": "write", "true reward in `write`": "phi3:write",
+                                   "greedy": "phi3:greedy", "sums right": "phi3:arith"}),
+    "zephyr": Table("zephyr_orpo", {"true reward in `write`": "write", "win rate over SFT": "win", "greedy win": "greedy_win",
+                                    "sums right": "arith", "nll": "nll"}),
+    "hermes3": Table("hermes3", {"true reward in `write`": "write", "win rate over SFT": "win", "greedy win": "greedy_win",
+                                 "KL": "kl", "sums right": "arith"}),
     "o1": Table("o1", {"one answer": "pass@1", "majority of 16": "maj@16", "one right of 16": "pass@16"}),
 }
 
