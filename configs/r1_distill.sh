@@ -15,8 +15,8 @@
 #   need about the same compute: RL, either distillation with the SFT before it, and 800 steps of SFT, `sft_more`. `sft`
 #   needs half. What the teacher and its samples cost is not counted.
 #
-# Effect to look for: the distilled students beat the student trained by RL. For the same compute, samples of its own
-# take the student further than more of the teacher's.
+# Effect to look for: the distilled students beat the student trained by RL. Do samples of its own, for the same
+# compute, take the student further than more of the teacher's? Look at what is forgotten (nll), too.
 #
 #   bash configs/r1_distill.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/r1_distill.sh    in another folder than out/
