@@ -54,7 +54,7 @@ BESIDE = dict(
     chatglm_rlhf=("balance", "pairs.jsonl"), nemotron4=("rate", "ratings.jsonl"),
     long2short=("shorten", "shortest.jsonl"), judging=("write", "demos.jsonl"), lookahead=("write", "demos.jsonl"),
     long_thinking=("write", "demos.jsonl"), losses=("write", "digits.jsonl"), pick=("pick", "summary.json"),
-    last_rows=("show", "summary.json"), when=("when", "summary.json"))
+    last_rows=("show", "summary.json"), when=("when", "summary.json"), changes=("compare", "summary.json"))
 TAKES = reward.TAKES | dict(merge=["checkpoint", "checkpoint..."], reward_hacking=["run..."],
                             nemotron4=["reward", "reward..."], last_rows=["run", "run..."],
                             when=["method", "method..."])
@@ -140,7 +140,7 @@ def terms(spec):
 
 
 # Options that are a folder or a file to read.
-FOLDERS = ("init", "policy", "critic", "ref", "merge_base", "teacher", "table", "val", "test", "best_of")
+FOLDERS = ("init", "policy", "critic", "ref", "merge_base", "teacher", "table", "val", "test", "best_of", "runs")
 
 
 def reads(name, cfg, folders):
