@@ -22,6 +22,11 @@ class Change:
     goes: str           # up or down
     why: str
 
+    def __str__(self):
+        """Its cells in a printed table."""
+        script = self.run.split("/")[0] + ".py"
+        return f"`{script} {self.options}` | `{self.metric}` | {self.goes} | {self.why}"
+
 
 CHANGES = [
     Change("ppo/kl_0", "--kl_coef 0", "kl", "up", "Nothing holds the policy to its reference."),

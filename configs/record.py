@@ -30,10 +30,12 @@ from model import find_device, machine, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "configs/results"
-READMES = [ROOT / "README.md", ROOT / "configs/README.md"]
+READMES = [ROOT / "README.md", ROOT / "configs/README.md", ROOT / "tests/STUDY.md"]
 
 # Curves that become a table NAME.curves beside those that the recipe leaves: {recipe: {run: its metrics}}.
 CURVES = {"compare": {"grpo": ["gold", "reward/format", "response_length"]}}
+# All that a run logged at some of its steps becomes a table NAME.log: {recipe: {run: steps}}.
+LOGS = {"compare": {"ppo": (0, 1, 2, 4, 9, 14, 19), "grpo": (0, 4, 9, 14, 19, 29, 39)}}
 # And what each stage logged last of these becomes a table NAME.stages.
 ENDS = ("seconds", "val_loss", "val_accuracy", "val_gold")
 
@@ -234,6 +236,8 @@ def gather(name, runs):
             seeds_of_table[path.stem][run.seed] = rows_of(path, run.out)
         if name in CURVES:
             seeds_of_table[f"{name}.curves"][run.seed] = curves_of(run, CURVES[name])
+        if name in LOGS:
+            seeds_of_table[f"{name}.log"][run.seed] = logged_of(run, LOGS[name])
         seeds_of_table[f"{name}.stages"][run.seed] = ends_of(run)
     result["tables"] = {}
     for table, of_seed in seeds_of_table.items():
@@ -268,6 +272,21 @@ def curves_of(run, wanted):
             if values and None not in values:
                 curves[folder][metric] = rounded(values)
     return curves
+
+
+def logged_of(run, wanted):
+    """{run STEP: {metric: value}} of what was logged at these steps."""
+    logged = {}
+    for folder, steps in wanted.items():
+        for row in read_log(run.folder / folder)[0]:
+            if row["step"] not in steps:
+                continue
+            name = f"{folder} {row['step']}"
+            logged[name] = {}
+            for metric, value in row.items():
+                metric = metric.replace(f"{run.out}/", "")      # in reward/FOLDER
+                logged[name][metric] = rounded(value)
+    return logged
 
 
 def ends_of(run):
