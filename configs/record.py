@@ -44,12 +44,13 @@ ENDS = ("seconds", "val_loss", "val_accuracy", "val_gold")
 
 @dataclass
 class Record(Options):
-    """Run a recipe once a seed, and gather its tables into configs/results/NAME.json.
+    """Run a recipe once a seed, and gather its tables into configs/results/NAME.json; or elsewhere, if --name says so.
 
     Seed 0 has the folder out/seed0, and its log there in NAME.log. NAME.run.json says on what it was made, and that it
     is finished: then it is only gathered. Without that file the recipe runs, and skips the stages that are finished.
     """
     seeds: str = "0,1,2"        # all that the results file is to have, with commas between them
+    name: str = ""              # of the results file; empty: the recipe's
     jobs: Count = 1             # runs at a time; several have one thread each
     out: str = "out"            # folder in which every seed has its own
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the matmuls
@@ -154,8 +155,10 @@ def record(cfg, names):
     failed = run_all(to_do, cfg.jobs, made)
     if failed:
         raise UserError(f"{name}: {failed} seeds failed, nothing is written; the same command goes on from here")
-    path = RESULTS / f"{name}.json"
-    write_text(path, to_json(gather(name, runs)))
+    result, called = gather(name, runs), cfg.name or name
+    result["tables"] = {called + table.removeprefix(name): rows for table, rows in result["tables"].items()}
+    path = RESULTS / f"{called}.json"
+    write_text(path, to_json(result))
     print(f"{path}: {len(seeds)} seeds")
 
 

@@ -50,6 +50,18 @@ MAIN = {"sums right": "arith new", "`write`: true reward": "write new", "greedy"
         "win rate over SFT": "win new", "KL": "kl mean", "length": "length mean 0"}
 ALL = {"`arith`": "arith", "`write`": "write", "`safe`": "safe", "`fmt`": "fmt", "nll": "nll", "proxy": "proxy",
        "win": "win", "KL": "kl", "length": "length sd 1", "greedy": "greedy", "greedy win": "greedy_win"}
+GAIN = {"true reward in `write`": "write", "win": "win", "greedy": "greedy", "greedy win": "greedy_win", "KL": "kl"}
+LOSSES = {
+    "sft": "SFT | demonstrations", "losses/best/dpo": "DPO | pairs", "losses/best/rso": "RSO | pairs",
+    "losses/best/gpo_exponential": "GPO, exponential | pairs", "losses/best/gpo_savage": "GPO, Savage | pairs",
+    "losses/best/dpop": "DPOP | pairs", "losses/best/tdpo2": "TDPO | pairs",
+    "losses/best/sppo": "SPPO | pairs and win rates", "losses/best/dno": "DNO | pairs and win rates",
+    "losses/best/dro": "DRO | answers and scores", "losses/best/d2o": "D2O | pairs", "losses/best/npo": "NPO | the worse answers",
+    "losses/best/slic": "SLiC-HF | pairs, no reference", "losses/best/cpo": "CPO | pairs, no reference",
+    "losses/best/spo": "SPO | the reward model, by RL"}
+TRAINED = {"dpo": "DPO", "online_dpo": "online DPO", "ppo": "PPO", "grpo": "GRPO"}
+METHODS = TRAINED | {"best of n": "best of n"}
+KLS, BUDGETS = (0.25, 0.5, 1, 2, 4), (0.125, 0.25, 0.5, 1)
 PPO_LOG = {"`reward`": "reward first", "`gold`": "gold first", "`kl`": "kl first", "`entropy`": "entropy first",
            "`response_length`": "response_length first 1", "`clip_frac`": "clip_frac first 4",
            "`approx_kl`": "approx_kl first 4", "`policy_loss`": "policy_loss first 4", "`value_loss`": "value_loss first 3",
@@ -77,6 +89,25 @@ TABLES = {
     "grpo_log": Table("compare.log", GRPO_LOG, {f"grpo {step}": str(step) for step in LOGS["compare"]["grpo"]}, "step"),
     "changes": Table("changes", {"plain": "plain", "changed": "changed"},
                      {f"{change.run} {change.metric}": str(change) for change in CHANGES}, "option | metric | goes | why"),
+    "losses": Table("losses", {"true reward in `write`": "write", "win": "win", "greedy": "greedy",
+                               "greedy win": "greedy_win", "proxy": "proxy", "KL": "kl", "nll": "nll"}, LOSSES, "loss | learns from"),
+    "losses_flipped": Table("losses.flipped", GAIN),
+    "losses_bad": Table("losses.bad", {"true reward in `safe`": "safe", "harmless": "harmless", "over-refusal": "over_refusal",
+                                       "help": "help", "KL": "kl sd 1", "nll": "nll"},
+                        {"sft": "sft", "losses/bad/npo5e-5": "NPO, 5e-5", "losses/bad/d2o5e-5": "D2O, 5e-5",
+                         "losses/bad/npo2e-4": "NPO, 2e-4", "losses/bad/d2o2e-4": "D2O, 2e-4"}),
+    "losses_thumbs": Table("losses.thumbs", GAIN),
+    "losses_digits": Table("losses.digits", {"chosen": "val_rewards/chosen", "rejected": "val_rewards/rejected",
+                                             "accuracy": "val_rewards/accuracy", "KL": "kl"}),
+    "losses_rounds": Table("losses.rounds", GAIN | {"proxy": "proxy"}),
+    "losses_own": Table("losses.own", GAIN, {"sft": "sft", "losses/best/rso": "RSO, on the pairs of all",
+                                             "losses/own/rso": "RSO, on its own", "losses/best/spo": "SPO, by the reward model",
+                                             "losses/own/spo": "SPO, by how often people prefer it"}),
+    "when_kl": Table("when", {f"{kl} nats": f"gold@kl{kl}" for kl in KLS}, METHODS, "true reward at a KL of"),
+    "when_kl_greedy": Table("when", {f"{kl} nats": f"greedy@kl{kl}" for kl in KLS}, TRAINED, "greedy at a KL of"),
+    "when_compute": Table("when", {f"{budget}": f"gold@{budget}T" for budget in BUDGETS}, TRAINED, "true reward at so many TFLOPs"),
+    "when_compute_greedy": Table("when", {f"{budget}": f"greedy@{budget}T" for budget in BUDGETS}, TRAINED,
+                                 "greedy at so many TFLOPs"),
     "o1": Table("o1", {"one answer": "pass@1", "majority of 16": "maj@16", "one right of 16": "pass@16"}),
 }
 

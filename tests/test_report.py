@@ -93,6 +93,14 @@ def test_a_recipe_is_run_once_a_seed_and_its_numbers_are_gathered(house, monkeyp
         assert "1" == json.load(f)["rows"][0]["threads"], "two runs at a time have one thread each"
 
 
+def test_a_results_file_can_have_a_name_of_its_own(house, monkeypatch):
+    """As that of another machine; its tables are then called so, too."""
+    assert run("record", "tiny", "--seeds", 0, "--name", "tiny_there", monkeypatch=monkeypatch) == 0
+    got = results(house, "tiny_there")
+    assert got["recipe"] == "tiny" and not (house / "results/tiny.json").exists()
+    assert got["tables"].keys() == {f"tiny_there{part}" for part in ("", ".part", ".curves", ".log", ".stages")}
+
+
 def test_seconds_are_those_from_nothing_and_stay_when_gathered_again(house, monkeypatch):
     run("record", "tiny", "--seeds", 0, monkeypatch=monkeypatch)
     first = results(house)["seconds"]
