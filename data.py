@@ -419,7 +419,7 @@ def toy_task(split: str, family: str, rng: random.Random) -> dict:
 
 def toy_demo(task: dict, rng: random.Random) -> str:
     """One human demonstration for SFT, imperfect on purpose: alignment needs something left to improve.
-    Mean gold and its spread: arith 1 and 0, write .6 and 1.2, safe .4 and .8, fmt .7 and .2."""
+    Mean gold and its spread: arith 1 and 0, write .6 and 1.1, safe .4 and .8, fmt .7 and .2."""
     return WORLD[task["family"]].demo(task, rng)
 
 
@@ -447,7 +447,7 @@ def truth(records, texts, finished):
 def toy_document(rng: random.Random) -> dict:
     """One pretraining document on training tasks: mostly a conversation, a quarter of the time plain text.
     As on the web, some answers (one in twenty) belong to another question; sums come worked out, as in a textbook, so
-    that the base can think, though the demonstrations seldom ask for it."""
+    that the base can think, though only a third of the demonstrations ask for it."""
     family = draw_family(FAMILIES, rng)
     if rng.random() < .25:
         tasks = [toy_task("train", family, rng) for _ in range(rng.randint(1, 3))]

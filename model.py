@@ -125,8 +125,8 @@ def attend(q, k, v, see):
 
     see is None for causal self-attention, or a boolean (B, 1, T, S), True where a query may look.
     """
-    # On a CPU the fused kernel is slow in two places, the bf16 backward (5x) and the single query of decoding
-    # (1.3x); three plain operators are not.
+    # On a CPU (an EPYC with avx512_bf16) the fused kernel is slow in two places, the bf16 backward (6x) and the single
+    # query of decoding (2x, in bf16 5x); three plain operators are not.
     if q.is_cuda or (q.dtype != torch.bfloat16 and q.shape[2] > 1):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=see, is_causal=see is None)
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
@@ -488,8 +488,9 @@ def response_scores(model, tokens, mask):
 
 
 # On a GPU a step of the sampler is a few hundred kernels, each done sooner than the next is launched. A recording (a
-# CUDA graph) launches them all at once, 3 to 11 times faster. What it reads and writes has to stay in its place, and
-# each number of rows and of slots takes a recording of its own: so there are few of both, and they are kept.
+# CUDA graph) launches them all at once: a prototype was 3 to 11 times faster on an H200. What it reads and writes has to
+# stay in its place, and each number of rows and of slots takes a recording of its own: so there are few of both, and
+# they are kept.
 CAPTURES = {"cpu": False, "cuda": True}
 LOOK = {"cpu": 1, "cuda": 8}  # how many steps until the next look at which rows are finished: a look makes a GPU wait
 
@@ -792,7 +793,7 @@ def capture(step, stream, pool):
 def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """One draw per row by inverting the cumulative distribution: logits (B, V), uniform (B,) -> token, logp (B,).
 
-    One random number a row rather than one a vocabulary entry, as multinomial and Gumbel need: 15x faster on a CPU.
+    One random number a row rather than one a vocabulary entry, as multinomial and Gumbel need: 10x faster on a CPU.
     Temperature 0 is greedy. The log-probability is that of the distribution drawn from; it is NaN where the logits
     make no distribution, which `generate` refuses.
     """
@@ -1184,7 +1185,8 @@ def precision(device, dtype="auto"):
 
 def keep_freed_memory():
     """Ask glibc to keep freed memory (up to 2 GB) for the next tensor. By default large blocks go back to the system,
-    and getting them anew, page by page and zeroed, costs a fifth of a training step. Elsewhere it does nothing."""
+    and getting them anew, page by page and zeroed, costs a fifth of a training step or more where tensors are larger
+    than 32 MB (smaller ones glibc keeps by itself). Elsewhere it does nothing."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD

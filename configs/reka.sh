@@ -6,7 +6,8 @@
 # reconstruction
 #   Two rounds. The second reward model learns from the first policy's samples and the old ones. All sizes are ours.
 #
-# Effect to look for: the second round against the first. Here it moves on, and gains nothing.
+# Effect to look for: the second round against the first. In the toy world as it was before, it moved on, and gained
+# nothing.
 #
 #   bash configs/reka.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/reka.sh    in another folder than out/

@@ -10,8 +10,8 @@
 #   Prompts come from the toy, not from the model, and so does the rubric. The rating is its expectation under the
 #   model, which is what a mean of many would be. DPO has an NLL term. All sizes are ours.
 #
-# Effect to look for: `write` rises from M1 to M2, here not again to M3. The table of accuracy says what becomes of
-# the model's own judgement.
+# Effect to look for: `write` rises from M1 to M2; in the toy world as it was before, not again to M3. The table of
+# accuracy says what becomes of the model's own judgement.
 #
 #   bash configs/self_rewarding.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/self_rewarding.sh    in another folder than out/

@@ -3,7 +3,7 @@
 # taken, and when they are made to think; and how often they do it by themselves.
 #
 # Effect to look for: SFT thinks in a third of its answers, as its demonstrations do, and is mostly wrong without it. GRPO
-# always thinks. Made to think, SFT is nearly as good.
+# always thinks. Made to think, SFT is as good.
 #
 #   bash configs/thinking.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/thinking.sh    in another folder than out/
