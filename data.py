@@ -447,7 +447,7 @@ def truth(records, texts, finished):
 def toy_document(rng: random.Random) -> dict:
     """One pretraining document on training tasks: mostly a conversation, a quarter of the time plain text.
     As on the web, some answers (one in twenty) belong to another question; sums come worked out, as in a textbook, so
-    that the base can think, though only a third of the demonstrations ask for it."""
+    that the base can think, as only a third of the demonstrations do."""
     family = draw_family(FAMILIES, rng)
     if rng.random() < .25:
         tasks = [toy_task("train", family, rng) for _ in range(rng.randint(1, 3))]

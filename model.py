@@ -170,7 +170,7 @@ class MLP(nn.Module):
         self.fused = False  # in a copy to sample from, which needs no gradient
 
     def forward(self, x):
-        if self.fused:  # in bf16 on a CPU the tanh alone takes as long as the matmul before it; oneDNN does both faster
+        if self.fused:  # in bf16 on a CPU tanh alone takes longer than the matmul before it; oneDNN does both faster
             weight, bias = self.c_fc.weight, self.c_fc.bias
             hidden = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), weight.t(), bias, "gelu", [], "tanh")
         else:

@@ -14,8 +14,8 @@
 #   DPO 32 with two. Best-of-n stands beside them.
 #
 # Effect to look for: at little KL all are close, and who has the pairs needs no reward model. At large KL the proxy goes
-# on rising while gold falls: at which KL does that begin for each of them? At equal compute DPO is far ahead at first,
-# since it samples nothing; does what samples pass it later? `greedy` says what of a gain is not only sharper sampling.
+# on rising while gold falls: at which KL does that begin for each of them? At equal compute: is DPO ahead at first,
+# since it samples nothing, and does what samples pass it later? `greedy` says what of a gain is not only sharper sampling.
 #
 #   bash configs/when.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/when.sh    in another folder than out/
