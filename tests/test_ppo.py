@@ -520,7 +520,7 @@ def test_the_sampler_gap_does_not_cancel(tiny):
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_the_critic_starts_from_the_score_that_the_reward_reads(heads, tiny, tmp_path):
-    """Of a reward model with several heads it is the first: the value of the last state is then the reward itself."""
+    """Of a reward model with several heads it is the first, and so the value of a state is what that one says of it."""
     judge = save(tmp_path / "rm", random_policy(5, n_scores=heads))
     train(tmp_path / "a", tiny, reward=judge, cost=judge, steps=1, critic_lr=1e-30)
     want = load_model(judge).score.weight[:1].detach()
