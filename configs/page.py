@@ -46,7 +46,7 @@ def page(cfg, paths):
             continue
         groups[run.script].append(run)
         if run.bad:
-            notes.append(f"{folder}/metrics.jsonl: {run.bad} lines are no rows and left out")
+            notes.append(f"{folder}/metrics.jsonl: {len(run.bad)} lines are no rows and left out, as line {run.bad[0]}")
     for script, runs in groups.items():
         sections[script] = group_of(script, runs)
     for note in notes:
