@@ -65,39 +65,45 @@ def writable(text):
 
 
 def whole_page(sections, notes):
-    """HTML of all sections {title: HTML}, with links to them on top and the notes at the end."""
+    """HTML of all sections {title: HTML}, with links to them and the notes on top."""
     links, parts = [], []
     for i, (title, text) in enumerate(sections.items()):
         title = html.escape(title)
         heading = tag("h2", title)
         links.append(tag("a", title, href=f"#part{i}"))
         parts.append(tag("section", heading, text, id=f"part{i}"))
-    said = [tag("li", html.escape(note)) for note in notes]
+    said = [tag("p", html.escape(note), look="note") for note in notes]
     css = style() + PAGE_STYLE
-    return "\n".join([
-        HEAD, tag("title", "Runs"), tag("style", css), tag("h1", "Runs"),
-        tag("p", " · ".join(links)), *parts, tag("ul", *said), tag("script", SCRIPT), "</html>\n"])
+    head = [HEAD, tag("title", "Runs"), tag("style", css), tag("h1", "Runs")]
+    where = tag("p", " · ".join(links))
+    return "\n".join([*head, where, *said, *parts, tag("script", SCRIPT), "</html>\n"])
 
 
 HEAD = '<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
 PAGE_STYLE = """
 :root{color-scheme:light dark}
 body{font:15px/1.45 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;
-  background:var(--paper);color:var(--ink)}
+  background:var(--paper);color:var(--ink);overflow-wrap:anywhere}
 a{color:var(--0)} h2{border-top:1px solid var(--grid);padding-top:1em;margin-top:2em}
+figcaption,.note{color:var(--soft);font-size:13px} p.note{margin:.3em 0}
+figure{margin:0} figcaption b{color:var(--ink);font-weight:600} .hover{min-height:1.5em}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(340px,1fr));gap:1em 1.5em}
-figure{margin:0} figcaption,.note{color:var(--soft);font-size:13px} figcaption b{color:var(--ink);font-weight:600}
-svg{width:100%;height:auto;display:block} .hover{min-height:1.5em}
-.scroll{overflow-x:auto;margin:.6em 0} table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}
-td,th{padding:.25em .7em;text-align:right;border-bottom:1px solid var(--grid);white-space:nowrap}
-td:first-child,th:first-child{text-align:left}
-.two{display:grid;grid-template-columns:1fr 1fr;gap:1em} @media (max-width:700px){.two{grid-template-columns:1fr}}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:13px;margin:.3em 0;padding:.7em;border:1px solid var(--grid)}
-label{margin-right:1.2em} label svg{display:inline;width:24px;margin:0 .4em} label line{stroke-width:3}
+svg{width:100%;height:auto;display:block}
+.scroll{overflow-x:auto;margin:.6em 0}
+table{border-collapse:separate;border-spacing:0;font-size:13px;font-variant-numeric:tabular-nums}
+td,th{padding:3px 9px;line-height:19px;text-align:right;border-bottom:1px solid var(--grid);white-space:nowrap}
+td:first-child,th:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}
+.two{display:grid;grid-template-columns:1fr 1fr;gap:1em}
+pre{white-space:pre-wrap;font-size:13px;margin:.3em 0;padding:.7em;border:1px solid var(--grid)}
+.who{position:sticky;top:0;z-index:1;max-height:20vh;overflow:auto;padding:.4em 0;background:var(--paper)}
+label{display:inline-block;margin-right:1.2em}
+label svg{display:inline;width:24px;margin:0 .4em} label line{stroke-width:3}
 summary{cursor:pointer;margin:.6em 0}
+@media (max-width:700px){.two{grid-template-columns:1fr} td:first-child{white-space:normal;min-width:9em}}
 """
 
-# Without it the page is complete; with it a curve can be hidden, and the values under the pointer are told.
+# Without it the page is complete; with it a curve can be hidden, and under a chart stand the values of the four curves
+# that are nearest to the pointer.
 SCRIPT = """
 document.querySelectorAll("label input").forEach(box => box.onchange = () =>
   box.closest("section").querySelectorAll(".charts ." + box.value).forEach(curve =>
@@ -108,14 +114,15 @@ document.querySelectorAll("figure").forEach(figure => {
   svg.onmouseleave = () => told.textContent = "";
   svg.onmousemove = event => {
     const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
-    const said = [];
+    const near = [];
     svg.querySelectorAll("polyline").forEach(curve => {
       if (curve.style.display == "none") return;
       const points = [...curve.points].sort((a, b) => Math.abs(a.x - at.x) - Math.abs(b.x - at.x));
       const value = high - (points[0].y - top) / height * (high - low);
-      said.push(curve.dataset.name + " " + value.toPrecision(3));
+      near.push({far: Math.abs(points[0].y - at.y), text: curve.dataset.name + " " + value.toPrecision(3)});
     });
-    told.textContent = said.join(", ");
+    near.sort((a, b) => a.far - b.far);
+    told.textContent = near.slice(0, 4).map(curve => curve.text).join(", ");
   };
 });
 """
@@ -136,7 +143,8 @@ def group_of(script, runs):
     labels = [label_of(i, run) for i, run in enumerate(runs)]
     charts = [chart(script, metric, runs) for metric in metrics]
     samples = [samples_of(run) for run in runs]
-    who, curves = tag("p", *labels), tag("div", *charts, look="charts")
+    who = tag("p", *labels, look="who")
+    curves = tag("div", *charts, look="charts")
     return "".join([who, options_of(runs), curves, *samples])
 
 
@@ -193,19 +201,21 @@ def curve_of(i, name, axes, xs, ys):
 
 
 def options_of(runs):
-    """The options in which the runs differ; the others folded away."""
+    """The options in which the runs differ, a run a line; the others folded away."""
     names = {}
     for run in runs:
         names |= run.options
-    common, differ = [], []
+    heads, lines = [""], [[run.name] for run in runs]
+    common = []
     for name in names:
         texts = [option_text(run.options.get(name, "–")) for run in runs]
-        if len(set(texts)) > 1:
-            differ.append([f"--{name}", *texts])
-        else:
+        if len(set(texts)) == 1:
             common.append([f"--{name}", texts[0]])
-    heads = ["option", *(run.name for run in runs)]
-    shown = html_table(heads, differ) if differ else ""
+            continue
+        heads.append(f"--{name}")
+        for cells, text in zip(lines, texts):
+            cells.append(text)
+    shown = html_table(heads, lines) if len(heads) > 1 else ""
     agree = " in which they agree" if len(runs) > 1 else ""
     summary = tag("summary", f"{len(common)} options{agree}")
     return shown + tag("details", summary, html_table(["option", "value"], common))
@@ -322,7 +332,8 @@ class RunFolder:
         self.rows, bad = read_log(folder)
         log = f"{folder}/metrics.jsonl"
         if bad:
-            self.notes.append(f"{log}: {len(bad)} lines are no rows and left out, the first is line {bad[0]}")
+            lines = len(bad) + len(self.rows)
+            self.notes.append(f"{log}:{bad[0]}: no row; {len(bad)} of {lines} lines are left out")
         if not self.rows:
             self.notes.append(f"{log}: no step is in it, so there is nothing to draw")
         paths = sorted((folder / "samples").glob("*.txt"))
