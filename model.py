@@ -1198,6 +1198,8 @@ def machine(device, dtype="auto"):
     else:
         threads = torch.get_num_threads()
         name = f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}"
+        if told := os.environ.get("ONEDNN_MAX_CPU_ISA"):
+            name += f", at most {told}"
     return f"{name}, {precision(device, dtype)}"
 
 

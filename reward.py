@@ -192,8 +192,8 @@ PAIR_LOSSES = {
 
 def focal(r_w, r_l, gamma):
     """-(1 - 2 max(0, p - ½))^γ log p with p = σ(r_w - r_l), per pair (InternLM2 2403.17297, eq. 1)."""
-    wrong = (2 * torch.sigmoid(r_l - r_w)).clamp(max=1)  # = 1 - 2 max(0, p - ½), but never 0
-    return wrong ** gamma * bradley_terry(r_w, r_l)
+    log_wrong = (math.log(2) + F.logsigmoid(r_l - r_w)).clamp(max=0)  # of 1 - 2 max(0, p - ½), which can round to 0
+    return (gamma * log_wrong).exp() * bradley_terry(r_w, r_l)
 
 
 def log_barrier(r, bound=5.0):

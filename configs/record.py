@@ -29,10 +29,12 @@ from model import find_device, machine, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "configs/results"
-READMES = [ROOT / "README.md", ROOT / "configs/README.md"]
+READMES = [ROOT / "README.md", ROOT / "configs/README.md", ROOT / "tests/STUDY.md"]
 
 # Curves that become a table NAME.curves beside those that the recipe leaves: {recipe: {run: its metrics}}.
 CURVES = {"compare": {"grpo": ["gold", "reward/format", "response_length"]}}
+# All that a run logged at some of its steps becomes a table NAME.log: {recipe: {run: steps}}.
+LOGS = {"compare": {"ppo": (0, 1, 2, 4, 9, 14, 19), "grpo": (0, 4, 9, 14, 19, 29, 39)}}
 # And what each stage logged last of these becomes a table NAME.stages.
 ENDS = ("seconds", "val_loss", "val_accuracy", "val_gold")
 
@@ -41,12 +43,13 @@ ENDS = ("seconds", "val_loss", "val_accuracy", "val_gold")
 
 @dataclass
 class Record(Options):
-    """Run a recipe once a seed, and gather its tables into configs/results/NAME.json.
+    """Run a recipe once a seed, and gather its tables into configs/results/NAME.json; or elsewhere, if --name says so.
 
     Seed 0 has the folder out/seed0, and its log there in NAME.log. NAME.run.json says on what it was made, and that it
     is finished: then it is only gathered. Without that file the recipe runs, and skips the stages that are finished.
     """
     seeds: str = "0,1,2"        # all that the results file is to have, with commas between them
+    name: str = ""              # of the results file; empty: the recipe's
     jobs: Count = 1             # runs at a time; several have one thread each
     out: str = "out"            # folder in which every seed has its own
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the matmuls
@@ -154,8 +157,10 @@ def record(cfg, recipe):
     failed = run_all(to_do, cfg.jobs, origin)
     if failed:
         raise UserError(f"{name}: {failed} seeds failed, nothing is written; the same command goes on from here")
-    path = RESULTS / f"{name}.json"
-    write_text(path, to_json(gather(name, runs)))
+    result, called = gather(name, runs), cfg.name or name
+    result["tables"] = {called + table.removeprefix(name): rows for table, rows in result["tables"].items()}
+    path = RESULTS / f"{called}.json"
+    write_text(path, to_json(result))
     print(f"{path}: {len(seeds)} seeds")
 
 
@@ -241,6 +246,8 @@ def gather(name, runs):
             seeds_of_table[path.stem][run.seed] = rows_of(path, run.out)
         if name in CURVES:
             seeds_of_table[f"{name}.curves"][run.seed] = curves_of(run, CURVES[name])
+        if name in LOGS:
+            seeds_of_table[f"{name}.log"][run.seed] = logged_of(run, LOGS[name])
         seeds_of_table[f"{name}.stages"][run.seed] = ends_of(run)
     result["tables"] = {}
     for table, of_seed in seeds_of_table.items():
@@ -275,6 +282,21 @@ def curves_of(run, wanted):
             if values and None not in values:
                 curves[folder][metric] = rounded(values)
     return curves
+
+
+def logged_of(run, wanted):
+    """{run STEP: {metric: value}} of what was logged at these steps."""
+    logged = {}
+    for folder, steps in wanted.items():
+        for row in read_log(run.folder / folder)[0]:
+            if row["step"] not in steps:
+                continue
+            name = f"{folder} {row['step']}"
+            logged[name] = {}
+            for metric, value in row.items():
+                metric = metric.replace(f"{run.out}/", "")      # in reward/FOLDER
+                logged[name][metric] = rounded(value)
+    return logged
 
 
 def ends_of(run):

@@ -1,7 +1,7 @@
 """Results as data: run recipes over seeds, and make every table, every figure and a page of what they left.
 
     python configs/report.py record compare --seeds 0,1,2   runs compare.sh once a seed -> configs/results/compare.json
-    python configs/report.py tables     such files -> the tables of README.md and configs/README.md
+    python configs/report.py tables     such files -> the tables of the READMEs and of tests/STUDY.md
     python configs/report.py figures    such files -> configs/results/*.svg
     python configs/report.py page out/* run folders -> one page of them, out/report.html (--out); `page` can be left out
 
@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.charts import COLORS, Axes, dot, drawing, legend, line, span, ticks, words
 from configs.page import Page, page
-from configs.record import READMES, RESULTS, Record, each, record, results_of, rows_from
+from configs.changes import CHANGES
+from configs.record import LOGS, READMES, RESULTS, Record, each, record, results_of, rows_from
 from data import OptionError, Options, UserError, guard, mean, parse, tell, write_text
 
 
@@ -49,6 +50,25 @@ MAIN = {"sums right": "arith new", "`write`: true reward": "write new", "greedy"
         "win rate over SFT": "win new", "KL": "kl mean", "length": "length mean 0"}
 ALL = {"`arith`": "arith", "`write`": "write", "`safe`": "safe", "`fmt`": "fmt", "nll": "nll", "proxy": "proxy",
        "win": "win", "KL": "kl", "length": "length sd 1", "greedy": "greedy", "greedy win": "greedy_win"}
+GAIN = {"true reward in `write`": "write", "win": "win", "greedy": "greedy", "greedy win": "greedy_win", "KL": "kl"}
+LOSSES = {
+    "sft": "SFT | demonstrations", "losses/best/dpo": "DPO | pairs", "losses/best/rso": "RSO | pairs",
+    "losses/best/gpo_exponential": "GPO, exponential | pairs", "losses/best/gpo_savage": "GPO, Savage | pairs",
+    "losses/best/dpop": "DPOP | pairs", "losses/best/tdpo2": "TDPO | pairs",
+    "losses/best/sppo": "SPPO | pairs and win rates", "losses/best/dno": "DNO | pairs and win rates",
+    "losses/best/dro": "DRO | answers and scores", "losses/best/d2o": "D2O | pairs", "losses/best/npo": "NPO | the worse answers",
+    "losses/best/slic": "SLiC-HF | pairs, no reference", "losses/best/cpo": "CPO | pairs, no reference",
+    "losses/best/spo": "SPO | the reward model, by RL"}
+TRAINED = {"dpo": "DPO", "online_dpo": "online DPO", "ppo": "PPO", "grpo": "GRPO"}
+METHODS = TRAINED | {"best of n": "best of n"}
+KLS, BUDGETS = (0.25, 0.5, 1, 2, 4), (0.125, 0.25, 0.5, 1)
+PPO_LOG = {"`reward`": "reward first", "`gold`": "gold first", "`kl`": "kl first", "`entropy`": "entropy first",
+           "`response_length`": "response_length first 1", "`clip_frac`": "clip_frac first 4",
+           "`approx_kl`": "approx_kl first 4", "`policy_loss`": "policy_loss first 4", "`value_loss`": "value_loss first 3",
+           "`explained_variance`": "explained_variance first"}
+GRPO_LOG = {"`reward`": "reward first", "`zero_std`": "zero_std first", "`loss`": "loss first 3",
+            "`grad_norm`": "grad_norm first", "`entropy`": "entropy first", "`response_length`": "response_length first 1",
+            "`finished`": "finished first", "`val_reward`": "val_reward first"}
 
 # {NAME of a block in a README: what it shows}. A recipe's is a line: "dapo": Table("dapo", {"sums right": "arith"}).
 TABLES = {
@@ -65,6 +85,29 @@ TABLES = {
                                     "sums right": "arith", "nll": "nll"}),
     "hermes3": Table("hermes3", {"true reward in `write`": "write", "win rate over SFT": "win", "greedy win": "greedy_win",
                                  "KL": "kl", "sums right": "arith"}),
+    "ppo_log": Table("compare.log", PPO_LOG, {f"ppo {step}": str(step) for step in LOGS["compare"]["ppo"]}, "step"),
+    "grpo_log": Table("compare.log", GRPO_LOG, {f"grpo {step}": str(step) for step in LOGS["compare"]["grpo"]}, "step"),
+    "changes": Table("changes", {"plain": "plain", "changed": "changed"},
+                     {f"{change.run} {change.metric}": str(change) for change in CHANGES}, "option | metric | goes | why"),
+    "losses": Table("losses", {"true reward in `write`": "write", "win": "win", "greedy": "greedy",
+                               "greedy win": "greedy_win", "proxy": "proxy", "KL": "kl", "nll": "nll"}, LOSSES, "loss | learns from"),
+    "losses_flipped": Table("losses.flipped", GAIN),
+    "losses_bad": Table("losses.bad", {"true reward in `safe`": "safe", "harmless": "harmless", "over-refusal": "over_refusal",
+                                       "help": "help", "KL": "kl sd 1", "nll": "nll"},
+                        {"sft": "sft", "losses/bad/npo5e-5": "NPO, 5e-5", "losses/bad/d2o5e-5": "D2O, 5e-5",
+                         "losses/bad/npo2e-4": "NPO, 2e-4", "losses/bad/d2o2e-4": "D2O, 2e-4"}),
+    "losses_thumbs": Table("losses.thumbs", GAIN),
+    "losses_digits": Table("losses.digits", {"chosen": "val_rewards/chosen", "rejected": "val_rewards/rejected",
+                                             "accuracy": "val_rewards/accuracy", "KL": "kl"}),
+    "losses_rounds": Table("losses.rounds", GAIN | {"proxy": "proxy"}),
+    "losses_own": Table("losses.own", GAIN, {"sft": "sft", "losses/best/rso": "RSO, on the pairs of all",
+                                             "losses/own/rso": "RSO, on its own", "losses/best/spo": "SPO, by the reward model",
+                                             "losses/own/spo": "SPO, by how often people prefer it"}),
+    "when_kl": Table("when", {f"{kl} nats": f"gold@kl{kl}" for kl in KLS}, METHODS, "true reward at a KL of"),
+    "when_kl_greedy": Table("when", {f"{kl} nats": f"greedy@kl{kl}" for kl in KLS}, TRAINED, "greedy at a KL of"),
+    "when_compute": Table("when", {f"{budget}": f"gold@{budget}T" for budget in BUDGETS}, TRAINED, "true reward at so many TFLOPs"),
+    "when_compute_greedy": Table("when", {f"{budget}": f"greedy@{budget}T" for budget in BUDGETS}, TRAINED,
+                                 "greedy at so many TFLOPs"),
     "o1": Table("o1", {"one answer": "pass@1", "majority of 16": "maj@16", "one right of 16": "pass@16"}),
 }
 
@@ -214,7 +257,7 @@ def figures(cfg):
 
 @dataclass
 class Tables(Options):
-    """Rewrite the tables of README.md and configs/README.md from the results files."""
+    """Rewrite the tables of the READMEs and of tests/STUDY.md from the results files."""
     check: bool = False         # write nothing; say which differ, and exit with 1 if any does
 
 
@@ -370,6 +413,8 @@ class Cell:
         """values: one a seed. A dash where a seed has none."""
         if None in values:
             return "–"
+        if self.how == "first":
+            return self.number(values[0])
         if self.how == "seeds":
             return " / ".join(map(self.number, values))
         center, spread = self.number(mean(values)), sd(values)
@@ -384,7 +429,8 @@ class Cell:
 
 
 HOW = {     # and what is said of it under a table
-    "mean": "", "sd": "`a ± b`: mean and standard deviation", "seeds": "`a / b`: each seed",
+    "mean": "", "first": "shown is the first of these seeds",
+    "sd": "`a ± b`: mean and standard deviation", "seeds": "`a / b`: each seed",
     "new": "`a [b, c]`: mean, and where a new seed falls, 95%",
     "sure": "`a [b, c]`: mean over the seeds, and its 95% interval"}
 SHARES = re.compile(r"arith|pass@|maj@|win|greedy_win|harmless|over_refusal|help|right")    # they end at 0 and 1

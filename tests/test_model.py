@@ -1867,6 +1867,8 @@ def test_auto_is_bf16_where_a_cpu_may_use_instructions_for_it(amx, avx512, told,
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", told)
     assert M.precision(torch.device("cpu")) == want
     assert M.precision(torch.device("cpu"), "bf16") == "bf16"
+    here = M.machine(torch.device("cpu"))
+    assert here.endswith(f", {want}") and (f"at most {told}" in here) == bool(told), "what is hidden is said"
 
 
 @pytest.mark.parametrize("emulated", [True, False])

@@ -54,7 +54,7 @@ BESIDE = dict(
     chatglm_rlhf=("balance", "pairs.jsonl"), nemotron4=("rate", "ratings.jsonl"),
     long2short=("shorten", "shortest.jsonl"), judging=("write", "demos.jsonl"), lookahead=("write", "demos.jsonl"),
     long_thinking=("write", "demos.jsonl"), losses=("write", "digits.jsonl"), pick=("pick", "summary.json"),
-    last_rows=("show", "summary.json"), when=("when", "summary.json"))
+    last_rows=("show", "summary.json"), when=("when", "summary.json"), changes=("compare", "summary.json"))
 TAKES = reward.TAKES | dict(merge=["checkpoint", "checkpoint..."], reward_hacking=["run..."],
                             nemotron4=["reward", "reward..."], last_rows=["run", "run..."],
                             when=["method", "method..."])
@@ -140,7 +140,7 @@ def terms(spec):
 
 
 # Options that are a folder or a file to read.
-FOLDERS = ("init", "policy", "critic", "ref", "merge_base", "teacher", "table", "val", "test", "best_of")
+FOLDERS = ("init", "policy", "critic", "ref", "merge_base", "teacher", "table", "val", "test", "best_of", "runs")
 
 
 def reads(name, cfg, folders):
@@ -252,6 +252,20 @@ def test_deepseek_r1_begins_its_third_stage_again_from_the_base():
     assert weights.keys() == {"exact", "format"} and max(weights.values()) < .5 < sum(weights.values())
 
 
+def test_the_options_that_changes_names_are_those_of_its_recipe():
+    """And each of the recipe's runs is there for something."""
+    said = {}
+    for words in expand(ROOT / "configs/changes.sh"):
+        folder = words[words.index("--out") + 1]
+        own = words[words.index(folder) + 1:]       # what it does not share with the plain run
+        said[folder.removeprefix("out/changes/")] = [word.replace("out/changes/", "") for word in own]
+    changes = importlib.import_module("changes").CHANGES
+    for change in changes:
+        assert shlex.split(change.options) == said[change.run], change.run
+    runs = {name for name in said if "/" in name and not name.startswith("out/") and not name.endswith("/plain")}
+    assert runs == {change.run for change in changes}
+
+
 @pytest.mark.parametrize("path", TOMLS, ids=lambda path: path.stem)
 def test_every_key_of_a_toml_belongs_to_the_script_it_names(path):
     """And has a value that the script takes."""
@@ -269,7 +283,7 @@ def test_every_key_of_a_toml_belongs_to_the_script_it_names(path):
 
 # ---- what the READMEs say
 
-READMES = ["README.md", "configs/README.md", "tests/README.md"]
+READMES = ["README.md", "configs/README.md", "tests/README.md", "tests/STUDY.md"]
 
 
 def anchors(text):

@@ -67,6 +67,7 @@ def house(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(report, "READMES", [tmp_path / "README.md"])
     monkeypatch.setattr(record, "CURVES", {"tiny": {"base": ["gold", "unlogged"]}})
+    monkeypatch.setattr(record, "LOGS", {"tiny": {"base": (0, 7)}})
     return tmp_path
 
 
@@ -86,9 +87,18 @@ def test_a_recipe_is_run_once_a_seed_and_its_numbers_are_gathered(house, monkeyp
                  "a|b on pairs.jsonl": {"right": [1, 1]}, "best of n": {"curves": [{"d": [0.5, None]}] * 2}},
         "tiny.part": got["tables"]["tiny"],
         "tiny.curves": {"base": {"gold": [[1], [3]]}},
+        "tiny.log": {"base 0": {"step": [0, 0], "gold": [1, 3], "seconds": [1001, 1003]}},
         "tiny.stages": dict.fromkeys(["base", "tiny/a"], {"seconds": [1001, 1003]})}, "names without OUT, numbers of both seeds, no texts"
     with open(house / "out/seed1/tables/tiny.json") as f:
         assert "1" == json.load(f)["rows"][0]["threads"], "two runs at a time have one thread each"
+
+
+def test_a_results_file_can_have_a_name_of_its_own(house, monkeypatch):
+    """As that of another machine; its tables are then called so, too."""
+    assert run("record", "tiny", "--seeds", 0, "--name", "tiny_there", monkeypatch=monkeypatch) == 0
+    got = results(house, "tiny_there")
+    assert got["recipe"] == "tiny" and not (house / "results/tiny.json").exists()
+    assert got["tables"].keys() == {f"tiny_there{part}" for part in ("", ".part", ".curves", ".log", ".stages")}
 
 
 def test_seconds_are_those_from_nothing_and_stay_when_gathered_again(house, monkeypatch):

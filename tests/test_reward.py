@@ -302,6 +302,16 @@ def test_plackett_luce_and_its_gradient_against_a_loop(k):
     close(total, 1.0)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_and_its_gradient_are_finite_at_any_margin(gamma):
+    """(1 - p)^γ has an infinite slope at p = 1 where γ is below 1, and there p rounds to 1."""
+    r_w = torch.tensor([90.0, 500.0, -500.0], requires_grad=True)
+    loss = reward.focal(r_w, torch.zeros(3), gamma)
+    loss.sum().backward()
+    assert loss[:2].abs().max() < 1e-9 and loss[2] == 500
+    assert r_w.grad[:2].abs().max() < 1e-9 and r_w.grad[2] == -1
+
+
 def test_beyond_its_wall_the_barrier_is_finite():
     beyond = torch.tensor([5.0, -5.0, 60.0, -1e6], requires_grad=True)
     wall = reward.log_barrier(beyond)

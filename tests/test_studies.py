@@ -1,5 +1,5 @@
 """The studies: what configs/when.py computes, against costs.py, PyTorch's counter and by hand; what configs/losses.py
-writes; what pick.py and last_rows.py choose and show. That both recipes run is in test_recipes.py."""
+writes; what pick.py, last_rows.py and changes.py choose and show. That the recipes run is in test_recipes.py."""
 import importlib
 import json
 import math
@@ -21,7 +21,8 @@ from data import OptionError, UserError
 from policies import TOK, random_policy, save
 from runs import write
 
-WHEN, PICK, LAST, LOSSES = (importlib.import_module(name) for name in ("when", "pick", "last_rows", "losses"))
+WHEN, PICK, LAST, LOSSES, CHANGES = (
+    importlib.import_module(name) for name in ("when", "pick", "last_rows", "losses", "changes"))
 CPU = dict(device="cpu", dtype="fp32", threads=1)
 
 
@@ -256,6 +257,24 @@ def test_last_rows_are_those_of_finished_runs(tmp_path, capsys):
     for name, metrics, word in (("a", "kl", "no kl, but step, loss"), ("c", "loss", "no finished run")):
         with pytest.raises(UserError, match=word):
             LAST.show(LAST.Config(out=str(tmp_path / metrics), metrics=metrics), [str(tmp_path / name)])
+
+
+def test_a_change_is_the_mean_of_the_last_quarter_beside_the_plain_runs(tmp_path, monkeypatch):
+    """Of the rows that have the metric; None where none has."""
+    monkeypatch.setattr(CHANGES, "CHANGES", [
+        CHANGES.Change("ppo/kl", "--kl_coef 0", "kl", "up", ""), CHANGES.Change("ppo/kl", "--kl_coef 0", "gold", "up", "")])
+    for name, values in (("plain", [9, 9, 9, 9, None, 1, 2, None]), ("kl", [9, 9, 3])):
+        rows = [dict(step=i, seconds=i, kl=value) for i, value in enumerate(values)]
+        data.write_text(tmp_path / "ppo" / name / "summary.json", "{}")
+        write(tmp_path / "ppo" / name / "metrics.jsonl", rows)
+    cfg = dict(runs=str(tmp_path), save=str(tmp_path / "x.json"))
+    CHANGES.compare(CHANGES.Config(out=str(tmp_path / "table"), **cfg))
+    assert json.loads((tmp_path / "x.json").read_text())["rows"] == [
+        dict(name="ppo/kl kl", plain=1.5, changed=3), dict(name="ppo/kl gold", plain=None, changed=None)]
+    (tmp_path / "ppo/plain/summary.json").unlink()
+    with pytest.raises(UserError, match="plain: no finished run"):
+        CHANGES.compare(CHANGES.Config(out=str(tmp_path / "again"), **cfg))
+
 
 
 # ---------------------------------------------------------------- the data that some losses are for
