@@ -128,8 +128,8 @@ def span(values):
 
 
 class Axes:
-    """A box of a drawing with two scales: values in, pixels out, of which y grows downwards. x_log: the x axis is that of
-    log x."""
+    """A box of a drawing with two scales: values in, pixels out, and the y of pixels grows downwards. x_log: the x axis
+    is that of log x."""
 
     def __init__(self, left, top, width, height, x_range, y_range, x_log=False):
         self.left, self.top = left, top

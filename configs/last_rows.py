@@ -47,7 +47,8 @@ def show(cfg, folders):
         row = dict(checkpoint=folders[step])
         table.append(row | last_row(folders[step], names))
         run.log(step)
-    print_table(folders, table, [(f"  {name}", name, ".3f") for name in names])
+    columns = [(f"  {name:>7}", name, ".3f") for name in names]     # as wide as -12.345 at least
+    print_table(folders, table, columns)
     if cfg.save:
         write_text(cfg.save, json.dumps(dict(rows=table), indent=1))
     return run.finish(())

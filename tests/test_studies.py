@@ -255,7 +255,7 @@ def test_last_rows_are_those_of_finished_runs(tmp_path, capsys):
     folders = [str(tmp_path / name) for name in "ab"]
     cfg = LAST.Config(out=str(tmp_path / "table"), metrics="loss", save=str(tmp_path / "x.json"))
     LAST.show(cfg, folders)
-    assert "-2.000" in capsys.readouterr().out
+    assert f"{folders[1]}   -2.000\n" in capsys.readouterr().out
     assert json.loads((tmp_path / "x.json").read_text())["rows"] == [
         dict(checkpoint=folders[0], loss=1.5), dict(checkpoint=folders[1], loss=-2.0)]
     for name, metrics, word in (("a", "kl", "no kl, but step, loss"), ("c", "loss", "no finished run")):
