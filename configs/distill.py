@@ -131,8 +131,8 @@ def open_prompts(student, teacher, cfg):
 
 
 def answers_itself(step, cfg):
-    """Whether the student answers in this step, or else the teacher: by chance, with probability λ. The chance is that of
-    the step, so that a run that is continued does not draw anew."""
+    """Whether the student answers in this step, or else the teacher: by chance, with probability λ. It is the step's own
+    draw, so that a run that is continued has the same."""
     rng = random.Random(f"whose {cfg.seed} {step}")
     return rng.random() < cfg.lam
 

@@ -114,9 +114,10 @@ class SeedRun:
             self.process = self.bash(*self.recipe, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
     def end(self, origin):
-        """After the recipe: write the note, or say what went wrong -> whether all is well. origin: commit, machine, torch.
+        """After the recipe: write the note, or say what went wrong -> whether all is well.
 
-        The seconds are those from nothing: of this run, and what its stages had taken before it.
+        origin: commit, machine and torch. The seconds are those from nothing: of this run, and what its stages had taken
+        before it.
         """
         seconds = self.seconds_before + time.perf_counter() - self.since
         fault = ""

@@ -316,7 +316,7 @@ def by_checkpoint(path):
     rows = table_rows(path)
     whole = all("checkpoint" in row and "kl" in row and "write" in row for row in rows)
     if not rows or not whole:
-        raise UserError(f"{path}: needed are rows with checkpoint, kl and write, as reward.py compare --save makes them")
+        raise UserError(f"{path}: needed are rows with checkpoint, kl and write, as of reward.py compare --save")
     return {row["checkpoint"]: row for row in rows}
 
 

@@ -402,7 +402,8 @@ def test_what_record_puts_beside_the_runs_is_no_news(runs):
 
 
 @pytest.mark.parametrize("file, content, word", [
-    ("metrics.jsonl", b"", "no step is in it"), ("metrics.jsonl", b'{"step": 0}\n\xff', "metrics.jsonl:2: no row; 1 of 2"),
+    ("metrics.jsonl", b"", "no step is in it"),
+    ("metrics.jsonl", b'{"step": 0}\n\xff', "metrics.jsonl:2: no row; 1 of 2"),
     ("metrics.jsonl", b'{"step": 0, "x": %s, "y": 1e308}\n{"step": 1, "y": -1e308}' % (b"9" * 400), ""),
     ("metrics.jsonl", b'{"step": 0, "\\ud800": 1}', ""), ("run.json", b"{", "skipped: out/a/run.json: no JSON"),
     ("run.json", b"[]", "skipped: out/a/run.json: not a JSON object"),

@@ -191,7 +191,7 @@ def test_the_whole_of_when(tmp_path, capsys):
 @pytest.mark.parametrize("change, error, word", [
     (dict(kl="1,x"), OptionError, "--kl"), (dict(tflops=""), OptionError, "--tflops"),
     (dict(folder="dpo/1e-4/8"), UserError, "no runs"), (dict(val="short.json"), UserError, "no row of"),
-    (dict(test="nowhere.json"), UserError, "No such file"), (dict(test="short.json", val="empty.json"), UserError, "needed are"),
+    (dict(test="nowhere.json"), UserError, "No such file"), (dict(val="empty.json"), UserError, "needed are"),
     (dict(best_of="rates.json"), UserError, "needed are")])
 def test_what_when_cannot_read_is_one_line(change, error, word, tmp_path):
     _, options = finished_runs(tmp_path, [8])
@@ -239,7 +239,8 @@ def test_a_table_keeps_both_names_of_a_model_that_is_in_it_twice(tmp_path, capsy
 
 
 @pytest.mark.parametrize("rows, word", [
-    (None, "No such file"), ([], "no checkpoint"), ([dict(name="dpo", write=1)], "no checkpoint"), ([dict(checkpoint="elsewhere/dpo/1", write=1)], "no checkpoint"),
+    (None, "No such file"), ([], "no checkpoint"), ([dict(name="dpo", write=1)], "no checkpoint"),
+    ([dict(checkpoint="elsewhere/dpo/1", write=1)], "no checkpoint"),
     ([dict(checkpoint="dpo/1")], "has no write")])
 def test_a_table_that_nothing_can_be_picked_from_is_one_line(rows, word, tmp_path):
     table = tmp_path / "val.json"
