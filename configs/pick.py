@@ -67,8 +67,12 @@ def pick(cfg):
         method = methods[step]
         row = best[method]
         folder = Path(name_of(row))
+        try:
+            rate = float(folder.name)
+        except ValueError:
+            raise UserError(f"{cfg.table}: {folder} is not called METHOD/RATE") from None
         lead(run.folder / method, folder)
-        table.append(dict(name=method, rate=float(folder.name), val=row[cfg.number]))
+        table.append(dict(name=method, rate=rate, val=row[cfg.number]))
         run.log(step)
     print_table(methods, table, [("    rate", "rate", "g"), (f"{cfg.number:>8}", "val", ".3f")])
     if cfg.save:

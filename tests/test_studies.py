@@ -240,12 +240,14 @@ def test_a_table_keeps_both_names_of_a_model_that_is_in_it_twice(tmp_path, capsy
 
 @pytest.mark.parametrize("rows, word", [
     (None, "No such file"), ([], "no checkpoint"), ([dict(name="dpo", write=1)], "no checkpoint"),
+    ([dict(checkpoint="HERE/best/dpo", write=1)], "METHOD/RATE"),
     ([dict(checkpoint="elsewhere/dpo/1", write=1)], "no checkpoint"),
     ([dict(checkpoint="dpo/1")], "has no write")])
 def test_a_table_that_nothing_can_be_picked_from_is_one_line(rows, word, tmp_path):
     table = tmp_path / "val.json"
     if rows is not None:
-        table.write_text(json.dumps(dict(rows=rows)))
+        text = json.dumps(dict(rows=rows))
+        table.write_text(text.replace("HERE", str(tmp_path)))
     with pytest.raises(UserError, match=word):
         PICK.pick(PICK.Config(out=str(tmp_path / "best"), table=str(table)))
 
