@@ -93,6 +93,13 @@ def at_the_end(folder, metric):
     return mean(values[len(values) - last:])
 
 
+def as_said(plain, changed, goes):
+    """1 if it goes where it was said to go, else 0; None where there is nothing to compare."""
+    if plain is None or changed is None:
+        return None
+    return int(changed > plain if goes == "up" else changed < plain)
+
+
 def shown(value):
     return "–" if value is None else f"{value:.3f}"
 
@@ -110,10 +117,12 @@ def compare(cfg):
             if not (needed / "summary.json").exists():
                 raise UserError(f"{needed}: no finished run")
         plain, changed = at_the_end(folder.parent / "plain", change.metric), at_the_end(folder, change.metric)
-        table.append(dict(name=f"{change.run} {change.metric}", plain=plain, changed=changed))
+        table.append(dict(name=f"{change.run} {change.metric}", plain=plain, changed=changed,
+                          as_said=as_said(plain, changed, change.goes)))
         run.log(step)
     for row, change in zip(table, CHANGES):
-        print(f"{row['name']:42} {change.goes:5} {shown(row['plain']):>8} → {shown(row['changed']):>8}")
+        verdict = "" if row["as_said"] else "  not as said"
+        print(f"{row['name']:42} {change.goes:5} {shown(row['plain']):>8} → {shown(row['changed']):>8}{verdict}")
     if cfg.save:
         write_text(cfg.save, json.dumps(dict(rows=table), indent=1))
     return run.finish(())

@@ -87,7 +87,7 @@ TABLES = {
                                  "KL": "kl", "sums right": "arith"}),
     "ppo_log": Table("compare.log", PPO_LOG, {f"ppo {step}": str(step) for step in LOGS["compare"]["ppo"]}, "step"),
     "grpo_log": Table("compare.log", GRPO_LOG, {f"grpo {step}": str(step) for step in LOGS["compare"]["grpo"]}, "step"),
-    "changes": Table("changes", {"plain": "plain", "changed": "changed"},
+    "changes": Table("changes", {"plain": "plain", "changed": "changed", "as said": "as_said"},
                      {f"{change.run} {change.metric}": str(change) for change in CHANGES}, "option | metric | goes | why"),
     "losses": Table("losses", {"true reward in `write`": "write", "win": "win", "greedy": "greedy",
                                "greedy win": "greedy_win", "proxy": "proxy", "KL": "kl", "nll": "nll"}, LOSSES, "loss | learns from"),

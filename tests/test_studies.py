@@ -277,7 +277,9 @@ def test_a_change_is_the_mean_of_the_last_quarter_beside_the_plain_runs(tmp_path
     cfg = dict(runs=str(tmp_path), save=str(tmp_path / "x.json"))
     CHANGES.compare(CHANGES.Config(out=str(tmp_path / "table"), **cfg))
     assert json.loads((tmp_path / "x.json").read_text())["rows"] == [
-        dict(name="ppo/kl kl", plain=1.5, changed=3), dict(name="ppo/kl gold", plain=None, changed=None)]
+        dict(name="ppo/kl kl", plain=1.5, changed=3, as_said=1),
+        dict(name="ppo/kl gold", plain=None, changed=None, as_said=None)]
+    assert (CHANGES.as_said(1, 2, "down"), CHANGES.as_said(2, 1, "down"), CHANGES.as_said(1, 1, "up")) == (0, 1, 0)
     (tmp_path / "ppo/plain/summary.json").unlink()
     with pytest.raises(UserError, match="plain: no finished run"):
         CHANGES.compare(CHANGES.Config(out=str(tmp_path / "again"), **cfg))
