@@ -116,30 +116,37 @@ TABLES = {
 
 def gains():
     """compare.sh: what each algorithm gains over SFT in `write`, sampled and greedy."""
-    found = rows_from("compare")
-    lines = []      # of (row, which of its two lines, values)
-    for row in list(found)[1:]:
-        for i, metric in enumerate(("+write", "+greedy")):
-            lines.append((row, i, values_of(found, row, metric, "compare")))
-    shown = [0.0]
-    for _, _, values in lines:
-        shown += [*values, *interval(values)]
-    axes = Axes(80, 40, 540, 22 * len(lines), span(shown), (0, 1))
+    rows = rows_from("compare")
+    _, *others = rows       # the first is SFT
+    gained = {}         # {row: [values of all seeds, sampled; the same, greedy]}
+    shown = [0.0]       # all that must be in sight
+    for row in others:
+        gained[row] = [values_of(rows, row, metric, "compare") for metric in ("+write", "+greedy")]
+        for values in gained[row]:
+            shown += [*values, *interval(values)]
+    height = 44     # of a row
+    axes = Axes(80, 40, 540, height * len(gained), span(shown), (0, 1))
     parts = legend(80, 22, 100, {"sampled": "c0 wide", "greedy": "c1 wide"})
     parts.append(words(290, 22, "a dot: a seed; the bar: where a new seed falls, 95%"))
     parts += axes.x_axis("true reward in write, gained over SFT", ticks(*axes.x_range, 8), zero=True)
-    for place_, (row, i, values) in enumerate(lines):
-        y = axes.top + 22 * place_ + (14, 8)[i]
-        if i == 0:
-            name, _, _ = ALGORITHMS.get(row, row).partition(" |")
-            parts.append(words(axes.left - 8, y + 12, name, "", "end"))
-        low, high = map(axes.x, interval(values))
-        center = axes.x(mean(values))
-        parts.append(line(low, y, high, y, f"c{i} wide"))
-        parts.append(line(center, y - 6, center, y + 6, f"c{i} mean"))
-        for value in values:
-            parts.append(dot(axes.x(value), y, f"f{i}"))
+    y = axes.top + 14
+    for row, (sampled, greedy) in gained.items():
+        name, _, _ = ALGORITHMS.get(row, row).partition(" |")
+        parts.append(words(axes.left - 8, y + 12, name, "", "end"))
+        parts += seeds_in_a_line(axes, y, sampled, 0)
+        parts += seeds_in_a_line(axes, y + 16, greedy, 1)
+        y += height
     return drawing(640, axes.bottom + 44, parts, gains.__doc__)
+
+
+def seeds_in_a_line(axes, y, values, color):
+    """A dot a seed at the height y, in pixels, with their mean, and a bar where a new seed falls."""
+    low, high = map(axes.x, interval(values))
+    center = axes.x(mean(values))
+    bar = line(low, y, high, y, f"c{color} wide")
+    middle = line(center, y - 6, center, y + 6, f"c{color} mean")
+    dots = [dot(axes.x(value), y, f"f{color}") for value in values]
+    return [bar, middle, *dots]
 
 
 # What is fitted to a gain over d = √KL (Gao et al. 2210.10760, sec. 3.1).
@@ -152,37 +159,50 @@ def overoptimization():
     return draw_curves(rows_from("reward_hacking.curves"))
 
 
-def draw_curves(found):
+def draw_curves(rows):
     """A panel for each row {"d": [a list a seed], "gold", "proxy" alike, "fits": [{form: {"alpha", "beta"}}, ...]}."""
     looks = dict(zip(FORMS, ("c2 dash", "c3 dots")))
     entries = {"gold, the truth": "c0", "proxy": "c1"}
     for form, look in looks.items():
         entries[f"fit {form}"] = look
     parts = legend(46, 20, 160, entries)
-    first = next(iter(found.values()))
+    first, *_ = rows.values()
     start = mean([gold[0] for gold in first["gold"]])   # of the policy before any optimisation
-    for i, (row, curves) in enumerate(found.items()):
-        across, down = i % 3, i // 3
-        heights = sum(curves["gold"] + curves["proxy"], [])
+    for i, (row, curves) in enumerate(rows.items()):
+        left, top = 46 + 262 * (i % 3), 56 + 226 * (i // 3)     # three panels side by side
+        heights = flat(curves["gold"] + curves["proxy"])
         farthest = max(map(max, curves["d"])) or 1      # a policy that has not moved is at 0
-        axes = Axes(46 + 262 * across, 56 + 226 * down, 206, 160, (0, farthest), span(heights))
-        parts += axes.frame(row.split("/")[-1], "d = √KL")
+        axes = Axes(left, top, 206, 160, (0, farthest), span(heights))
+        parts += axes.frame(last_part(row), "d = √KL")
         parts += axes.seeds_and_mean(curves["d"], curves["proxy"], "c1")
         parts += axes.seeds_and_mean(curves["d"], curves["gold"], "c0")
         for form, look in looks.items():
             fits = [of_seed[form] for of_seed in curves["fits"] if form in of_seed]
             if fits:
                 parts.append(fitted(axes, fits, form, start, look))
-    return drawing(832, 46 + 226 * math.ceil(len(found) / 3), parts, overoptimization.__doc__)
+    lines = math.ceil(len(rows) / 3)
+    return drawing(832, 46 + 226 * lines, parts, overoptimization.__doc__)
+
+
+def flat(lists):
+    """The values of several lists, in one."""
+    return sum(lists, [])
+
+
+def last_part(row):
+    """o1/steps10 -> steps10."""
+    return row.split("/")[-1]
 
 
 def fitted(axes, fits, form, start, look):
     """A form with the mean coefficients of the seeds, where it is inside the axes."""
-    alpha, beta = mean(each(fits, "alpha")), mean(each(fits, "beta"))
+    alpha = mean(each(fits, "alpha"))
+    beta = mean(each(fits, "beta"))
     low, high = axes.y_range
+    _, farthest = axes.x_range
     xs, ys = [], []
-    for i in range(1, 25):
-        x = axes.x_range[1] * i / 24
+    for i in range(1, 25):      # not at 0, which has no logarithm
+        x = farthest * i / 24
         y = start + FORMS[form](x, alpha, beta)
         if low <= y <= high:
             xs.append(x)
@@ -192,22 +212,30 @@ def fitted(axes, fits, form, start, look):
 
 def scaling():
     """o1.sh: sums right against the number of samples, after more and more steps of RL."""
-    found = rows_from("o1")
-    entries = {row.split("/")[-1]: f"c{i % COLORS}" for i, row in enumerate(found)}
-    parts = legend(48, 22, 120, entries)
-    for left, kind, title in ((48, "pass@", "one right among k: pass@k"), (348, "maj@", "the majority of k: maj@k")):
-        first = next(iter(found.values()))
-        ks = sorted(int(name.removeprefix(kind)) for name in first if name.startswith(kind))
-        curves, shown = [], []      # of a row: a curve a seed
-        for metrics in found.values():
-            columns = [metrics[f"{kind}{k}"] for k in ks]
-            curves.append(list(zip(*columns)))
-            shown += sum(columns, [])
-        axes = Axes(left, 60, 240, 190, (1, ks[-1]), span(shown), x_log=True)
-        parts += axes.frame(title, "k, samples to a prompt", ks)
-        for per_seed, look in zip(curves, entries.values()):
-            parts += axes.seeds_and_mean([ks] * len(per_seed), per_seed, look)
+    rows = rows_from("o1")
+    looks = {}
+    for i, row in enumerate(rows):
+        looks[last_part(row)] = f"c{i % COLORS}"
+    parts = legend(48, 22, 120, looks)
+    parts += over_samples(48, rows, "pass@", "one right among k: pass@k")
+    parts += over_samples(348, rows, "maj@", "the majority of k: maj@k")
     return drawing(610, 300, parts, scaling.__doc__)
+
+
+def over_samples(left, rows, kind, title):
+    """A panel with a row's pass@k or maj@k against k, in the row's colour."""
+    first, *_ = rows.values()
+    ks = sorted(int(name.removeprefix(kind)) for name in first if name.startswith(kind))
+    curves, shown = [], []
+    for metrics in rows.values():
+        of_k = [metrics[f"{kind}{k}"] for k in ks]      # of each k, a value a seed
+        curves.append(list(zip(*of_k)))     # of each seed, a value a k
+        shown += flat(of_k)
+    axes = Axes(left, 60, 240, 190, (1, ks[-1]), span(shown), x_log=True)
+    parts = axes.frame(title, "k, samples to a prompt", ks)
+    for i, per_seed in enumerate(curves):
+        parts += axes.seeds_and_mean([ks] * len(per_seed), per_seed, f"c{i % COLORS}")
+    return parts
 
 
 def thinking():
@@ -220,7 +248,8 @@ def thinking():
     for panel, metric in enumerate(("gold", thinks)):
         per_seed = curves[metric]
         steps = range(len(per_seed[0]))
-        axes = Axes(48 + 300 * panel, 36, 240, 180, (0, len(steps) - 1), span(sum(per_seed, [])))
+        left, last = 48 + 300 * panel, len(steps) - 1
+        axes = Axes(left, 36, 240, 180, (0, last), span(flat(per_seed)))
         parts += axes.frame(titles[metric], "steps of GRPO")
         parts += axes.seeds_and_mean([steps] * len(per_seed), per_seed, f"c{panel}")
     return drawing(610, 266, parts, thinking.__doc__)
@@ -262,14 +291,14 @@ class Tables(Options):
 
 
 def tables(cfg):
-    """Every block of the pages anew."""
+    """Every block of the READMEs anew."""
     printed, stale = [], []
-    for page in READMES:
-        text, names, changed = rewrite(page)
+    for readme in READMES:
+        text, names, changed = rewrite(readme)
         printed += names
-        stale += [f"{page}: table {name}" for name in changed]
+        stale += [f"{readme}: table {name}" for name in changed]
         if changed and not cfg.check:
-            write_text(page, text)
+            write_text(readme, text)
     for name in TABLES:
         if name not in printed:
             tell(f"table {name} is printed nowhere")
@@ -278,25 +307,27 @@ def tables(cfg):
 
 def tell_stale(stale, check, count):
     """Say which were not as the results files are; a mistake, if that was only to be checked."""
+    said = "differs from configs/results" if check else "is made anew"
     for what in stale:
-        print(f"{what} {'differs from configs/results' if check else 'is made anew'}")
+        print(f"{what} {said}")
     print(f"{count}, {len(stale)} changed")
     if stale and check:
         raise UserError("not all is as configs/results has it; the same command without --check makes it so")
 
 
+# <!-- table NAME ... -->, its lines, <!-- end -->
 BLOCK = re.compile(r"(?ms)^(<!-- table ([\w.-]+)[^\n]*-->\n)(.*?)^(<!-- end -->)$")
 
 
-def rewrite(page):
-    """A page with all its tables made from the results files; the names of all, and of those that were otherwise."""
-    text = page.read_text(encoding="utf-8")
+def rewrite(readme):
+    """A README with all its tables made from the results files; the names of all, and of those that were otherwise."""
+    text = readme.read_text(encoding="utf-8")
     names, changed = [], []
 
     def renew(block):
         begin, name, was, end = block.groups()
         if name not in TABLES:
-            raise UserError(f"{page}: configs/report.py knows no table {name}; add it to TABLES")
+            raise UserError(f"{readme}: configs/report.py knows no table {name}; add it to TABLES")
         now = printed_table(TABLES[name])
         names.append(name)
         if now != was:
@@ -307,32 +338,33 @@ def rewrite(page):
     begun = len(re.findall("(?m)^<!-- table ", text))
     ended = len(re.findall("(?m)^<!-- end -->", text))
     if not begun == ended == len(names):
-        raise UserError(f"{page}: {begun} times <!-- table NAME -->, {ended} times <!-- end -->: each table has one")
+        raise UserError(f"{readme}: {begun} times <!-- table NAME -->, {ended} times <!-- end -->: each table has one")
     return new, names, changed
 
 
 def printed_table(table):
     """A table in Markdown, and what stands under it."""
-    found = rows_from(table.source)
     cells = [Cell(text) for text in table.columns.values()]
+    rows = table.rows or own_names(rows_from(table.source))
     heads = table.head.split("|") + list(table.columns)
     lines = [markdown(heads), "|" + "---|" * len(heads)]
-    for row, printed in (table.rows or own_names(found)).items():
+    for row, printed in rows.items():
         texts = printed.split("|")
         for cell in cells:
             source = cell.source or table.source
-            texts.append(cell(values_of(rows_from(source), row, cell.metric, source)))
+            values = values_of(rows_from(source), row, cell.metric, source)
+            texts.append(cell(values))
         lines.append(markdown(texts))
-    lines += ["", provenance(results_of(table.source), [cell.how for cell in cells])]
-    return "\n".join(lines) + "\n"
+    hows = [cell.how for cell in cells]
+    under = provenance(results_of(table.source), hows)
+    return "\n".join([*lines, "", under, ""])
 
 
-def own_names(found):
+def own_names(rows):
     """{row: what it is called}, the last part of its folder where no other row has that."""
-    last = [row.split("/")[-1] for row in found]
-    if len(set(last)) < len(last):
-        return {row: row for row in found}
-    return dict(zip(found, last))
+    last = [last_part(row) for row in rows]
+    names = last if len(set(last)) == len(last) else rows
+    return dict(zip(rows, names))
 
 
 def markdown(texts):
@@ -347,18 +379,23 @@ def provenance(results, hows):
     made = f"{results['machine']}; commit {results['commit']}"
     if len(results["seeds"]) == 1:
         return f"Seed {seeds}; {made}; {seconds}."
-    meanings = [HOW[how] + "." for how in dict.fromkeys(hows) if HOW[how]]
-    return " ".join([f"Seeds {seeds}; {made}; {seconds} a seed.", *meanings])
+    said = [f"Seeds {seeds}; {made}; {seconds} a seed."]
+    for how in dict.fromkeys(hows):
+        if HOW[how]:
+            said.append(f"{HOW[how]}.")
+    return " ".join(said)
 
 
-def values_of(found, row, metric, source):
-    """A metric of a row, one value a seed, None where it has none; of "+metric", the gain over the first row."""
-    if row not in found:
-        raise UserError(f"table {source} has no row {row}, but {', '.join(found)}")
-    name, first = metric.removeprefix("+"), next(iter(found.values()))
-    if not any(name in metrics for metrics in found.values()):
+def values_of(rows, row, metric, source):
+    """A metric of a row, one value a seed, None where it has none; of "+metric", the gain over the first row. source is
+    what the table of these rows is called."""
+    if row not in rows:
+        raise UserError(f"table {source} has no row {row}, but {', '.join(rows)}")
+    first, *_ = rows.values()
+    name = metric.removeprefix("+")
+    if not any(name in metrics for metrics in rows.values()):
         raise UserError(f"table {source} has no {name}, but {', '.join(first)}")
-    values = found[row].get(name, [None])
+    values = rows[row].get(name, [None])
     if None in values or name == metric:
         return values
     return [value - before for value, before in zip(values, first[name])]
@@ -375,7 +412,8 @@ def sd(values):
     """The standard deviation of a sample, by n - 1; 0 of one value."""
     center = mean(values)
     squares = [(value - center) ** 2 for value in values]
-    return math.sqrt(sum(squares) / max(1, len(values) - 1))
+    degrees = max(1, len(values) - 1)
+    return math.sqrt(sum(squares) / degrees)
 
 
 def interval(values, new=True):
@@ -383,8 +421,12 @@ def interval(values, new=True):
     n, center = len(values), mean(values)
     if n == 1:
         return center, center
-    t = T[min(n - 1, len(T)) - 1]
-    half = t * sd(values) * math.sqrt(new + 1 / n)
+    degrees = min(n - 1, len(T))
+    t = T[degrees - 1]
+    variance = 1 / n        # of the mean, in that of one seed
+    if new:
+        variance += 1
+    half = t * sd(values) * math.sqrt(variance)
     return center - half, center + half
 
 
@@ -405,9 +447,9 @@ class Cell:
 
     def number(self, x):
         text = f"{x:{self.sign}.{self.digits}f}"
-        if float(text) == 0:
+        if float(text) == 0:    # -.00
             text = text.strip("+-")
-        return re.sub(r"^([+-]?)0\.", r"\1.", text)
+        return re.sub(r"^([+-]?)0\.", r"\1.", text)    # without the 0 before the point
 
     def __call__(self, values):
         """values: one a seed. A dash where a seed has none."""
@@ -438,24 +480,31 @@ SHARES = re.compile(r"arith|pass@|maj@|win|greedy_win|harmless|over_refusal|help
 
 # ---------------------------------------------------------------- the command line
 
-COMMANDS = {"record": (Record, record), "tables": (Tables, tables), "figures": (Figures, figures), "page": (Page, page)}
-TAKES = dict(record=["recipe"], page=["run", "run..."])
+COMMANDS = {
+    "record": (Record, record),
+    "tables": (Tables, tables),
+    "figures": (Figures, figures),
+    "page": (Page, page)}
+TAKES = dict(record=["recipe"], page=["run", "run..."])     # words behind the command, besides options
 
 
 def main():
     """Run the command that the first word names; anything else that exists is a run to show on a page."""
     first, *rest = sys.argv[1:] or [""]
     if first in ("-h", "--help"):
-        return print(f"{__doc__}\n--help after a command lists its options: {', '.join(COMMANDS)}")
-    if first not in COMMANDS:
-        if not first or not Path(first).exists():
-            what = f"there is no {first}; " if first else ""
-            raise OptionError(f"{what}say what to do: python configs/report.py {'|'.join(COMMANDS)} (--help after it "
-                              "lists its options), or name run folders")
+        print(f"{__doc__}\n--help after a command lists its options: {', '.join(COMMANDS)}")
+        return
+    if first not in COMMANDS and first and Path(first).exists():
         first, rest = "page", sys.argv[1:]
-    Config, run = COMMANDS[first]
-    got = parse(Config, TAKES.get(first, ()), rest, first)
-    run(*got) if first in TAKES else run(got)
+    if first not in COMMANDS:
+        what = f"there is no {first}; " if first else ""
+        raise OptionError(f"{what}say what to do: python configs/report.py {'|'.join(COMMANDS)} (--help after it "
+                          "lists its options), or name run folders")
+    Config, command = COMMANDS[first]
+    if first in TAKES:
+        command(*parse(Config, TAKES[first], rest, first))
+    else:
+        command(parse(Config, (), rest, first))
 
 
 if __name__ == "__main__":

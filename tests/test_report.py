@@ -363,7 +363,7 @@ def runs(tmp_path, monkeypatch):
 def test_a_page_has_everything_and_runs_nothing_of_theirs(runs, monkeypatch, capsys):
     assert run("out/a", QUOTED, "out/empty", monkeypatch=monkeypatch) == 0     # `page` left out
     said = capsys.readouterr().err
-    assert "out/empty is skipped" in said and "4 lines" in said
+    assert "out/empty is skipped" in said and "out/a/metrics.jsonl:4: no row; 4 of 7 lines" in said
     seen = Seen((runs / "out/report.html").read_text())
     names = [tag for tag, _ in seen.tags]
     assert names.count("script") == 1 and "img" not in names
@@ -383,12 +383,42 @@ def test_a_page_has_everything_and_runs_nothing_of_theirs(runs, monkeypatch, cap
 def test_options_are_listed_where_the_runs_differ(runs):
     found = [page.RunFolder(runs / name) for name in ("out/a", QUOTED)]
     differ, _, common = page.options_of(found).partition("<details>")
-    assert set(re.findall(r"<td>--(\w+)", differ)) == {"lr", "reward"} and "--gamma" in common
+    assert set(re.findall(r"<th>--(\w+)", differ)) == {"lr", "reward"} and "--gamma" in common
+    _, *lines = differ.split("</tr>")
+    assert "<td>0.001</td>" in lines[0] and "<td>0.002</td>" in lines[1], "a run a line"
 
 
 def test_a_folder_stands_for_the_runs_in_it(runs):
-    folders, files, skipped = page.collect(["out", "out/a", "out/tables/compare.json"])
-    assert folders == [Path("out/a"), Path(QUOTED)] and files == [Path("out/tables/compare.json")] and not skipped
+    folders, files, notes = page.collect(["out", "out/a", "out/tables/compare.json"])
+    assert folders == [Path("out/a"), Path(QUOTED)] and files == [Path("out/tables/compare.json")] and not notes
+
+
+def test_what_record_puts_beside_the_runs_is_no_news(runs):
+    for name in ("compare.log", "compare.run.json", "report.html"):
+        (runs / "out" / name).write_text("{}")
+    folders, files, notes = page.collect(sorted(map(str, Path("out").iterdir())))
+    assert len(folders) == 2 and files == [Path("out/tables/compare.json")]
+    assert notes == ["out/empty is skipped: there is no run in it"]
+
+
+@pytest.mark.parametrize("file, content, word", [
+    ("metrics.jsonl", b"", "no step is in it"),
+    ("metrics.jsonl", b'{"step": 0}\n\xff', "metrics.jsonl:2: no row; 1 of 2"),
+    ("metrics.jsonl", b'{"step": 0, "x": %s, "y": 1e308}\n{"step": 1, "y": -1e308}' % (b"9" * 400), ""),
+    ("metrics.jsonl", b'{"step": 0, "\\ud800": 1}', ""), ("run.json", b"{", "skipped: out/a/run.json: no JSON"),
+    ("run.json", b"[]", "skipped: out/a/run.json: not a JSON object"),
+    ("samples/000001.txt", b"\xfe", "000001.txt: not utf-8"), ("samples/000000.txt", None, "skipped: [Errno")])
+def test_a_damaged_run_is_one_line_and_the_others_are_shown(file, content, word, runs, monkeypatch, capsys):
+    make_run(runs / "out/a", [{"kl": 0.5}])
+    if content is None:
+        (runs / "out/a" / file).mkdir()
+    else:
+        (runs / "out/a" / file).write_bytes(content)
+    assert run("page", "out/a", QUOTED, monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == bool(word) and word in "".join(said)
+    text = (runs / "out/report.html").read_text()
+    assert "0.002" in text and page.html.escape(word) in text
 
 
 @pytest.mark.parametrize("script, name", [
