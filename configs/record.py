@@ -429,3 +429,8 @@ def is_number(value):
     """Whether it is a number, and no truth value, that one can calculate with: JSON has NaN, 1e999 and whole numbers of
     any length, too."""
     return type(value) in (int, float) and abs(value) < 1e300
+
+
+def last_part(row):
+    """o1/steps10 -> steps10."""
+    return row.split("/")[-1]
