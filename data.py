@@ -2325,13 +2325,17 @@ def digest(path):
 
 
 def inputs_of(cfg):
-    """{path: digest} of the files that the options name, alone, in lists or in sums, and of the weights in folders."""
+    """{path: digest} of the files that the options name, alone, in lists or in sums, of the weights in folders, and of
+    the module of each module:function."""
     paths = []
     for name, value in vars(cfg).items():
         if type(value) is not str or name in ("out", "tokenizer"):
             continue
         for word in [value, *re.split(r"[\s,+*|@{}\[\]]+", value)]:
             paths.append(word)
+            module, colon, _ = word.partition(":")
+            if colon:
+                paths.append(module.replace(".", "/") + ".py")
             for file in ("checkpoint.safetensors", "model.safetensors", "pytorch_model.bin", "reward.txt"):
                 paths.append(os.path.join(word, file))
     return {path: digest(path) for path in dict.fromkeys(paths) if os.path.isfile(path)}

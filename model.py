@@ -636,12 +636,14 @@ def for_sampling(model):
                     del shared[id(param)]
     twin = copy.deepcopy(model, memo=shared).remove_lora().eval()  # what is in the memo is used as it is
     if model.precision == "bf16":
+        on_cpu = model.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        fused = on_cpu and precision(model.device) == "bf16"  # where bf16 is emulated oneDNN may not have it
         twin.rounded_head = model.transformer.wte.weight.bfloat16()
         for module in twin.modules():
             if isinstance(module, Linear):
                 module.bfloat16()
             if isinstance(module, MLP):
-                module.fused = model.device.type == "cpu" and torch.backends.mkldnn.is_available()
+                module.fused = fused
     refresh(twin, model)
     return twin
 

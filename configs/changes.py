@@ -52,7 +52,8 @@ CHANGES = [
     Change("grpo/large", "--group 32 --prompts 4", "zero_std", "down", "Of 32 one is nearly always different."),
     Change("grpo/temperature", "--temperature 0.3", "zero_std", "up", "Answers to a prompt are more alike."),
     Change("grpo/lr", "--lr 2e-5", "reward", "down", "A tenth of the way."),
-    Change("grpo/collapse", "--lr 3e-3 --warmup 0", "zero_std", "up", "It collapses: all get 0, and no gradient is left."),
+    Change("grpo/collapse", "--lr 3e-3 --warmup 0", "zero_std", "up",
+           "It collapses: all get 0, and no gradient is left."),
     Change("grpo/resample", "--resample 3", "zero_std", "down", "Groups without a difference are replaced by others."),
     Change("grpo/dr_grpo", "--adv dr_grpo", "grad_norm", "down",
            "Nothing divides by the group's spread, which is at most .53 for a reward of 0 or 1."),
@@ -62,14 +63,16 @@ CHANGES = [
     Change("grpo/len_reward", "--len_reward 0.5", "response_length", "down", "Among right answers the short one wins."),
     Change("dpo/beta_low", "--beta 0.05", "kl", "up", "The reference holds less."),
     Change("dpo/beta_high", "--beta 2", "kl", "down", "It holds more."),
-    Change("dpo/beta_high", "--beta 2", "rewards/margin", "up", "β times a smaller log-ratio is still the larger product."),
+    Change("dpo/beta_high", "--beta 2", "rewards/margin", "up",
+           "β times a smaller log-ratio is still the larger product."),
     Change("dpo/lr", "--lr 5e-4", "logps/chosen", "down", "The loss sees the difference only; both fall."),
     Change("dpo/nll", "--nll_coef 1", "logps/chosen", "up", "The likelihood of the chosen is now a part of the loss."),
     Change("dpo/few", "--data few/pairs.jsonl", "rewards/accuracy", "up", "Three hundred pairs are soon known by heart."),
     Change("dpo/noise", "--data noise/pairs.jsonl", "val_rewards/accuracy", "down",
            "Labels by the toss of a coin: nothing can be learned for others."),
     Change("dpo/cdpo", "--loss cdpo --eps 0.3", "rewards/margin", "down", "It believes only 70 of 100 labels."),
-    Change("orpo/lam_0", "--orpo_lam 0", "rewards/margin", "down", "The likelihood of the chosen raises the rejected, too."),
+    Change("orpo/lam_0", "--orpo_lam 0", "rewards/margin", "down",
+           "The likelihood of the chosen raises the rejected, too."),
     Change("orpo/lam_10", "--orpo_lam 10", "nll", "up", "The preference drowns the likelihood."),
     Change("reward/few", "--data few/pairs.jsonl", "accuracy", "up", "Three hundred pairs are soon known by heart."),
     Change("reward/few", "--data few/pairs.jsonl", "val_accuracy", "down", "And others are not."),
@@ -93,6 +96,13 @@ def at_the_end(folder, metric):
     return mean(values[len(values) - last:])
 
 
+def as_said(plain, changed, goes):
+    """1 if it goes where it was said to go, else 0; None where there is nothing to compare."""
+    if plain is None or changed is None:
+        return None
+    return int(changed > plain if goes == "up" else changed < plain)
+
+
 def shown(value):
     return "–" if value is None else f"{value:.3f}"
 
@@ -110,10 +120,12 @@ def compare(cfg):
             if not (needed / "summary.json").exists():
                 raise UserError(f"{needed}: no finished run")
         plain, changed = at_the_end(folder.parent / "plain", change.metric), at_the_end(folder, change.metric)
-        table.append(dict(name=f"{change.run} {change.metric}", plain=plain, changed=changed))
+        table.append(dict(name=f"{change.run} {change.metric}", plain=plain, changed=changed,
+                          as_said=as_said(plain, changed, change.goes)))
         run.log(step)
     for row, change in zip(table, CHANGES):
-        print(f"{row['name']:42} {change.goes:5} {shown(row['plain']):>8} → {shown(row['changed']):>8}")
+        verdict = "" if row["as_said"] else "  not as said"
+        print(f"{row['name']:42} {change.goes:5} {shown(row['plain']):>8} → {shown(row['changed']):>8}{verdict}")
     if cfg.save:
         write_text(cfg.save, json.dumps(dict(rows=table), indent=1))
     return run.finish(())

@@ -80,7 +80,8 @@ def kl(p, q):
 def jsd(s, t, beta):
     """β KL(T || M) + (1 - β) KL(S || M) with the mixture M = β T + (1 - β) S (GKD 2306.13649, eq. 1). Divided by β it
     becomes KL(T || S) as β → 0; divided by 1 - β, KL(S || T) as β → 1."""
-    m = torch.logaddexp(t + math.log(beta), s + math.log(1 - beta))                      # (N, V)
+    of_teacher, of_student = t + math.log(beta), s + math.log(1 - beta)
+    m = torch.logaddexp(of_teacher, of_student)          # log of a sum of probabilities    (N, V)
     return beta * kl(t, m) + (1 - beta) * kl(s, m)
 
 
@@ -107,7 +108,7 @@ def apart(student, teacher, tokens, mask, cfg, chunk=None):
         s = log_probs(student, hidden)                                                   # (N, V)
         with torch.no_grad():
             t = log_probs(teacher, teacher_hidden)                                       # (N, V)
-        fixed = s.detach()
+        fixed = s.detach()       # what is only told has no gradient
         entropy = -(fixed.exp() * fixed).sum(-1)                                         # (N,)
         return DIVERGENCES[cfg.divergence](s, t, cfg), kl(fixed, t), entropy
 
@@ -125,21 +126,24 @@ def apart(student, teacher, tokens, mask, cfg, chunk=None):
 def open_prompts(student, teacher, cfg):
     """The prompts to train on, a Stream, and held-out ones; both models have room for the answers."""
     room = min(student.config.block_size, teacher.config.block_size)
-    return open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64, skip_bad=cfg.skip_bad,
-                       prepare=fits(student.tok, room, cfg.max_new))
+    fitting = fits(student.tok, room, cfg.max_new)
+    return open_stream(cfg.data, "prompt", cfg.seed, cfg.families, n_held=64, skip_bad=cfg.skip_bad, prepare=fitting)
 
 
 def answers_itself(step, cfg):
-    """Whether the student answers in this step, or else the teacher; chosen by chance with probability λ."""
-    return random.Random(f"whose {cfg.seed} {step}").random() < cfg.lam
+    """Whether the student answers in this step, or else the teacher: by chance, with probability λ. It is the step's own
+    draw, so that a run that is continued has the same."""
+    rng = random.Random(f"whose {cfg.seed} {step}")
+    return rng.random() < cfg.lam
 
 
 def report(records, roll, means):
     """What is logged of the responses that were learned from; the KL is that of a response, as everywhere."""
-    length, finished = roll.mask.sum(1).mean(), roll.finished.float().mean()
+    length = roll.mask.sum(1).mean()
+    finished = roll.finished.float().mean()
     gold = mean(truth(records, roll.responses(), roll.finished))
     metrics = means.result() | dict(gold=gold, response_length=length, finished=finished)
-    metrics["kl"] *= length
+    metrics["kl"] *= length     # from a token's to a response's
     return metrics
 
 
@@ -149,8 +153,8 @@ def evaluate(student, teacher, records, run, step, cfg):
     roll, means = respond(student, records, cfg), Means()
     run.samples(step + 1, records, roll.responses())
     for _, tokens, mask in slices(roll, cfg.micro_tokens):
-        loss, kl_, _ = apart(student, teacher, tokens, mask, cfg)                        # (b, t-1)
-        means.add(mask, loss=loss, kl=kl_)
+        loss, gap, _ = apart(student, teacher, tokens, mask, cfg)                        # (b, t-1)
+        means.add(mask, loss=loss, kl=gap)
     metrics = report(records, roll, means)
     return {f"val_{name}": metrics[name] for name in ("loss", "kl", "gold")}
 
@@ -158,7 +162,8 @@ def evaluate(student, teacher, records, run, step, cfg):
 def what_next(cfg):
     """The words of the command that compares the student with what it began as, and with its teacher."""
     words = compare_words(cfg, cfg.data, cfg.families)
-    if words[0] == "reward.py":
+    script, *_ = words
+    if script == "reward.py":   # and not model.py, to talk to it where nothing can judge its answers
         words.insert(words.index(cfg.out) + 1, cfg.teacher)
     return words
 
@@ -184,10 +189,10 @@ def train(cfg):
         roll = respond(student if own else teacher, records, cfg)
 
         # 2. Read both models at every token of it, and add up the gradient of how far they are apart.
-        means, n = Means(), roll.mask.sum()
+        means, n = Means(), roll.mask.sum()     # n: tokens of all slices
         for _, tokens, mask in slices(roll, cfg.micro_tokens):
-            loss, kl_, entropy = apart(student, teacher, tokens, mask, cfg)              # (b, t-1)
-            means.add(mask, loss=loss, kl=kl_, entropy=entropy)
+            loss, gap, entropy = apart(student, teacher, tokens, mask, cfg)              # (b, t-1)
+            means.add(mask, loss=loss, kl=gap, entropy=entropy)
             (loss.sum() / n).backward()
 
         # 3. Step towards the teacher.

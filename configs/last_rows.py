@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import Run, RunConfig, UserError, guard, parse, write_text
+from model import read_json
 from reward import print_table
 
 
@@ -21,13 +22,18 @@ class Config(RunConfig):
     save: str = ""              # a JSON file for the table, as tables/NAME.json
 
 
-def last_row(folder):
-    """What a finished run logged last."""
+def last_row(folder, names):
+    """What a finished run logged last of these metrics."""
     path = Path(folder) / "summary.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{folder}: no finished run") from None
+    if not path.exists():
+        raise UserError(f"{folder}: no finished run")
+    last = read_json(path)
+    row = {}
+    for name in names:
+        if last.get(name) is None:
+            raise UserError(f"{folder}: its last row has no {name}, but {', '.join(last)}")
+        row[name] = last[name]
+    return row
 
 
 def show(cfg, folders):
@@ -35,18 +41,16 @@ def show(cfg, folders):
     run = Run(cfg)
     if run.finished:
         return run.rows
-    names, table = cfg.metrics.split(","), []
+    names = cfg.metrics.split(",")
+    table = []
     for step in run.progress(0, len(folders)):
-        last = last_row(folders[step])
-        for name in names:
-            if last.get(name) is None:
-                raise UserError(f"{folders[step]}: its last row has no {name}, but {', '.join(last)}")
-        table.append({name: last[name] for name in names})
+        row = dict(checkpoint=folders[step])
+        table.append(row | last_row(folders[step], names))
         run.log(step)
-    print_table(folders, table, [(f"  {name}", name, ".3f") for name in names])
+    columns = [(f"  {name:>7}", name, ".3f") for name in names]     # as wide as -12.345 at least
+    print_table(folders, table, columns)
     if cfg.save:
-        rows = [dict(checkpoint=folder) | row for folder, row in zip(folders, table)]
-        write_text(cfg.save, json.dumps(dict(rows=rows), indent=1))
+        write_text(cfg.save, json.dumps(dict(rows=table), indent=1))
     return run.finish(())
 
 

@@ -29,11 +29,14 @@ class Config(RunConfig):
     n: Count = 2000             # pairs that differ in one digit
 
 
+SCALE = 3   # as --scale of reward.py label: how sure people are of a difference
+
+
 def people(record, a, b):
     """A preference function for `grpo.py --prefer`: how often people prefer a to b, Bradley-Terry on the truth. It
     stands for a person, or a judge, who is asked during the training; no reward model is learned."""
     ahead = gold(record, a) - gold(record, b)
-    return 1 / (1 + math.exp(-3 * ahead))
+    return 1 / (1 + math.exp(-SCALE * ahead))
 
 
 def one_digit(rng):
@@ -42,16 +45,18 @@ def one_digit(rng):
     right = str(task["answer"])
     others = [digit for digit in "0123456789" if digit != right[-1]]
     wrong = right[:-1] + rng.choice(others)
-    answers = [f"The answer is {n}." for n in (right, wrong)]
-    return dict(prompt=[dict(role="user", content=task["prompt"])], responses=answers, key=task["key"])
+    turn = dict(role="user", content=task["prompt"])
+    answers = [f"The answer is {right}.", f"The answer is {wrong}."]
+    return dict(prompt=[turn], responses=answers, key=task["key"])
 
 
 def thumbs(pairs):
     """Of each pair one answer: of the first the preferred one, of the second the other, and so on."""
     out = []
     for i, record in enumerate(pairs):
+        preferred, *_, other = record["responses"]
         up = i % 2 == 0
-        answer = record["responses"][0 if up else -1]
+        answer = preferred if up else other
         out.append(dict(prompt=record["prompt"], response=answer, label=up, key=record["key"]))
     return out
 
@@ -68,7 +73,8 @@ def only_bad(answers):
             else:
                 others.append(answer["response"])
         if bad and others:
-            out.append(dict(prompt=prompt, responses=[*others, bad["response"]], key=bad["key"]))
+            responses = [*others, bad["response"]]
+            out.append(dict(prompt=prompt, responses=responses, key=bad["key"]))
     return out
 
 
@@ -78,16 +84,17 @@ def write(cfg):
     if run.finished:
         return run.rows
     rng = random.Random(f"one digit {cfg.seed}")
+    digits = [one_digit(rng) for _ in range(cfg.n)]
     pairs = read_records(cfg.data, "preference", cfg.skip_bad)
     answers = [row for _, row in read_rows(cfg.unsafe_data)]
-    made = dict(digits=[one_digit(rng) for _ in range(cfg.n)], thumbs=thumbs(pairs),
-                bad=only_bad(answers))
-    if not made["bad"]:
+    bad = only_bad(answers)
+    if not bad:
         raise UserError(f"{cfg.unsafe_data}: no prompt has both a bad answer (a score of 0 or less) and another one")
+    records = dict(digits=digits, thumbs=thumbs(pairs), bad=bad)
     for step in run.progress(0, 1):
-        for name, records in made.items():
-            write_records(run.folder / f"{name}.jsonl", records)
-        run.log(step, records=sum(map(len, made.values())))
+        for name, some in records.items():
+            write_records(run.folder / f"{name}.jsonl", some)
+        run.log(step, records=sum(map(len, records.values())))
     return run.finish(())
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs.record import name_of, table_rows
 from data import Run, RunConfig, UserError, guard, parse, write_text
 from reward import print_table
 
@@ -27,23 +28,17 @@ class Config(RunConfig):
     save: str = ""              # a JSON file for the choice, as tables/NAME.json
 
 
-def rows_of(path):
-    """The rows of a table that compare saved."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: no table; python reward.py compare ... --split val --save {path} makes it") from None
-
-
 def best_rates(rows, folder, number):
-    """{method: (its best rate, that row's number)} of the rows whose checkpoints are folder/METHOD/RATE; others, as the
+    """{method: its row with the highest number} of the rows whose checkpoints are folder/METHOD/RATE; others, as the
     model that all began from, are left out."""
     best = {}
     for row in rows:
-        place = Path(row["checkpoint"])
-        method, rate = place.parent.name, place.name
-        if place.parent.parent == Path(folder) and (method not in best or row[number] > best[method][1]):
-            best[method] = rate, row[number]
+        method = Path(name_of(row)).parent
+        if method.parent != Path(folder):
+            continue
+        known = best.get(method.name)
+        if known is None or row[number] > known[number]:
+            best[method.name] = row
     return best
 
 
@@ -58,21 +53,28 @@ def pick(cfg):
     run = Run(cfg)
     if run.finished:
         return run.rows
-    rows = rows_of(cfg.table)
-    missing = [row["checkpoint"] for row in rows if cfg.number not in row]
-    if missing:
-        raise UserError(f"{cfg.table}: {missing[0]} has no {cfg.number}; --number names one of its rows")
+    rows = table_rows(cfg.table)
+    for row in rows:
+        if row.get(cfg.number) is None:
+            raise UserError(f"{cfg.table}: {name_of(row)} has no {cfg.number}; --number names one of its rows")
     beside = run.folder.parent
-    best = list(best_rates(rows, beside, cfg.number).items())
+    best = best_rates(rows, beside, cfg.number)
     if not best:
         raise UserError(f"{cfg.table}: no checkpoint in it is {beside}/METHOD/RATE")
+    methods = list(best)
     table = []
-    for step in run.progress(0, len(best)):
-        method, (rate, score) = best[step]
-        lead(run.folder / method, beside / method / rate)
-        table.append(dict(name=method, rate=float(rate), val=score))
+    for step in run.progress(0, len(methods)):
+        method = methods[step]
+        row = best[method]
+        folder = Path(name_of(row))
+        try:
+            rate = float(folder.name)
+        except ValueError:
+            raise UserError(f"{cfg.table}: {folder} is not called METHOD/RATE") from None
+        lead(run.folder / method, folder)
+        table.append(dict(name=method, rate=rate, val=row[cfg.number]))
         run.log(step)
-    print_table([row["name"] for row in table], table, [("    rate", "rate", "g"), (f"{cfg.number:>8}", "val", ".3f")])
+    print_table(methods, table, [("    rate", "rate", "g"), (f"{cfg.number:>8}", "val", ".3f")])
     if cfg.save:
         write_text(cfg.save, json.dumps(dict(rows=table), indent=1))
     return run.finish(())

@@ -10,7 +10,6 @@ The command line is report.py's: python configs/report.py record NAME. What is i
 """
 import functools
 import json
-import math
 import os
 import re
 import signal
@@ -63,8 +62,10 @@ class SeedRun:
     def __init__(self, name, seed, cfg):
         self.name, self.seed = name, seed
         out = os.path.join(cfg.out, f"seed{seed}")
-        self.out = out if os.path.isabs(out) else os.path.relpath(out, ROOT)    # the recipes run in ROOT
-        self.folder = ROOT / self.out
+        if not os.path.isabs(out):
+            out = os.path.relpath(out, ROOT)    # the recipes run in ROOT, wherever this was started
+        self.out = out      # what the recipe knows as $OUT, and what the rows of its tables begin with
+        self.folder = ROOT / out
         self.log = self.folder / f"{name}.log"
         self.note = self.folder / f"{name}.run.json"
         self.recipe = [f"configs/{name}.sh", "--seed", str(seed)]
@@ -75,7 +76,8 @@ class SeedRun:
 
     def bash(self, *words, **options):
         """Start bash in ROOT, for this seed's folder; its `python` is the one that runs this."""
-        path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+        beside_python = os.path.dirname(sys.executable)
+        path = beside_python + os.pathsep + os.environ["PATH"]
         env = os.environ | dict(OUT=self.out, PATH=path)
         return subprocess.Popen(["bash", *words], cwd=ROOT, env=env, text=True, stdin=subprocess.DEVNULL, **options)
 
@@ -96,28 +98,28 @@ class SeedRun:
         if reader.returncode:
             raise UserError(f"configs/{self.name}.sh: {last_line(error)}")
         words = words.splitlines()
-        folders = {}
+        folders = []
         for option, value in zip(words, words[1:]):
-            if option == "--out":
-                folders[ROOT / value] = True
-        return list(folders)
+            if option == "--out" and ROOT / value not in folders:
+                folders.append(ROOT / value)
+        return folders
 
-    def begin(self, made):
-        """Start the recipe; made: commit, machine and torch."""
-        self.made = made
-        self.before = sum(map(seconds_of, self.stages))
+    def begin(self):
+        """Start the recipe."""
+        self.seconds_before = sum(map(seconds_of, self.stages))
         self.since = time.perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
+        print(f"seed {self.seed} runs; its log is {self.log}", flush=True)
         with open(self.log, "w", encoding="utf-8") as log:
             self.process = self.bash(*self.recipe, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        print(f"seed {self.seed} runs; its log is {self.log}", flush=True)
 
-    def end(self):
-        """After the recipe: write the note, or say what went wrong. -> Whether all is well.
+    def end(self, origin):
+        """After the recipe: write the note, or say what went wrong -> whether all is well.
 
-        The seconds are those from nothing: of this run, and what its stages had taken before it.
+        origin: commit, machine and torch. The seconds are those from nothing: of this run, and what its stages had taken
+        before it.
         """
-        seconds = round(self.before + time.perf_counter() - self.since, 1)
+        seconds = self.seconds_before + time.perf_counter() - self.since
         fault = ""
         if self.process.returncode:
             fault = last_line(self.log.read_text(encoding="utf-8", errors="replace"))
@@ -126,15 +128,15 @@ class SeedRun:
         if fault:
             tell(f"seed {self.seed} failed: {fault} ({self.log})")
             return False
-        note = self.made | dict(seconds=seconds)
+        note = origin | dict(seconds=round(seconds, 1))
         write_text(self.note, json.dumps(note, indent=1))
         print(f"seed {self.seed} is finished: {seconds:.0f} s", flush=True)
         return True
 
 
-def record(cfg, names):
-    """Run what is not finished, so many at a time, then write the results file."""
-    name, = names
+def record(cfg, recipe):
+    """Run what is not finished, so many at a time, then write the results file. recipe: [its name]."""
+    name, = recipe
     seeds = seeds_of(cfg.seeds)
     recipes = sorted(path.stem for path in (ROOT / "configs").glob("*.sh"))
     if name not in recipes:
@@ -144,7 +146,8 @@ def record(cfg, names):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     here = machine(find_device("auto"), cfg.dtype)
-    made = dict(commit=commit(), machine=here, torch=torch.__version__.split("+")[0])
+    version, _, _ = torch.__version__.partition("+")        # 2.13.0+cpu
+    origin = dict(commit=commit(), machine=here, torch=version)
     runs = [SeedRun(name, seed, cfg) for seed in seeds]
     to_do = []
     for run in runs:
@@ -152,7 +155,7 @@ def record(cfg, names):
             print(f"seed {run.seed} is only gathered, as {run.note} says")
         else:
             to_do.append(run)
-    failed = run_all(to_do, cfg.jobs, made)
+    failed = run_all(to_do, cfg.jobs, origin)
     if failed:
         raise UserError(f"{name}: {failed} seeds failed, nothing is written; the same command goes on from here")
     result, called = gather(name, runs), cfg.name or name
@@ -166,14 +169,15 @@ def seeds_of(text):
     """The seeds that a text like 0,1,2 names."""
     words = text.split(",")
     numbers = [int(word) for word in words if re.fullmatch(r"\d{1,9}", word)]
-    if len(set(numbers)) < len(words):
+    if len(set(numbers)) < len(words):      # a word is no number, or a number is there twice
         raise OptionError(f"--seeds {text}: whole numbers with commas between them, each once, as in 0,1,2")
     return numbers
 
 
-def run_all(runs, jobs, made):
+def run_all(runs, jobs, origin):
     """Let the recipes run, so many at a time -> how many failed."""
-    waiting, running, failed = list(runs), [], 0
+    waiting, running = list(runs), []
+    failed = 0
     stages = []
     for run in runs:
         stages += run.stages
@@ -181,13 +185,16 @@ def run_all(runs, jobs, made):
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(waiting.pop(0))
-                running[-1].begin(made)
+                run = waiting.pop(0)
+                run.begin()
+                running.append(run)
             time.sleep(0.1)
             for run in list(running):
-                if run.process.poll() is not None:
-                    running.remove(run)
-                    failed += not run.end()
+                if run.process.poll() is None:
+                    continue
+                running.remove(run)
+                if not run.end(origin):
+                    failed += 1
             shown.n = sum((folder / "summary.json").exists() for folder in stages)
             shown.refresh()
     finally:
@@ -203,8 +210,9 @@ def commit():
         said = subprocess.check_output(["git", *words], cwd=ROOT, stderr=subprocess.DEVNULL, text=True)
         return said.strip()
     try:
+        head = git("rev-parse", "--short", "HEAD")
         changed = git("status", "--porcelain", "--", ".", ":!configs/results", ":!*.md")
-        return git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
+        return f"{head}+" if changed else head
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -296,9 +304,12 @@ def ends_of(run):
     """{stage: {metric: what it logged last}} of the metrics in ENDS."""
     ends = {}
     for folder in run.stages:
+        rows, _ = read_log(folder)
         last = {}
-        for row in read_log(folder)[0]:
-            last |= {metric: rounded(row[metric]) for metric in ENDS if is_number(row.get(metric))}
+        for row in rows:
+            for metric in ENDS:
+                if is_number(row.get(metric)):
+                    last[metric] = rounded(row[metric])
         ends[os.path.relpath(folder, run.folder)] = last
     return ends
 
@@ -313,8 +324,12 @@ def over_seeds(of_seed, table):
     out = {}
     for row in of_seed[first]:
         per_seed = [rows[row] for rows in of_seed.values()]
-        names = dict.fromkeys(name for metrics in per_seed for name in metrics)
-        out[row] = {name: [metrics.get(name) for metrics in per_seed] for name in names}
+        names = {}      # of all metrics that any seed has; a dict keeps their order
+        for metrics in per_seed:
+            names |= metrics
+        out[row] = {}
+        for name in names:
+            out[row][name] = [metrics.get(name) for metrics in per_seed]
     return out
 
 
@@ -337,10 +352,10 @@ def rounded(value):
 
 
 def to_json(result):
-    """JSON with a metric a line."""
-    def in_a_line(found):
-        numbers = found[1].split()
-        return f"[{' '.join(numbers)}]"
+    """JSON with a metric a line: the lists that hold no list or dict are not spread over lines."""
+    def in_a_line(match):
+        items = match[1].split()
+        return "[" + " ".join(items) + "]"
     text = json.dumps(result, indent=1, ensure_ascii=False)
     return re.sub(r"\[([^][{}]*)\]", in_a_line, text) + "\n"
 
@@ -349,9 +364,9 @@ def to_json(result):
 
 def table_rows(path):
     """The rows of a table's file."""
-    content = read_json(path)
-    rows = content.get("rows") if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    rows = read_json(path).get("rows")
+    is_table = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    if not is_table:
         raise UserError(f'{path}: no table, which is {{"rows": [{{...}}, ...]}}')
     return rows
 
@@ -363,18 +378,29 @@ def name_of(row):
 
 
 def read_log(folder):
-    """The rows of a run's metrics.jsonl, and how many of its lines are none."""
-    path, rows, bad = Path(folder) / "metrics.jsonl", [], 0
+    """The rows of a run's metrics.jsonl, and the numbers of those of its lines that are none."""
+    path = Path(folder) / "metrics.jsonl"
+    rows, bad = [], []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for said in text.splitlines():
-        try:
-            row = json.loads(said)
-            if not is_number(row["step"]) or not is_number(row.get("seconds", 0)):
-                raise ValueError
+    for number, said in enumerate(text.splitlines(), 1):
+        row = row_of_log(said)
+        if row is None:
+            bad.append(number)
+        else:
             rows.append(row)
-        except (ValueError, TypeError, KeyError, RecursionError):
-            bad += 1
     return rows, bad
+
+
+def row_of_log(text):
+    """A line of metrics.jsonl; None if it is no row, which has the number of its step."""
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict):
+        return None
+    whole = is_number(row.get("step")) and is_number(row.get("seconds", 0))
+    return row if whole else None
 
 
 def results_of(source):
@@ -400,4 +426,11 @@ def each(rows, key):
 
 
 def is_number(value):
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether it is a number, and no truth value, that one can calculate with: JSON has NaN, 1e999 and whole numbers of
+    any length, too."""
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def last_part(row):
+    """o1/steps10 -> steps10."""
+    return row.split("/")[-1]

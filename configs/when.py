@@ -26,8 +26,9 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.pick import rows_of
+from configs.record import each, table_rows
 from data import OptionError, Run, RunConfig, UserError, files, guard, mean, parse, read_records, read_rows, write_text
+from model import read_json
 from reward import print_table
 
 
@@ -50,21 +51,27 @@ class Config(RunConfig):
 def forward_flops(shape, p, n, head, read):
     """One forward pass of a prompt with its answer: 2 a weight and token, and attention. head: tokens that need logits;
     read: those whose last state is used, and the last layer's MLP runs for these only."""
-    C, layers, T = shape["n_embd"], shape["n_layer"], p + n
-    weights = T * (12 * layers - 8) * C ** 2 + read * 8 * C ** 2 + head * shape["vocab_size"] * C
+    C, T = shape["n_embd"], p + n
+    attention = 4 * C ** 2      # weights of a layer
+    mlp = 8 * C ** 2
+    for_all = shape["n_layer"] * (attention + mlp) - mlp
+    unembed = shape["vocab_size"] * C
+    weights = T * for_all + read * mlp + head * unembed
     return 2 * weights + attention_flops(shape, T)
 
 
 def attention_flops(shape, T):
     """Of each of T tokens to those before it, which are half of the row on average: 4 C a layer and pair."""
-    return T * 4 * shape["n_layer"] * shape["n_embd"] * T / 2
+    before = T / 2
+    return T * 4 * shape["n_layer"] * shape["n_embd"] * before
 
 
 def sample_flops(shape, p, n, k):
     """k answers to a prompt, which is read once for all of them."""
     prompt = forward_flops(shape, p, 0, head=1, read=1)
-    answer = forward_flops(shape, p, n, head=n, read=n) - forward_flops(shape, p, 0, head=0, read=0)
-    return prompt + k * answer
+    whole = forward_flops(shape, p, n, head=n, read=n)
+    cached = forward_flops(shape, p, 0, head=0, read=0)     # keys and values of the prompt
+    return prompt + k * (whole - cached)
 
 
 def passes(shape, p, n):
@@ -77,43 +84,55 @@ def passes(shape, p, n):
 TRAIN = 3   # a forward and a backward pass, in forward passes
 
 
-# Each gives the FLOPs of a step of a trainer, from its options and the row that it logged.
+# Each gives the FLOPs of a step of a trainer, from its options, the row that it logged, and the mean lengths of the
+# pairs: lengths.p of a prompt, lengths.n of an answer.
 
-def dpo_step(options, row, shape, pairs):
+def dpo_step(options, row, shape, lengths):
     """Both answers of a pair are read by the reference, once, and trained on."""
-    one = passes(shape, pairs.p, pairs.n)
+    one = passes(shape, lengths.p, lengths.n)
     return options["batch"] * 2 * (1 + TRAIN) * one.logps
 
 
-def online_dpo_step(options, row, shape, pairs):
+def online_dpo_step(options, row, shape, lengths):
     """k answers to each prompt are sampled and scored; best and worst make a pair. No length of them is logged: they
     count as long as the answers of the pairs."""
-    one, k = passes(shape, pairs.p, pairs.n), options["k"]
-    sampled = sample_flops(shape, pairs.p, pairs.n, k) + k * one.score
-    return options["batch"] * sampled + row["items"] * 2 * (1 + TRAIN) * one.logps
+    k = options["k"]
+    one = passes(shape, lengths.p, lengths.n)
+    sampled = sample_flops(shape, lengths.p, lengths.n, k)
+    scored = k * one.score
+    of_a_pair = 2 * (1 + TRAIN) * one.logps
+    return options["batch"] * (sampled + scored) + row["items"] * of_a_pair
 
 
-def ppo_step(options, row, shape, pairs):
+def ppo_step(options, row, shape, lengths):
     """Sampled, read by policy and reference, scored, valued; then each epoch trains policy and critic."""
-    n, epochs = row["response_length"], options["epochs"]
-    one = passes(shape, pairs.p, n)
-    read = sample_flops(shape, pairs.p, n, 1) + 2 * one.logps + one.score + one.values
-    return options["prompts"] * (read + epochs * TRAIN * (one.logps + one.values))
+    n = row["response_length"]
+    one = passes(shape, lengths.p, n)
+    sampled = sample_flops(shape, lengths.p, n, 1)
+    read = 2 * one.logps + one.score + one.values
+    epoch = TRAIN * (one.logps + one.values)
+    return options["prompts"] * (sampled + read + options["epochs"] * epoch)
 
 
-def grpo_step(options, row, shape, pairs):
+def grpo_step(options, row, shape, lengths):
     """Sampled, scored, trained on. Groups of equal rewards are left out, but with a KL penalty they teach as well; then
     the reference reads, too. A second update of a rollout needs log π_old of the first."""
-    n, group, updates = row["response_length"], options["group"], options["epochs"] * options["minibatches"]
-    one, penalty = passes(shape, pairs.p, n), options["kl_coef"] > 0
-    drawn = sample_flops(shape, pairs.p, n, group) + group * one.score
-    taught = 1 if penalty else 1 - row["zero_std"]
-    learned = (penalty + (updates > 1) + taught * options["epochs"] * TRAIN) * one.logps
-    return row["groups"] * drawn + options["prompts"] * group * learned
+    n, group = row["response_length"], options["group"]
+    one = passes(shape, lengths.p, n)
+    sampled = sample_flops(shape, lengths.p, n, group)
+    scored = group * one.score
+    reads, taught = 0, 1 - row["zero_std"]
+    if options["kl_coef"] > 0:
+        reads, taught = 1, 1
+    if options["epochs"] * options["minibatches"] > 1:
+        reads += 1
+    trained = taught * options["epochs"] * TRAIN
+    learned = (reads + trained) * one.logps         # an answer
+    return row["groups"] * (sampled + scored) + options["prompts"] * group * learned
 
 
 def step_cost(options):
-    """The function for the trainer that a run's options are of."""
+    """The function for the trainer that a run's options are of: each has one that no other has."""
     if "group" in options:
         return grpo_step
     if "value_clip" in options:
@@ -121,15 +140,17 @@ def step_cost(options):
     return online_dpo_step if options.get("online") else dpo_step
 
 
-def run_flops(folder, shape, pairs):
+def run_flops(folder, shape, lengths):
     """FLOPs of all steps of a finished run, from its run.json and metrics.jsonl."""
-    options = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    options = read_json(folder / "run.json")
     cost = step_cost(options)
-    rows = [row for _, row in read_rows(folder / "metrics.jsonl")]
-    return sum(cost(options, row, shape, pairs) for row in rows)
+    total = 0
+    for _, row in read_rows(folder / "metrics.jsonl"):
+        total += cost(options, row, shape, lengths)
+    return total
 
 
-def lengths(records, tok):
+def mean_lengths(records, tok):
     """Tokens of a prompt and of an answer of pairs, on average, with how many answers there are."""
     prompts, answers = [], []
     for record in records:
@@ -143,10 +164,11 @@ def lengths(records, tok):
 
 def read_off(xs, ys, x):
     """y at x on the line through the points in their order, where it first reaches x; None if it never does."""
-    for x0, y0, x1, y1 in zip(xs, ys, xs[1:], ys[1:]):
-        if x0 <= x <= x1:
-            share = (x - x0) / (x1 - x0) if x1 > x0 else 0.0
-            return y0 + share * (y1 - y0)
+    for i in range(1, len(xs)):
+        before, after = xs[i - 1], xs[i]
+        if before <= x <= after:
+            share = (x - before) / (after - before) if after > before else 0.0
+            return ys[i - 1] + share * (ys[i] - ys[i - 1])
     return None
 
 
@@ -160,15 +182,16 @@ REWARDS = {"gold": "write", "greedy": "greedy", "proxy": "proxy"}   # our name, 
 
 def curve_of(folder, table, path):
     """KL and rewards, a list each, of the runs of one rate, from the start on; table: rows by checkpoint, from path."""
-    rows = [next(iter(table.values()))]
+    start, *_ = table.values()
+    rows = [start]      # and the others in the order of their steps
     for run in runs_of(folder):
         if str(run) not in table:
             raise UserError(f"{path}: no row of {run}; reward.py compare ... --save makes one")
         rows.append(table[str(run)])
-    curve = dict(kl=[row["kl"] for row in rows])
+    curve = dict(kl=each(rows, "kl"))
     for ours, theirs in REWARDS.items():
-        if theirs in rows[0]:  # the validation split is asked for no proxy
-            curve[ours] = [row[theirs] for row in rows]
+        if all(theirs in row for row in rows):      # the validation split is asked for no proxy
+            curve[ours] = each(rows, theirs)
     return curve
 
 
@@ -178,7 +201,7 @@ def runs_of(folder):
     return sorted(runs, key=lambda path: int(path.name))
 
 
-def curves_of(method, test, val, shape, pairs, cfg):
+def curves_of(method, test, val, shape, lengths, cfg):
     """{rate: its curve} of a method's folder: steps, flops, kl, gold, greedy, proxy, and of the validation split val_kl
     and val_gold."""
     curves = {}
@@ -186,28 +209,20 @@ def curves_of(method, test, val, shape, pairs, cfg):
         runs = runs_of(folder) if folder.is_dir() else []
         if not runs:
             continue
-        curve = dict(steps=[0] + [int(run.name) for run in runs])
-        curve["flops"] = [0.0] + [run_flops(run, shape, pairs) for run in runs]
+        steps = [int(run.name) for run in runs]
+        flops = [run_flops(run, shape, lengths) for run in runs]
+        curve = dict(steps=[0, *steps], flops=[0.0, *flops])
         curve |= curve_of(folder, test, cfg.test)
-        chosen_by = curve_of(folder, val, cfg.val)
-        curve["val_kl"], curve["val_gold"] = chosen_by["kl"], chosen_by["gold"]
+        on_val = curve_of(folder, val, cfg.val)
+        curve["val_kl"] = on_val["kl"]
+        curve["val_gold"] = on_val["gold"]
         curves[folder.name] = curve
     if not curves:
         raise UserError(f"{method}: no runs RATE/STEPS in it")
     return curves
 
 
-def best_rate(curves, axis, x):
-    """The rate with the most reward at a place, on the validation split, among those that come so far on both splits;
-    None if none does. axis: a function (curve, the split's prefix) -> where the runs are."""
-    best, most = None, -math.inf
-    for rate, curve in curves.items():
-        there = read_off(axis(curve, "val_"), curve["val_gold"], x)
-        here = read_off(axis(curve, ""), curve["gold"], x)
-        if None not in (there, here) and there > most:
-            best, most = rate, there
-    return best
-
+# An axis gives where the runs of a curve are; split: "" for the test split, "val_" for the validation split.
 
 def by_kl(curve, split):
     """d = √KL of the runs on a split."""
@@ -217,6 +232,20 @@ def by_kl(curve, split):
 def by_flops(curve, split):
     """Their FLOPs, whatever the split."""
     return curve["flops"]
+
+
+def best_rate(curves, axis, x):
+    """The rate with the most reward at x, on the validation split, among those that come so far on both splits; None if
+    none does."""
+    best, most = None, -math.inf
+    for rate, curve in curves.items():
+        on_val = read_off(axis(curve, "val_"), curve["val_gold"], x)
+        on_test = read_off(axis(curve, ""), curve["gold"], x)
+        if on_val is None or on_test is None:
+            continue
+        if on_val > most:
+            best, most = rate, on_val
+    return best
 
 
 def kl_place(kl):
@@ -242,9 +271,11 @@ def told(curves, kls, tflops):
         if rate is None:
             continue
         curve = curves[rate]
+        where = axis(curve, "")
         out[f"rate@{place}"] = float(rate)
-        for name in curve.keys() & REWARDS.keys():
-            out[f"{name}@{place}"] = read_off(axis(curve, ""), curve[name], x)
+        for name in REWARDS:
+            if name in curve:
+                out[f"{name}@{place}"] = read_off(where, curve[name], x)
     return out
 
 
@@ -252,12 +283,13 @@ def best_of_n(row):
     """Best-of-n as a curve over KL, log n - (n - 1) / n, from a row that has best@1, best@2, ... It trains nothing and
     pays at each answer, so it has no FLOPs to compare."""
     curve = dict(n=[], kl=[], gold=[])
-    for n in [2 ** i for i in range(20)]:
-        gold = row.get(f"best@{n}")
-        if gold is not None:
-            curve["n"].append(n)
-            curve["kl"].append(math.log(n) - (n - 1) / n)
-            curve["gold"].append(gold)
+    n = 1
+    while row.get(f"best@{n}") is not None:
+        kl = math.log(n) - (n - 1) / n
+        curve["n"].append(n)
+        curve["kl"].append(kl)
+        curve["gold"].append(row[f"best@{n}"])
+        n *= 2
     return curve
 
 
@@ -281,7 +313,11 @@ def grid(text, name):
 
 def by_checkpoint(path):
     """The rows of a table that compare saved, by checkpoint; the first is the model that all began from."""
-    return {row["checkpoint"]: row for row in rows_of(path)}
+    rows = table_rows(path)
+    whole = all("checkpoint" in row and "kl" in row and "write" in row for row in rows)
+    if not rows or not whole:
+        raise UserError(f"{path}: needed are rows with checkpoint, kl and write, as of reward.py compare --save")
+    return {row["checkpoint"]: row for row in rows}
 
 
 def show(rows, reward, places, title):
@@ -297,13 +333,16 @@ def show(rows, reward, places, title):
             cells.append(line)
     if names:
         print(f"\n{reward} at {title}")
-        print_table(names, cells, [(f"{place:>8}", place, "") for place in places])
+        columns = [(f"{place:>8}", place, "") for place in places]
+        print_table(names, cells, columns)
 
 
-def what_was_before(n_pairs, pairs, shape):
+def what_was_before(n_pairs, lengths, shape):
     """TFLOPs of sampling the pairs, and of an epoch of the reward model, as rows: the same for all that need them."""
-    sampled = n_pairs * sample_flops(shape, pairs.p, pairs.n, pairs.answers / n_pairs)
-    trained = pairs.answers * TRAIN * passes(shape, pairs.p, pairs.n).score
+    of_a_prompt = lengths.answers / n_pairs
+    one = passes(shape, lengths.p, lengths.n)
+    sampled = n_pairs * sample_flops(shape, lengths.p, lengths.n, of_a_prompt)
+    trained = lengths.answers * TRAIN * one.score
     return [dict(name="sampling the pairs", tflops=sampled / 1e12),
             dict(name="the reward model, an epoch", tflops=trained / 1e12)]
 
@@ -317,36 +356,38 @@ def when(cfg, folders):
     tflops = grid(cfg.tflops, "tflops")
     test = by_checkpoint(cfg.test)
     val = by_checkpoint(cfg.val)
-    start = next(iter(test))
-    shape = json.loads((Path(start) / "config.json").read_text(encoding="utf-8"))
+    start, *_ = test
+    shape = read_json(Path(start) / "config.json")
     records = []
     for path in files(cfg.data):
         records += read_records(path, "preference", cfg.skip_bad)
-    pairs = lengths(records, run.tok)
+    lengths = mean_lengths(records, run.tok)
 
     # 1. The curves of each method, and its numbers at the places of the grids.
     rows, curves = [], []
     for step in run.progress(0, len(folders)):
         name = Path(folders[step]).name
-        of_rate = curves_of(folders[step], test, val, shape, pairs, cfg)
+        of_rate = curves_of(folders[step], test, val, shape, lengths, cfg)
         for rate, curve in of_rate.items():
             curves.append(dict(name=f"{name} {rate}") | curve)
         rows.append(dict(name=name) | told(of_rate, kls, tflops))
         run.log(step)
     if cfg.best_of:
-        curve = best_of_n(rows_of(cfg.best_of)[0])
+        start, *_ = by_checkpoint(cfg.best_of).values()
+        curve = best_of_n(start)
         curves.append(dict(name="best of 1, 2, 4, ...") | curve)
         rows.append(dict(name="best of n") | told_of_best(curve, kls))
 
     # 2. The tables.
-    at_kl, at_flops = [kl_place(kl) for kl in kls], [flops_place(amount) for amount in tflops]
+    at_kl = list(map(kl_place, kls))
+    at_flops = list(map(flops_place, tflops))
     for reward in REWARDS:
         show(rows, reward, at_kl, "a KL of so many nats")
     for reward in ("gold", "greedy"):
         show(rows, reward, at_flops, "so many TFLOPs of training")
 
     # 3. What was there before.
-    before = what_was_before(len(records), pairs, shape)
+    before = what_was_before(len(records), lengths, shape)
     print("\nbefore that:")
     for row in before:
         print(f"  {row['name']}, {row['tflops']:.2f} TFLOPs")

@@ -1420,12 +1420,14 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line(cfg, bad):
     assert logged(cfg) == []
 
 
-@pytest.mark.parametrize("how", ["{}", "toy,{}", "0.5*{}[write]+exact", "{}|b@answer"])
-@pytest.mark.parametrize("path", ["input", "in.put/checkpoint.safetensors"])
-def test_a_run_knows_its_inputs_by_their_content(cfg, capsys, how, path):
-    """A changed file or checkpoint ends an interrupted run in one line; a finished one only says so."""
+@pytest.mark.parametrize("path, given", [
+    *itertools.product(["input"], ["input", "toy,input", "0.5*input[write]+exact", "input|b@answer"]),
+    *itertools.product(["in.put/checkpoint.safetensors"], ["in.put", "toy,in.put", "0.5*in.put[write]+exact"]),
+    ("rule.py", "rule:brief"), ("my/rule.py", "exact + 0.5*my.rule:brief[write]")])
+def test_a_run_knows_its_inputs_by_their_content(cfg, capsys, path, given):
+    """A changed file, checkpoint or rule ends an interrupted run in one line; a finished one only says so."""
     write_text(path, "one")
-    cfg = dataclasses.replace(cfg, given=how.format(path.split("/")[0]))
+    cfg = dataclasses.replace(cfg, given=given)
     run = go(cfg)
     write_text(path, "one")                                     # written again, the same
     Run(cfg)

@@ -689,6 +689,19 @@ def test_p40_a_bf16_rollout_stores_fp32_log_probs():
     assert gap.max() < .1 and gap.mean() < .01
 
 
+def test_where_bf16_is_emulated_the_sampler_does_not_ask_for_the_fused_operator(monkeypatch):
+    # oneDNN has none there: "could not create a primitive descriptor"
+    model = gpt(dtype=torch.float32)
+    model.precision = "bf16"
+    for told in ("AVX2", ""):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", told)
+        fused = M.precision(torch.device("cpu")) == "bf16"
+        with torch.no_grad():
+            twin = M.for_sampling(model)
+        chosen = [module.fused for module in twin.modules() if isinstance(module, M.MLP)]
+        assert chosen and set(chosen) == {fused}
+
+
 @pytest.mark.parametrize("temperature, top_k", [(1, 0), (0, 0), (1, 60)])
 def test_p47_padded_vocabulary_rows_have_no_mass_and_are_never_sampled(temperature, top_k):
     # the table has 64 rows for 11 ids; an id beyond them is a KeyError in the tokenizer
@@ -1831,8 +1844,9 @@ def test_p42_a_run_does_not_write_over_a_model_of_others(tmp_path):
 
 
 @pytest.mark.parametrize("dtype, want", [("bf16", torch.bfloat16), ("fp32", torch.float32)])
-def test_setup_chooses_the_precision_of_the_matmuls(dtype, want, saved, capsys):
+def test_setup_chooses_the_precision_of_the_matmuls(dtype, want, saved, capsys, monkeypatch):
     # a model that is made like another, new or loaded, multiplies as that one does
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     like = M.setup(SimpleNamespace(device="cpu", dtype=dtype, threads=0), TOK)
     assert f"1 thread, {dtype}" in capsys.readouterr().out
     model = M.new_model(small().config, like)

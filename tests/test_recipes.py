@@ -283,7 +283,7 @@ def test_every_key_of_a_toml_belongs_to_the_script_it_names(path):
 
 # ---- what the READMEs say
 
-READMES = ["README.md", "configs/README.md", "tests/README.md", "tests/STUDY.md"]
+READMES = ["README.md", "configs/README.md", "tests/README.md", "tests/STUDY.md", "tests/QUESTIONS.md"]
 
 
 def anchors(text):
@@ -306,6 +306,23 @@ def test_every_test_that_a_readme_names_is_there(page):
     code = "".join(path.read_text() for path in ROOT.glob("tests/test_*.py"))
     for name in re.findall(r"\b(test_\w+)`", (ROOT / page).read_text()):
         assert f"def {name}(" in code, f"there is no {name}"
+
+
+def test_every_question_has_an_answer_a_line_of_code_and_a_test():
+    """Numbered in order; an answer of at most 90 words; a line that is in its file; tests that exist."""
+    code = "".join(path.read_text() for path in ROOT.glob("tests/test_*.py"))
+    _, *questions = re.split(r"(?m)^\*\*(?=\d)", (ROOT / "tests/QUESTIONS.md").read_text())
+    assert questions
+    for n, text in enumerate(questions, 1):
+        question, answer, proof, *_ = text.split("\n\n")
+        assert question.startswith(f"{n}. ") and question.endswith("**"), f"question {n} begins with {question}"
+        assert 20 < len(answer.split()) <= 90, f"the answer to question {n} has {len(answer.split())} words"
+        found = re.match(r"`(\S+)`: `(.+?)` ·\s", proof)
+        assert found, f"question {n} has no line `FILE`: `CODE` · `test_NAME`"
+        file, line = found.groups()
+        assert line in (ROOT / file).read_text(), f"question {n}: {file} has no {line}"
+        tests = re.findall(r"`(\w+)`", proof[found.end():])
+        assert tests and all(f"def {name}(" in code for name in tests), f"question {n}: no such test among {tests}"
 
 
 @pytest.mark.parametrize("page", READMES)

@@ -20,7 +20,7 @@ import quark
 import qwen2
 import reward
 import sft
-from configs import charts, page, record, report
+from configs import cells, charts, figures, page, record, report, tables
 
 STAGE = '''
 import json, os, sys
@@ -154,7 +154,7 @@ def test_a_mistake_is_one_line(argv, code, word, house, monkeypatch, capsys):
 def test_the_quantiles_of_t_leave_a_fortieth_above(df):
     """∫ of Student's density from 0 to the quantile is .475, by the trapezoidal rule."""
     norm = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
-    step, area = report.T[df - 1] / 20000, 0.0
+    step, area = cells.T[df - 1] / 20000, 0.0
     for i in range(20000):
         x = (i + 0.5) * step
         area += step * norm * (1 + x * x / df) ** (-(df + 1) / 2)
@@ -165,8 +165,8 @@ def test_intervals_by_hand():
     """Of 1, 2, 4: mean 7/3, sd √(7/3), t 4.303."""
     half = 4.303 * math.sqrt(7 / 3)
     for new, share in ((True, math.sqrt(4 / 3)), (False, math.sqrt(1 / 3))):
-        assert report.interval([1, 2, 4], new) == pytest.approx((7 / 3 - half * share, 7 / 3 + half * share))
-    assert report.interval([5]) == (5, 5)
+        assert cells.interval([1, 2, 4], new) == pytest.approx((7 / 3 - half * share, 7 / 3 + half * share))
+    assert cells.interval([5]) == (5, 5)
 
 
 @pytest.mark.parametrize("column, values, text", [
@@ -177,7 +177,7 @@ def test_intervals_by_hand():
     ("write sure", [0.0, 1.0, 2.0], "1.00 [-1.48, 3.48]"), ("win new", [0.3, 0.5, 0.7], ".50 [.00, 1.00]"),
     ("write sd", [0.5, None], "–")])
 def test_cells_by_hand(column, values, text):
-    assert report.Cell(column)(values) == text
+    assert cells.Cell(column)(values) == text
 
 
 PAGE = "Before.\n\n<!-- table mine, made by configs/report.py -->\nold\n<!-- end -->\n\nAfter.\n"
@@ -204,7 +204,7 @@ def printed(house, monkeypatch):
     content["tables"] = {"mine": {"sft": {"arith": [0.2, 0.4]}, "out/dpo": {"arith": [0.6, 0.6]}}}
     data.write_text(house / "results/mine.json", json.dumps(content))
     (house / "README.md").write_text(PAGE)
-    mine = report.Table("mine", {"sums": "arith", "gain": "+arith"}, ROWS, " | learns from")
+    mine = tables.Table("mine", {"sums": "arith", "gain": "+arith"}, ROWS, " | learns from")
     monkeypatch.setattr(report, "TABLES", {"mine": mine})
     return house
 
@@ -269,12 +269,15 @@ def drawn(house):
     both = [0.5, 0.7]
     compare = {"sft": dict(write=both, greedy=both), "dpo": dict(write=[1.5, 1.2], greedy=[0.25, 1.0])}
     steps = {"grpo": dict(gold=[[0.1, 0.5], [0.2, 0.7]], response_length=[[9, 20], [9, 25]])}
-    fit = {form: dict(alpha=1.0, beta=0.5) for form in report.FORMS}
+    fit = {form: dict(alpha=1.0, beta=0.5) for form in figures.FORMS}
     curve = dict(d=[[0.0, 1.0]] * 2, gold=[[0.0, 0.5]] * 2, proxy=[[0.0, 2.0]] * 2, fits=[fit] * 2)
     samples = {f"{kind}@{k}": [k / 4, k / 5] for kind in ("pass", "maj") for k in (1, 2, 4)}
-    tables = dict(compare={"compare": compare, "compare.curves": steps}, o1={"o1": {"sft": samples}},
-                  reward_hacking={"reward_hacking.curves": {"best of n": curve}})
-    for name, found in tables.items():
+    method = {"gold@kl0.25": [0.0, 0.2], "gold@kl1": [1.0, 0.8], "gold@kl4": [0.5, None], "gold@0.5T": both, "gold@1T": both,
+              "greedy@kl0.25": both, "greedy@kl1": both, "greedy@0.5T": both, "greedy@1T": both}
+    found = dict(compare={"compare": compare, "compare.curves": steps}, o1={"o1": {"sft": samples}},
+                 reward_hacking={"reward_hacking.curves": {"best of n": curve}},
+                 when={"when": dict.fromkeys(tables.METHODS, method)})
+    for name, found in found.items():
         data.write_text(house / f"results/{name}.json", json.dumps(dict(tables=found)))
     return house
 
@@ -293,9 +296,19 @@ def test_every_figure_is_drawn_and_checked(drawn, monkeypatch, capsys):
     assert run("figures", "--check", monkeypatch=monkeypatch) == 1
 
 
+def test_curves_of_methods_are_over_root_kl_and_end_where_a_seed_has_no_more(drawn):
+    """Of DPO the thick line goes through the means at KL .25 and 1; at 4 one seed has none."""
+    first = ElementTree.fromstring(figures.when()).findall(".//{*}polyline[@class='c0']")[0]
+    (x1, y1), (x2, y2) = [map(float, point.split(",")) for point in first.get("points").split()]
+    assert (x1, x2) == (48, 48 + 240), "between the ends of the axis, √.25 and √1"
+    low, high = charts.span([0, 0.2, 1, 0.8])
+    for y, value in ((y1, 0.1), (y2, 0.9)):
+        assert y == pytest.approx(60 + 190 * (high - value) / (high - low), abs=.1)
+
+
 def test_a_dot_stands_where_the_gain_of_its_seed_is(drawn):
     """Gains of DPO: 1.0 and .5 sampled, -.25 and .3 greedy; two ticks tell the scale."""
-    svg = ElementTree.fromstring(report.gains())
+    svg = ElementTree.fromstring(figures.gains())
     at = {}
     for text in svg.iter("{http://www.w3.org/2000/svg}text"):
         if re.fullmatch(r"-?[\d.]+", text.text):
@@ -310,7 +323,7 @@ def test_a_dot_stands_where_the_gain_of_its_seed_is(drawn):
 def test_the_fitted_form_is_drawn_through_its_values():
     """.2 + d (1 - .5 d) at the right end, d = 2, is .2, and .7 at its peak, d = 1."""
     axes = charts.Axes(0, 0, 200, 100, (0, 2), (0, 1))
-    fit = report.fitted(axes, [dict(alpha=0.5, beta=0.25), dict(alpha=1.5, beta=0.75)], "d (α - β d)", 0.2, "c2")
+    fit = figures.fitted(axes, [dict(alpha=0.5, beta=0.25), dict(alpha=1.5, beta=0.75)], "d (α - β d)", 0.2, "c2")
     points = re.search('points="(.*?)"', fit)[1].split()
     assert "100,30" in points and points[-1] == "200,80"
 
@@ -363,7 +376,7 @@ def runs(tmp_path, monkeypatch):
 def test_a_page_has_everything_and_runs_nothing_of_theirs(runs, monkeypatch, capsys):
     assert run("out/a", QUOTED, "out/empty", monkeypatch=monkeypatch) == 0     # `page` left out
     said = capsys.readouterr().err
-    assert "out/empty is skipped" in said and "4 lines" in said
+    assert "out/empty is skipped" in said and "out/a/metrics.jsonl:4: no row; 4 of 7 lines" in said
     seen = Seen((runs / "out/report.html").read_text())
     names = [tag for tag, _ in seen.tags]
     assert names.count("script") == 1 and "img" not in names
@@ -383,12 +396,42 @@ def test_a_page_has_everything_and_runs_nothing_of_theirs(runs, monkeypatch, cap
 def test_options_are_listed_where_the_runs_differ(runs):
     found = [page.RunFolder(runs / name) for name in ("out/a", QUOTED)]
     differ, _, common = page.options_of(found).partition("<details>")
-    assert set(re.findall(r"<td>--(\w+)", differ)) == {"lr", "reward"} and "--gamma" in common
+    assert set(re.findall(r"<th>--(\w+)", differ)) == {"lr", "reward"} and "--gamma" in common
+    _, *lines = differ.split("</tr>")
+    assert "<td>0.001</td>" in lines[0] and "<td>0.002</td>" in lines[1], "a run a line"
 
 
 def test_a_folder_stands_for_the_runs_in_it(runs):
-    folders, files, skipped = page.collect(["out", "out/a", "out/tables/compare.json"])
-    assert folders == [Path("out/a"), Path(QUOTED)] and files == [Path("out/tables/compare.json")] and not skipped
+    folders, files, notes = page.collect(["out", "out/a", "out/tables/compare.json"])
+    assert folders == [Path("out/a"), Path(QUOTED)] and files == [Path("out/tables/compare.json")] and not notes
+
+
+def test_what_record_puts_beside_the_runs_is_no_news(runs):
+    for name in ("compare.log", "compare.run.json", "report.html"):
+        (runs / "out" / name).write_text("{}")
+    folders, files, notes = page.collect(sorted(map(str, Path("out").iterdir())))
+    assert len(folders) == 2 and files == [Path("out/tables/compare.json")]
+    assert notes == ["out/empty is skipped: there is no run in it"]
+
+
+@pytest.mark.parametrize("file, content, word", [
+    ("metrics.jsonl", b"", "no step is in it"),
+    ("metrics.jsonl", b'{"step": 0}\n\xff', "metrics.jsonl:2: no row; 1 of 2"),
+    ("metrics.jsonl", b'{"step": 0, "x": %s, "y": 1e308}\n{"step": 1, "y": -1e308}' % (b"9" * 400), ""),
+    ("metrics.jsonl", b'{"step": 0, "\\ud800": 1}', ""), ("run.json", b"{", "skipped: out/a/run.json: no JSON"),
+    ("run.json", b"[]", "skipped: out/a/run.json: not a JSON object"),
+    ("samples/000001.txt", b"\xfe", "000001.txt: not utf-8"), ("samples/000000.txt", None, "skipped: [Errno")])
+def test_a_damaged_run_is_one_line_and_the_others_are_shown(file, content, word, runs, monkeypatch, capsys):
+    make_run(runs / "out/a", [{"kl": 0.5}])
+    if content is None:
+        (runs / "out/a" / file).mkdir()
+    else:
+        (runs / "out/a" / file).write_bytes(content)
+    assert run("page", "out/a", QUOTED, monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == bool(word) and word in "".join(said)
+    text = (runs / "out/report.html").read_text()
+    assert "0.002" in text and page.html.escape(word) in text
 
 
 @pytest.mark.parametrize("script, name", [

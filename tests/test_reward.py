@@ -1658,6 +1658,28 @@ def test_known_coefficients_come_back_and_noisy_ones_as_numpy_has_them(form, noi
     assert fitted(d, [curve(x, 1, -.5) for x in d])["peak"] is None
 
 
+def kl_of_the_best(chances, n):
+    """KL(best of n || one) of answers of which no two score alike, the worst first: the best of n is answer i or a
+    worse one with probability F_i^n."""
+    total, worse = 0.0, 0.0
+    for p in chances:
+        best = (worse + p) ** n - worse ** n
+        total += best * math.log(best / p)
+        worse += p
+    return total
+
+
+def test_the_kl_of_best_of_n_by_enumeration_and_its_bound():
+    """Of many answers, whatever their chances, it is what the curve says; of few it is less."""
+    rng, scores = random.Random(0), [list(range(16))]
+    many = [rng.random() for _ in range(20_000)]
+    many = [p / sum(many) for p in many]
+    for n, d in zip((1, 2, 4, 8, 16), reward_hacking.best_of_n_curve(scores, scores, 16)["d"], strict=True):
+        assert kl_of_the_best(many, n) == pytest.approx(d * d, abs=1e-3)
+        for few in ([.4, .3, .2, .1], [.01, .99]):
+            assert kl_of_the_best(few, n) < d * d or n == 1
+
+
 def run_of(folder, rows):
     folder.mkdir()
     write(folder / "metrics.jsonl", [dict(step=i) | row for i, row in enumerate(rows)])

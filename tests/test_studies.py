@@ -17,6 +17,7 @@ import grpo
 import model as M
 import ppo
 import reward
+from configs.record import table_rows
 from data import OptionError, UserError
 from policies import TOK, random_policy, save
 from runs import write
@@ -91,7 +92,7 @@ def test_flops_of_a_step_are_what_pytorch_counts(kind, start, monkeypatch):
     with FlopCounterMode(display=False) as counter:
         script.train(cfg)
     shape = json.loads((start.out / "lm/config.json").read_text())
-    pairs = WHEN.lengths(start.records, TOK)
+    pairs = WHEN.mean_lengths(start.records, TOK)
     assert (pairs.p, pairs.n, pairs.answers) == (start.p, start.n, 80)
     row = {name: float(value) for name, value in rows[1].items() if value is not None}
     told = WHEN.step_cost(asdict(cfg))(asdict(cfg), row, shape, pairs)
@@ -167,7 +168,8 @@ def finished_runs(folder, steps):
 def test_the_whole_of_when(tmp_path, capsys):
     """From folders and tables to numbers: the runs of DPO in the order of their steps, not of their names."""
     records, options = finished_runs(tmp_path, [16, 8, 32])
-    data.write_text(tmp_path / "best_of.json", json.dumps(dict(rows=[{"best@1": 1.0, "best@2": 4.0}])))
+    best_of = {"checkpoint": "sft", "kl": 0.0, "write": 1.0, "best@1": 1.0, "best@2": 4.0}
+    data.write_text(tmp_path / "best_of.json", json.dumps(dict(rows=[best_of])))
     WHEN.when(WHEN.Config(best_of=str(tmp_path / "best_of.json"), kl="1,4,5", tflops="1e-6", **options),
               [str(tmp_path / "dpo")])
     rows = {row["name"]: row for row in json.loads((tmp_path / "when.json").read_text())["rows"]}
@@ -178,7 +180,7 @@ def test_the_whole_of_when(tmp_path, capsys):
     per_step = curve["flops"][1] / 8
     assert curve["flops"] == pytest.approx([0, 8 * per_step, 16 * per_step, 32 * per_step])
     assert numbers["gold@1e-06T"] == pytest.approx(1 + 1e6 / per_step)          # a point of gold a step
-    shape, pairs = json.loads((tmp_path / "sft/config.json").read_text()), WHEN.lengths(records, TOK)
+    shape, pairs = json.loads((tmp_path / "sft/config.json").read_text()), WHEN.mean_lengths(records, TOK)
     sampled = WHEN.sample_flops(shape, pairs.p, pairs.n, 2)
     assert rows["sampling the pairs"]["tflops"] * 1e12 == pytest.approx(sampled)
     trained = 2 * 3 * WHEN.forward_flops(shape, pairs.p, pairs.n, head=0, read=1)
@@ -189,13 +191,15 @@ def test_the_whole_of_when(tmp_path, capsys):
 @pytest.mark.parametrize("change, error, word", [
     (dict(kl="1,x"), OptionError, "--kl"), (dict(tflops=""), OptionError, "--tflops"),
     (dict(folder="dpo/1e-4/8"), UserError, "no runs"), (dict(val="short.json"), UserError, "no row of"),
-    (dict(test="nowhere.json"), UserError, "no table")])
+    (dict(test="nowhere.json"), UserError, "No such file"), (dict(val="empty.json"), UserError, "needed are"),
+    (dict(best_of="rates.json"), UserError, "needed are")])
 def test_what_when_cannot_read_is_one_line(change, error, word, tmp_path):
     _, options = finished_runs(tmp_path, [8])
     rows = json.loads((tmp_path / "val.json").read_text())["rows"]
-    data.write_text(tmp_path / "short.json", json.dumps(dict(rows=rows[:1])))
+    for name, some in dict(short=rows[:1], empty=[], rates=[dict(name="dpo", rate=1e-4)]).items():
+        data.write_text(tmp_path / f"{name}.json", json.dumps(dict(rows=some)))
     folder = str(tmp_path / change.pop("folder", "dpo"))
-    for split in change.keys() & {"val", "test"}:
+    for split in change.keys() & {"val", "test", "best_of"}:
         change[split] = str(tmp_path / change[split])
     with pytest.raises(error, match=word):
         WHEN.when(WHEN.Config(**options | change), [folder])
@@ -211,7 +215,7 @@ def scored(folder, **numbers):
 def test_the_best_rate_of_each_method(tmp_path):
     rows = scored(tmp_path, **{"dpo/1e-4": 1.0, "dpo/3e-4": 2.0, "dpo/1e-3": 2.0, "ppo/1e-4": 3.0, "ppo/3e-4": -4.0})
     rows.append(dict(checkpoint=str(tmp_path.parent / "sft"), write=9.0))       # what all began from
-    assert PICK.best_rates(rows, tmp_path, "write") == dict(dpo=("3e-4", 2.0), ppo=("1e-4", 3.0))
+    assert PICK.best_rates(rows, tmp_path, "write") == dict(dpo=rows[1], ppo=rows[3]), "of equal ones the first"
 
 
 def test_pick_leads_to_the_best_and_says_its_rate(tmp_path):
@@ -231,16 +235,19 @@ def test_a_table_keeps_both_names_of_a_model_that_is_in_it_twice(tmp_path, capsy
     cfg = reward.Compare(families="write", n=2, max_new=4, show=0, save=str(tmp_path / "table.json"), **CPU)
     reward.compare(cfg, [folders[0], folders[3]])
     reward.compare(cfg, folders[:3])
-    assert [row["checkpoint"] for row in PICK.rows_of(cfg.save)] == folders
+    assert [row["checkpoint"] for row in table_rows(cfg.save)] == folders
 
 
 @pytest.mark.parametrize("rows, word", [
-    (None, "no table"), ([], "no checkpoint"), ([dict(checkpoint="elsewhere/dpo/1", write=1)], "no checkpoint"),
+    (None, "No such file"), ([], "no checkpoint"), ([dict(name="dpo", write=1)], "no checkpoint"),
+    ([dict(checkpoint="HERE/best/dpo", write=1)], "METHOD/RATE"),
+    ([dict(checkpoint="elsewhere/dpo/1", write=1)], "no checkpoint"),
     ([dict(checkpoint="dpo/1")], "has no write")])
 def test_a_table_that_nothing_can_be_picked_from_is_one_line(rows, word, tmp_path):
     table = tmp_path / "val.json"
     if rows is not None:
-        table.write_text(json.dumps(dict(rows=rows)))
+        text = json.dumps(dict(rows=rows))
+        table.write_text(text.replace("HERE", str(tmp_path)))
     with pytest.raises(UserError, match=word):
         PICK.pick(PICK.Config(out=str(tmp_path / "best"), table=str(table)))
 
@@ -251,7 +258,7 @@ def test_last_rows_are_those_of_finished_runs(tmp_path, capsys):
     folders = [str(tmp_path / name) for name in "ab"]
     cfg = LAST.Config(out=str(tmp_path / "table"), metrics="loss", save=str(tmp_path / "x.json"))
     LAST.show(cfg, folders)
-    assert "-2.000" in capsys.readouterr().out
+    assert f"{folders[1]}   -2.000\n" in capsys.readouterr().out
     assert json.loads((tmp_path / "x.json").read_text())["rows"] == [
         dict(checkpoint=folders[0], loss=1.5), dict(checkpoint=folders[1], loss=-2.0)]
     for name, metrics, word in (("a", "kl", "no kl, but step, loss"), ("c", "loss", "no finished run")):
@@ -270,7 +277,9 @@ def test_a_change_is_the_mean_of_the_last_quarter_beside_the_plain_runs(tmp_path
     cfg = dict(runs=str(tmp_path), save=str(tmp_path / "x.json"))
     CHANGES.compare(CHANGES.Config(out=str(tmp_path / "table"), **cfg))
     assert json.loads((tmp_path / "x.json").read_text())["rows"] == [
-        dict(name="ppo/kl kl", plain=1.5, changed=3), dict(name="ppo/kl gold", plain=None, changed=None)]
+        dict(name="ppo/kl kl", plain=1.5, changed=3, as_said=1),
+        dict(name="ppo/kl gold", plain=None, changed=None, as_said=None)]
+    assert (CHANGES.as_said(1, 2, "down"), CHANGES.as_said(2, 1, "down"), CHANGES.as_said(1, 1, "up")) == (0, 1, 0)
     (tmp_path / "ppo/plain/summary.json").unlink()
     with pytest.raises(UserError, match="plain: no finished run"):
         CHANGES.compare(CHANGES.Config(out=str(tmp_path / "again"), **cfg))

@@ -1,0 +1,154 @@
+"""What the printed tables show: TABLES has an entry for every <!-- table NAME --> in a README.
+
+A recipe's is a line: "dapo": Table("dapo", {"sums right": "arith"}). `python configs/report.py tables` prints them,
+from configs/results/*.json; how a number is written is said in cells.py.
+"""
+from dataclasses import dataclass
+
+from configs.changes import CHANGES
+from configs.record import LOGS
+
+
+@dataclass
+class Table:
+    """A printed table. source: a table of a results file, NAME or NAME.PART. columns: {title: what Cell reads}. rows:
+    {row: what is printed for it}, with | between several cells, whose titles are in head; without, all of them."""
+    source: str
+    columns: dict
+    rows: dict | None = None
+    head: str = ""
+
+
+# ---------------------------------------------------------------- columns that several tables have
+
+MAIN = {
+    "sums right": "arith new",
+    "`write`: true reward": "write new",
+    "greedy": "greedy new",
+    "win rate over SFT": "win new",
+    "KL": "kl mean",
+    "length": "length mean 0"}
+ALL = {
+    "`arith`": "arith", "`write`": "write", "`safe`": "safe", "`fmt`": "fmt", "nll": "nll", "proxy": "proxy",
+    "win": "win", "KL": "kl", "length": "length sd 1", "greedy": "greedy", "greedy win": "greedy_win"}
+GAIN = {
+    "true reward in `write`": "write", "win": "win", "greedy": "greedy", "greedy win": "greedy_win", "KL": "kl"}
+PPO_LOG = {
+    "`reward`": "reward first",
+    "`gold`": "gold first",
+    "`kl`": "kl first",
+    "`entropy`": "entropy first",
+    "`response_length`": "response_length first 1",
+    "`clip_frac`": "clip_frac first 4",
+    "`approx_kl`": "approx_kl first 4",
+    "`policy_loss`": "policy_loss first 4",
+    "`value_loss`": "value_loss first 3",
+    "`explained_variance`": "explained_variance first"}
+GRPO_LOG = {
+    "`reward`": "reward first",
+    "`zero_std`": "zero_std first",
+    "`loss`": "loss first 3",
+    "`grad_norm`": "grad_norm first",
+    "`entropy`": "entropy first",
+    "`response_length`": "response_length first 1",
+    "`finished`": "finished first",
+    "`val_reward`": "val_reward first"}
+
+
+# ---------------------------------------------------------------- what rows are called
+
+ALGORITHMS = {
+    "sft": "SFT | demonstrations",
+    "dpo": "DPO | the pairs",
+    "ppo": "PPO | the reward model",
+    "grpo": "GRPO | a verifier of sums",
+    "kto": "KTO | the pairs, as thumbs",
+    "orpo": "ORPO | the pairs",
+    "simpo": "SimPO | the pairs"}
+LOSSES = {
+    "sft": "SFT | demonstrations",
+    "losses/best/dpo": "DPO | pairs",
+    "losses/best/rso": "RSO | pairs",
+    "losses/best/gpo_exponential": "GPO, exponential | pairs",
+    "losses/best/gpo_savage": "GPO, Savage | pairs",
+    "losses/best/dpop": "DPOP | pairs",
+    "losses/best/tdpo2": "TDPO | pairs",
+    "losses/best/sppo": "SPPO | pairs and win rates",
+    "losses/best/dno": "DNO | pairs and win rates",
+    "losses/best/dro": "DRO | answers and scores",
+    "losses/best/d2o": "D2O | pairs",
+    "losses/best/npo": "NPO | the worse answers",
+    "losses/best/slic": "SLiC-HF | pairs, no reference",
+    "losses/best/cpo": "CPO | pairs, no reference",
+    "losses/best/spo": "SPO | the reward model, by RL"}
+BAD = {
+    "sft": "SFT",
+    "losses/bad/npo5e-5": "NPO, 5e-5",
+    "losses/bad/d2o5e-5": "D2O, 5e-5",
+    "losses/bad/npo2e-4": "NPO, 2e-4",
+    "losses/bad/d2o2e-4": "D2O, 2e-4"}
+OWN = {
+    "sft": "SFT",
+    "losses/best/rso": "RSO, on the pairs of all",
+    "losses/own/rso": "RSO, on its own",
+    "losses/best/spo": "SPO, by the reward model",
+    "losses/own/spo": "SPO, by how often people prefer"}
+TRAINED = {"dpo": "DPO", "online_dpo": "online DPO", "ppo": "PPO", "grpo": "GRPO"}
+METHODS = TRAINED | {"best of n": "best of n"}
+PPO_STEPS = {f"ppo {step}": str(step) for step in LOGS["compare"]["ppo"]}
+GRPO_STEPS = {f"grpo {step}": str(step) for step in LOGS["compare"]["grpo"]}
+CHANGED = {f"{change.run} {change.metric}": str(change) for change in CHANGES}
+
+
+# ---------------------------------------------------------------- places on the curves of when.sh
+
+KLS = {"¼ nat": "kl0.25", "½": "kl0.5", "1": "kl1", "2": "kl2", "4 nats": "kl4"}
+TFLOPS = {".125": "0.125T", ".25": "0.25T", ".5": "0.5T", "1": "1T"}
+
+
+def at(metric, places):
+    """A column for each place on a curve, as gold@kl0.5 or gold@0.5T."""
+    return {title: f"{metric}@{place}" for title, place in places.items()}
+
+
+# ---------------------------------------------------------------- the tables
+
+TABLES = {
+    "algorithms": Table("compare", MAIN, ALGORITHMS, " | learns from"),
+    "compare": Table("compare", ALL),
+    "reward": Table("compare.stages", {
+        "of the labels": "val_accuracy", "of the truth": "val_gold"}, {"reward": "right"}),
+    "thinking": Table("thinking", {
+        "sampled": "arith new", "greedy": "thinking.greedy:arith new", "four steps, sampled": "arith4 new",
+        "made to think": "thinking.made:arith new", "thinks": "thinking.who:arith new"}),
+    "variants": Table("variants", ALL),
+    "phi3": Table("phi3.fillers", {
+        "answers without fillers": "write", "true reward in `write`": "phi3:write", "greedy": "phi3:greedy",
+        "sums right": "phi3:arith"}),
+    "zephyr": Table("zephyr_orpo", {
+        "true reward in `write`": "write", "win rate over SFT": "win", "greedy win": "greedy_win",
+        "sums right": "arith", "nll": "nll"}),
+    "hermes3": Table("hermes3", {
+        "true reward in `write`": "write", "win rate over SFT": "win", "greedy win": "greedy_win", "KL": "kl",
+        "sums right": "arith"}),
+    "o1": Table("o1", {"one answer": "pass@1", "majority of 16": "maj@16", "one right of 16": "pass@16"}),
+    "losses": Table("losses", GAIN | {"proxy": "proxy", "nll": "nll"}, LOSSES, "loss | learns from"),
+    "losses_flipped": Table("losses.flipped", GAIN),
+    "losses_bad": Table("losses.bad", {
+        "true reward in `safe`": "safe", "harmless": "harmless", "over-refusal": "over_refusal", "help": "help",
+        "KL": "kl sd 1", "nll": "nll"}, BAD),
+    "losses_thumbs": Table("losses.thumbs", GAIN),
+    "losses_digits": Table("losses.digits", {
+        "chosen": "val_rewards/chosen", "rejected": "val_rewards/rejected", "accuracy": "val_rewards/accuracy",
+        "KL": "kl"}),
+    "losses_rounds": Table("losses.rounds", GAIN | {"proxy": "proxy"}),
+    "losses_own": Table("losses.own", GAIN, OWN),
+    "when_kl": Table("when", at("gold", KLS), METHODS, "true reward at a KL of"),
+    "when_kl_greedy": Table("when", at("greedy", KLS), TRAINED, "greedy at a KL of"),
+    "when_compute": Table("when", at("gold", TFLOPS), TRAINED, "true reward at so many TFLOPs"),
+    "when_compute_greedy": Table("when", at("greedy", TFLOPS), TRAINED, "greedy at so many TFLOPs"),
+    "ppo_log": Table("compare.log", PPO_LOG, PPO_STEPS, "step"),
+    "grpo_log": Table("compare.log", GRPO_LOG, GRPO_STEPS, "step"),
+    "changes": Table("changes", {"plain": "plain", "changed": "changed", "as said": "as_said mean"}, CHANGED,
+                     "option | metric | goes | why"),
+}
