@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.report import draw_curves
+from configs.figures import draw_curves
 from data import (Count, Families, Run, RunConfig, Sum, Temperature, UserError, family_list, guard, mean,
                   parse, read_rows, sparkline, write_text)
 from model import Reward, load_model, seed_step, setup
