@@ -1,7 +1,7 @@
 """The page of runs: one HTML file that shows what any runs have left, beside each other.
 
 First the tables of numbers. Then the runs of each script: who they are, the options in which they differ, every metric
-as a chart with what configs/README.md says of it, the first and the last samples. What is read may be hostile: all of
+as a chart with what the glossary says of it, the first and the last samples. What is read may be hostile: all of
 its texts are escaped. The command line is report.py's: python configs/report.py page out/*.
 """
 import functools
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.charts import COLORS, Axes, dot, line, span, style, tag
+from configs.glossary import GLOSSARY, SCRIPTS
 from configs.record import ROOT, each, is_number, name_of, read_log, table_rows
 from data import Options, UserError, mean, tell, write_text
 from model import read_json
@@ -411,26 +412,14 @@ def script_of(options):
 
 @functools.cache
 def glossary():
-    """[(scripts, pattern of the name, [what it is, healthy, if not])]: the tables of "Metrics" in configs/README.md,
-    those first that say a name most exactly."""
-    text = (ROOT / "configs/README.md").read_text(encoding="utf-8")
-    _, _, text = text.partition("\n## Metrics\n")
-    text, _, _ = text.partition("\n## ")
-    heading, found = "", []
-    for row in text.splitlines():
-        if row.startswith("### "):
-            heading = row
-        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", row)]     # at every | that is not \|
-        if len(cells) != 6:     # "", names, what it is, healthy, if not, ""
-            continue
-        names, *texts = [cell.replace(r"\|", "|") for cell in cells[1:5]]
-        scripts = SCRIPT_NAME.findall(names) or SCRIPT_NAME.findall(heading)
-        for name in re.findall(r"`([^`]+)`", names):
-            found.append((scripts, pattern_of(name), texts))
+    """[(scripts, none for every one, pattern of the name, its Metric)], those first that say a name most exactly."""
+    found = []
+    for section, metrics in GLOSSARY.items():
+        for metric in metrics:
+            scripts = re.findall(r"\w+\.py", metric.names) or SCRIPTS[section]
+            for name in re.findall(r"`([^`]+)`", metric.names):
+                found.append((scripts, pattern_of(name), metric))
     return sorted(found, key=vagueness)
-
-
-SCRIPT_NAME = re.compile(r"\w+\.py")
 
 
 def pattern_of(name):
@@ -448,18 +437,18 @@ def vagueness(entry):
 def meaning(script, metric):
     """What the glossary says of a metric of a script, as HTML; nothing if it does not know it."""
     file, *_ = script.split()       # of reward.py label
-    for scripts, pattern, texts in glossary():
-        if file in scripts and re.fullmatch(pattern, metric):
-            return explained(*texts)
+    for scripts, pattern, found in glossary():
+        if (file in scripts or not scripts) and re.fullmatch(pattern, metric):
+            return explained(found)
     held_out = metric.startswith("val_") and meaning(script, metric.removeprefix("val_"))
     return f"On what is held out: {held_out}" if held_out else ""
 
 
-def explained(what, healthy, if_not):
-    """An entry of the glossary as HTML, without what it leaves open."""
+def explained(metric):
+    """What a Metric says, as HTML."""
     said = ""
-    for title, text in [("", what), (" <b>Healthy:</b> ", healthy), (" <b>If not:</b> ", if_not)]:
-        if text not in ("", "–"):
+    for title, text in [("", metric.what), (" <b>Healthy:</b> ", metric.healthy), (" <b>If not:</b> ", metric.if_not)]:
+        if text:
             code = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
             said += f"{title}{code}."
     return said

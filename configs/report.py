@@ -12,7 +12,8 @@ numbers; texts are not.
     configs/results/NAME.json   {"recipe", "commit", "machine", "torch", "seeds", "seconds": one a seed,
                                  "tables": {"NAME": {"dpo": {"arith": [one a seed], ...}, ...}, "NAME.PART": ...}}
 
-In a README the lines <!-- table NAME --> and <!-- end --> enclose a printed table; tables.py says what it shows.
+In a README the lines <!-- table NAME --> and <!-- end --> enclose a printed table; tables.py says what it shows. Those of
+metrics, glossary.NAME, are in glossary.py.
 """
 import re
 import sys
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.cells import HOW, Cell, values_of
 from configs.figures import FIGURES
+from configs.glossary import GLOSSARY
 from configs.page import Page, page
 from configs.record import READMES, RESULTS, Record, last_part, record, results_of, rows_from
 from configs.tables import TABLES
@@ -100,9 +102,13 @@ def rewrite(readme):
 
     def renew(block):
         begin, name, was, end = block.groups()
-        if name not in TABLES:
+        kind, _, section = name.partition(".")
+        if name in TABLES:
+            now = printed_table(TABLES[name])
+        elif kind == "glossary" and section in GLOSSARY:
+            now = glossary_table(GLOSSARY[section])
+        else:
             raise UserError(f"{readme}: configs/tables.py has no table {name}; add it to TABLES")
-        now = printed_table(TABLES[name])
         names.append(name)
         if now != was:
             changed.append(name)
@@ -132,6 +138,16 @@ def printed_table(table):
     hows = [cell.how for cell in cells]
     under = provenance(results_of(table.source), hows)
     return "\n".join([*lines, "", under, ""])
+
+
+def glossary_table(metrics):
+    """A section of the glossary in Markdown."""
+    heads = ["metric", "what it is", "healthy", "if not"]
+    lines = [markdown(heads), "|" + "---|" * len(heads)]
+    for metric in metrics:
+        texts = [metric.names, metric.what, metric.healthy, metric.if_not]
+        lines.append(markdown(text.replace("|", r"\|") for text in texts))
+    return "\n".join([*lines, ""])
 
 
 def own_names(rows):

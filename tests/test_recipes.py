@@ -29,6 +29,7 @@ import data
 import model
 import reward
 import runs
+from configs import page
 from data import VERIFIERS, OptionError, Tokenizer, UserError, parse, parse_rewards, verifier
 from model import load_tensors
 from policies import TOK, random_policy, save
@@ -410,7 +411,10 @@ def test_it_runs_through_and_a_second_time_does_nothing(recipe, shared, fluent, 
         assert (folder / made).stat().st_size > 0
         if name != "merge":
             assert (folder / "summary.json").exists() and (folder / "run.json").exists()
-            assert runs.rows_of(folder)
+            logged = {metric for row in runs.rows_of(folder) for metric in row}
+            assert logged
+            unknown = [metric for metric in logged if not page.meaning(Path(words[0]).name, metric)]
+            assert not unknown, f"{words[0]} logs {', '.join(unknown)}, and configs/glossary.py has no word on it"
     for words in commands:
         name, cfg, _ = options(words)
         if name not in ("compare", "accuracy"):

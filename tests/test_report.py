@@ -447,6 +447,6 @@ def test_a_run_is_known_by_its_options(script, name):
     ("grpo.py", "reward/out/a", "each term"), ("grpo.py", "reward/out/a|out/b spread", "standard deviation"),
     ("reward.py train", "val_r2/3", "attribute"), ("orpo.py", "rewards/margin", "log-prob of a token"),
     ("dpo.py", "val_rewards/margin", "On what is held out"), ("sft.py", "nothing", "")])
-def test_what_a_metric_means_is_read_from_the_readme(script, metric, word):
+def test_what_a_metric_means_is_that_of_its_script(script, metric, word):
     said = page.meaning(script, metric)
     assert word in said and bool(word) == bool(said)
