@@ -106,6 +106,8 @@ class Config(TrainConfig):  # of data.py: options of every trainer, as seed, dev
             raise OptionError("--curriculum and --prioritized need a --pool of prompts that come again")
         if self.resample and self.pool:
             raise OptionError("--resample draws new prompts, --pool keeps to old ones: choose one")
+        if self.resample and self.adv == "reinforce_pp":
+            raise OptionError("--resample replaces groups of equal rewards, from which --adv reinforce_pp learns, too")
 
 
 # ---------------------------------------------------------------- the mathematics

@@ -105,8 +105,8 @@ def kl_estimate(logp, ref_logp, kind):
         k2      the loss      KL(π || π_ref), of each token by itself
         k3      the loss      KL(π_ref || π), of each token by itself
 
-    Their values all estimate KL(π || π_ref); only the gradients differ. As a reward, only k1 gives the gradient of the
-    KL. As a loss, k1's gradient is 0 on average.
+    Their values all estimate KL(π || π_ref), k2 with a bias. What counts is where their gradients lead. As a reward,
+    only k1 gives the gradient of the KL. As a loss, k1's gradient is 0 on average.
 
     Where training with each of them ends (for comparing kinds: skip it at first). When a response is one token:
 

@@ -210,7 +210,7 @@ def plackett_luce(r):
 
 def debiased(one, two):
     """P(first ≻ second) from a judge's P("1") when the first came first, and when it came second: a bias for a place
-    cancels (RLAIF 2309.00267, sec. 2.1). label(A, B) + label(B, A) is 1."""
+    favours neither (RLAIF 2309.00267, sec. 2.1): label(A, B) + label(B, A) is 1."""
     return (one + 1 - two) / 2
 
 
@@ -439,7 +439,8 @@ def ranking(group, cfg, rng):
 
 def accept(group, beta, rng):
     """Statistical rejection sampling: the answers to one prompt that are accepted, each with probability
-    exp((r - r_max) / β). Samples of π so become samples of π exp(r / β) / Z (RSO, 2309.06657, alg. 1)."""
+    exp((r - r_max) / β) (RSO, 2309.06657, alg. 1). Samples of π so become samples of π exp(r / β) / Z, if the group
+    has the best of all answers."""
     most, out = max(each(group, "score"), default=0.0), []
     for answer in group:
         if rng.random() < math.exp((answer.score - most) / beta):

@@ -167,7 +167,7 @@ GLOSSARY = {
     ],
     "grpo": [
         Metric("`zero_std`",
-               "share of groups whose responses all got the same reward: they teach nothing and cost no update",
+               "share of groups whose responses all got the same reward: they teach nothing (but with `reinforce_pp`) and cost no update",
                "0–.1 at first, .5–.9 after twenty steps: rises as prompts become easy",
                "near 1: too hard, too easy, or collapsed (below); other prompts, larger `group`, `resample`"),
         Metric("`loss`",

@@ -1,4 +1,4 @@
-"""What a step costs: the README's table D and costs.py's formulas against what really happens.
+"""What a step costs: the README's table of costs and costs.py's formulas against what really happens.
 
 FLOPs are counted by PyTorch at every matmul, bytes by watching every tensor come and go, both in the real train().
 Attention's own FLOPs are left out on both sides: on a CPU its kernel is not counted.
@@ -189,7 +189,7 @@ MEMORY = (ROOT / "configs/README.md").read_text(encoding="utf-8")
 
 
 def cost_in_the_table(method):
-    """The numbers of README's table D, forward and backward passes of one response in units of PT."""
+    """The numbers of the README's table of costs, forward and backward passes of one response in units of PT."""
     rows = re.findall(rf"^\| {method} \|.*PT.*", README, re.MULTILINE)
     assert len(rows) == 1
     return list(map(int, re.findall(r"(\d+)PT", rows[0])))

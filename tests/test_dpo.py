@@ -674,16 +674,19 @@ def test_19_36_loop_equals_a_slow_loop(name, files, tiny, tmp_path, monkeypatch,
 
 # ---------------------------------------------------------------- the loop: pitfalls
 
+# What a loss is where policy and reference agree, if it is not ln 2.
+AT_0 = dict(
+    ipo=25.0, rso=1, gpo_exponential=1, gpo_squared=1, gpo_truncated=1, gpo_savage=.25,
+    apo_zero=1, kto=.5, npo=20 * LN2, sppo_hard=50.0)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_21_policy_equals_reference_at_step_0(name, files, tiny, tmp_path):
     """Every margin is 0, in fp32, so the loss is known without a model: ln 2 for dpo. The gradient is not 0."""
     row, = train(tmp_path / "a", tiny, files["pairs"], loss=name, steps=1, batch=42, micro_tokens=100_000)
-    at_0 = dict(
-        ipo=25.0, rso=1, gpo_exponential=1, gpo_squared=1, gpo_truncated=1, gpo_savage=.25,
-        apo_zero=1, kto=.5, npo=20 * LN2, sppo_hard=50.0)
     _, *words = LOSSES[name][0].split()
     if not {"gap", "p", "p_w", "r_w"} & set(words):      # theirs depends on the data
-        assert row["loss"] == pytest.approx(at_0.get(name, LN2), abs=1e-6)
+        assert row["loss"] == pytest.approx(AT_0.get(name, LN2), abs=1e-6)
     assert row["rewards/chosen"] == row["rewards/rejected"] == row["rewards/margin"] == 0
     assert row.get("rewards/accuracy", .5) == .5
     assert row["grad_norm"] > 1e-3
@@ -909,7 +912,7 @@ def test_f2_on_deterministic_labels_dpo_diverges_and_rpo_stays(loss, bandit, tmp
 # ---------------------------------------------------------------- pairs that differ in one digit
 
 def test_dpop_keeps_the_chosen_likely_on_pairs_of_one_digits_difference_and_dpo_does_not(tmp_path):
-    """M12's sign test, on a model that has seen sums: after 100 steps log π(chosen) has fallen in nearly all pairs with
+    """The sign of the change, on a model that has seen sums: after 100 steps log π(chosen) has fallen in nearly all pairs with
     DPO, in hardly any with DPOP."""
     rng, rows, start = random.Random(0), [], str(tmp_path / "sft")
     runs.train(sft, start, init="new", n_layer=1, n_head=2, n_embd=64, block_size=64, families="arith", steps=60,

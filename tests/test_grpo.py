@@ -1017,6 +1017,7 @@ def test_gsm8k_end_to_end(tmp_path, capsys):
     ("--tau 0", "--tau"), ("--cuts 0", "--cuts"), ("--curriculum 2 --pool 8", "--curriculum"),
     ("--missing_end -1", "--missing_end"), ("--lora_r 4 --ref_every 2 --kl_coef .1", "--lora_r"),
     ("--curriculum .5", "--pool"), ("--prioritized true", "--pool"), ("--resample 2 --pool 8", "--resample"),
+    ("--resample 2 --adv reinforce_pp", "--resample"),
     ("--overlong 9 --max_new 8", "--max_new"), ("--ref_every 2", "--kl_coef"), ("--prefer exact", "score"),
     ("--tripwire ppo --init TINY", "--tripwire")])
 def test_refusals(flags, word, tiny, tmp_path, monkeypatch, capsys):

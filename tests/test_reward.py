@@ -183,7 +183,7 @@ def usable(said):
 
 # ---------------------------------------------------------------- losses of pairs and rankings
 
-W = [1, -.5, 2]  # FEATURES F1's three pairs
+W = [1, -.5, 2]  # three pairs
 L = [0, .5, -1]
 GIVEN = dict(prob=[.8, .4, .9], s_w=[1.0, 1, -1], s_l=[1.0, -1, -1], margin=[0.0, 0, 0])
 GOLDEN = dict(bt=.5583702422, focal=.46811035028, soft=.5250369089, cost=2.3566210872)
@@ -697,7 +697,7 @@ def untied(said):
 
 
 def slow_kept(options, said):
-    """What --select keeps of the answers {text: score} to a prompt: lists of texts, best first (FEATURES C13)."""
+    """What --select keeps of the answers {text: score} to a prompt: lists of texts, best first."""
     select, gap = options["select"], options.get("min_gap", 0)
     if select in ("rank", "ends", "rso"):
         said = untied(said)
@@ -821,7 +821,7 @@ BIAS = 1.3                                                               # for t
 
 
 def test_a_bias_for_a_place_cancels():
-    """FEATURES M34: a judge that says 1 with probability σ(q + 1.3)."""
+    """A judge that says 1 with probability σ(q + 1.3)."""
     close(reward.debiased(sigmoid(.7 + BIAS), sigmoid(-.7 + BIAS)), .617570, 5e-7)
     close(reward.debiased(torch.tensor([.9, .2]), torch.tensor([.3, .2])), [.8, .5], 1e-7)
     assert reward.debiased(.3, .9) + reward.debiased(.9, .3) == pytest.approx(1, abs=1e-15)
