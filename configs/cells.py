@@ -91,7 +91,7 @@ class Cell:
 
 
 HOW = {     # and what is said of it under a table
-    "mean": "", "first": "shown is the first of these seeds",
+    "mean": "", "first": "Shown is the first of these seeds",
     "sd": "`a ± b`: mean and standard deviation", "seeds": "`a / b`: each seed",
     "new": "`a [b, c]`: mean, and where a new seed falls, 95%",
     "sure": "`a [b, c]`: mean over the seeds, and its 95% interval"}
