@@ -19,7 +19,7 @@ C=$OUT/changes
 SFT=$OUT/sft
 PAIRS=$OUT/pairs/pairs.jsonl
 
-# NAME OPTIONS...: a run of that name; of an option that is said twice the last counts.
+# NAME OPTIONS...: a run in the folder of that name, which /"$@" begins with. Of an option said twice the last counts.
 ppo() { python ppo.py --init $SFT --reward $OUT/reward --steps 12 --prompts 64 --eval_every 1000 --out $C/ppo/"$@"; }
 grpo() { python grpo.py --init $SFT --steps 24 --prompts 16 --kl_coef 0.001 --warmup 2 --eval_every 1000 --out $C/grpo/"$@"; }
 dpo() { python dpo.py --init $SFT --data $PAIRS --steps 64 --lr 1e-4 --eval_every 1000 --out $C/dpo/"$@"; }
