@@ -1,6 +1,6 @@
 """From the values of all seeds to what stands in a cell of a table: a mean, and how far seeds differ.
 
-    Cell("arith new")([0.41, 0.44, 0.37])       .41 [.22, .59]
+    Cell("arith new")([0.41, 0.44, 0.37])       .41 [.23, .58]
 """
 import math
 import re
