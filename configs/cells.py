@@ -54,19 +54,20 @@ class Cell:
     """How the numbers of a column are written: .87, -1.20, 24.4."""
 
     def __init__(self, text):
-        """text: "metric how digits", how one of HOW; the last two can be left out. "+metric" is the gain over the first
-        row, "NAME.PART:metric" is of another table."""
+        """text: "metric how digits", how one of HOW, digits those after the point, or g for three in all; the last two can
+        be left out. "+metric" is the gain over the first row, "NAME.PART:metric" is of another table."""
         metric, *rest = text.split()
         self.source, _, self.metric = metric.rpartition(":")
         self.how = rest[0] if rest else "sd"
-        self.digits = int(rest[1]) if len(rest) > 1 else 2
+        digits = rest[1] if len(rest) > 1 else "2"
+        self.form = ".3g" if digits == "g" else f".{digits}f"
         if self.how not in HOW:
             raise UserError(f'column "{text}": a cell is written as one of {", ".join(HOW)}')
         self.sign = "+" if self.metric.startswith("+") else ""
         self.share = SHARES.match(self.metric) is not None
 
     def number(self, x):
-        text = f"{x:{self.sign}.{self.digits}f}"
+        text = f"{x:{self.sign}{self.form}}"
         if float(text) == 0:    # -.00
             text = text.strip("+-")
         return re.sub(r"^([+-]?)0\.", r"\1.", text)    # without the 0 before the point

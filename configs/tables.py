@@ -149,6 +149,7 @@ TABLES = {
     "when_compute_greedy": Table("when", at("greedy", TFLOPS), TRAINED, "greedy at so many TFLOPs"),
     "ppo_log": Table("compare.log", PPO_LOG, PPO_STEPS, "step"),
     "grpo_log": Table("compare.log", GRPO_LOG, GRPO_STEPS, "step"),
-    "changes": Table("changes", {"plain": "plain", "changed": "changed", "as said": "as_said mean"}, CHANGED,
-                     "option | metric | goes | why"),
+    "changes": Table("changes", {
+        "plain": "plain mean g", "changed": "changed mean g", "as said": "as_said mean"}, CHANGED,
+        "option | metric | goes | why"),
 }

@@ -175,6 +175,7 @@ def test_intervals_by_hand():
     ("kl mean 1", [0.1, 0.2], ".2"),
     ("length mean 0", [23.4, 24.4], "24"), ("write new", [0.0, 1.0, 2.0], "1.00 [-3.97, 5.97]"),
     ("write sure", [0.0, 1.0, 2.0], "1.00 [-1.48, 3.48]"), ("win new", [0.3, 0.5, 0.7], ".50 [.00, 1.00]"),
+    ("kl mean g", [0.000123, 0.000125], ".000124"), ("kl first g", [-12.914, 0], "-12.9"),
     ("write sd", [0.5, None], "–")])
 def test_cells_by_hand(column, values, text):
     assert cells.Cell(column)(values) == text
