@@ -116,6 +116,7 @@ def at(metric, places):
 TABLES = {
     "algorithms": Table("compare", MAIN, ALGORITHMS, " | learns from"),
     "compare": Table("compare", ALL),
+    "compare_avx2": Table("compare_avx2", ALL),
     "reward": Table("compare.stages", {
         "of the labels": "val_accuracy", "of the truth": "val_gold"}, {"reward": "right"}),
     "thinking": Table("thinking", {

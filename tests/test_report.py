@@ -241,6 +241,18 @@ def test_what_the_readmes_print_is_what_is_in_the_results(page):
     assert not changed, f"python configs/report.py tables makes {', '.join(changed)} anew"
 
 
+@pytest.mark.parametrize("path", report.RESULTS.glob("compare_*.json"), ids=lambda path: path.stem)
+def test_another_machine_is_like_another_seed(path):
+    """Of the numbers of compare.sh there, 95 of 100 are to lie where a new seed falls; here at least 90 have to."""
+    here, there = record.rows_from("compare"), record.rows_from(path.stem)
+    inside = []
+    for row, metrics in there.items():
+        for metric in set(tables.ALL.values()) & metrics.keys():
+            low, high = cells.interval([value for value in here[row][metric]])
+            inside += [low <= value <= high for value in metrics[metric]]
+    assert len(inside) > 100 and sum(inside) >= .9 * len(inside)
+
+
 def test_the_figures_show_what_is_in_the_results():
     for path in report.RESULTS.glob("*.svg"):
         assert path.read_text() == report.FIGURES[path.stem](), f"python configs/report.py figures makes {path} anew"
