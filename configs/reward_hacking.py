@@ -164,11 +164,23 @@ def draw(curves, path):
 
 
 def save_table(run, path):
-    """Write the curves that a run left as the rows of a table, if it is to be saved."""
+    """Write the curves that a run left as the rows of a table, with what is to be read off them, if it is to be saved."""
     if path:
         curves = json.loads((run.folder / "curves.json").read_text(encoding="utf-8"))
-        rows = [dict(name=Path(name).name) | curve for name, curve in curves.items()]
+        rows = [dict(name=Path(name).name) | read_off(curve) | curve for name, curve in curves.items()]
         write_text(path, json.dumps(dict(rows=rows), indent=1))
+
+
+def read_off(curve):
+    """Where gold is best and where it ends; and of each form how well it fits, and its peak, where the runs went."""
+    d, gold = curve["d"], curve["gold"]
+    best = gold.index(max(gold))
+    told = dict(best=gold[best], best_d=d[best], last=gold[-1], last_d=d[-1])
+    for name, form in zip(("bon", "rl"), FORMS):
+        fit = curve["fits"].get(form, dict(r2=None, peak=None))
+        seen = fit["peak"] is not None and fit["peak"] <= max(d)
+        told |= {f"{name}_r2": fit["r2"], f"{name}_peak": fit["peak"] if seen else None}
+    return told
 
 
 def overoptimize(cfg, folders):

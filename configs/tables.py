@@ -93,6 +93,25 @@ OWN = {
     "losses/own/rso": "RSO, on its own",
     "losses/best/spo": "SPO, by the reward model",
     "losses/own/spo": "SPO, by how often people prefer"}
+HACKED = {
+    "sft": "SFT",
+    "reward_hacking/hacked": "no penalty",
+    "reward_hacking/kl": "KL penalty of .1",
+    "reward_hacking/more": "5,000 labels",
+    "reward_hacking/ensemble": "the least of three reward models",
+    "reward_hacking/verifier": "a verifier added: whole sentences, the thing named",
+    "reward_hacking/refreshing": "3,000 labels of the hacked policy added"}
+OVER = {
+    "best of n": "best of n", "hacked": "no penalty", "kl": "KL penalty", "more": "more labels",
+    "ensemble": "ensemble", "verifier": "verifier", "refreshing": "refreshed"}
+DISTILLED = {
+    "deepseek_r1/rl": "the teacher: R1 after RL",
+    "r1_distill/base": "the student's base",
+    "r1_distill/rl": "RL on itself",
+    "r1_distill/sft": "SFT on the teacher's samples, half the compute",
+    "r1_distill/sft_more": "the same, for twice as long",
+    "r1_distill/on_policy": "SFT, then on-policy distillation",
+    "r1_distill/on_policy_from_base": "on-policy distillation from the base"}
 TRAINED = {"dpo": "DPO", "online_dpo": "online DPO", "ppo": "PPO", "grpo": "GRPO"}
 METHODS = TRAINED | {"best of n": "best of n"}
 PPO_STEPS = {f"ppo {step}": str(step) for step in LOGS["compare"]["ppo"]}
@@ -148,6 +167,13 @@ TABLES = {
     "when_kl_greedy": Table("when", at("greedy", KLS), TRAINED, "greedy at a KL of"),
     "when_compute": Table("when", at("gold", TFLOPS), TRAINED, "true reward at so many TFLOPs"),
     "when_compute_greedy": Table("when", at("greedy", TFLOPS), TRAINED, "greedy at so many TFLOPs"),
+    "reward_hacking": Table("reward_hacking", {
+        "true reward in `write`": "write", "proxy": "proxy", "KL": "kl sd 1", "greedy": "greedy", "sums right": "arith"},
+        HACKED, "PPO on 3,000 noisy labels"),
+    "overoptimization": Table("reward_hacking.curves", {
+        "best": "best", "at d": "best_d", "last": "last", "at d ": "last_d", "R² of d (α − β log d)": "rl_r2",
+        "its peak": "rl_peak", "R² of d (α − β d)": "bon_r2", "its peak ": "bon_peak"}, OVER),
+    "r1_distill": Table("r1_distill", {"sums right": "arith", "nll": "nll", "length": "length sd 1"}, DISTILLED),
     "ppo_log": Table("compare.log", PPO_LOG, PPO_STEPS, "step"),
     "grpo_log": Table("compare.log", GRPO_LOG, GRPO_STEPS, "step"),
     "changes": Table("changes", {

@@ -1686,6 +1686,18 @@ def run_of(folder, rows):
     return str(folder)
 
 
+def test_what_is_read_off_a_curve():
+    """A peak beyond what a run has seen is none."""
+    fit = dict(alpha=1.0, beta=0.5, r2=0.9)
+    forms = list(reward_hacking.FORMS)
+    curve = dict(d=[0.0, 1.0, 2.0], gold=[0.5, 1.5, 1.0], proxy=[0, 1, 2],
+                 fits={forms[0]: fit | dict(peak=1.5), forms[1]: fit | dict(peak=2.5)})
+    assert reward_hacking.read_off(curve) == dict(
+        best=1.5, best_d=1.0, last=1.0, last_d=2.0, bon_r2=0.9, bon_peak=1.5, rl_r2=0.9, rl_peak=None)
+    short = reward_hacking.read_off(curve | dict(fits={}))
+    assert short["bon_r2"] is None and short["best"] == 1.5
+
+
 def test_overoptimize_against_every_choice_of_k_and_the_metrics_of_runs(letters, tmp_path, monkeypatch):
     """The run lies on the curve of RL's form, which comes back, and there is a figure."""
     calls = runs.watch(monkeypatch, models, "respond")["respond"]
