@@ -1731,7 +1731,8 @@ def test_overoptimize_against_every_choice_of_k_and_the_metrics_of_runs(letters,
     close(curves[run]["proxy"], d, 1e-9)
     for _ in range(2):                                                   # then of the finished run
         rows = json.loads(saved.read_text())["rows"]
-        assert rows == [dict(name="best of n") | curves["best of n"], dict(name="ppo") | curves[run]]
+        for row, (name, curve) in zip(rows, curves.items(), strict=True):
+            assert row == dict(name=Path(name).name) | reward_hacking.read_off(curve) | curve
         saved = tmp_path / "other tables" / "table.json"
         cfg.save = str(saved)
         reward_hacking.overoptimize(cfg, [run])
