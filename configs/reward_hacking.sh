@@ -6,12 +6,12 @@
 #   Gold and proxy against d = √KL. Their forms are d (α - β d) for best-of-n and d (α - β log d) for RL. More labels
 #   push the peak out. The least of an ensemble is harder to fool.
 # reconstruction
-#   The reward model has 3000 noisy labels. The ensemble has three such models. Further remedies are a verifier (whole
-#   sentences, the thing named), and labels of the hacked policy's samples. All sizes are ours.
+#   The reward model has 3000 noisy labels, `more` 5000. The ensemble has three of the first kind. Further remedies are a
+#   verifier (whole sentences, the thing named), and labels of the hacked policy's samples. All sizes are ours.
 #
 # Effect to look for: `reward` climbs to the end while `gold` peaks and falls (the sparklines of `hacked`, and the
-# fits). The KL penalty, more labels and the verifier end with more true reward. The ensemble and the refreshed model
-# only move the hack.
+# fits). The KL penalty ends with more true reward than SFT. The verifier holds for longer; more labels, the ensemble and
+# the refreshed model only move the hack.
 #
 #   bash configs/reward_hacking.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/reward_hacking.sh    in another folder than out/
