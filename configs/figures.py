@@ -2,6 +2,7 @@
 
 `python configs/report.py figures` draws them. charts.py has the axes and the lines.
 """
+import itertools
 import math
 
 from configs.cells import interval, values_of
@@ -83,7 +84,7 @@ def draw_curves(rows):
 
 def flat(lists):
     """The values of several lists, in one."""
-    return sum(lists, [])
+    return list(itertools.chain(*lists))
 
 
 def fitted(axes, fits, form, start, look):
@@ -152,39 +153,48 @@ def when():
     rows = rows_from("when")
     looks = {name: f"c{i}" for i, name in enumerate(METHODS.values())}
     parts = legend(48, 22, 110, looks)
-    for top, metric in ((60, "gold"), (330, "greedy")):
-        parts += over_places(48, top, rows, metric, KLS)
-        parts += over_places(348, top, rows, metric, TFLOPS)
+    for top, metric, title in ((60, "gold", "true reward of samples"), (330, "greedy", "true reward of greedy answers")):
+        kls = curves_at(rows, metric, KLS, root_kl)
+        parts += over_places(48, top, kls, title, "d = √KL")
+        budgets = curves_at(rows, metric, TFLOPS, tflops)
+        parts += over_places(348, top, budgets, title, "TFLOPs of training", x_log=True)
     return drawing(610, 570, parts, when.__doc__)
 
 
-def over_places(left, top, rows, metric, places):
-    """A panel with a metric of every method at places of its curve, those that all seeds have."""
-    compute = places is TFLOPS
-    curves, across, shown = {}, [], []      # curves: {row: (where, a curve a seed)}
-    for row in METHODS:
-        xs, columns = [], []
+def root_kl(place):
+    """kl0.25 -> 0.5"""
+    return math.sqrt(float(place.removeprefix("kl")))
+
+
+def tflops(place):
+    """0.5T -> 0.5"""
+    return float(place.removesuffix("T"))
+
+
+def curves_at(rows, metric, places, x_of):
+    """{method: {x: a value a seed}} of a metric at the places of its curve that all seeds have."""
+    curves = {}
+    for method in METHODS:
+        curves[method] = {}
         for place in places.values():
-            values = rows[row].get(f"{metric}@{place}", [None])
-            if None in values:
-                continue
-            amount = float(place.strip("klT"))
-            xs.append(amount if compute else math.sqrt(amount))
-            columns.append(values)
-        if xs:
-            curves[row] = xs, list(zip(*columns))
-            across += xs
-            shown += flat(columns)
-    axes = Axes(left, top, 240, 190, (min(across), max(across)), span(shown), x_log=compute)
-    title = {"gold": "true reward of samples", "greedy": "true reward of greedy answers"}[metric]
-    if compute:
-        parts = axes.frame(title, "TFLOPs of training", sorted(set(across)))
-    else:
-        parts = axes.frame(title, "d = √KL")
-    for i, row in enumerate(METHODS):
-        if row in curves:
-            xs, per_seed = curves[row]
-            parts += axes.seeds_and_mean([xs] * len(per_seed), per_seed, f"c{i}")
+            values = rows[method].get(f"{metric}@{place}", [None])
+            if None not in values:
+                curves[method][x_of(place)] = values
+    return curves
+
+
+def over_places(left, top, curves, title, x_label, x_log=False):
+    """A panel with the curves of all methods, each in its colour. On a logarithmic axis their places are the ticks."""
+    across, shown = [], []
+    for curve in curves.values():
+        across += curve
+        shown += flat(curve.values())
+    axes = Axes(left, top, 240, 190, (min(across), max(across)), span(shown), x_log=x_log)
+    parts = axes.frame(title, x_label, sorted(set(across)) if x_log else None)
+    for i, curve in enumerate(curves.values()):
+        per_seed = list(zip(*curve.values()))
+        if per_seed:
+            parts += axes.seeds_and_mean([list(curve)] * len(per_seed), per_seed, f"c{i}")
     return parts
 
 

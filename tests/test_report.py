@@ -248,7 +248,7 @@ def test_another_machine_is_like_another_seed(path):
     inside = []
     for row, metrics in there.items():
         for metric in set(tables.ALL.values()) & metrics.keys():
-            low, high = cells.interval([value for value in here[row][metric]])
+            low, high = cells.interval(here[row][metric])
             inside += [low <= value <= high for value in metrics[metric]]
     assert len(inside) > 100 and sum(inside) >= .9 * len(inside)
 
