@@ -285,7 +285,7 @@ def drawn(house):
     fit = {form: dict(alpha=1.0, beta=0.5) for form in figures.FORMS}
     curve = dict(d=[[0.0, 1.0]] * 2, gold=[[0.0, 0.5]] * 2, proxy=[[0.0, 2.0]] * 2, fits=[fit] * 2)
     samples = {f"{kind}@{k}": [k / 4, k / 5] for kind in ("pass", "maj") for k in (1, 2, 4)}
-    method = {"gold@kl0.25": [0.0, 0.2], "gold@kl1": [1.0, 0.8], "gold@kl4": [0.5, None], "gold@0.5T": both, "gold@1T": both,
+    method = {"gold@kl0.25": [0.0, 0.2], "gold@kl0.5": [0.5, 0.5], "gold@kl1": [1.0, 0.8], "gold@kl4": [0.5, None], "gold@0.5T": both, "gold@1T": both,
               "greedy@kl0.25": both, "greedy@kl1": both, "greedy@0.5T": both, "greedy@1T": both}
     found = dict(compare={"compare": compare, "compare.curves": steps}, o1={"o1": {"sft": samples}},
                  reward_hacking={"reward_hacking.curves": {"best of n": curve}},
@@ -312,8 +312,9 @@ def test_every_figure_is_drawn_and_checked(drawn, monkeypatch, capsys):
 def test_curves_of_methods_are_over_root_kl_and_end_where_a_seed_has_no_more(drawn):
     """Of DPO the thick line goes through the means at KL .25 and 1; at 4 one seed has none."""
     first = ElementTree.fromstring(figures.when()).findall(".//{*}polyline[@class='c0']")[0]
-    (x1, y1), (x2, y2) = [map(float, point.split(",")) for point in first.get("points").split()]
+    (x1, y1), (middle, _), (x2, y2) = [map(float, point.split(",")) for point in first.get("points").split()]
     assert (x1, x2) == (48, 48 + 240), "between the ends of the axis, √.25 and √1"
+    assert middle == pytest.approx(48 + 240 * (math.sqrt(.5) - .5) / .5, abs=.1), "the axis is √KL"
     low, high = charts.span([0, 0.2, 1, 0.8])
     for y, value in ((y1, 0.1), (y2, 0.9)):
         assert y == pytest.approx(60 + 190 * (high - value) / (high - low), abs=.1)
