@@ -35,8 +35,8 @@ READMES = [ROOT / "README.md", ROOT / "configs/README.md", ROOT / "tests/STUDY.m
 CURVES = {"compare": {"grpo": ["gold", "reward/format", "response_length"]}}
 # All that a run logged at some of its steps becomes a table NAME.log: {recipe: {run: steps}}.
 LOGS = {"compare": {"ppo": (0, 1, 2, 4, 9, 14, 19), "grpo": (0, 4, 9, 14, 19, 29, 39)}}
-# And what each stage logged last of these becomes a table NAME.stages.
-ENDS = ("seconds", "val_loss", "val_accuracy", "val_gold")
+# And what each stage logged last of these, or of these by kind as val_r2/0, becomes a table NAME.stages.
+ENDS = ("seconds", "val_loss", "val_accuracy", "val_gold", "val_r2", "agrees", "inconsistent", "cost", "lambda")
 
 
 # ---------------------------------------------------------------- run
@@ -307,9 +307,10 @@ def ends_of(run):
         rows, _ = read_log(folder)
         last = {}
         for row in rows:
-            for metric in ENDS:
-                if is_number(row.get(metric)):
-                    last[metric] = rounded(row[metric])
+            for metric, value in row.items():
+                kind, _, _ = metric.partition("/")
+                if kind in ENDS and is_number(value):
+                    last[metric] = rounded(value)
         ends[os.path.relpath(folder, run.folder)] = last
     return ends
 

@@ -80,6 +80,7 @@ def fit(cfg):
 
     # 1. What base and rules say of every pair; it does not change.
     gap, phi, weight = leads(stream.items, base, rules, like)
+    held_gap, held_phi, _ = leads(held, base, rules, like)
 
     # 2. Weights by which the better ones lead.
     w = torch.zeros(phi.shape[1], device=like.device, requires_grad=True)                # (F,)
@@ -91,16 +92,14 @@ def fit(cfg):
         loss.backward()
         optimizer.step()
         right = (lead > 0).float().mean()
-        run.log(step, ("loss", "accuracy"), loss=loss.detach(), accuracy=right)
+        held_right = (held_gap + held_phi @ w.detach() > 0).float().mean()
+        run.log(step, ("loss", "accuracy"), loss=loss.detach(), accuracy=right, val_accuracy=held_right)
 
-    # 3. How many of the pairs held out they order.
-    w = w.detach()
-    gap, phi, _ = leads(held, base, rules, like)
-    right = (gap + phi @ w > 0).float().mean()
+    # 3. Their sum, which is a reward.
     spec = as_sum(rules.terms, w.tolist(), cfg.base)
     write_text(run.folder / "reward.txt", spec + "\n")
-    print(f"{run.folder}/reward.txt: {spec}\n{right:.1%} of {len(gap)} held-out pairs in order")
-    return run.finish(("loss", "accuracy"), then=["ppo.py", "--reward", cfg.out, "--out", f"{cfg.out}_ppo"])
+    print(f"{run.folder}/reward.txt: {spec}\n{held_right:.1%} of {len(held_gap)} held-out pairs in order")
+    return run.finish(("loss", "accuracy", "val_accuracy"), then=["ppo.py", "--reward", cfg.out, "--out", f"{cfg.out}_ppo"])
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ os.makedirs(out, exist_ok=True)
 if not os.path.exists(out + "/summary.json"):
     for name in ("metrics.jsonl", "summary.json"):
         with open(f"{out}/{name}", "w") as f:
-            json.dump(dict(step=0, gold=seed, seconds=1000 + seed), f)
+            json.dump({"step": 0, "gold": seed, "seconds": 1000 + seed, "val_r2/0": seed}, f)
 tables = os.environ["OUT"] + "/tables"
 os.makedirs(tables, exist_ok=True)
 row = dict(checkpoint=out, arith=seed / 8, interval=[0, 1 / 3], answers=[dict(text="no number")])
@@ -87,8 +87,8 @@ def test_a_recipe_is_run_once_a_seed_and_its_numbers_are_gathered(house, monkeyp
                  "a|b on pairs.jsonl": {"right": [1, 1]}, "best of n": {"curves": [{"d": [0.5, None]}] * 2}},
         "tiny.part": got["tables"]["tiny"],
         "tiny.curves": {"base": {"gold": [[1], [3]]}},
-        "tiny.log": {"base 0": {"step": [0, 0], "gold": [1, 3], "seconds": [1001, 1003]}},
-        "tiny.stages": dict.fromkeys(["base", "tiny/a"], {"seconds": [1001, 1003]})}, "names without OUT, numbers of both seeds, no texts"
+        "tiny.log": {"base 0": {"step": [0, 0], "gold": [1, 3], "seconds": [1001, 1003], "val_r2/0": [1, 3]}},
+        "tiny.stages": dict.fromkeys(["base", "tiny/a"], {"seconds": [1001, 1003], "val_r2/0": [1, 3]})}, "names without OUT, numbers of both seeds, no texts"
     with open(house / "out/seed1/tables/tiny.json") as f:
         assert "1" == json.load(f)["rows"][0]["threads"], "two runs at a time have one thread each"
 

@@ -1593,6 +1593,7 @@ def test_fitted_rules_have_the_planted_signs_and_the_pairs_held_out_are_those_re
     for row in rows[19::20]:
         right += [paid(a) > paid(b) for a, b in two_of(row["responses"])]
     assert f"{mean(right):.1%} of {len(right)} held-out pairs" in capsys.readouterr().out
+    assert log[-1]["val_accuracy"] == pytest.approx(mean(right))
     assert mean(right) < .2
     text.write_text("-7*test_reward:red + words\n")
     roll = Rollout.of(data.encode(question(0, "red cup", "cup"), TOK, 99), TOK)
