@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every algorithm from the same start: one SFT model, one set of preferences, one reward model learned from them.
 #
-# PPO learns from the reward model, DPO and KTO from the pairs with a reference, ORPO and SimPO without one. GRPO learns
-# sums from a verifier and needs no value function. configs/variants.sh makes a second table, of their relatives.
+# PPO learns from the reward model, DPO from the pairs with a reference, ORPO without one. GRPO learns sums from a
+# verifier and needs no value function. configs/variants.sh makes a second table, of their relatives.
 #
 # Effect to look for: the table, printed again as soon as a policy is ready; the last one is complete. It shows the true
 # (gold) reward on held-out prompts of each family, the win rate over SFT, KL and length. A finished stage is skipped and
@@ -19,7 +19,7 @@ STAGE=0
 
 stage() {  # NAME SCRIPT OPTIONS...: says how far we are, then runs it
   STAGE=$((STAGE + 1))
-  echo "== stage $STAGE of 10: $1"
+  echo "== stage $STAGE of 8: $1"
   python "${@:2}"
 }
 row() {  # POLICY OPTIONS...: adds a policy to the table
@@ -37,9 +37,5 @@ stage "PPO" ppo.py --init $OUT/sft --reward $OUT/reward --out $OUT/ppo "$@"
 row $OUT/ppo --show 0 "$@"
 stage "GRPO, on sums" grpo.py --init $OUT/sft --out $OUT/grpo "$@"
 row $OUT/grpo --show 0 "$@"
-stage "KTO" dpo.py --init $OUT/sft --data $PAIRS --loss kto --batch 64 --out $OUT/kto "$@"
-row $OUT/kto --show 0 "$@"
 stage "ORPO" orpo.py --init $OUT/sft --data $PAIRS --out $OUT/orpo "$@"
-row $OUT/orpo --show 0 "$@"
-stage "SimPO" orpo.py --init $OUT/sft --data $PAIRS --loss simpo --lr 5e-5 --out $OUT/simpo "$@"
-row $OUT/simpo "$@"
+row $OUT/orpo "$@"

@@ -62,9 +62,7 @@ ALGORITHMS = {
     "dpo": "DPO | the pairs",
     "ppo": "PPO | the reward model",
     "grpo": "GRPO | a verifier of sums",
-    "kto": "KTO | the pairs, as thumbs",
-    "orpo": "ORPO | the pairs",
-    "simpo": "SimPO | the pairs"}
+    "orpo": "ORPO | the pairs"}
 LOSSES = {
     "sft": "SFT | demonstrations",
     "losses/best/dpo": "DPO | pairs",
