@@ -9,7 +9,8 @@
 #   All sizes. K is 4, theirs 4 to 9. β and the learning rates are the toy's. γ_ptx is 1, not 27.8: our losses are
 #   means per token, and the toy needs little.
 #
-# Effect to look for: both PPO rows are above SFT in `write`. The ptx row forgets less of the other families.
+# Effect to look for: both PPO rows are above SFT in `write`. The ptx row keeps more of the pretraining: its loss (nll)
+# is lower, and more sums are right, as that text works every sum out.
 #
 #   bash configs/instructgpt.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/instructgpt.sh    in another folder than out/

@@ -172,6 +172,8 @@ TABLES = {
         "best": "best", "at d": "best_d", "last": "last", "at d ": "last_d", "R² of d (α − β log d)": "rl_r2",
         "its peak": "rl_peak", "R² of d (α − β d)": "bon_r2", "its peak ": "bon_peak"}, OVER),
     "r1_distill": Table("r1_distill", {"sums right": "arith", "nll": "nll", "length": "length sd 1"}, DISTILLED),
+    "instructgpt": Table("instructgpt", GAIN | {"sums right": "arith", "nll": "nll"}),
+    "dapo": Table("dapo", {"sums right": "arith", "of four steps": "arith4", "greedy": "greedy", "KL": "kl"}),
     "ppo_log": Table("compare.log", PPO_LOG, PPO_STEPS, "step"),
     "grpo_log": Table("compare.log", GRPO_LOG, GRPO_STEPS, "step"),
     "changes": Table("changes", {
