@@ -7,8 +7,8 @@
 # reconstruction
 #   Sizes and rates are ours. There are 4 updates a rollout rather than 16. The last 16 of 80 tokens are the buffer.
 #
-# Effect to look for: more sums of four steps are right than with GRPO after as many updates. The price is more samples a step
-# (`groups` in metrics.jsonl). zero_std stays at 0, where GRPO's rises as prompts become easy.
+# Effect to look for: more sums of four steps are right than with GRPO after as many updates. The price is more
+# samples a step (`groups` in metrics.jsonl). zero_std stays at 0, where GRPO's rises as prompts become easy.
 #
 #   bash configs/dapo.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/dapo.sh    in another folder than out/
