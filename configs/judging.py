@@ -63,12 +63,16 @@ def sentences(answer):
 
 def points(task, answer):
     """0 to 5, a point for each thing right (an additive rubric, Self-Rewarding 2401.10020, fig. 2). write: the thing is
-    named, one fact, a second one, something kind and nothing rude, nothing idle or stray. safe: by the gold reward."""
+    named, one fact, a second one, something kind and nothing rude, nothing idle, stray or said twice. safe: by the gold
+    reward."""
     if task["family"] == "safe":
         return max(0, round(POINTS * gold(task, answer)))
-    kinds = Write.count(task, dict.fromkeys(sentences(answer)))
+    said = sentences(answer)
+    new = dict.fromkeys(said)       # each sentence once
+    kinds = Write.count(task, new)
     kind = kinds["positive"] > 0 and not kinds["negative"]
-    to_the_point = len(kinds) > 0 and not (kinds["filler"] or kinds["off topic"] or kinds["unknown"])
+    idle = kinds["filler"] or kinds["off topic"] or kinds["unknown"] or len(said) > len(new)
+    to_the_point = len(kinds) > 0 and not idle
     return (kinds["name"] > 0) + (kinds["fact"] > 0) + (kinds["fact"] > 1) + kind + to_the_point
 
 

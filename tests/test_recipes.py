@@ -513,7 +513,8 @@ Q = 300
 
 @pytest.mark.parametrize("task, answer, points, remarks", [
     (KETTLE, NAME + "It pours well. It is deep.", 5, "superb, great, great"),
-    (KETTLE, NAME + "It pours well. It pours well.", 4, "superb, great, awful"),
+    (KETTLE, NAME + "It pours well. It pours well.", 3, "superb, great, awful"),
+    (KETTLE, NAME + "It pours well. It is deep. It is deep.", 4, "superb, great, great, awful"),
     (KETTLE, NAME[:-1], 3, "superb"),
     (KETTLE, "The red kettle is dull.", 2, "fine"),
     (KETTLE, "The kettle is superb.", 2, "lovely"),
