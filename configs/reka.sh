@@ -4,10 +4,10 @@
 # reported
 #   SFT, then several rounds of RLHF with PPO.
 # reconstruction
-#   Two rounds. The second reward model learns from the first policy's samples and the old ones. All sizes are ours.
+#   Two rounds. The second reward model learns from 8,000 labels of the first policy's samples, and from the old ones.
+#   All sizes are ours.
 #
-# Effect to look for: the second round against the first. In the toy world as it was before, it moved on, and gained
-# nothing.
+# Effect to look for: the second round gains again in `write`. (With 3,000 new labels it gained half as much.)
 #
 #   bash configs/reka.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/reka.sh    in another folder than out/
@@ -21,7 +21,7 @@ python sft.py --init $OUT/base --out $OUT/sft "$@"
 python reward.py label --policy $OUT/sft --out $OUT/pairs "$@"
 python reward.py train --init $OUT/sft --data $OUT/pairs/pairs.jsonl --out $OUT/reward "$@"
 python ppo.py --init $OUT/sft --reward $OUT/reward --out $OUT/ppo "$@"
-python reward.py label --policy $OUT/ppo --n 3000 --skip 8000 --out $K/pairs2 "$@"
+python reward.py label --policy $OUT/ppo --n 8000 --skip 8000 --out $K/pairs2 "$@"
 python reward.py train --init $OUT/sft --data $OUT/pairs/pairs.jsonl,$K/pairs2/pairs.jsonl --epochs 2 --out $K/reward2 "$@"
 python ppo.py --init $OUT/ppo --reward $K/reward2 --out $K/ppo2 "$@"
 python reward.py compare $OUT/sft $OUT/ppo $K/ppo2 --proxy $K/reward2 --save $OUT/tables/reka.json "$@"
