@@ -10,8 +10,8 @@
 #   Prompts come from the toy, not from the model, and so does the rubric. The rating is its expectation under the
 #   model, which is what a mean of many would be. DPO has an NLL term. All sizes are ours.
 #
-# Effect to look for: `write` rises from M1 to M2; in the toy world as it was before, not again to M3. The table of
-# accuracy says what becomes of the model's own judgement.
+# Effect to look for: `write` rises from M1 to M2, and again to M3. A rater that learned from whole answers is fooled by
+# broken ones: at the default rate (5e-5) M3 ends below M1. The table of accuracy says what becomes of its judgement.
 #
 #   bash configs/self_rewarding.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/self_rewarding.sh    in another folder than out/
@@ -27,7 +27,7 @@ python sft.py --init $OUT/base --data $S/judging/demos.jsonl --steps 500 --lr 3e
 python reward.py label --policy $OUT/sft --n 1000 --scale 0 --flip 0 --out $S/held "$@"
 for round in 1 2; do
   python reward.py label --policy $S/m$round --k 4 --n 3000 --skip $((4000 * round)) --by $S/m$round@rate --select ends --scale 0 --flip 0 --out $S/pairs$round "$@"
-  python dpo.py --init $S/m$round --data $S/pairs$round/pairs.jsonl --nll_coef 0.1 --out $S/m$((round + 1)) "$@"
+  python dpo.py --init $S/m$round --data $S/pairs$round/pairs.jsonl --nll_coef 0.1 --lr 2e-5 --out $S/m$((round + 1)) "$@"
 done
 python reward.py accuracy $S/m1@rate $S/m2@rate $S/m3@rate --data $S/held/pairs.jsonl --save $OUT/tables/self_rewarding.accuracy.json "$@"
 python reward.py compare $S/m1 $S/m2 $S/m3 --families write --save $OUT/tables/self_rewarding.json "$@"
