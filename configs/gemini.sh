@@ -6,7 +6,7 @@
 #   SFT, a reward model, RLHF. Feedback on the newest model's answers goes into the next reward model. No algorithm was
 #   published.
 # reconstruction
-#   Everything else: PPO, three rounds, 1500 new pairs each. The reward model is trained on, and PPO goes on from the
+#   Everything else: PPO, three rounds, 4000 new pairs each. The reward model is trained on, and PPO goes on from the
 #   last policy.
 #
 # Effect to look for: on pairs of the newest policy the refreshed model is right more often than the one before. The
@@ -26,9 +26,9 @@ python reward.py train --init $OUT/sft --data $OUT/pairs/pairs.jsonl --out $OUT/
 python ppo.py --init $OUT/sft --reward $OUT/reward --steps 20 --out $M/ppo1 "$@"
 before=$OUT/reward
 for round in 1 2; do
-  python reward.py label --policy $M/ppo$round --n 1500 --skip $((8000 * round)) --out $M/new$round "$@"
+  python reward.py label --policy $M/ppo$round --n 4000 --skip $((8000 * round)) --out $M/new$round "$@"
   python reward.py train --init $before --data $M/new$round/pairs.jsonl,$OUT/pairs/pairs.jsonl --epochs 1 --out $M/reward$round "$@"
-  python reward.py label --policy $M/ppo$round --n 600 --skip $((8000 * round + 2000)) --scale 0 --flip 0 --out $M/held$round "$@"
+  python reward.py label --policy $M/ppo$round --n 2000 --skip $((8000 * round + 5000)) --scale 0 --flip 0 --out $M/held$round "$@"
   python reward.py accuracy $before $M/reward$round --data $M/held$round/pairs.jsonl --save $OUT/tables/gemini.accuracy$round.json "$@"
   python ppo.py --init $M/ppo$round --reward $M/reward$round --steps 20 --out $M/ppo$((round + 1)) "$@"
   before=$M/reward$round
