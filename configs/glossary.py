@@ -234,7 +234,7 @@ GLOSSARY = {
         Metric("`rewards/*`",
                "the mean log-prob of a token, chosen and rejected",
                "margin grows; chosen rises from a base model, and stays from an SFT model (−.58 in "
-               "`compare.sh`; SimPO, which has no likelihood term, −.58 → −.61)",
+               "`compare.sh`; with SimPO, which has no likelihood term, −.58 → −.61)",
                "chosen falls far: lower `lr`"),
         Metric("`logps/chosen`, `logps/rejected`",
                "log π of a whole response",

@@ -110,6 +110,37 @@ DISTILLED = {
     "r1_distill/sft_more": "the same, for twice as long",
     "r1_distill/on_policy": "SFT, then on-policy distillation",
     "r1_distill/on_policy_from_base": "on-policy distillation from the base"}
+R1 = {
+    "deepseek_r1/cold": "1. cold start: SFT on thinking",
+    "deepseek_r1/rl": "2. RL on sums",
+    "deepseek_r1/sft": "3. SFT of the base on samples of 2",
+    "deepseek_r1/final": "4. RL on all families"}
+KIMI = {
+    "sft": "SFT",
+    "kimi_k15/long": "SFT on long thinking",
+    "kimi_k15/rl": "RL",
+    "kimi_k15/merge": "merged with SFT",
+    "kimi_k15/shortest_sft": "SFT on the shortest right",
+    "kimi_k15/short_dpo": "DPO on the shortest right",
+    "kimi_k15/short_rl": "RL with a length reward"}
+LLAMA3 = {
+    "sft": "SFT",
+    "llama3/round1/policy": "round one",
+    "llama3/round2/policy": "round two"}
+COOL = {
+    "internlm2_cool/conditional": "conditional",
+    "internlm2_cool/unconditional": "unconditional"}
+COOL_HACK = {
+    "sft": "SFT",
+    "internlm2_cool/ppo1": "hacked",
+    "internlm2_cool/ppo_fast": "after a hundred pairs against it",
+    "internlm2_cool/ppo_slow": "after 2,000 labels of the hacked policy"}
+SAFETY = {
+    "harmless": "harmless", "over-refusal": "over_refusal", "help": "help", "true reward in `safe`": "safe", "KL": "kl"}
+REKA = {
+    "sft": "SFT", "ppo": "round one", "reka/ppo2": "round two"}
+GEMINI = {
+    "sft": "SFT", "gemini/ppo1": "20 steps", "gemini/ppo2": "40", "gemini/ppo3": "60"}
 TRAINED = {"dpo": "DPO", "online_dpo": "online DPO", "ppo": "PPO", "grpo": "GRPO"}
 METHODS = TRAINED | {"best of n": "best of n"}
 PPO_STEPS = {f"ppo {step}": str(step) for step in LOGS["compare"]["ppo"]}
@@ -174,6 +205,14 @@ TABLES = {
     "r1_distill": Table("r1_distill", {"sums right": "arith", "nll": "nll", "length": "length sd 1"}, DISTILLED),
     "instructgpt": Table("instructgpt", GAIN | {"sums right": "arith", "nll": "nll"}),
     "dapo": Table("dapo", {"sums right": "arith", "of four steps": "arith4", "greedy": "greedy", "KL": "kl"}),
+    "llama3": Table("llama3", GAIN | {"sums right": "arith"}, LLAMA3),
+    "reka": Table("reka", GAIN | {"proxy": "proxy"}, REKA),
+    "gemini": Table("gemini", GAIN | {"proxy": "proxy"}, GEMINI),
+    "deepseek_r1": Table("deepseek_r1", {
+        "sums right": "arith", "`write`": "write", "`safe`": "safe", "`fmt`": "fmt", "nll": "nll",
+        "thinks well-formed": "deepseek_r1.thinks:arith"}, R1),
+    "kimi_k15": Table("kimi_k15", {"sums right": "arith", "greedy": "greedy", "tokens": "length sd 1"}, KIMI),
+    "safe_rlhf": Table("safe_rlhf", SAFETY),
     "ppo_log": Table("compare.log", PPO_LOG, PPO_STEPS, "step"),
     "grpo_log": Table("compare.log", GRPO_LOG, GRPO_STEPS, "step"),
     "changes": Table("changes", {
