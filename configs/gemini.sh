@@ -29,8 +29,8 @@ for round in 1 2; do
   python reward.py label --policy $M/ppo$round --n 4000 --skip $((8000 * round)) --out $M/new$round "$@"
   python reward.py train --init $before --data $M/new$round/pairs.jsonl,$OUT/pairs/pairs.jsonl --epochs 1 --out $M/reward$round "$@"
   python reward.py label --policy $M/ppo$round --n 2000 --skip $((8000 * round + 5000)) --scale 0 --flip 0 --out $M/held$round "$@"
-  python reward.py accuracy $before $M/reward$round --data $M/held$round/pairs.jsonl --save $OUT/tables/gemini.accuracy$round.json "$@"
   python ppo.py --init $M/ppo$round --reward $M/reward$round --steps 20 --out $M/ppo$((round + 1)) "$@"
   before=$M/reward$round
 done
+python reward.py accuracy $OUT/reward $M/reward1 $M/reward2 --data $M/held1/pairs.jsonl,$M/held2/pairs.jsonl --save $OUT/tables/gemini.accuracy.json "$@"
 python reward.py compare $OUT/sft $M/ppo1 $M/ppo2 $M/ppo3 --proxy $before --save $OUT/tables/gemini.json "$@"
