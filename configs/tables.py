@@ -140,7 +140,13 @@ SAFETY = {
 REKA = {
     "sft": "SFT", "ppo": "round one", "reka/ppo2": "round two"}
 GEMINI = {
-    "sft": "SFT", "gemini/ppo1": "20 steps", "gemini/ppo2": "40", "gemini/ppo3": "60"}
+    "sft": "SFT", "gemini/ppo1": "20 steps", "gemini/ppo2": "40 steps", "gemini/ppo3": "60 steps"}
+REFRESHED = {
+    "reward on gemini/held1/pairs.jsonl": "20 steps | the first",
+    "gemini/reward1 on gemini/held1/pairs.jsonl": "20 steps | refreshed once",
+    "reward on gemini/held2/pairs.jsonl": "40 steps | the first",
+    "gemini/reward1 on gemini/held2/pairs.jsonl": "40 steps | refreshed once",
+    "gemini/reward2 on gemini/held2/pairs.jsonl": "40 steps | refreshed twice"}
 TRAINED = {"dpo": "DPO", "online_dpo": "online DPO", "ppo": "PPO", "grpo": "GRPO"}
 METHODS = TRAINED | {"best of n": "best of n"}
 PPO_STEPS = {f"ppo {step}": str(step) for step in LOGS["compare"]["ppo"]}
@@ -208,6 +214,8 @@ TABLES = {
     "llama3": Table("llama3", GAIN | {"sums right": "arith"}, LLAMA3),
     "reka": Table("reka", GAIN | {"proxy": "proxy"}, REKA),
     "gemini": Table("gemini", GAIN | {"proxy": "proxy"}, GEMINI),
+    "gemini_accuracy": Table("gemini.accuracy", {"right": "accuracy"}, REFRESHED,
+        "held-out pairs of the policy after | reward model"),
     "deepseek_r1": Table("deepseek_r1", {
         "sums right": "arith", "`write`": "write", "`safe`": "safe", "`fmt`": "fmt", "nll": "nll",
         "thinks well-formed": "deepseek_r1.thinks:arith"}, R1),
