@@ -213,7 +213,7 @@ TABLES = {
     "dapo": Table("dapo", {"sums right": "arith", "of four steps": "arith4", "greedy": "greedy", "KL": "kl"}),
     "llama3": Table("llama3", GAIN | {"sums right": "arith"}, LLAMA3),
     "reka": Table("reka", GAIN | {"proxy": "proxy"}, REKA),
-    "gemini": Table("gemini", GAIN | {"proxy": "proxy"}, GEMINI),
+    "gemini": Table("gemini", GAIN | {"proxy": "proxy", "sums right": "arith"}, GEMINI),
     "gemini_accuracy": Table("gemini.accuracy", {"right": "accuracy"}, REFRESHED,
         "held-out pairs of the policy after | reward model"),
     "deepseek_r1": Table("deepseek_r1", {
