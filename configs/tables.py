@@ -219,7 +219,7 @@ TABLES = {
     "deepseek_r1": Table("deepseek_r1", {
         "sums right": "arith", "`write`": "write", "`safe`": "safe", "harmless": "harmless", "over-refusal": "over_refusal",
         "proxy": "proxy", "nll": "nll", "well-formed thinking": "deepseek_r1.thinks:arith"}, R1),
-    "kimi_k15": Table("kimi_k15", {"sums right": "arith", "greedy": "greedy", "tokens": "length sd 1"}, KIMI),
+    "kimi_k15": Table("kimi_k15", {"sums right": "arith", "greedy": "greedy", "tokens": "length sd 1", "nll": "nll"}, KIMI),
     "safe_rlhf": Table("safe_rlhf", SAFETY),
     "ppo_log": Table("compare.log", PPO_LOG, PPO_STEPS, "step"),
     "grpo_log": Table("compare.log", GRPO_LOG, GRPO_STEPS, "step"),
