@@ -10,7 +10,7 @@
 #   edited answers. A pair is clear if its true scores are .3 apart, flipped labels included. Only the two DPO runs
 #   are averaged. The end token is the toy's only format token. Sizes, rates and β are ours.
 #
-# Effect to look for: each round beats the one before. The second table compares round 2 with round 1.
+# Effect to look for: in samples each round beats the one before. The second table compares round 2 with round 1.
 #
 #   bash configs/llama3.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/llama3.sh    in another folder than out/

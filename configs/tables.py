@@ -212,6 +212,8 @@ TABLES = {
     "instructgpt": Table("instructgpt", GAIN | {"sums right": "arith", "nll": "nll"}),
     "dapo": Table("dapo", {"sums right": "arith", "of four steps": "arith4", "greedy": "greedy", "KL": "kl"}),
     "llama3": Table("llama3", GAIN | {"sums right": "arith"}, LLAMA3),
+    "llama3_rounds": Table("llama3.rounds", {"win": "win", "greedy win": "greedy_win"}, {
+        "llama3/round2/policy": "round two against round one"}),
     "reka": Table("reka", GAIN | {"proxy": "proxy"}, REKA),
     "gemini": Table("gemini", GAIN | {"proxy": "proxy", "sums right": "arith"}, GEMINI),
     "gemini_accuracy": Table("gemini.accuracy", {"right": "accuracy"}, REFRESHED,
