@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every algorithm from the same start: one SFT model, one set of preferences, one reward model learned from them.
+# Four algorithms from the same start: one SFT model, one set of preferences, one reward model learned from them.
 #
 # PPO learns from the reward model, DPO from the pairs with a reference, ORPO without one. GRPO learns sums from a
 # verifier and needs no value function. configs/variants.sh makes a second table, of their relatives.

@@ -13,8 +13,9 @@
 #   One reward model plays both roles. Only (4) has a KL term. Toy sums hold no words that could be mixed, so the
 #   language reward is full from the start.
 #
-# Effect to look for: (2) leaves half as many sums wrong. (3) keeps that from a fresh start, and brings the other families.
-# (4) raises what the reward model likes, and fewer unsafe requests are helped. The second table is about the format.
+# Effect to look for: (2) leaves a third of the wrong sums. (3) keeps that from a fresh start, and brings the other
+# families. (4) raises what the reward model likes, and fewer unsafe requests are helped. The second table is about the
+# format.
 #
 #   bash configs/deepseek_r1.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/deepseek_r1.sh    in another folder than out/

@@ -6,8 +6,8 @@
 #   SFT, a reward model, RLHF. Feedback on the newest model's answers goes into the next reward model. No algorithm was
 #   published.
 # reconstruction
-#   Everything else: PPO, three rounds, 4000 new pairs each. The reward model is trained on, and PPO goes on from the
-#   last policy.
+#   Everything else: PPO, three rounds, 4000 new pairs before the second and the third. The reward model is trained on,
+#   and PPO goes on from the last policy.
 #
 # Effect to look for: on pairs of the newest policy the refreshed model is right more often than the one before. The
 # true reward rises from round to round.

@@ -101,9 +101,9 @@ GLOSSARY = {
                "better reward model"),
         Metric("`kl`",
                "Σ (log π − log π_ref) over a response, nats",
-               "grows to a few nats and settles; .6–1.1 at the end of `compare.sh`'s PPO; without a "
-               "penalty `gold` is best near 1, falls from 2 on, and is below SFT's from 7 on (`when.sh`, "
-               "seeds 0 and 1)",
+               "grows to a few nats and settles; .6–1.1 at the end of `compare.sh`'s PPO, up to 1.5 with other "
+               "kernels; without a penalty `gold` is best near 1, has lost a third at 2, and is below SFT's from 7 on "
+               "(`when.sh`, the 7 on seeds 0 and 1)",
                "negative for long: the sampler and the trainer disagree; > 20: gone"),
         Metric("`beta`",
                "the KL coefficient, fixed or adapting"),
@@ -234,7 +234,7 @@ GLOSSARY = {
         Metric("`rewards/*`",
                "the mean log-prob of a token, chosen and rejected",
                "margin grows; chosen rises from a base model, and stays from an SFT model (−.58 in "
-               "`compare.sh`; with SimPO, which has no likelihood term, −.58 → −.61)",
+               "`compare.sh`; with SimPO, in `variants.sh`, which has no likelihood term, −.58 → −.61)",
                "chosen falls far: lower `lr`"),
         Metric("`logps/chosen`, `logps/rejected`",
                "log π of a whole response",

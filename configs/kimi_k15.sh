@@ -10,7 +10,7 @@
 #   A long chain of thought says the sum over, up to five times, before it works it out. The rater is the long model.
 #   The DPO has an NLL term. The last RL is Dr. GRPO. τ, rates and sizes are ours.
 #
-# Effect to look for: each of the four last rows is much shorter than `rl`, and about as right.
+# Effect to look for: each of the four last rows is much shorter than `rl`, and about as right, `merge` a little less.
 #
 #   bash configs/kimi_k15.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/kimi_k15.sh    in another folder than out/

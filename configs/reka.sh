@@ -7,8 +7,8 @@
 #   Two rounds. The second reward model learns from 8,000 labels of the first policy's samples, and from the old ones.
 #   All sizes are ours.
 #
-# Effect to look for: the second round gains again in `write`, in samples. (With 3,000 new labels, on one seed, half as
-# much.)
+# Effect to look for: the second round gains again in `write`, in samples. (With 3,000 new labels, on one seed, two
+# thirds as much.)
 #
 #   bash configs/reka.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/reka.sh    in another folder than out/

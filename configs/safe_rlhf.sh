@@ -5,8 +5,8 @@
 #   Each pair has two preferences. A reward model learns help. The sign of a cost model tells harmful from harmless.
 #   PPO has two critics and the advantage (A_R - λ A_C) / (1 + λ). ln λ grows with λ times the excess of cost.
 # reconstruction
-#   Preferences are noisy labels by the toy's help and harm. The limit on the mean cost is about what the cost model
-#   gives when all unsafe requests are refused. All sizes are ours.
+#   Preferences are noisy labels; those for help also like help with what is unsafe, and dislike refusals. The limit on
+#   the mean cost is about what the cost model gives when all unsafe requests are refused. All sizes are ours.
 #
 # Effect to look for: PPO on the reward alone helps with everything. With the multiplier it helps as much with what is
 # safe, and little with what is not. `lambda` and `cost` are in metrics.jsonl.

@@ -128,8 +128,14 @@ LLAMA3 = {
     "llama3/round1/policy": "round one",
     "llama3/round2/policy": "round two"}
 COOL = {
-    "internlm2_cool/conditional": "conditional",
-    "internlm2_cool/unconditional": "unconditional"}
+    "internlm2_cool/conditional on internlm2_cool/held_brief/pairs.jsonl": "conditional | Be brief.",
+    "internlm2_cool/conditional on internlm2_cool/held_long/pairs.jsonl": "conditional | Say a lot.",
+    "internlm2_cool/unconditional on internlm2_cool/held_brief/pairs.jsonl": "unconditional | Be brief.",
+    "internlm2_cool/unconditional on internlm2_cool/held_long/pairs.jsonl": "unconditional | Say a lot."}
+COOL_LENGTH = {
+    "sft": "SFT",
+    "internlm2_cool/ppo_brief": "PPO, scored under Be brief.",
+    "internlm2_cool/ppo_long": "PPO, scored under Say a lot."}
 COOL_HACK = {
     "sft": "SFT",
     "internlm2_cool/ppo1": "hacked",
@@ -137,6 +143,10 @@ COOL_HACK = {
     "internlm2_cool/ppo_slow": "after 2,000 labels of the hacked policy"}
 SAFETY = {
     "harmless": "harmless", "over-refusal": "over_refusal", "help": "help", "true reward in `safe`": "safe", "KL": "kl"}
+SAFE_RLHF = {
+    "sft": "SFT",
+    "safe_rlhf/reward_only": "PPO on the reward alone",
+    "safe_rlhf/lagrangian": "PPO with the multiplier"}
 REKA = {
     "sft": "SFT", "ppo": "round one", "reka/ppo2": "round two"}
 GEMINI = {
@@ -222,7 +232,13 @@ TABLES = {
         "sums right": "arith", "`write`": "write", "`safe`": "safe", "harmless": "harmless", "over-refusal": "over_refusal",
         "proxy": "proxy", "nll": "nll", "well-formed thinking": "deepseek_r1.thinks:arith"}, R1),
     "kimi_k15": Table("kimi_k15", {"sums right": "arith", "greedy": "greedy", "tokens": "length sd 1", "nll": "nll"}, KIMI),
-    "safe_rlhf": Table("safe_rlhf", SAFETY),
+    "cool": Table("internlm2_cool.accuracy", {"right": "accuracy"}, COOL, "reward model | system message"),
+    "cool_length": Table("internlm2_cool.length", {
+        "tokens": "length sd 1", "KL": "kl", "true reward in `write`": "write"}, COOL_LENGTH),
+    "cool_hack": Table("internlm2_cool.gold", {
+        "answers without fillers": "internlm2_cool.fillers:write", "true reward in `write`": "write", "greedy": "greedy",
+        "KL": "kl"}, COOL_HACK),
+    "safe_rlhf": Table("safe_rlhf", SAFETY, SAFE_RLHF),
     "ppo_log": Table("compare.log", PPO_LOG, PPO_STEPS, "step"),
     "grpo_log": Table("compare.log", GRPO_LOG, GRPO_STEPS, "step"),
     "changes": Table("changes", {

@@ -2,11 +2,11 @@
 # Relatives of what compare.sh trains, from its SFT model, its pairs and its reward model.
 #
 # On the pairs: KTO, for which each answer is good or bad by itself; SimPO, which has no reference; IPO. On sums: PPO
-# with the verifier and a value function, and GRPO's relatives without one, Dr. GRPO and RLOO. GRPO stands beside them,
-# as long as they are.
+# with the verifier and a value function, and GRPO's relatives without one, Dr. GRPO and RLOO. GRPO is in the
+# table, too, trained for as many steps.
 #
 # Effect to look for: `write` of the first three, and how short SimPO's answers become. `arith` of the others: the three
-# without a value function end alike; PPO gets nearly as far in as many updates, with a quarter of the samples.
+# without a value function end alike; PPO is two of a hundred behind, with a quarter of the samples.
 #
 #   bash configs/variants.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/variants.sh    in another folder than out/
