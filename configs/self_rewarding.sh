@@ -10,9 +10,9 @@
 #   Prompts come from the toy, not from the model, and so does the rubric. The rating is its expectation under the
 #   model, which is what a mean of many would be. DPO has an NLL term. All sizes are ours.
 #
-# Effect to look for: `write` rises from M1 to M2, and again to M3. The rater has only seen whole sentences, and rates
-# broken ones too high: at the default rate (5e-5) M3 ends below M1. The table of accuracy says what becomes of its
-# judgement.
+# Effect to look for: in samples `write` rises from M1 to M2, and again to M3. The rater has only seen whole sentences,
+# and rates broken ones too high: at the default rate (5e-5) M3 ended below M1. The table of accuracy says what becomes
+# of its judgement.
 #
 #   bash configs/self_rewarding.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/self_rewarding.sh    in another folder than out/

@@ -232,6 +232,9 @@ TABLES = {
         "sums right": "arith", "`write`": "write", "`safe`": "safe", "harmless": "harmless", "over-refusal": "over_refusal",
         "proxy": "proxy", "nll": "nll", "well-formed thinking": "deepseek_r1.thinks:arith"}, R1),
     "kimi_k15": Table("kimi_k15", {"sums right": "arith", "greedy": "greedy", "tokens": "length sd 1", "nll": "nll"}, KIMI),
+    "self_rewarding": Table("self_rewarding", GAIN | {"ratings right": "self_rewarding.rates:file"}),
+    "self_rewarding_accuracy": Table("self_rewarding.accuracy", {"pairs in order": "accuracy"}, {
+        f"self_rewarding/{m}@rate on self_rewarding/held/pairs.jsonl": m for m in ("m1", "m2", "m3")}, "rater"),
     "cool": Table("internlm2_cool.accuracy", {"right": "accuracy"}, COOL, "reward model | system message"),
     "cool_length": Table("internlm2_cool.length", {
         "tokens": "length sd 1", "KL": "kl", "true reward in `write`": "write"}, COOL_LENGTH),
