@@ -241,7 +241,8 @@ TABLES = {
     "cool_hack": Table("internlm2_cool.gold", {
         "answers without fillers": "internlm2_cool.fillers:write", "true reward in `write`": "write", "greedy": "greedy",
         "KL": "kl"}, COOL_HACK),
-    "safe_rlhf": Table("safe_rlhf", SAFETY, SAFE_RLHF),
+    "safe_rlhf": Table("safe_rlhf", SAFETY | {
+        "cost": "safe_rlhf.stages:cost", "λ": "safe_rlhf.stages:lambda seeds g"}, SAFE_RLHF),
     "ppo_log": Table("compare.log", PPO_LOG, PPO_STEPS, "step"),
     "grpo_log": Table("compare.log", GRPO_LOG, GRPO_STEPS, "step"),
     "changes": Table("changes", {
