@@ -241,6 +241,13 @@ TABLES = {
     "cool_hack": Table("internlm2_cool.gold", {
         "answers without fillers": "internlm2_cool.fillers:write", "true reward in `write`": "write", "greedy": "greedy",
         "KL": "kl"}, COOL_HACK),
+    "sft_vs_rl": Table("sft_vs_rl", {
+        "two steps, trained on": "arith2", "three": "arith3", "four": "arith4", "greedy, three and four": "greedy",
+        "KL": "kl", "nll": "nll"}, {
+        "sft": "before",
+        "sft_vs_rl/sft": "SFT",
+        "sft_vs_rl/sft_think": "SFT that thinks",
+        "sft_vs_rl/rl": "RL"}),
     "safe_rlhf": Table("safe_rlhf", SAFETY | {
         "cost": "safe_rlhf.stages:cost", "λ": "safe_rlhf.stages:lambda seeds g"}, SAFE_RLHF),
     "ppo_log": Table("compare.log", PPO_LOG, PPO_STEPS, "step"),
