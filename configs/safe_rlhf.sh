@@ -25,5 +25,5 @@ python reward.py label --policy $OUT/sft --families safe --n 4000 --by harm --ou
 python reward.py train --init $OUT/sft --data $S/help/pairs.jsonl --epochs 2 --out $S/reward "$@"
 python reward.py train --init $OUT/sft --data $S/harm/pairs.jsonl --loss cost --epochs 2 --out $S/cost "$@"
 python ppo.py --init $OUT/sft --reward $S/reward --families safe --steps 60 --out $S/reward_only "$@"
-python ppo.py --init $OUT/sft --reward $S/reward --cost $S/cost --cost_limit -4.4 --families safe --steps 60 --out $S/lagrangian "$@"
+python ppo.py --init $OUT/sft --reward $S/reward --cost $S/cost --cost_limit -4.2 --families safe --steps 60 --out $S/lagrangian "$@"
 python reward.py compare $OUT/sft $S/reward_only $S/lagrangian --on safe --proxy $S/reward --save $OUT/tables/safe_rlhf.json "$@"
