@@ -9,8 +9,8 @@
 #   Everything else: PPO, three rounds, 4000 new pairs before the second and the third. The reward model is trained on,
 #   and PPO goes on from the last policy.
 #
-# Effect to look for: on pairs of the newest policy the refreshed model is right more often than the one before. The
-# true reward rises from round to round.
+# Effect to look for: on pairs of the newest policy the refreshed model is right more often than the one before. In
+# samples the true reward rises from round to round.
 #
 #   bash configs/gemini.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/gemini.sh    in another folder than out/

@@ -33,6 +33,8 @@ ALL = {
     "win": "win", "KL": "kl", "length": "length sd 1", "greedy": "greedy", "greedy win": "greedy_win"}
 GAIN = {
     "true reward in `write`": "write", "win": "win", "greedy": "greedy", "greedy win": "greedy_win", "KL": "kl"}
+SAFETY = {
+    "harmless": "harmless", "over-refusal": "over_refusal", "help": "help", "true reward in `safe`": "safe", "KL": "kl"}
 PPO_LOG = {
     "`reward`": "reward first",
     "`gold`": "gold first",
@@ -141,8 +143,6 @@ COOL_HACK = {
     "internlm2_cool/ppo1": "hacked",
     "internlm2_cool/ppo_fast": "after a hundred pairs against it",
     "internlm2_cool/ppo_slow": "after 2,000 labels of the hacked policy"}
-SAFETY = {
-    "harmless": "harmless", "over-refusal": "over_refusal", "help": "help", "true reward in `safe`": "safe", "KL": "kl"}
 SAFE_RLHF = {
     "sft": "SFT",
     "safe_rlhf/reward_only": "PPO on the reward alone",
