@@ -42,6 +42,7 @@ try:
 except ImportError:  # Windows: two processes on one folder are not kept apart
     fcntl = None
 
+import numpy as np
 import tiktoken
 import torch
 from tqdm import tqdm
@@ -1961,10 +1962,8 @@ def pad(rows, value, device="cpu", dtype=torch.long, width=1):
     """Lists of numbers -> one (B, T) tensor, padded on the right to the longest (at least width), in steps of 16: with
     few different shapes kernels are seldom prepared anew, which takes longer than a few columns of padding."""
     width = round_up(max(width, *map(len, rows)))
-    out = torch.full((len(rows), width), value, dtype=dtype)
-    for line, row in zip(out, rows):
-        line[:len(row)] = torch.tensor(row, dtype=dtype)
-    return send(out, device)
+    full = np.array([row + [value] * (width - len(row)) for row in rows])  # NumPy is quicker at reading lists
+    return send(torch.from_numpy(full).to(dtype), device)
 
 
 def collate(rows, tok, device="cpu"):
@@ -2094,7 +2093,7 @@ class RunConfig(Options):
     device: str = "auto"        # auto, cpu, cuda
     dtype: typing.Literal["auto", "fp32", "bf16"] = "auto"  # of the matmuls; weights stay fp32
     threads: typing.Annotated[int, Range(0, 1024)] = 0  # CPU threads; 0 leaves it to PyTorch
-    micro_tokens: Count = 4096  # padded tokens a forward pass may hold; gradients do not depend on it
+    micro_tokens: Natural = 0   # padded tokens a forward pass may hold, which changes no gradient; 0: as the device likes
     save_every: Count = 25      # steps between checkpoints
     skip_bad: bool = False      # leave out the rows of a file that cannot be understood, and count them
 
@@ -2375,8 +2374,8 @@ class Run:
             raise OptionError("--out: name the folder of the run")
         self.cfg, self.folder, self.seed = cfg, Path(cfg.out), cfg.seed
         self.options = dataclasses.asdict(cfg)
-        # Where a run goes on need not be where it began (only there do the bits agree), and may save more often.
-        for free in ("out", "overwrite", "device", "threads", "save_every"):
+        # Where a run goes on need not be where it began (only there do the bits agree): it may have less memory, say.
+        for free in ("out", "overwrite", "device", "threads", "micro_tokens", "save_every"):
             del self.options[free]
         self.made_of = dict(code=code_of(cfg), inputs=inputs_of(cfg))
         theirs = self.options_there()

@@ -120,19 +120,23 @@ class Linear(nn.Module):
         return y
 
 
-def attend(q, k, v, see):
+def bias_of(see, dtype):
+    """What hides the rest: `see`, a boolean, True where a query may look, -> 0 there and -inf elsewhere."""
+    return torch.zeros(see.shape, device=see.device, dtype=dtype).masked_fill_(~see, -torch.inf)
+
+
+def attend(q, k, v, bias):
     """Scaled dot-product attention: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
 
-    see is None for causal self-attention, or a boolean (B, 1, T, S), True where a query may look.
+    bias (B, 1, T, S) is added to the scores, see bias_of; None is causal self-attention.
     """
     # On a CPU (an EPYC with avx512_bf16) the fused kernel is slow in two places, the bf16 backward (6x) and the single
     # query of decoding (2x, in bf16 5x); three plain operators are not.
     if q.is_cuda or (q.dtype != torch.bfloat16 and q.shape[2] > 1):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=see, is_causal=see is None)
-    T, S, D = q.shape[2], k.shape[2], q.shape[3]
-    if see is None:
-        see = torch.ones(T, S, dtype=torch.bool).tril()
-    bias = torch.zeros(see.shape, dtype=q.dtype).masked_fill_(~see, -torch.inf)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
+    T, D = q.shape[2:]
+    if bias is None:
+        bias = bias_of(torch.ones(T, T, dtype=torch.bool).tril(), q.dtype)
     scores = (q * D ** -0.5) @ k.transpose(2, 3) + bias                                  # (B, H, T, S)
     return torch.softmax(scores, -1, dtype=scores.dtype) @ v  # autocast would make it fp32 if not told
 
@@ -150,13 +154,13 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.n_head, self.layer = config.n_head, layer
 
-    def forward(self, x, pos, see, cache):
+    def forward(self, x, pos, bias, cache):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)                              # (B, T, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                                   # (B, H, T, D) each
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)       # (3, B, H, T, D)
+        q, k, v = qkv.unbind(0)
         if cache is not None:
-            k, v = cache.write(self.layer, k, v)                                         # (B, H, S, D)
-        y = attend(q, k, v, see)                                                         # (B, H, T, D)
+            k, v = cache.write(self.layer, qkv[1:])                                      # (B, H, S, D) each
+        y = attend(q, k, v, bias)                                                        # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -189,9 +193,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, pos, see=None, cache=None, where=None):
+    def forward(self, x, pos, bias=None, cache=None, where=None):
         """(B, T, C) -> (B, T, C), or with where, rows (N,) and places (N,), what comes out there, (N, C)."""
-        x = x + self.drop(self.attn(self.ln_1(x), pos, see, cache))
+        x = x + self.drop(self.attn(self.ln_1(x), pos, bias, cache))
         if where is not None:  # from here on every token is on its own
             x = x[where]
         return x + self.drop(self.mlp(self.ln_2(x)))
@@ -220,6 +224,7 @@ class GPT(nn.Module):
         self.fused_bwd = False  # whether its Optimizer updates in the backward pass, see there
         self.vector_lr = 0.0    # with LoRA, the learning rate of biases and norms; 0: they are frozen like the rest
         self.rounded_head = None  # of a copy to sample from, see for_sampling
+        self.read_logprobs = read_logprobs  # or with --compile that, compiled
         self.apply(self._init)
         for name, param in self.named_parameters():
             if name.endswith("c_proj.weight"):  # GPT-2: keeps the residual stream's variance at depth 2 n_layer
@@ -240,6 +245,10 @@ class GPT(nn.Module):
     def device(self):
         return self.transformer.wte.weight.device
 
+    @property
+    def matmul_dtype(self):
+        return torch.bfloat16 if self.precision == "bf16" else self.transformer.wte.weight.dtype
+
     def autocast(self):
         """The context of its matmuls. forward and logits enter it themselves. Around several passes it spares work: the
         bf16 copies of the weights are then made once."""
@@ -259,15 +268,16 @@ class GPT(nn.Module):
             pos = torch.arange(T, device=tokens.device)
         if cache is not None:
             see = cache.prepare(pos.expand(tokens.shape))
+        bias = None if see is None else bias_of(see, self.matmul_dtype)
         part = self.transformer
         with self.autocast():
             x = part.drop(part.wte(tokens) + part.wpe(pos))                              # (B, T, C)
             for block in part.h:
                 there = where if block is part.h[-1] else None
                 if self.grad_checkpoint and torch.is_grad_enabled():  # no cache then: sampling has no gradient
-                    x = recompute(block, x, pos, see, None, there, use_reentrant=False)
+                    x = recompute(block, x, pos, bias, None, there, use_reentrant=False)
                 else:
-                    x = block(x, pos, see, cache, there)
+                    x = block(x, pos, bias, cache, there)
             return part.ln_f(x)
 
     def logits(self, hidden):
@@ -291,6 +301,7 @@ class GPT(nn.Module):
             check_compiler(self.device)
             for block in self.transformer.h:  # all but the last are alike: two are compiled, however many there are
                 block.compile(dynamic=True)   # (a copy is not compiled, such as the one to sample from)
+            self.read_logprobs = torch.compile(read_logprobs, dynamic=True)
         return self
 
     def add_lora(self, r, alpha, vector_lr=0.0):
@@ -354,75 +365,71 @@ class Cache:
 
     def __init__(self, model, rows, slots):
         config = model.config
-        shape = (config.n_layer, rows, config.n_head, slots, config.n_embd // config.n_head)
-        dtype = torch.bfloat16 if model.precision == "bf16" else model.transformer.wte.weight.dtype
+        shape = (config.n_layer, 2, rows, config.n_head, slots, config.n_embd // config.n_head)
         # Zeros, not empty: a hidden slot has weight 0, and 0 * NaN would still be NaN.
-        self.k = torch.zeros(shape, device=model.device, dtype=dtype)
-        self.v = torch.zeros(shape, device=model.device, dtype=dtype)
+        self.kv = torch.zeros(shape, device=model.device, dtype=model.matmul_dtype)      # (L, 2, B, H, S, D)
         self.rows, self.slots = rows, slots
 
     def reserve(self, slots):
         """Use the positions below `slots`, and make room for them where there is none yet."""
-        L, B, H, S, D = self.k.shape
-        if slots > S:
-            more = self.k.new_zeros(L, self.rows, H, slots - S, D)
-            self.k = torch.cat([self.k[:, :self.rows], more], 3)
-            self.v = torch.cat([self.v[:, :self.rows], more], 3)
+        more = slots - self.kv.shape[4]
+        if more > 0:
+            self.kv = F.pad(self.kv[:, :, :self.rows], (0, 0, 0, more))
         self.slots = slots
 
     def prepare(self, pos):
         """Get ready to write at pos (B, T); returns what may be seen, (B, 1, T, S): for a token the slots up to its
         own."""
-        rows, heads, slots = (torch.arange(n, device=pos.device) for n in (self.rows, self.k.shape[2], self.slots))
-        # Three indices that broadcast to (B, H, T): of a layer's keys they choose (B, H, T, D).
-        self.index = rows[:, None, None], heads[None, :, None], pos[:, None, :]
+        rows, heads, slots = (torch.arange(n, device=pos.device) for n in (self.rows, self.kv.shape[3], self.slots))
+        # Where the new keys go, (B, H, T) each. (contiguous: a GPU would copy them in every layer.)
+        index = torch.broadcast_tensors(rows[:, None, None], heads[None, :, None], pos[:, None, :])
+        self.index = [places.contiguous() for places in index]
         return (slots <= pos[:, :, None])[:, None]
 
-    def write(self, layer, k, v):
-        """Store k and v (B, H, T, D) of the tokens being processed; returns all that are in use, (B, H, S, D)."""
-        self.k[layer][self.index] = k.to(self.k.dtype)
-        self.v[layer][self.index] = v.to(self.v.dtype)
-        return self.k[layer, :self.rows, :, :self.slots], self.v[layer, :self.rows, :, :self.slots]
+    def write(self, layer, kv):
+        """Store keys and values, (2, B, H, T, D), of the tokens being processed -> all keys and all values that are in
+        use, (B, H, S, D) each."""
+        mine = self.kv[layer]                                                            # (2, B, H, S, D)
+        mine[:, *self.index] = kv.to(mine.dtype)
+        return mine[:, :self.rows, :, :self.slots].unbind(0)
 
     def take(self, other, rows):
         """Begin with the keys and values of these rows, an index (B,), of another cache."""
-        self.rows, slots = len(rows), other.k.shape[3]
-        self.k[:, :, :, :slots] = other.k.index_select(1, rows)
-        self.v[:, :, :, :slots] = other.v.index_select(1, rows)
+        self.rows, slots = len(rows), other.kv.shape[4]
+        self.kv[:, :, :, :, :slots] = other.kv.index_select(2, rows)
 
     def select(self, rows):
         """Keep these rows, an index (n,): they become the first n."""
         self.rows = len(rows)
-        self.k[:, :self.rows] = self.k.index_select(1, rows)
-        self.v[:, :self.rows] = self.v.index_select(1, rows)
+        self.kv[:, :, :self.rows] = self.kv.index_select(2, rows)
 
 
 # ------------------------------------------------------------------------------------------------ log-probabilities
 
 
+def wide(x):
+    """The dtype of losses, log-probabilities and values: at least fp32, never half precision. (Tests use float64.)"""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def full(x):
-    """At least fp32 (tests use float64): losses, log-probabilities and values are never computed in half precision."""
-    return x if x.dtype == torch.float64 else x.float()
+    """A tensor in that dtype."""
+    return x.to(wide(x))
 
 
-def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, chunk=None, pos=None, see=None):
+def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, entropy_grad=False, chunk=None, pos=None,
+                   see=None):
     """log π(token t+1 | tokens 0..t) where mask is not 0, and exactly 0 elsewhere.
 
     tokens (B, T), mask (B, T-1) -> logp (B, T-1), at least fp32; with entropy=True also the entropy of each of those
-    next-token distributions, in nats. Both are at the sampling temperature: a policy that was sampled at temperature τ
+    next-token distributions, in nats, with a gradient only where entropy_grad asks for it: that takes more time than
+    the entropy itself. Both are at the sampling temperature: a policy that was sampled at temperature τ
     *is* softmax(logits / τ), and PPO's ratio π / π_old is right only if both are divided by τ. pos and see are those of
     packed rows, see sft.pack. The head runs only where the mask is 1, on `chunk` positions at a time, see at_positions:
     no (B, T, V) tensor ever exists.
     """
     def head(hidden, target):                                                            # (N, C), (N,)
-        logits = full(model.logits(hidden))                                              # (N, V)
-        logits = logits if temperature == 1 else logits / temperature
-        logp = -F.cross_entropy(logits, target, reduction="none")
-        if not entropy:
-            return (logp,)
-        logz = logits.logsumexp(-1)
-        p = (logits - logz[:, None]).exp()
-        return logp, logz - (p * logits).sum(-1)  # -Σ p log p, as log p = logits - logz
+        return model.read_logprobs(model, hidden, target, temperature, entropy, entropy_grad)
 
     where = mask.nonzero(as_tuple=True)  # (N,), (N,): found once, since a GPU has to be waited for to know N
     target = tokens[:, 1:][where]                                                        # (N,)
@@ -433,12 +440,26 @@ def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, chunk=No
     return out if entropy else out[0]
 
 
+def read_logprobs(model, hidden, target, temperature, entropy, entropy_grad):
+    """log π of the tokens that came next, target (N,), given hidden states (N, C), and with entropy that too: a tuple of
+    (N,). See token_logprobs."""
+    logits = model.logits(hidden)                                                        # (N, V)
+    if temperature != 1:
+        logits = full(logits) / temperature
+    every = F.log_softmax(logits, -1, dtype=wide(logits))                                # (N, V)
+    logp = every.gather(1, target[:, None])[:, 0]                                        # (N,)
+    if not entropy:
+        return (logp,)
+    every = every if entropy_grad else every.detach()
+    return logp, -(every.exp() * every).sum(-1)
+
+
 def head_chunk(model):
-    """How many positions the head takes at a time: 2^24 logits; on a GPU one logit for each 200 bytes of its memory. A
-    logit and what is made of it take some 16 bytes, so that is a twelfth."""
+    """How many positions the head takes at a time: 2^24 logits; on a GPU one logit for each 64 bytes of its memory. A
+    logit and what is made of it take some 10 bytes, so that is a sixth."""
     logits = 2 ** 24
     if model.device.type == "cuda":
-        logits = torch.cuda.get_device_properties(model.device).total_memory // 200
+        logits = torch.cuda.get_device_properties(model.device).total_memory // 64
     return max(64, logits // model.config.vocab_size)
 
 
@@ -799,21 +820,21 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     Temperature 0 is greedy. The log-probability is that of the distribution drawn from; it is NaN where the logits
     make no distribution, which `generate` refuses.
     """
-    logits = full(logits)
     if temperature == 0:
-        best = logits.amax(-1)
+        best = full(logits.amax(-1))
         return logits.argmax(-1), best - best  # 0, or NaN if best is not finite
-    logits = logits / temperature
+    if temperature != 1:
+        logits = full(logits) / temperature
     if top_k:
         kept = logits.topk(min(top_k, logits.shape[1])).values                           # (B, k)
         logits = logits.masked_fill(logits < kept[:, -1:], -torch.inf)
     if top_p < 1:
-        ordered, order = logits.softmax(-1).sort(descending=True)
+        ordered, order = logits.softmax(-1, dtype=wide(logits)).sort(descending=True)
         before = ordered.cumsum(-1) - ordered  # what the likelier tokens make up together
         outside = before >= max(top_p, 1e-9)   # never the first
         outside = outside.scatter(1, order, outside)  # back in the order of the vocabulary
         logits = logits.masked_fill(outside, -torch.inf)
-    p = logits.softmax(-1)                                                               # (B, V)
+    p = logits.softmax(-1, dtype=wide(logits))                                           # (B, V)
     cdf = p.cumsum(-1)
     total = cdf[:, -1:]                                                                  # (B, 1)
     # The product may round up to the total, and behind that there is no token: stay just below.
@@ -1137,9 +1158,14 @@ class Setup(NamedTuple):
     precision: str = "fp32"     # of the matmuls; weights, optimizer and every log-softmax stay in fp32
 
 
+MICRO_TOKENS = {"cpu": 4096, "cuda": 16384}  # more helps a CPU little; a GPU has more to do at a time
+
+
 def setup(cfg, tok):
-    """The Setup that the options ask for; says on what the figures are computed."""
+    """The Setup that the options ask for; says on what the figures are computed. What an option leaves to the device is
+    written into cfg."""
     device = find_device(cfg.device)
+    cfg.micro_tokens = cfg.micro_tokens or MICRO_TOKENS[device.type]
     if device.index:
         torch.cuda.set_device(device)
     if cfg.threads:

@@ -33,9 +33,9 @@ import model as M
 import runs
 import sft
 from data import OptionError, Tokenizer, UserError, collate
-from model import (GPT, Cache, GPTConfig, Optimizer, Reward, Rollout, Setup, attend, generate, load_model, load_tensors,
-                   reference, response_scores, sample, save_checkpoint, save_tensors, token_logprobs, token_scores,
-                   write_model)
+from model import (GPT, Cache, GPTConfig, Optimizer, Reward, Rollout, Setup, attend, bias_of, generate, load_model,
+                   load_tensors, reference, response_scores, sample, save_checkpoint, save_tensors, token_logprobs,
+                   token_scores, write_model)
 
 ROOT = Path(M.__file__).parent
 PAD, END, V = 0, 10, 11
@@ -214,11 +214,12 @@ def test_attend_equals_torchs_kernel(T, masked, dtype, tol):
     shapes = (2, 2, T, 8), (2, 2, S, 8), (2, 2, S, 8)           # of q, k, v
     ours = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
     theirs = [x.detach().double().requires_grad_() for x in ours]
-    see, visible = None, torch.ones(T, S, dtype=torch.bool).tril()
+    bias, visible = None, torch.ones(T, S, dtype=torch.bool).tril()
     if masked:
-        see = visible = torch.rand(2, 1, T, S) < .5
-        see[..., 0] = True      # no query without a key
-    got = attend(*ours, see)
+        visible = torch.rand(2, 1, T, S) < .5
+        visible[..., 0] = True  # no query without a key
+        bias = bias_of(visible, dtype)
+    got = attend(*ours, bias)
     want = F.scaled_dot_product_attention(*theirs, visible)
     close(got, want, tol)
     direction = torch.randn(got.shape)
@@ -246,7 +247,7 @@ def test_p03_kv_cache_equals_the_full_forward_at_every_step_for_any_prefill_chun
     rng = random.Random(0)
     rows = [random_ids(14, rng) for _ in lengths]
     cache = Cache(model, 3, 9)
-    cache.k, cache.v = cache.k + 1e9, cache.v + 1e9         # a slot not yet written must stay hidden
+    cache.kv += 1e9                                         # a slot not yet written must stay hidden
     prompts = [ids[:n] for ids, n in zip(rows, lengths)]
     prompt = data.pad(prompts, PAD, width=9)[:, :9]
     hidden, at = [], 0
@@ -310,11 +311,13 @@ def test_gradients_of_logp_and_entropy_equal_autograd_of_the_plain_formula_chunk
     model, (tokens, mask) = gpt(), BATCH
     rng = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 5, 15, dtype=torch.float64, generator=rng)
-    logp, entropy = token_logprobs(model, tokens, mask, .6, entropy=True, chunk=chunk)
+    logp, entropy = token_logprobs(model, tokens, mask, .6, entropy=True, entropy_grad=True, chunk=chunk)
     logits = model.logits(model(tokens[:, :-1]))
     slow_logp, slow_entropy = by_formula(logits / .6, tokens, mask)
     want = gradients(model, (a * slow_logp + b * slow_entropy).sum())
     close(gradients(model, (a * logp + b * entropy).sum()), want)
+    _, reported = token_logprobs(model, tokens, mask, .6, entropy=True, chunk=chunk)
+    assert not reported.requires_grad and torch.equal(reported, entropy)
 
 
 def logp_and_entropy(model, tokens, mask):
@@ -1847,7 +1850,7 @@ def test_p42_a_run_does_not_write_over_a_model_of_others(tmp_path):
 def test_setup_chooses_the_precision_of_the_matmuls(dtype, want, saved, capsys, monkeypatch):
     # a model that is made like another, new or loaded, multiplies as that one does
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    like = M.setup(SimpleNamespace(device="cpu", dtype=dtype, threads=0), TOK)
+    like = M.setup(SimpleNamespace(device="cpu", dtype=dtype, threads=0, micro_tokens=0), TOK)
     assert f"1 thread, {dtype}" in capsys.readouterr().out
     model = M.new_model(small().config, like)
     for made in (model, load_model(saved, like), load_model(saved, model)):
