@@ -47,6 +47,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.adamw import adamw
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute
@@ -513,6 +514,9 @@ def response_scores(model, tokens, mask):
 # stay in its place, and each number of rows and of slots takes a recording of its own: so there are few of both, and
 # they are kept.
 CAPTURES = {"cpu": False, "cuda": True}
+# cuDNN's attention is the quickest for one token, but it prepares itself for each new shape, in tenths of a second. So
+# only recordings have it, see setup.
+FOR_ONE_TOKEN = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 LOOK = {"cpu": 1, "cuda": 8}  # how many steps until the next look at which rows are finished: a look makes a GPU wait
 
 
@@ -804,11 +808,11 @@ def capture(step, stream, pool):
     """
     now = torch.cuda.current_stream(stream.device)
     stream.wait_stream(now)
-    with torch.cuda.stream(stream):
+    with sdpa_kernel(FOR_ONE_TOKEN), torch.cuda.stream(stream):
         step()
     now.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+    with sdpa_kernel(FOR_ONE_TOKEN), torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
         step()
     return graph.replay
 
@@ -1173,6 +1177,7 @@ def setup(cfg, tok):
     if device.type == "cpu":
         keep_freed_memory()
     torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # in training shapes change at every step, see FOR_ONE_TOKEN
     print(f"computing on {machine(device, cfg.dtype)}")
     return Setup(tok, device, precision(device, cfg.dtype))
 

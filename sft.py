@@ -13,6 +13,7 @@ whole batch however it is split into micro-batches: a mean of their means would 
 
 What comes out on the toy is in README.md, "What comes out".
 """
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -201,22 +202,23 @@ def train(cfg):
     optimizer = Optimizer(model, cfg.lr, total, kind=cfg.optimizer, muon_lr=cfg.muon_lr, betas=(0.9, cfg.beta2),
                           weight_decay=cfg.weight_decay, warmup=cfg.warmup, floor=floor, clip=cfg.clip_grad)
 
-    drawn = None  # what the next step trains on
+    aside, drawn = ThreadPoolExecutor(1), None  # drawn: what the next step trains on
     for step in steps(run, total, dict(model=model), dict(model=optimizer), {}, cfg.save_every):
         # 1. Draw some rows.
-        rows, micro = drawn or draw(stream, step, model, cfg)
+        rows, micro = drawn.result() if drawn else draw(stream, step, model, cfg)
         weight, tokens = total_weight(rows), sum(len(ids) for ids, _ in rows)
 
-        # 2. Add up the gradient of their loss, a micro-batch at a time.
+        # 2. Add up the gradient of their loss, a micro-batch at a time. A backward pass needs no Python: meanwhile that
+        # draws the next rows.
         model.train()
-        loss = 0.0
+        loss, drawn = 0.0, None
         for x in micro:
             part = sft_loss(model, x) / weight
+            drawn = drawn or aside.submit(draw, stream, step + 1, model, cfg)
             part.backward()
             loss += part.detach()
 
-        # 3. Update the weights. A GPU is still busy with the gradient; meanwhile the next rows are drawn.
-        drawn = draw(stream, step + 1, model, cfg)
+        # 3. Update the weights.
         metrics = optimizer.step(step)
 
         # 4. Evaluate now and then, and report.

@@ -274,11 +274,12 @@ class Target(NamedTuple):
 
 
 GPT2 = dict(size="gpt2", prompt=64, repeats=3)
+LONG = dict(batch=32, length=1024, micro_tokens=2 ** 15)
 TARGETS = [  # the most telling first
     Target("sample", "sampling gpt2 256 × 128, of the bytes' bound", "generate", GPT2 | dict(batch=256, new=128),
            "bound_share", "6 %", "25 %", "50 %"),
-    Target("sft", "SFT gpt2 32 × 1024, of the matmul peak", "sft",
-           GPT2 | dict(batch=32, length=1024, micro_tokens=2 ** 15), "peak_share", "16 %", "35 %", "50 %"),
+    Target("sft", "SFT gpt2 32 × 1024, of the matmul peak", "sft", GPT2 | LONG, "peak_share", "16 %", "35 %", "50 %"),
+    Target("compiled", "the same with --compile", "sft", GPT2 | LONG | dict(compile=True), "peak_share", "", "35 %", "50 %"),
     Target("grpo", "GRPO gpt2 64 × 16 × 256, as in configs/gpt2.toml", "grpo",
            GPT2 | dict(batch=64, group=16, new=256, minibatches=4, micro_tokens=2 ** 14),
            "seconds", "8.5 s", "3 s", "1.5 s"),
@@ -334,6 +335,8 @@ def measure(target, args, seconds):
     options, words = vars(args) | target.options | (SMALLEST if args.smallest else {}), []
     for name in OPTIONS:
         words += [f"--{name}", str(options[name])]
+    if options["compile"]:
+        words.append("--compile")
     done = subprocess.run([sys.executable, __file__, target.item, *words], capture_output=True, text=True,
                           timeout=seconds)
     print(done.stderr, file=sys.stderr, flush=True)

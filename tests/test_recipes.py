@@ -109,7 +109,7 @@ def expand(script, *argv, out="out"):
     """The commands of a recipe, as bash expands them, with python replaced by a recorder: lists of words."""
     recorder = 'python() { printf "%s\\t" "$@"; printf "\\n"; }; source "$0"'
     done = subprocess.run(["bash", "-c", recorder, str(script), *argv], capture_output=True, text=True, check=True,
-                          env=os.environ | {"OUT": str(out)} | given())
+                          env=os.environ | {"OUT": str(out), "GPU": ""} | given())
     assert not done.stderr, done.stderr
     commands = []
     for line in done.stdout.splitlines():
@@ -180,7 +180,7 @@ def problems(commands):
 
 # ---- what a recipe says
 
-SHELL = "python set for do done if fi mkdir echo }".split()  # what a line may begin with, beside a function of its own
+SHELL = "python set for do done if else fi mkdir echo trap }".split()  # what a line may begin with, beside a function of its own
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
