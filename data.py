@@ -2093,7 +2093,7 @@ class RunConfig(Options):
     device: str = "auto"        # auto, cpu, cuda
     dtype: typing.Literal["auto", "fp32", "bf16"] = "auto"  # of the matmuls; weights stay fp32
     threads: typing.Annotated[int, Range(0, 1024)] = 0  # CPU threads; 0 leaves it to PyTorch
-    micro_tokens: Natural = 0   # padded tokens a forward pass may hold, which changes no gradient; 0: as the device likes
+    micro_tokens: Natural = 0   # padded tokens a forward pass may hold; gradients do not depend on it. 0: by device
     save_every: Count = 25      # steps between checkpoints
     skip_bad: bool = False      # leave out the rows of a file that cannot be understood, and count them
 

@@ -442,8 +442,8 @@ def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, entropy_
 
 
 def read_logprobs(model, hidden, target, temperature, entropy, entropy_grad):
-    """log π of the tokens that came next, target (N,), given hidden states (N, C), and with entropy that too: a tuple of
-    (N,). See token_logprobs."""
+    """log π of the tokens that came next, target (N,), given hidden states (N, C), and with entropy that too, as a tuple
+    of (N,). See token_logprobs."""
     logits = model.logits(hidden)                                                        # (N, V)
     if temperature != 1:
         logits = full(logits) / temperature

@@ -180,7 +180,8 @@ def problems(commands):
 
 # ---- what a recipe says
 
-SHELL = "python set for do done if else fi mkdir echo trap }".split()  # what a line may begin with, beside a function of its own
+# What a line may begin with, beside a function of its own.
+SHELL = "python set for do done if else fi mkdir echo trap }".split()
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
