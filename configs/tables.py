@@ -129,6 +129,27 @@ LLAMA3 = {
     "sft": "SFT",
     "llama3/round1/policy": "round one",
     "llama3/round2/policy": "round two"}
+QWEN2 = {
+    "sft": "SFT",
+    "qwen2/offline": "offline",
+    "qwen2/more": "then as many offline pairs more",
+    "qwen2/online": "then online",
+    "qwen2/online_merging": "online, merging",
+    "qwen2/online_dropping": "online, only dropping"}
+R1_ZERO = {
+    "base": "base",
+    "r1_zero": "RL from the base",
+    "sft": "SFT on demonstrations"}
+LOOKAHEAD = {
+    "lookahead/sft": "SFT",
+    "lookahead/hacked": "RL",
+    "lookahead/watched": "RL with the tripwire"}
+CON_J = {
+    "con_j/judge": "judge",
+    "con_j/con_j": "after Con-J"}
+SUPERFICIAL = {
+    f"superficial/reward_{labels} on superficial/{pairs}/pairs.jsonl": f"{labels} | {pairs}"
+    for labels in ("confounded", "balanced") for pairs in ("ordinary", "decoupled")}
 COOL = {
     "internlm2_cool/conditional on internlm2_cool/held_brief/pairs.jsonl": "conditional | Be brief.",
     "internlm2_cool/conditional on internlm2_cool/held_long/pairs.jsonl": "conditional | Say a lot.",
@@ -241,6 +262,18 @@ TABLES = {
     "cool_hack": Table("internlm2_cool.gold", {
         "answers without fillers": "internlm2_cool.fillers:write", "true reward in `write`": "write", "greedy": "greedy",
         "KL": "kl"}, COOL_HACK),
+    "qwen2": Table("qwen2", GAIN | {"sums right": "arith", "nll": "nll sd 3"}, QWEN2),
+    "r1_zero": Table("r1_zero", {
+        "sums right": "arith", "greedy": "greedy", "KL": "kl", "length": "length sd 1", "nll": "nll"}, R1_ZERO),
+    "lookahead": Table("lookahead", {
+        "says the word": "lookahead.tampers:arith", "greedy": "lookahead.tampers:greedy", "sums right": "arith",
+        "greedy ": "greedy", "KL": "kl", "tokens": "length sd 1"}, LOOKAHEAD),
+    "process_rewards": Table("process_rewards", {
+        "steps that are right": "right", "judged right": "val_accuracy"}, {"process": "steps of held-out sums"}),
+    "con_j": Table("con_j.reason", {
+        "right after a rationale": "file", "greedy": "greedy", "right at once": "con_j.judge:file",
+        "greedy ": "con_j.judge:greedy", "KL": "kl"}, CON_J),
+    "superficial": Table("superficial", {"right": "accuracy"}, SUPERFICIAL, "labels of training | pairs"),
     "sft_vs_rl": Table("sft_vs_rl", {
         "two steps, trained on": "arith2", "three": "arith3", "four": "arith4", "greedy, three and four": "greedy",
         "KL": "kl", "nll": "nll"}, {
