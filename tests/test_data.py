@@ -1356,7 +1356,7 @@ def test_a_folder_takes_no_run_with_other_options(cfg, finished):
     for name, value in dict(lr=.25, kind="two", loud=True, seed=1, steps=6, tokenizer="other").items():
         with pytest.raises(UserError, match=rf"^[^\n]*--{name} [^\n]*{value}[^\n]*--out[^\n]*$"):
             Run(dataclasses.replace(cfg, **{name: value}))
-    for same in (dict(save_every=2), dict(threads=3), dict(device="cpu")):
+    for same in (dict(save_every=2), dict(threads=3), dict(device="cpu"), dict(micro_tokens=9)):
         assert Run(dataclasses.replace(cfg, **same)).finished == finished
     assert everything("run") == before
     with pytest.raises(OptionError, match="--out"):
