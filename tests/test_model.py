@@ -345,10 +345,11 @@ def test_p40_log_softmax_is_fp32_under_bf16_autocast():
     logits = model.logits(model(tokens[:, :-1]))
     assert logits.dtype == torch.bfloat16
     assert token_scores(model, tokens, mask).dtype == torch.float32
-    both = token_logprobs(model, tokens, mask, .7, entropy=True)
-    for got, want in zip(both, by_formula(logits.double() / .7, tokens, mask)):
-        assert got.dtype == torch.float32
-        close(got, want, 5e-6)
+    for temperature in (1, .7):
+        both = token_logprobs(model, tokens, mask, temperature, entropy=True)
+        for got, want in zip(both, by_formula(logits.double() / temperature, tokens, mask)):
+            assert got.dtype == torch.float32
+            close(got, want, 5e-6)
 
 
 @pytest.mark.parametrize("chunk, grad, times", [(7, True, 2), (7, False, 1), (100, True, 1)])
@@ -446,6 +447,15 @@ def test_p11_the_measure_of_u_that_maps_to_a_token_is_its_probability_and_the_ke
     close(torch.bincount(token, minlength=V) / n, p, 1.01 / n)
     close(logp.exp(), p[token])
     assert p[token].min() > 0
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_p40_of_logits_in_bf16_the_sampler_draws_as_of_the_same_in_fp32(cut):
+    # the logits are rounded anyway; what is made of them is not, or 512 tokens would share a few probabilities
+    torch.manual_seed(0)
+    logits, u = 3 * torch.randn(200, 512).bfloat16(), torch.rand(200)
+    for got, want in zip(sample(logits, u, *cut), sample(logits.float(), u, *cut)):
+        assert got.dtype == want.dtype and torch.equal(got, want)
 
 
 def test_p11_no_trainer_offers_or_uses_top_k_or_top_p():
