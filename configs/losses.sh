@@ -71,10 +71,16 @@ python reward.py compare "${BEST[@]}" --proxy $OUT/reward --families write --sho
 
 # Three labels of ten are flipped, and nothing else is wrong with them.
 python reward.py label --policy $SFT --n 1000 --skip 6000 --scale 0 --flip 0.3 --out $L/flipped/pairs "$@"
+FLIPPED=($SFT)
 for loss in dpo cdpo robust; do
-  python dpo.py --init $SFT --data $L/flipped/pairs/pairs.jsonl --loss $loss --eps 0.3 --beta 0.1 --lr 2e-4 --epochs 2 --eval_every 1000 --out $L/flipped/$loss "$@"
+  for lr in 2e-5 5e-5 2e-4; do
+    python dpo.py --init $SFT --data $L/flipped/pairs/pairs.jsonl --loss $loss --eps 0.3 --beta 0.1 --lr $lr --epochs 2 --eval_every 1000 --out $L/flipped/$loss/$lr "$@"
+    FLIPPED+=($L/flipped/$loss/$lr)
+  done
 done
-python reward.py compare $SFT $L/flipped/dpo $L/flipped/cdpo $L/flipped/robust --families write --show 0 --save $OUT/tables/losses.flipped.json "$@"
+python reward.py compare "${FLIPPED[@]}" --split val --families write --n 200 --show 0 --save $L/flipped/val.json "$@"
+python configs/pick.py --table $L/flipped/val.json --save $OUT/tables/losses.flipped_rates.json --out $L/flipped/best "$@"
+python reward.py compare $SFT $L/flipped/best/dpo $L/flipped/best/cdpo $L/flipped/best/robust $L/flipped/dpo/2e-4 $L/flipped/cdpo/2e-4 $L/flipped/robust/2e-4 --families write --show 0 --save $OUT/tables/losses.flipped.json "$@"
 
 # Data that some losses are for: only what is bad, thumbs, pairs that differ in one digit.
 python reward.py label --policy $SFT --families safe --n 800 --k 4 --select all --out $L/unsafe "$@"
