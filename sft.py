@@ -202,7 +202,8 @@ def train(cfg):
     optimizer = Optimizer(model, cfg.lr, total, kind=cfg.optimizer, muon_lr=cfg.muon_lr, betas=(0.9, cfg.beta2),
                           weight_decay=cfg.weight_decay, warmup=cfg.warmup, floor=floor, clip=cfg.clip_grad)
 
-    aside, drawn = ThreadPoolExecutor(1), None  # drawn: what the next step trains on
+    aside = ThreadPoolExecutor(1)
+    drawn = None  # what the next step trains on, as soon as it is there
     for step in steps(run, total, dict(model=model), dict(model=optimizer), {}, cfg.save_every):
         # 1. Draw some rows.
         rows, micro = drawn.result() if drawn else draw(stream, step, model, cfg)
