@@ -18,7 +18,7 @@ OUT=${OUT:-out}
 PAIRS=$OUT/pairs/pairs.jsonl
 READY=("$OUT/sft")  # the policies in the table, in order
 STAGE=0
-GPU=${GPU-$(nvidia-smi -L 2> /dev/null || true)}  # the names of those that are there
+GPU=${GPU-$(python -c "import torch; print(torch.cuda.is_available() or '')")}
 if [[ " $* " == *" --device cpu "* ]]; then GPU=; fi
 RUNNING=            # processes that learn aside
 trap 'kill $RUNNING 2> /dev/null || true' EXIT
