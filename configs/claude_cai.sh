@@ -12,8 +12,8 @@
 #   noisy labels by the true reward of `write`. RL is PPO. All sizes are ours. How Claude 3 itself was trained is not
 #   published.
 #
-# Effect to look for: fewer unsafe requests are helped after SL-CAI, and fewer still after RL-CAI. Help with safe ones
-# stays.
+# Effect to look for: next to no unsafe request is helped after SL-CAI, and safe ones are helped more. RL-CAI changes
+# little there, and raises `write`.
 #
 #   bash configs/claude_cai.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/claude_cai.sh    in another folder than out/

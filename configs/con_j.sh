@@ -7,7 +7,7 @@
 #   The first judge is our base, fine-tuned on few demonstrations. The true reward says which verdict is right.
 #   Questions on which all samples agree are left out; the paper gives hints there. All sizes are ours.
 #
-# Effect to look for: more verdicts on held-out questions are right (in the first table; in the second without a
+# Effect to look for: hardly more verdicts on held-out questions are right (in the first table; in the second without a
 # rationale). label prints how often a verdict changes when the two answers change places.
 #
 #   bash configs/con_j.sh --seed 1        options that every stage knows may follow

@@ -258,10 +258,10 @@ GLOSSARY = {
                "share of answers that a revision changed; their true score",
                "",
                "`gold_after` below: the critic finds fault with good answers"),
-        Metric("`loss`, `val_loss`, `val_mean`, `val_accuracy` (`process_rewards.py`)",
-               "of steps: −log of the probability of their label, nats; of held-out ones that, their mean score, and "
-               "the share judged right, above 0 or not",
-               "accuracy above the share of steps that are right",
+        Metric("`loss`, `val_loss`, `val_mean`, `val_right`, `val_accuracy`, `val_found` (`process_rewards.py`)",
+               "of steps: −log of the probability of their label, nats; of held-out ones that, their mean score, the "
+               "share that is right, the share that is judged rightly, above 0 or not, and that of the wrong ones alone",
+               "`val_accuracy` above `val_right`",
                "it only says \"right\" always: more answers, more wrong ones among them"),
         Metric("`loss`, `kl`, `entropy`, `own` (`distill.py`)",
                "the divergence a token, KL(π ‖ teacher) a response, the student's entropy; 1 where the "

@@ -10,7 +10,8 @@
 #   The classifier is our base, fine-tuned on demonstrations of classifying. The rewards (+1 and -1) and all sizes are
 #   ours.
 #
-# Effect to look for: harmless and over-refusal in the second table, with the rubric, and without (its weight at 0).
+# Effect to look for: in the second table nearly all unsafe requests are refused with the rubric, and nearly no safe
+# ones. Without it (its weight at 0) both stay as they were.
 #
 #   bash configs/gpt4_rbrm.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/gpt4_rbrm.sh    in another folder than out/

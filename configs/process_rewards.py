@@ -27,7 +27,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import (Count, Natural, NonNegative, Positive, Run, TrainConfig, UserError, collate, column,
-                  encode, files, guard, item_batches, mean, open_stream, parse, read_records, read_rows, write_text)
+                  encode, files, guard, item_batches, mean, open_stream, parse, read_rows, write_text)
 from model import Optimizer, full, load_model, setup, steps
 from reward import counts, tensor_like, write_records
 
@@ -51,7 +51,7 @@ class Config(TrainConfig):
     clip_grad: NonNegative = 1.0  # global gradient norm; 0 never clips
     # evaluation
     eval_every: Count = 50      # updates between evaluations on held-out answers
-    save: str = ""              # a JSON file for the last of them, beside the share of all steps that are right
+    save: str = ""              # a JSON file for the last of them
 
 
 # ---------------------------------------------------------------- what is learned from
@@ -129,28 +129,24 @@ def step_losses(scores, items):
 
 @torch.no_grad()
 def evaluate(model, items, cfg):
-    """Held-out loss, mean score, and the share of steps that are judged right."""
-    losses, said, right = [], [], []
+    """Held-out loss and mean score; of held-out steps the share that is right, which is the accuracy of who always says
+    so, that of the model, and its accuracy on the wrong ones."""
+    losses, said, true = [], [], []
     for scores, part in step_scores(model, items, cfg):
-        labels = tensor_like(scores, column(part, "labels"))
         losses += step_losses(scores, part).tolist()
         said += scores.tolist()
-        right.append((scores > 0) == (labels > 0))
-    accuracy = torch.cat(right).float().mean()
-    return dict(val_loss=mean(losses), val_mean=mean(said), val_accuracy=float(accuracy))
+        true += [label > 0 for label in column(part, "labels")]
+    hits = [(score > 0) == label for score, label in zip(said, true)]
+    found = [hit for hit, label in zip(hits, true) if not label]
+    return dict(val_loss=mean(losses), val_mean=mean(said), val_right=mean(true), val_accuracy=mean(hits),
+                val_found=mean(found))
 
 
 def save_table(run, cfg):
-    """Write how the model judges held-out steps, and how many of all steps are right, as a table of one row, if it is
-    to be saved."""
-    if not cfg.save:
-        return
-    labels = []
-    for path in [run.folder / "steps.jsonl"] if cfg.check else files(cfg.data):
-        labels += column(read_records(path, "steps", cfg.skip_bad), "labels")
-    last = run.rows[-1]
-    row = dict(name=run.folder.name, right=mean(labels), val_accuracy=last["val_accuracy"], val_loss=last["val_loss"])
-    write_text(cfg.save, json.dumps(dict(rows=[row]), indent=1))
+    """Write how the model judges held-out steps, as a table of one row, if it is to be saved."""
+    if cfg.save:
+        last = {key: value for key, value in run.rows[-1].items() if key.startswith("val_")}
+        write_text(cfg.save, json.dumps(dict(rows=[dict(name=run.folder.name) | last]), indent=1))
 
 
 def train(cfg):

@@ -10,8 +10,8 @@
 #   fine-tuning changed is the offline stage minus the base. α, the share kept and all sizes are ours.
 #
 # Effect to look for: the online stage gains much more true reward than as many further offline pairs with the same
-# judge (`more`). With merging the policy moves half as far, as half of each update is dropped. `online_dropping` (α =
-# 0) shows how much of that is the dropping alone.
+# judge (`more`). With merging the KL is two thirds of that, and `online_dropping` (α = 0) shows that the dropping alone
+# does it.
 #
 #   bash configs/qwen2.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/qwen2.sh    in another folder than out/

@@ -82,9 +82,10 @@ def fit(cfg):
     gap, phi, weight = leads(stream.items, base, rules, like)
     held_gap, held_phi, _ = leads(held, base, rules, like)
 
-    # 2. Weights by which the better ones lead.
+    # 2. Weights by which the better ones lead. Adam moves every weight by about lr a step, also one whose gradient is
+    # next to nothing, as of a rule that differs by .001: that would go to -10. With eps it stays.
     w = torch.zeros(phi.shape[1], device=like.device, requires_grad=True)                # (F,)
-    optimizer = torch.optim.AdamW([w], lr=cfg.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([w], lr=cfg.lr, weight_decay=0.0, eps=0.01)
     for step in run.progress(0, cfg.steps):
         optimizer.zero_grad()
         lead = gap + phi @ w                                                             # (P,)

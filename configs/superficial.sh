@@ -9,7 +9,7 @@
 #   worse, balanced ones on either.
 #
 # Effect to look for: the model of confounded labels is right on ordinary pairs (the better answer has the style) and
-# wrong on decoupled ones. The model of balanced labels does as well on both.
+# wrong on decoupled ones. The model of balanced labels does as well on both, on average over seeds.
 #
 #   bash configs/superficial.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/superficial.sh    in another folder than out/

@@ -1371,9 +1371,11 @@ def test_training_on_steps_judges_each_step_and_is_the_mean_over_each_answers_st
         every += scores
     got = [log[-1][key] for key in ("val_loss", "val_accuracy", "val_mean")]
     close(got, [mean(losses), mean(right), mean(every)], 1e-4)
+    labels = [label for row in rows[19::20] for label in row["labels"]]
+    assert log[-1]["val_right"] == pytest.approx(mean(labels))
+    assert log[-1]["val_found"] == pytest.approx(mean([hit for hit, label in zip(right, labels) if not label]))
     row, = json.loads(saved.read_text())["rows"]
-    share = mean(list(itertools.chain(*(answer["labels"] for answer in rows))))
-    assert row == dict(name="rm", val_accuracy=got[1], val_loss=got[0], right=pytest.approx(share))
+    assert row == dict(name="rm") | {key: value for key, value in log[-1].items() if key.startswith("val_")}
 
 
 def test_answers_are_checked_step_by_step(tiny, tmp_path):
@@ -1603,7 +1605,7 @@ def test_fitted_rules_have_the_planted_signs_and_the_pairs_held_out_are_those_re
 
 @pytest.mark.parametrize("margin", [1.0, .2])
 def test_the_first_steps_of_a_fit_against_a_loop(margin, tmp_path):
-    """Of ragged rankings: weights 0 first; AdamW's first step is lr against the sign of the gradient."""
+    """Of ragged rankings: weights 0 first; AdamW's first step is lr · gradient / (its size + eps)."""
     rows = rule_rankings(60)
     log = fit(tmp_path / "rules", write(tmp_path / "p.jsonl", rows), margin=margin, steps=2, lr=.031)
     del rows[19::20]                                                     # held out
@@ -1628,7 +1630,20 @@ def test_the_first_steps_of_a_fit_against_a_loop(margin, tmp_path):
                     grad = [g - weight * x for g, x in zip(grad, phi)]
         assert row["loss"] == pytest.approx(loss / total, abs=1e-5)
         assert mean(right) - 1e-6 <= row["accuracy"] <= mean(even) + 1e-6            # rounding may decide a tie
-        w = [x - .031 * math.copysign(1, g) for x, g in zip(w, grad)]
+        w = [x - .031 * (g / total) / (abs(g / total) + .01) for x, g in zip(w, grad)]
+
+
+def hardly(record, text, finished):
+    return .001 * text.split().count("old")
+
+
+def test_a_rule_that_hardly_differs_gets_no_great_weight(tmp_path):
+    """No weight of it makes up for what it cannot order: the better answer of each pair is a word shorter."""
+    rows = [question(i, "cup old", "cup van red") for i in range(40)]
+    start(rule_based_rewards, "fit", tmp_path / "rules", "metrics.jsonl", data=write(tmp_path / "p.jsonl", rows),
+          rules="test_reward:hardly", base="words")
+    last, = data.parse_rewards((tmp_path / "rules" / "reward.txt").read_text().strip())[1:]
+    assert 0 < last.weight < 2
 
 
 # ---------------------------------------------------------------- configs/reward_hacking.py
