@@ -81,6 +81,14 @@ LOSSES = {
     "losses/best/slic": "SLiC-HF | pairs, no reference",
     "losses/best/cpo": "CPO | pairs, no reference",
     "losses/best/spo": "SPO | the reward model, by RL"}
+FLIPPED = {
+    "sft": "SFT | –",
+    "losses/flipped/best/dpo": "DPO | the best",
+    "losses/flipped/best/cdpo": "cDPO | the best",
+    "losses/flipped/best/robust": "robust DPO | the best",
+    "losses/flipped/dpo/2e-4": "DPO | 2e-4",
+    "losses/flipped/cdpo/2e-4": "cDPO | 2e-4",
+    "losses/flipped/robust/2e-4": "robust DPO | 2e-4"}
 BAD = {
     "sft": "SFT",
     "losses/bad/npo5e-5": "NPO, 5e-5",
@@ -150,6 +158,48 @@ CON_J = {
 SUPERFICIAL = {
     f"superficial/reward_{labels} on superficial/{pairs}/pairs.jsonl": f"{labels} | {pairs}"
     for labels in ("confounded", "balanced") for pairs in ("ordinary", "decoupled")}
+CAI = {
+    "sft": "SFT",
+    "claude_cai/sl": "SFT on revisions",
+    "claude_cai/rl": "then RL"}
+RBRM = {
+    "sft": "SFT",
+    "gpt4_rbrm/rbrm": "PPO with the rubric",
+    "gpt4_rbrm/without": "PPO without"}
+RULES = {
+    "sft": "SFT",
+    "rule_based_rewards/helpful_only": "PPO on the helpful-only model",
+    "rule_based_rewards/with_rules": "PPO with the rules"}
+RLAIF = {
+    "sft": "SFT",
+    "ppo": "PPO on people's labels",
+    "rlaif/ppo": "PPO on the AI's labels",
+    "rlaif/direct": "PPO on the AI's ratings"}
+STARLING = {
+    f"starling/{model} on starling/held/pairs.jsonl": said
+    for model, said in (("reward", "K-wise"), ("all_pairs", "all pairs"))}
+NEMOTRON4 = {
+    "nemotron4/sft2": "SFT in two stages",
+    "nemotron4/round0": "DPO",
+    "nemotron4/round1": "RPO, round one",
+    "nemotron4/round2": "round two",
+    "nemotron4/round3": "round three"}
+NEMOTRON4_RATED = {
+    f"nemotron4/{model} on nemotron4/held/pairs.jsonl": said
+    for model, said in (("reward", "of pairs"), ("rated", "of five ratings, its first"))}
+ADVERSARIAL = {
+    "sft": "SFT",
+    "adversarial_rm/frozen": "frozen reward model",
+    "adversarial_rm/ppo4": "adversarial"}
+CHATGLM = {
+    "sft": "SFT",
+    "ppo": "PPO without the three changes",
+    "chatglm_rlhf/ppo": "PPO",
+    "chatglm_rlhf/dpo": "DPO"}
+QUARK = {
+    "sft": "SFT",
+    "quark/one": "round one",
+    "quark/two": "round two"}
 COOL = {
     "internlm2_cool/conditional on internlm2_cool/held_brief/pairs.jsonl": "conditional | Be brief.",
     "internlm2_cool/conditional on internlm2_cool/held_long/pairs.jsonl": "conditional | Say a lot.",
@@ -219,7 +269,7 @@ TABLES = {
         "sums right": "arith"}),
     "o1": Table("o1", {"one answer": "pass@1", "majority of 16": "maj@16", "one right of 16": "pass@16"}),
     "losses": Table("losses", GAIN | {"proxy": "proxy", "nll": "nll"}, LOSSES, "loss | learns from"),
-    "losses_flipped": Table("losses.flipped", GAIN),
+    "losses_flipped": Table("losses.flipped", GAIN, FLIPPED, "loss | rate"),
     "losses_bad": Table("losses.bad", {
         "true reward in `safe`": "safe", "harmless": "harmless", "over-refusal": "over_refusal", "help": "help",
         "KL": "kl sd 1", "nll": "nll"}, BAD),
@@ -267,13 +317,28 @@ TABLES = {
         "sums right": "arith", "greedy": "greedy", "KL": "kl", "length": "length sd 1", "nll": "nll"}, R1_ZERO),
     "lookahead": Table("lookahead", {
         "says the word": "lookahead.tampers:arith", "greedy": "lookahead.tampers:greedy", "sums right": "arith",
-        "greedy ": "greedy", "KL": "kl", "tokens": "length sd 1"}, LOOKAHEAD),
+        "right, greedy": "greedy", "KL": "kl seeds", "tokens": "length sd 1"}, LOOKAHEAD),
     "process_rewards": Table("process_rewards", {
-        "steps that are right": "right", "judged right": "val_accuracy"}, {"process": "steps of held-out sums"}),
+        "are right": "val_right", "judged rightly": "val_accuracy", "of the wrong ones": "val_found"}, {
+        "process": "steps of held-out answers"}),
     "con_j": Table("con_j.reason", {
-        "right after a rationale": "file", "greedy": "greedy", "right at once": "con_j.judge:file",
-        "greedy ": "con_j.judge:greedy", "KL": "kl"}, CON_J),
+        "right after a rationale": "file", "greedy": "greedy", "without": "con_j.judge:file",
+        "greedy, without": "con_j.judge:greedy", "KL": "kl"}, CON_J),
     "superficial": Table("superficial", {"right": "accuracy"}, SUPERFICIAL, "labels of training | pairs"),
+    "claude_cai": Table("claude_cai", SAFETY | {"`write`": "write", "sums right": "arith", "nll": "nll"}, CAI),
+    "gpt4_rbrm": Table("gpt4_rbrm", SAFETY | {"`write`": "write"}, RBRM),
+    "rule_based_rewards": Table("rule_based_rewards", SAFETY, RULES),
+    "rlaif": Table("rlaif", GAIN, RLAIF),
+    "starling": Table("starling", GAIN | {"proxy": "proxy"}),
+    "starling_accuracy": Table("starling.accuracy", {"right": "accuracy"}, STARLING, "reward model of rankings of seven"),
+    "nemotron4": Table("nemotron4", GAIN | {"proxy": "proxy"}, NEMOTRON4),
+    "nemotron4_accuracy": Table("nemotron4.accuracy", {"right": "accuracy"}, NEMOTRON4_RATED, "reward model"),
+    "adversarial_rm": Table("adversarial_rm", {
+        "true reward in `write`": "write", "proxy": "proxy", "KL": "kl sd 1", "greedy": "greedy"}, ADVERSARIAL),
+    "chatglm_rlhf": Table("chatglm_rlhf", GAIN | {"sums right": "arith", "nll": "nll"}, CHATGLM),
+    "quark": Table("quark.best", {
+        "asked for the best": "write", "for the worst": "quark.worst:write", "unasked": "quark.unasked:write",
+        "greedy, the best": "greedy", "sums right, unasked": "quark.unasked:arith", "nll": "nll"}, QUARK),
     "sft_vs_rl": Table("sft_vs_rl", {
         "two steps, trained on": "arith2", "three": "arith3", "four": "arith4", "greedy, three and four": "greedy",
         "KL": "kl", "nll": "nll"}, {
