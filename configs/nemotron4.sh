@@ -12,9 +12,9 @@
 # Every pair that DPO and RPO learn from is self-generated and judged by the reward model. Of human origin are the
 # demonstrations and the labels behind the reward model.
 #
-# Effect to look for: the true reward in `write` grows with DPO and the first round, and then no longer, while the proxy
-# does. The model of five ratings explains nearly all of the variance of length and fillers (val_r2), and its first score
-# orders the pairs as well as the pairwise one.
+# Effect to look for: the true reward in `write` grows with DPO and the first round, then hardly or no longer, while the
+# proxy does. The model of five ratings explains nearly all of the variance of length and fillers (val_r2), and its
+# first score orders the pairs as well as the pairwise one.
 #
 #   bash configs/nemotron4.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/nemotron4.sh    in another folder than out/

@@ -9,7 +9,7 @@
 #   sums, sampled at a temperature of 1.5, so that there are wrong steps among them. All sizes are ours.
 #
 # Effect to look for: the share of held-out steps that are judged rightly (val_accuracy) is above that of "always
-# right" (val_right), and most wrong steps are found (val_found).
+# right" (val_right), and more than half of the wrong steps are found (val_found).
 #
 #   bash configs/process_rewards.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/process_rewards.sh    in another folder than out/

@@ -12,7 +12,7 @@
 # configs/quark.py is sft.py with the two terms more.
 #
 # Effect to look for: the same model, asked for the best and for the worst. The second round is above the first. What is
-# not among the samples is forgotten: sums, and most of the pretraining.
+# not among the samples is forgotten: the other families, and some of the pretraining.
 #
 #   bash configs/quark.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/quark.sh    in another folder than out/

@@ -9,9 +9,9 @@
 #   The reward model learns from rankings of the offline policy's samples. Of the two variants it is OnDARE. What
 #   fine-tuning changed is the offline stage minus the base. α, the share kept and all sizes are ours.
 #
-# Effect to look for: the online stage gains much more true reward than as many further offline pairs with the same
-# judge (`more`). With merging the KL is two thirds of that, and `online_dropping` (α = 0) shows that the dropping alone
-# does it.
+# Effect to look for: the online stage gains true reward, while as many further offline pairs with the same judge
+# (`more`) end below SFT. With merging the KL is two thirds of that, and `online_dropping` (α = 0) shows that the
+# dropping alone does it.
 #
 #   bash configs/qwen2.sh --seed 1        options that every stage knows may follow
 #   OUT=/tmp/run bash configs/qwen2.sh    in another folder than out/

@@ -334,7 +334,7 @@ TABLES = {
     "nemotron4": Table("nemotron4", GAIN | {"proxy": "proxy"}, NEMOTRON4),
     "nemotron4_accuracy": Table("nemotron4.accuracy", {"right": "accuracy"}, NEMOTRON4_RATED, "reward model"),
     "adversarial_rm": Table("adversarial_rm", {
-        "true reward in `write`": "write", "proxy": "proxy", "KL": "kl sd 1", "greedy": "greedy"}, ADVERSARIAL),
+        "true reward in `write`": "write seeds", "proxy": "proxy", "KL": "kl seeds", "greedy": "greedy seeds"}, ADVERSARIAL),
     "chatglm_rlhf": Table("chatglm_rlhf", GAIN | {"sums right": "arith", "nll": "nll"}, CHATGLM),
     "quark": Table("quark.best", {
         "asked for the best": "write", "for the worst": "quark.worst:write", "unasked": "quark.unasked:write",
