@@ -202,20 +202,21 @@ def train(cfg):
     optimizer = Optimizer(model, cfg.lr, total, kind=cfg.optimizer, muon_lr=cfg.muon_lr, betas=(0.9, cfg.beta2),
                           weight_decay=cfg.weight_decay, warmup=cfg.warmup, floor=floor, clip=cfg.clip_grad)
 
-    aside = ThreadPoolExecutor(1)
+    # A GPU's gradient leaves Python free to draw the next rows; a CPU's needs all cores itself.
+    aside = ThreadPoolExecutor(1) if model.device.type == "cuda" else None
     drawn = None  # what the next step trains on, as soon as it is there
     for step in steps(run, total, dict(model=model), dict(model=optimizer), {}, cfg.save_every):
         # 1. Draw some rows.
         rows, micro = drawn.result() if drawn else draw(stream, step, model, cfg)
         weight, tokens = total_weight(rows), sum(len(ids) for ids, _ in rows)
 
-        # 2. Add up the gradient of their loss, a micro-batch at a time. A backward pass needs no Python: meanwhile that
-        # draws the next rows.
+        # 2. Add up the gradient of their loss, a micro-batch at a time.
         model.train()
         loss, drawn = 0.0, None
         for x in micro:
             part = sft_loss(model, x) / weight
-            drawn = drawn or aside.submit(draw, stream, step + 1, model, cfg)
+            if aside and drawn is None:
+                drawn = aside.submit(draw, stream, step + 1, model, cfg)
             part.backward()
             loss += part.detach()
 
