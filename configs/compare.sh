@@ -23,16 +23,18 @@ if [[ " $* " == *" --device cpu "* ]]; then GPU=; fi
 RUNNING=            # processes that learn aside
 trap 'kill $RUNNING 2> /dev/null || true' EXIT
 
-stage() {  # NAME SCRIPT OPTIONS...: says how far we are, then runs it
+begin() {  # NAME: says how far we are
   STAGE=$((STAGE + 1))
   echo "== stage $STAGE of 8: $1"
+}
+stage() {  # NAME SCRIPT OPTIONS...: runs it
+  begin "$1"
   python "${@:2}"
 }
 learn() {  # FOLDER NAME SCRIPT OPTIONS...: a policy
   READY+=("$OUT/$1")
   if [ "$GPU" ]; then
-    STAGE=$((STAGE + 1))
-    echo "== stage $STAGE of 8: $2, aside; what it prints is in $OUT/$1.log"
+    begin "$2, aside; what it prints is in $OUT/$1.log"
     python "$3" --out $OUT/$1 "${@:4}" > $OUT/$1.log 2>&1 &
     RUNNING="$RUNNING $!"
   else

@@ -176,8 +176,8 @@ RLAIF = {
     "rlaif/ppo": "PPO on the AI's labels",
     "rlaif/direct": "PPO on the AI's ratings"}
 STARLING = {
-    f"starling/{model} on starling/held/pairs.jsonl": said
-    for model, said in (("reward", "K-wise"), ("all_pairs", "all pairs"))}
+    "starling/reward on starling/held/pairs.jsonl": "K-wise",
+    "starling/all_pairs on starling/held/pairs.jsonl": "all pairs"}
 NEMOTRON4 = {
     "nemotron4/sft2": "SFT in two stages",
     "nemotron4/round0": "DPO",
@@ -185,8 +185,8 @@ NEMOTRON4 = {
     "nemotron4/round2": "round two",
     "nemotron4/round3": "round three"}
 NEMOTRON4_RATED = {
-    f"nemotron4/{model} on nemotron4/held/pairs.jsonl": said
-    for model, said in (("reward", "of pairs"), ("rated", "of five ratings, its first"))}
+    "nemotron4/reward on nemotron4/held/pairs.jsonl": "of pairs",
+    "nemotron4/rated on nemotron4/held/pairs.jsonl": "of five ratings, its first"}
 ADVERSARIAL = {
     "sft": "SFT",
     "adversarial_rm/frozen": "frozen reward model",
