@@ -418,19 +418,18 @@ def full(x):
     return x.to(wide(x))
 
 
-def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, entropy_grad=False, chunk=None, pos=None,
-                   see=None):
+def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, bonus=False, chunk=None, pos=None, see=None):
     """log π(token t+1 | tokens 0..t) where mask is not 0, and exactly 0 elsewhere.
 
     tokens (B, T), mask (B, T-1) -> logp (B, T-1), at least fp32; with entropy=True also the entropy of each of those
-    next-token distributions, in nats, with a gradient only where entropy_grad asks for it: that takes more time than
+    next-token distributions, in nats. A gradient it has only if it is a bonus in the loss, as that takes more time than
     the entropy itself. Both are at the sampling temperature: a policy that was sampled at temperature τ
     *is* softmax(logits / τ), and PPO's ratio π / π_old is right only if both are divided by τ. pos and see are those of
     packed rows, see sft.pack. The head runs only where the mask is 1, on `chunk` positions at a time, see at_positions:
     no (B, T, V) tensor ever exists.
     """
     def head(hidden, target):                                                            # (N, C), (N,)
-        return model.read_logprobs(model, hidden, target, temperature, entropy, entropy_grad)
+        return model.read_logprobs(model, hidden, target, temperature, entropy, bonus)
 
     where = mask.nonzero(as_tuple=True)  # (N,), (N,): found once, since a GPU has to be waited for to know N
     target = tokens[:, 1:][where]                                                        # (N,)
@@ -441,7 +440,7 @@ def token_logprobs(model, tokens, mask, temperature=1.0, entropy=False, entropy_
     return out if entropy else out[0]
 
 
-def read_logprobs(model, hidden, target, temperature, entropy, entropy_grad):
+def read_logprobs(model, hidden, target, temperature, entropy, bonus):
     """log π of the tokens that came next, target (N,), given hidden states (N, C), and with entropy that too, as a tuple
     of (N,). See token_logprobs."""
     logits = model.logits(hidden)                                                        # (N, V)
@@ -451,7 +450,7 @@ def read_logprobs(model, hidden, target, temperature, entropy, entropy_grad):
     logp = every.gather(1, target[:, None])[:, 0]                                        # (N,)
     if not entropy:
         return (logp,)
-    every = every if entropy_grad else every.detach()
+    every = every if bonus else every.detach()
     return logp, -(every.exp() * every).sum(-1)
 
 

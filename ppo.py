@@ -429,7 +429,7 @@ def train(cfg):
         for rows in policy_batches:
             count, of_update = roll.mask[rows].sum(), Means()
             for x in parts(roll, rows, cfg, old_logp=old_logp, ref_logp=ref_logp, adv=adv):
-                logp, entropy = token_logprobs(policy, x.tokens, x.mask, cfg.temperature, entropy=True, entropy_grad=True)
+                logp, entropy = token_logprobs(policy, x.tokens, x.mask, cfg.temperature, entropy=True, bonus=True)
                 p_loss, ratio, clipped = policy_loss(logp, x.old_logp, x.adv, cfg.clip)  # (b, t-1)
                 loss = p_loss - cfg.entropy_coef * entropy
                 if cfg.kl != "k1":  # not weighted by ρ, so unbiased only while π = π_old: at the first update

@@ -311,7 +311,7 @@ def test_gradients_of_logp_and_entropy_equal_autograd_of_the_plain_formula_chunk
     model, (tokens, mask) = gpt(), BATCH
     rng = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 5, 15, dtype=torch.float64, generator=rng)
-    logp, entropy = token_logprobs(model, tokens, mask, .6, entropy=True, entropy_grad=True, chunk=chunk)
+    logp, entropy = token_logprobs(model, tokens, mask, .6, entropy=True, bonus=True, chunk=chunk)
     logits = model.logits(model(tokens[:, :-1]))
     slow_logp, slow_entropy = by_formula(logits / .6, tokens, mask)
     want = gradients(model, (a * slow_logp + b * slow_entropy).sum())
